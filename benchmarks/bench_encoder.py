@@ -1,0 +1,106 @@
+"""Forward and backward of a Mamba-2 block: ours, a position-by-position scan, and transformers, on the same weights.
+
+    python benchmarks/bench_encoder.py                      # one CPU thread, batch 16, length 100, d_model 128
+    python benchmarks/bench_encoder.py --device cuda        # adds mamba_ssm's kernels where they are installed
+
+The candidates take turns, so that a machine whose speed drifts drifts for all of them; medians are printed. Needs
+requirements-dev.txt for transformers.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model import Mamba2
+from utils import parse_config, run_cli
+
+
+@dataclass
+class BenchEncoderConfig:
+    batch: int = 16
+    length: int = 100
+    d_model: int = 128
+    repeats: int = 30  # timed runs of each; the median is printed
+    threads: int = 1  # CPU threads
+    device: str = "cpu"
+
+
+def sequential(block: Mamba2, u: torch.Tensor) -> torch.Tensor:
+    """The block with its recurrence run position by position."""
+    state, outputs = block.initial_state(len(u)), []
+    for t in range(u.shape[1]):
+        y, state = block.step(u[:, t], state)
+        outputs.append(y)
+    return torch.stack(outputs, dim=1)
+
+
+def transformers_block(block: Mamba2, config: BenchEncoderConfig):
+    """transformers' Mamba2Mixer with the block's weights."""
+    from transformers import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    sizes = Mamba2Config(
+        num_heads=block.nheads,
+        head_dim=block.headdim,
+        hidden_size=config.d_model,
+        state_size=block.d_state,
+        expand=2,
+        n_groups=1,
+        conv_kernel=4,
+        chunk_size=block.chunk_size,
+        use_bias=False,
+        num_hidden_layers=1,
+    )
+    mixer = Mamba2Mixer(sizes, 0).to(config.device)
+    mixer.load_state_dict(block.state_dict())
+    return mixer
+
+
+def seconds(candidates: dict, u: torch.Tensor, repeats: int) -> dict[str, float]:
+    """Median time of forward and backward of each candidate, one after another in every round."""
+    times = {name: [] for name in candidates}
+    wait = torch.cuda.synchronize if u.is_cuda else lambda: None
+    for round_ in range(repeats + 3):
+        for name, run in candidates.items():
+            x = u.clone().requires_grad_()
+            wait()
+            began = time.perf_counter()
+            run(x).sum().backward()
+            wait()
+            if round_ >= 3:  # the first rounds warm caches and allocators
+                times[name].append(time.perf_counter() - began)
+    return {name: float(torch.tensor(values).median()) for name, values in times.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(BenchEncoderConfig, argv, __doc__)
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(0)
+    block = Mamba2(config.d_model, backend="torch").to(config.device)
+    u = torch.randn(config.batch, config.length, config.d_model, device=config.device)
+    peer = transformers_block(block, config)
+    candidates = {"ours": block, "sequential": lambda x: sequential(block, x), "transformers": peer}
+    if config.device == "cuda":
+        fused = Mamba2(config.d_model, backend="cuda").to(config.device)
+        fused.load_state_dict(block.state_dict())
+        candidates["mamba_ssm"] = fused
+    for name, run in candidates.items():
+        error = F.l1_loss(run(u), block(u)) / block(u).abs().mean()
+        assert error < 1e-3, f"{name} computes something else: relative error {error:.1e}"
+    times = seconds(candidates, u, config.repeats)
+    print(f"{'':14}{'ms':>8}")
+    for name, value in times.items():
+        print(f"{name:14}{1e3 * value:8.1f}")
+    for name in list(times)[1:]:
+        ratio = times[name] / times["ours"]
+        print(f"mamba2_vs_{name}: ours {1e3 * times['ours']:.1f} ms, peer {1e3 * times[name]:.1f} ms, ratio {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

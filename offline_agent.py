@@ -1,0 +1,330 @@
+"""OPSO offline agent: a Mamba encoder pretrained with Q(z, z'), V(z, z_g) and auxiliary losses, without actions.
+
+One causal pass over a window of L + 1 states gives every pair (z_t, z_{t+1}) in it, so each update trains on all
+valid positions of all windows: one pass of the online network, one of its EMA copy.
+
+Layout of a batch (B windows of L transitions):
+
+    observations   s_0  s_1  s_2  ...  s_L          [B, L + 1, observation_dim]
+    codes          z_0  z_1  z_2  ...  z_L          z_t = f(s_0 .. s_t)
+    transition t   (z_t, z_{t+1}), goal z_g = f(g)  valid[B, L], steps_to_goal[B, L]
+
+Deviations from the original OPSO code, each with its reason (docs/opso.md has the measurements):
+- The expectile weighs 0.9 where the target is *above* V: the optimistic side, as its text says and its snippet
+  does not.
+- Critic targets run over up to `horizon` steps inside the window and stop at the goal. With horizon 1 (the
+  original) value creeps one step each 1 / tau updates, and a maze is hundreds of steps long.
+- InfoNCE takes `nce_positions` transitions a window, evenly spaced from a random offset: neighbours in a window
+  are nearly the same state, so more of them add cost and false negatives, not contrast.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import OfflineModel
+
+
+ABSENT = -1e4  # added to a logit that must not count; finite, so that no gradient becomes nan
+
+
+@dataclass
+class OfflineAgentConfig:
+    context_length: int = 100  # transitions in a window
+    d_model: int = 128  # width of the encoder and of its codes
+    hidden_dim: int = 256  # width of the heads
+    n_layers: int = 2  # Mamba-2 layers
+    d_state: int = 64  # state of the scan, a channel
+    d_conv: int = 4  # width of the causal convolution
+    expand: int = 2  # inner width of a layer, in d_model
+    dropout: float = 0.0  # after each layer
+    backend: str = "auto"  # Mamba-2 kernels: torch, cuda (mamba_ssm) or auto
+    lr: float = 3e-4  # Adam
+    warmup_steps: int = 50  # updates of linear warm-up
+    grad_clip: float = 1.0  # largest norm of the gradient
+    discount: float = 0.99  # of the reward, a step
+    tau: float = 0.005  # rate of the EMA targets
+    expectile: float = 0.9  # weight of V errors whose target lies above V
+    horizon: int = 50  # critic targets span 1..horizon steps, drawn for each position
+    temperature: float = 0.1  # InfoNCE
+    bank_size: int = 10_000  # detached codes kept as further negatives
+    nce_positions: int = 8  # transitions a window that InfoNCE contrasts
+    focal_gamma: float = 0.0  # focal exponent of the reward loss; 0 is plain cross-entropy
+    max_pos_weight: float = 100.0  # cap of the reward loss's running positive weight
+    beta_critic: float = 1.0  # weight of the critic loss
+    beta_v: float = 1.0  # weight of the V loss
+    beta_s: float = 1.0  # weight of the state loss
+    beta_r: float = 0.1  # weight of the reward loss
+    beta_nce: float = 0.1  # weight of InfoNCE
+    beta_a: float = 0.1  # weight of the alignment loss
+    p_self: float = 0.1  # share of goals that are the state just reached
+    p_future: float = 0.5  # share drawn ahead on the trajectory, geometrically
+    p_random: float = 0.4  # share drawn from the whole dataset
+    goal_discount: float = 0.99  # of the geometric draw
+
+
+def expectile_loss(prediction: Tensor, target: Tensor, expectile: float) -> Tensor:
+    """Squared error, weighted `expectile` where the target is above the prediction and 1 - expectile below."""
+    error = target - prediction
+    return torch.where(error > 0, expectile, 1 - expectile) * error.square()
+
+
+def masked_mean(x: Tensor, valid: Tensor) -> Tensor:
+    """Mean of x [..., B, L] over the positions where valid [B, L] is 1."""
+    return (x * valid).sum() / (valid.expand_as(x).sum().clamp(min=1))
+
+
+def effective_rank(codes: Tensor) -> Tensor:
+    """exp(entropy of the normalised singular values) (Roy & Vetterli, 2007). codes: [n, d] -> 0-d, in 1..d."""
+    s = torch.linalg.svdvals(codes - codes.mean(0))
+    p = s / s.sum().clamp(min=1e-12)
+    return torch.exp(-torch.special.xlogy(p, p).sum())
+
+
+class OfflineAgent:
+    """Holds the model, its EMA target, the optimizer and what the losses remember.
+
+    Args:
+        config: the losses' and networks' settings.
+        observation_dim: numbers in a state.
+        mean, std: [observation_dim] statistics of the training states.
+        device: where everything lives.
+    """
+
+    def __init__(self, config: OfflineAgentConfig, observation_dim: int, mean: Tensor, std: Tensor, device="cpu"):
+        c = self.config = config
+        self.device = torch.device(device)
+        self.model = OfflineModel(
+            observation_dim,
+            c.d_model,
+            c.hidden_dim,
+            n_layers=c.n_layers,
+            d_state=c.d_state,
+            d_conv=c.d_conv,
+            expand=c.expand,
+            dropout=c.dropout,
+            backend=c.backend,
+        )
+        self.model.encoder.set_normalizer(mean, std)
+        self.model.to(self.device)
+        self.target = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, lr=c.lr, fused=True)
+        self.step = 0
+        # Statistics that the losses carry from update to update; tensors, so that an update never waits for the host.
+        self.bank = torch.zeros(c.bank_size, c.d_model, device=self.device)
+        self.bank_count = torch.zeros((), dtype=torch.int64, device=self.device)  # codes ever written
+        self.positive_rate = torch.full((), 0.5, device=self.device)  # running share of positive reward labels
+
+    # -- losses, in the order of the objective ----------------------------------------------------------------
+
+    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Codes of the online network and of its target, for windows [B, L+1, D] and goals [B, L, D]."""
+        z = self.model.encoder(batch["observations"])
+        z_goal = self.model.encoder.encode_goal(batch["goals"])
+        with torch.no_grad():
+            target_z = self.target.encoder(batch["observations"])
+            target_goal = self.target.encoder.encode_goal(batch["goals"])
+        return {
+            "z": z[:, :-1],
+            "z_next": z[:, 1:],
+            "z_goal": z_goal,
+            "target_z": target_z,  # [B, L+1, d_model]
+            "target_goal": target_goal,
+            "valid": batch["valid"].to(z.dtype),
+        }
+
+    @torch.no_grad()
+    def critic_target(self, codes: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        """n-step target [B, L]: discount^(k-1) if the goal comes after k <= n steps, else discount^n V_target.
+
+        n is drawn from 1..horizon for each position and cut at the window's last valid state, so nothing crosses
+        an episode's end and nothing bootstraps through the goal.
+        """
+        discount, steps, valid = self.config.discount, batch["steps_to_goal"], batch["valid"]
+        positions = torch.arange(valid.shape[1], device=valid.device)
+        remaining = (valid.sum(1, keepdim=True) - positions).clamp(min=1)
+        n = torch.minimum(batch["horizon"], remaining)  # [B, L]
+        index = (positions + n).unsqueeze(-1).expand(-1, -1, codes["target_z"].shape[-1])
+        bootstrap = self.target.v(codes["target_z"].gather(1, index), codes["target_goal"])
+        reached = steps <= n
+        return torch.where(reached, discount ** (steps.clamp(max=n.shape[1]) - 1).float(), discount**n * bootstrap)
+
+    def critic_loss(self, codes, batch) -> tuple[Tensor, dict]:
+        """Smooth L1 of both Q(z, z', z_g) against the n-step target."""
+        target = self.critic_target(codes, batch)
+        q = self.model.q(codes["z"], codes["z_next"], codes["z_goal"])
+        loss = masked_mean(F.smooth_l1_loss(q, target.expand_as(q), reduction="none"), codes["valid"])
+        return loss, {"q_mean": masked_mean(q, codes["valid"]), "target_mean": masked_mean(target, codes["valid"])}
+
+    def v_loss(self, codes) -> tuple[Tensor, dict]:
+        """Expectile regression of V(z, z_g) towards the smaller target Q."""
+        with torch.no_grad():
+            target = self.target.q(codes["target_z"][:, :-1], codes["target_z"][:, 1:], codes["target_goal"]).amin(0)
+        v = self.model.v(codes["z"], codes["z_goal"])
+        loss = masked_mean(expectile_loss(v, target, self.config.expectile), codes["valid"])
+        return loss, {"v_mean": masked_mean(v, codes["valid"]), "advantage_mean": masked_mean(target - v, codes["valid"])}
+
+    def state_loss(self, codes) -> tuple[Tensor, dict]:
+        """MSE of the proposed next code to the target encoder's z'."""
+        proposal = self.model.next_state(codes["z"], codes["z_goal"])
+        error = (proposal - codes["target_z"][:, 1:]).square().mean(-1)
+        return masked_mean(error, codes["valid"]), {}
+
+    def reward_loss(self, codes, batch) -> tuple[Tensor, dict]:
+        """Binary cross-entropy of the reward logit with a running positive weight; focal if focal_gamma > 0.
+
+        Positive where s_{t+1} is the goal or its episode's last state.
+        """
+        c, valid = self.config, codes["valid"]
+        label = self._reward_label(batch)
+        weight = ((1 - self.positive_rate) / self.positive_rate.clamp(min=1e-6)).clamp(max=c.max_pos_weight)
+        logit = self.model.reward(codes["z_next"])
+        loss = F.binary_cross_entropy_with_logits(logit, label, pos_weight=weight, reduction="none")
+        if c.focal_gamma > 0:  # Lin et al., 2017: errors that are already small count less
+            p = torch.sigmoid(logit)
+            loss = loss * (label * (1 - p) + (1 - label) * p) ** c.focal_gamma
+        return masked_mean(loss, valid), {"reward_positive_rate": masked_mean(label, valid)}
+
+    def _reward_label(self, batch) -> Tensor:
+        return ((batch["steps_to_goal"] == 1) | batch["last"]).float()
+
+    def _nce_positions(self, batch) -> Tensor:
+        """Evenly spaced positions [nce_positions] of a window, from the batch's offset."""
+        length = batch["valid"].shape[1]
+        count = min(self.config.nce_positions, length)
+        stride = length // count
+        return batch["nce_offset"] % stride + torch.arange(count, device=self.device) * stride
+
+    def nce_loss(self, codes, batch) -> tuple[Tensor, dict]:
+        """InfoNCE of z against z', both directions, with a memory bank of detached codes as further negatives."""
+        c = self.config
+        picked = self._nce_positions(batch)
+        z = F.normalize(codes["z"].index_select(1, picked).flatten(0, 1), dim=-1)  # [n, d], n = B * nce_positions
+        z_next = F.normalize(codes["z_next"].index_select(1, picked).flatten(0, 1), dim=-1)
+        valid = batch["valid"].index_select(1, picked).flatten()
+        # A padded position is nobody's negative, and an unwritten place of the bank neither.
+        absent = torch.where(valid, 0.0, ABSENT)
+        unwritten = torch.where(torch.arange(c.bank_size, device=self.device) < self.bank_count, 0.0, ABSENT)
+        both = torch.cat([z, z_next]) / c.temperature
+        logits = torch.cat([torch.addmm(absent, both[: len(z)], z_next.t()), torch.addmm(absent, both[len(z) :], z.t())])
+        partition = torch.logsumexp(logits, dim=1)
+        if c.bank_size > 0:
+            partition = torch.logaddexp(partition, torch.logsumexp(torch.addmm(unwritten, both, self.bank.t()), dim=1))
+        positive = (both[: len(z)] * z_next).sum(-1)
+        loss = 0.5 * (partition.view(2, -1).sum(0)) - positive
+        return (loss * valid).sum() / valid.sum().clamp(min=1), {}
+
+    def alignment_loss(self, codes) -> tuple[Tensor, dict]:
+        """Minus the cosine of the step z' - z and the way to the goal z_g - z."""
+        cosine = F.cosine_similarity(codes["z_next"] - codes["z"], codes["z_goal"] - codes["z"], dim=-1)
+        return -masked_mean(cosine, codes["valid"]), {}
+
+    def total_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict, dict]:
+        """The weighted sum of the six losses, every figure worth a curve as 0-d tensors, and the codes."""
+        c = self.config
+        codes = self.encode(batch)
+        terms = {
+            "critic": (c.beta_critic, *self.critic_loss(codes, batch)),
+            "v": (c.beta_v, *self.v_loss(codes)),
+            "state": (c.beta_s, *self.state_loss(codes)),
+            "reward": (c.beta_r, *self.reward_loss(codes, batch)),
+            "infonce": (c.beta_nce, *self.nce_loss(codes, batch)),
+            "alignment": (c.beta_a, *self.alignment_loss(codes)),
+        }
+        total = sum(beta * loss for beta, loss, _ in terms.values())
+        info = {f"{name}_loss": loss.detach() for name, (_, loss, _) in terms.items()}
+        for _, _, extra in terms.values():
+            info.update({key: value.detach() for key, value in extra.items()})
+        info["code_std"] = codes["z"].detach().flatten(0, 1).std(0).mean()
+        return total, {"loss": total.detach(), **info}, codes
+
+    # -- update ------------------------------------------------------------------------------------------------
+
+    def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One optimizer step on a batch, then the EMA targets. Returns 0-d tensors; nothing waits for the host."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * min(1.0, (self.step + 1) / max(self.config.warmup_steps, 1))
+        self.optimizer.zero_grad(set_to_none=True)
+        total, info, codes = self.total_loss(batch)
+        total.backward()
+        info["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip).detach()
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.target.parameters()), self.parameters, self.config.tau)
+            self._remember(codes, batch)
+        self.step += 1
+        return info
+
+    def _remember(self, codes: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+        """After the backward pass: the running share of positives, and the bank's oldest codes overwritten."""
+        self.positive_rate.lerp_(masked_mean(self._reward_label(batch), codes["valid"]), 0.01)
+        if self.config.bank_size == 0:
+            return
+        new = codes["z_next"].detach().index_select(1, self._nce_positions(batch)).flatten(0, 1)
+        new = F.normalize(new, dim=-1)[-self.config.bank_size :]
+        slots = (self.bank_count + torch.arange(len(new), device=self.device)) % self.config.bank_size
+        self.bank.index_copy_(0, slots, new)
+        self.bank_count += len(new)
+
+    @torch.no_grad()
+    def evaluate_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of a held-out batch, without a trace: no gradient, no dropout, nothing remembered."""
+        was_training = self.model.training
+        self.model.eval()
+        _, info, _ = self.total_loss(batch)
+        self.model.train(was_training)
+        return info
+
+    # -- what the trained model answers -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_windows(self, observations: Tensor, lengths: Tensor) -> Tensor:
+        """Codes of right-padded histories. [n, L, D], lengths [n] -> [n, d_model]."""
+        return self.model.eval().encoder.encode_last_valid(observations, lengths)
+
+    @torch.no_grad()
+    def value(self, z: Tensor, goals: Tensor) -> Tensor:
+        """V(z, f(goal)). z: [..., d_model], goals: [..., D], shapes that broadcast -> [...]."""
+        z_goal = self.model.eval().encoder.encode_goal(goals)
+        shape = torch.broadcast_shapes(z.shape, z_goal.shape)
+        return self.model.v(z.expand(shape), z_goal.expand(shape))
+
+    @torch.no_grad()
+    def propose(self, z: Tensor, goals: Tensor) -> Tensor:
+        """The next code on the way to the goal; same shapes as `value`, -> [..., d_model].
+
+        This stands where other agents `act`: no action is read offline, and the online stage turns the proposal
+        into one by inverse dynamics.
+        """
+        z_goal = self.model.eval().encoder.encode_goal(goals)
+        shape = torch.broadcast_shapes(z.shape, z_goal.shape)
+        return self.model.next_state(z.expand(shape), z_goal.expand(shape))
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """Everything the next update depends on."""
+        return {
+            "model": self.model.state_dict(),
+            "target": self.target.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "bank": self.bank,
+            "bank_count": self.bank_count,
+            "positive_rate": self.positive_rate,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises KeyError or RuntimeError where the state is another model's."""
+        self.model.load_state_dict(state["model"])
+        self.target.load_state_dict(state["target"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = int(state["step"])
+        for name in ("bank", "bank_count", "positive_rate"):
+            getattr(self, name).copy_(state[name])

@@ -1,0 +1,313 @@
+"""Pretrain OPSO's encoder, Q(z, z'), V(z, z_g) and proposer offline, on the states of an OGBench maze dataset.
+
+With no flag it generates local/pointmaze-medium-navigate-v0 and trains on it in minutes on two cores. A run's
+directory holds config.yaml, metrics.csv, TensorBoard events, best_model.pth (lowest validation loss),
+checkpoints/last.pth, training_curves.png and value_map.png.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+import make_dataset
+from offline_agent import OfflineAgent, OfflineAgentConfig, effective_rank
+from ogbench_utils import Maze, Task, TrajectoryDataset, evaluation_tasks, make_env, parse_dataset_id
+from utils import (
+    MetricLogger,
+    RandomStreams,
+    UserError,
+    load_checkpoint,
+    mark_finished,
+    parse_config,
+    plain_config,
+    prepare_run,
+    progress,
+    read_metrics,
+    resolve_device,
+    run_cli,
+    save_checkpoint,
+)
+from visualize import plot_training_curves, plot_value_maps
+
+
+@dataclass
+class OfflineTrainerConfig(OfflineAgentConfig):
+    dataset: str = "local/pointmaze-medium-navigate-v0"  # OGBench id, or local/<id> for one generated here
+    dataset_dir: Optional[str] = None  # folder of the data; default OGBENCH_DATASET_DIR, else ./datasets
+    max_trajectories: Optional[int] = 100  # train on the file's first so many episodes
+    batch_size: int = 16  # windows in an update
+    num_epochs: int = 100  # passes of updates_per_epoch updates
+    updates_per_epoch: Optional[int] = None  # default: as many as give one window a trajectory
+    eval_freq: int = 10  # epochs between validations; each one writes a checkpoint
+    eval_batches: int = 8  # batches of the validation loss
+    eval_states: int = 512  # held-out histories, and
+    eval_goals: int = 256  # held-out goals, of value_distance_spearman
+    seed: int = 0  # of initialisation, sampling and evaluation, each its own stream
+    device: str = "auto"  # auto, cpu or cuda
+    run_dir: Optional[str] = None  # default logs/offline/<dataset>/seed_<seed>
+    resume: bool = False  # continue the run in run_dir from its last checkpoint
+    tensorboard: bool = True  # write TensorBoard events
+    wandb_project: Optional[str] = None  # also log to Weights & Biases (requirements-tracking.txt)
+    plot_maps: bool = True  # write value_map.png at the end
+
+
+MAY_CHANGE_ON_RESUME = {"num_epochs", "dataset_dir", "device", "tensorboard", "wandb_project", "plot_maps"}
+
+
+def open_dataset(config: OfflineTrainerConfig, device: torch.device) -> tuple[TrajectoryDataset, TrajectoryDataset]:
+    """Training and validation episodes on the device; a local point maze that is missing is generated first."""
+    make_dataset.generate_if_missing(config.dataset, config.dataset_dir)
+    train = TrajectoryDataset.load(config.dataset, "train", config.dataset_dir, config.max_trajectories, device)
+    val = TrajectoryDataset.load(config.dataset, "val", config.dataset_dir, None, device)
+    return train, val
+
+
+def sample_batch(
+    data: TrajectoryDataset, config: OfflineAgentConfig, batch_size: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Every random choice of one update, drawn on the data's device: windows, goals, horizons, InfoNCE offset."""
+    windows = data.sample_windows(batch_size, config.context_length, generator)
+    rows = windows["rows"][:, :-1]
+    goal_rows, steps_to_goal = data.sample_goals(
+        rows, generator, config.p_self, config.p_future, config.p_random, config.goal_discount
+    )
+    return {
+        "observations": windows["observations"],
+        "valid": windows["valid"],
+        "goals": data.observations[goal_rows],
+        "steps_to_goal": steps_to_goal,
+        "last": rows + 1 == data.episode_end[rows],
+        "horizon": torch.randint(1, config.horizon + 1, rows.shape, generator=generator, device=data.device),
+        "nce_offset": torch.randint(config.context_length, (), generator=generator, device=data.device),
+    }
+
+
+class HeldOut:
+    """Fixed held-out histories and goals, and the shortest-path distances between them.
+
+    A history is the first n states of a window, n uniform in 1..context_length + 1; a goal is a single state. The
+    same ones serve every evaluation of a run.
+    """
+
+    def __init__(self, val: TrajectoryDataset, maze: Maze, config: OfflineTrainerConfig, seed: int):
+        generator = torch.Generator(val.device).manual_seed(seed)
+        windows = val.sample_windows(config.eval_states, config.context_length, generator)
+        full = windows["valid"].sum(1) + 1
+        share = torch.rand(config.eval_states, generator=generator, device=val.device)
+        self.lengths = (share * full).long() + 1
+        self.observations = windows["observations"]
+        last = (self.lengths - 1).view(-1, 1, 1).expand(-1, 1, val.observation_dim)
+        self.states = self.observations.gather(1, last).squeeze(1)  # [states, D]
+        rows = torch.randint(len(val.observations), (config.eval_goals,), generator=generator, device=val.device)
+        self.goals = val.observations[rows]  # [goals, D]
+        self.distance = maze.distances_to(self.goals[:, :2].cpu().numpy(), self.states[:, :2].cpu().numpy())
+
+    def evaluate(self, agent: OfflineAgent) -> dict[str, float]:
+        """`value_distance_spearman` over all pairs, and the collapse diagnostics of the codes."""
+        z = agent.encode_windows(self.observations, self.lengths)
+        value = agent.value(z.unsqueeze(0), self.goals.unsqueeze(1)).cpu().numpy()  # [goals, states]
+        far = self.distance > np.median(self.distance)
+        return {
+            "value_distance_spearman": spearman(value, -self.distance),
+            "value_distance_spearman_far": spearman(value[far], -self.distance[far]),
+            "code_std": float(z.std(0).mean()),
+            "code_rank": float(effective_rank(z)),
+        }
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of all entries; 0 where one of them is constant (a collapsed value orders nothing)."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(spearmanr(a.ravel(), b.ravel()).statistic)
+
+
+def validate(agent: OfflineAgent, val: TrajectoryDataset, config: OfflineTrainerConfig, seed: int) -> dict[str, float]:
+    """Mean losses over the same held-out batches every time."""
+    generator = torch.Generator(val.device).manual_seed(seed)
+    infos = [
+        agent.evaluate_losses(sample_batch(val, config, config.batch_size, generator))
+        for _ in range(config.eval_batches)
+    ]
+    return {f"val_{name}": value for name, value in mean_of(infos).items()}
+
+
+def mean_of(infos: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Means over updates, brought to the host in one transfer."""
+    names = list(infos[0])
+    means = torch.stack([torch.stack([info[name].float() for name in names]) for info in infos]).mean(0)
+    return dict(zip(names, means.tolist(), strict=True))
+
+
+class OfflineRun:
+    """One training run: what it trains on, the agent, its random streams and its directory."""
+
+    def __init__(self, config: OfflineTrainerConfig):
+        check(config)
+        self.config = config
+        self.device = resolve_device(config.device)
+        stem = Path("logs") / "offline" / config.dataset / f"seed_{config.seed}"
+        self.run_dir = Path(config.run_dir or stem)
+        self.train_data, self.val_data = open_dataset(config, self.device)
+        checkpoint = prepare_run(self.run_dir, config, config.resume, may_change=MAY_CHANGE_ON_RESUME)
+        self.streams = RandomStreams(config.seed, self.device)
+        with self.streams.initialising():
+            mean, std = self.train_data.normalizer()
+            self.agent = OfflineAgent(config, self.train_data.observation_dim, mean, std, self.device)
+        torch.manual_seed(self.streams.init_seed)  # dropout is the one thing that draws from the global generator
+        self.epoch, self.best_loss = 0, math.inf
+        if checkpoint is not None:
+            self.load(checkpoint)
+        per_pass = math.ceil(self.train_data.num_trajectories / config.batch_size)
+        self.updates_per_epoch = config.updates_per_epoch or per_pass
+        self.env = make_env(config.dataset)
+        self.maze = Maze.from_env(self.env)
+        self.held_out = HeldOut(self.val_data, self.maze, config, self.streams.evaluation_seed)
+        self.logger = MetricLogger(
+            self.run_dir, self.agent.step if checkpoint else None, config.tensorboard, config.wandb_project, config
+        )
+
+    def train(self) -> dict[str, float]:
+        """Train to num_epochs, validating and saving every eval_freq epochs. Returns the last figures."""
+        config, agent, metrics = self.config, self.agent, {}
+        total = config.num_epochs * self.updates_per_epoch
+        began, first = time.perf_counter(), agent.step
+        with progress(total, str(config.dataset), initial=agent.step, unit="update") as bar:
+            while self.epoch < config.num_epochs:
+                infos = []
+                for _ in range(self.updates_per_epoch):
+                    batch = sample_batch(self.train_data, config, config.batch_size, self.streams.sampling)
+                    infos.append(agent.update(batch))
+                    bar.update()
+                self.epoch += 1
+                metrics = mean_of(infos)  # the one wait for the device in an epoch
+                if not math.isfinite(metrics["loss"]):
+                    raise UserError(f"{self.run_dir}: the loss became {metrics['loss']} at update {agent.step}; lower --lr")
+                if self.epoch % config.eval_freq == 0 or self.epoch == config.num_epochs:
+                    metrics |= self.evaluate()
+                    bar.set_postfix(
+                        loss=f"{metrics['loss']:.3f}", spearman=f"{metrics['value_distance_spearman']:.3f}"
+                    )
+                    self.logger.log(agent.step, {"epoch": self.epoch} | metrics)
+                    self.save(metrics["val_loss"])
+                else:
+                    self.logger.log(agent.step, {"epoch": self.epoch} | metrics)
+        rate = (agent.step - first) * config.batch_size * config.context_length / (time.perf_counter() - began)
+        print(f"trained to update {agent.step}: {rate:,.0f} transitions a second")
+        return metrics
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out losses and diagnostics."""
+        losses = validate(self.agent, self.val_data, self.config, self.streams.evaluation_seed)
+        return losses | self.held_out.evaluate(self.agent)
+
+    def save(self, val_loss: float) -> None:
+        """best_model.pth if this is the best so far, then checkpoints/last.pth: whole files, in this order."""
+        if val_loss < self.best_loss:
+            self.best_loss = val_loss
+            save_checkpoint(self.run_dir / "best_model.pth", self.model_state() | {"val_loss": val_loss})
+        state = {
+            "epoch": self.epoch,
+            "best_loss": self.best_loss,
+            "agent": self.agent.state_dict(),
+            "streams": self.streams.state_dict(),
+            "torch_generator": torch.get_rng_state(),
+            **{key: self.model_state()[key] for key in ("dataset", "config", "observation_dim")},
+        }
+        save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state)
+
+    def model_state(self) -> dict:
+        """What the online stage and the plots need: the model with its normaliser, its sizes and its dataset."""
+        return {
+            "dataset": self.config.dataset,
+            "config": plain_config(self.config),
+            "observation_dim": self.train_data.observation_dim,
+            "model": self.agent.model.state_dict(),
+            "target": self.agent.target.state_dict(),
+            "epoch": self.epoch,
+        }
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint; UserError where it is another model's."""
+        state = load_checkpoint(path, self.device)
+        try:
+            self.agent.load_state_dict(state["agent"])
+            self.streams.load_state_dict(state["streams"])
+            torch.set_rng_state(state["torch_generator"].cpu())
+            self.epoch, self.best_loss = state["epoch"], state["best_loss"]
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"{path}: not a checkpoint of this model ({error}); choose another --run_dir") from None
+
+    def plot(self) -> None:
+        """training_curves.png and, unless turned off, value_map.png."""
+        title = f"{self.config.dataset}, seed {self.config.seed}, update {self.agent.step}"
+        plot_training_curves(read_metrics(self.run_dir), self.run_dir / "training_curves.png", title)
+        if self.config.plot_maps:
+            z, xy, decoder = self.map_codes()
+            maps = [self.value_map(task, z, decoder) for task in evaluation_tasks(self.env)]
+            plot_value_maps(self.maze, xy.cpu().numpy(), maps, self.run_dir / "value_map.png", title)
+
+    def map_codes(self, windows: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Held-out codes z [n, d_model], their positions xy [n, 2], and a ridge regression of one on the other.
+
+        The decoder [d_model, 2] turns a step in code space, such as the proposer's, into one over the maze.
+        """
+        generator = torch.Generator(self.device).manual_seed(self.streams.evaluation_seed)
+        batch = self.val_data.sample_windows(windows, self.config.context_length, generator)
+        with torch.no_grad():
+            z = self.agent.model.eval().encoder(batch["observations"])[:, :-1][batch["valid"]]
+        xy = batch["observations"][:, :-1, :2][batch["valid"]]
+        centred = (z - z.mean(0)).double()
+        gram = centred.t() @ centred + 1e-3 * len(z) * torch.eye(z.shape[1], device=z.device, dtype=torch.float64)
+        decoder = torch.linalg.solve(gram, centred.t() @ (xy - xy.mean(0)).double())
+        return z, xy, decoder.float()
+
+    def value_map(self, task: Task, z: torch.Tensor, decoder: torch.Tensor) -> dict:
+        """What `plot_value_maps` draws for one evaluation goal."""
+        goal = torch.as_tensor(task.goal_observation, device=self.device)
+        return {
+            "name": f"task {task.task_id}",
+            "start_xy": task.init_xy,
+            "goal_xy": task.goal_xy,
+            "value": self.agent.value(z, goal).cpu().numpy(),
+            "arrows": ((self.agent.propose(z, goal) - z) @ decoder).cpu().numpy(),
+        }
+
+
+def check(config: OfflineTrainerConfig) -> None:
+    """One line for a setting that cannot work, before anything is made or loaded."""
+    parse_dataset_id(config.dataset)
+    positive = ["context_length", "d_model", "hidden_dim", "n_layers", "d_state", "d_conv", "expand", "horizon"]
+    positive += ["batch_size", "num_epochs", "eval_freq", "eval_batches", "eval_states", "eval_goals", "nce_positions"]
+    for name in positive:
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
+    if config.d_model % 2 or (config.expand * config.d_model) % min(64, config.expand * config.d_model):
+        raise UserError(f"--d_model {config.d_model}: must be even, and expand * d_model below 64 or a multiple of it")
+    for name in ("discount", "tau", "expectile", "goal_discount"):
+        if not 0 < getattr(config, name) <= 1:
+            raise UserError(f"--{name} {getattr(config, name)}: must lie in (0, 1]")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(OfflineTrainerConfig, argv, __doc__)
+    run = OfflineRun(config)
+    metrics = run.train()
+    run.plot()
+    run.logger.close()
+    summary = {key: metrics[key] for key in ("value_distance_spearman", "code_std", "code_rank", "val_loss")}
+    mark_finished(run.run_dir, {"dataset": config.dataset, "updates": run.agent.step, **summary})
+    print(f"{config.dataset}, seed {config.seed}, update {run.agent.step}, last checkpoint:")
+    for name, value in summary.items():
+        print(f"  {name}: {value:.3f}")
+    print(f"outputs in {run.run_dir}: best_model.pth, checkpoints/last.pth, metrics.csv, *.png")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,900 @@
+"""OGBench mazes: dataset files, windows and goals for training, maze geometry, environments for evaluation.
+
+Source: Park et al., "OGBench: Benchmarking Offline Goal-Conditioned RL" (2024), https://github.com/seohongpark/ogbench.
+
+A dataset id says where its file came from. `pointmaze-medium-navigate-v0` is the official file and nothing else;
+`local/pointmaze-medium-navigate-v0` was generated on this machine by make_dataset.py. Files are kept as
+
+    <dataset_dir>/pointmaze-medium-navigate-v0.npz          <dataset_dir>/local/pointmaze-medium-navigate-v0.npz
+    <dataset_dir>/pointmaze-medium-navigate-v0-val.npz      <dataset_dir>/local/pointmaze-medium-navigate-v0-val.npz
+                                                            <dataset_dir>/local/pointmaze-medium-navigate-v0.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import json
+import math
+import os
+import pickle
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+
+from utils import UserError, progress
+
+DATASET_URL = "https://rail.eecs.berkeley.edu/datasets/ogbench"
+NUM_TASKS = 5  # evaluation goals an environment
+NEVER = 2**30  # steps to a goal that does not lie ahead in the same episode
+
+# What OGBench publishes: task types of each family and size. Other combinations have no official file.
+_PUBLISHED = {
+    "pointmaze": {size: ("navigate", "stitch") for size in ("medium", "large", "giant", "teleport")},
+    "antmaze": {
+        "medium": ("navigate", "stitch", "explore"),
+        "large": ("navigate", "stitch", "explore"),
+        "giant": ("navigate", "stitch"),
+        "teleport": ("navigate", "stitch", "explore"),
+    },
+    "humanoidmaze": {size: ("navigate", "stitch") for size in ("medium", "large", "giant")},
+}
+# What make_dataset.py can generate; its recipes must cover exactly these.
+GENERATED_IDS = tuple(
+    f"local/pointmaze-{size}-{task_type}-v0" for size in ("medium", "large") for task_type in ("navigate", "stitch")
+)
+_DIMENSIONS = {"pointmaze": (2, 2), "antmaze": (29, 8), "humanoidmaze": (69, 21)}  # observation, action
+_CHECK_ROWS = 1 << 16  # rows checked at a time, so that checks need no second copy of the data
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Dataset ids and folders
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DatasetId:
+    """The parts of a dataset id such as `local/pointmaze-medium-navigate-v0`."""
+
+    id: str  # as given
+    local: bool  # generated on this machine
+    name: str  # without `local/`
+    maze_env: str  # pointmaze, antmaze, humanoidmaze
+    maze_size: str  # medium, large, giant, teleport
+    task_type: str  # navigate, stitch, explore
+    env_id: str  # the Gymnasium environment, e.g. pointmaze-medium-v0
+
+    @property
+    def stem(self) -> Path:
+        """Where the files lie below the dataset folder, without `.npz`."""
+        return Path("local", self.name) if self.local else Path(self.name)
+
+
+@functools.lru_cache(maxsize=1)
+def _known_ids() -> dict[str, DatasetId]:
+    known = {}
+    for maze_env, sizes in _PUBLISHED.items():
+        for size, task_types in sizes.items():
+            for task_type in task_types:
+                name = f"{maze_env}-{size}-{task_type}-v0"
+                for prefix in ("", "local/"):
+                    known[prefix + name] = DatasetId(
+                        prefix + name, bool(prefix), name, maze_env, size, task_type, f"{maze_env}-{size}-v0"
+                    )
+    return known
+
+
+def parse_dataset_id(dataset_id: str) -> DatasetId:
+    """Split a dataset id into its parts. Only listed ids pass, so an id can never point outside the dataset folder.
+
+    Raises UserError, naming the nearest id that exists.
+    """
+    known = _known_ids()
+    if dataset_id in known:
+        return known[dataset_id]
+    nearest = difflib.get_close_matches(str(dataset_id), known, n=1, cutoff=0.0)[0]
+    raise UserError(
+        f"--dataset {dataset_id!r} is not an OGBench maze dataset; did you mean {nearest!r}? Ids are "
+        "{pointmaze,antmaze,humanoidmaze}-{medium,large,giant,teleport}-{navigate,stitch,explore}-v0 as published, "
+        "or local/<id> for one made by make_dataset.py"
+    )
+
+
+def resolve_dataset_dir(dataset_dir: str | os.PathLike | None = None) -> Path:
+    """The dataset folder: the argument, else OGBENCH_DATASET_DIR, else `datasets` beside this file."""
+    chosen = dataset_dir or os.environ.get("OGBENCH_DATASET_DIR") or Path(__file__).resolve().parent / "datasets"
+    return Path(chosen).expanduser()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Reading a file
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def _bad_file(path: Path, fault: str) -> UserError:
+    return UserError(
+        f"{path}: {fault}; delete the file and fetch it again (a local/ dataset: make_dataset.py --overwrite)"
+    )
+
+
+def _read_members(path: Path) -> dict[str, np.ndarray]:
+    """The three arrays of an npz file as they are stored. Raises UserError when the file cannot be read."""
+    unreadable = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, EOFError, ValueError, NotImplementedError)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise _bad_file(path, "not an npz archive")
+            missing = [key for key in ("observations", "actions", "terminals") if key not in archive.files]
+            if missing:
+                raise _bad_file(path, f"no array {missing[0]!r} (it holds {', '.join(archive.files) or 'nothing'})")
+            return {key: archive[key] for key in ("observations", "actions", "terminals")}
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; check --dataset_dir") from None
+    except MemoryError:
+        raise UserError(f"{path}: does not fit in memory; use a smaller dataset") from None
+    except OSError as error:
+        raise _bad_file(path, f"cannot be read ({error})") from None
+    except unreadable as error:
+        raise _bad_file(path, f"not a readable npz of plain arrays ({str(error).splitlines()[0]})") from None
+
+
+def _check_rows(path: Path, key: str, array: np.ndarray, limit: float | None = None) -> None:
+    """Raise UserError at the first row that is not finite, or goes beyond +-limit."""
+    for start in range(0, len(array), _CHECK_ROWS):
+        block = array[start : start + _CHECK_ROWS]
+        good = np.isfinite(block).all(axis=1)
+        if not good.all():
+            raise _bad_file(path, f"{key} row {start + int(np.argmin(good))} holds NaN or infinity")
+        if limit is not None:
+            good = (np.abs(block) <= limit).all(axis=1)
+            if not good.all():
+                raise _bad_file(path, f"{key} row {start + int(np.argmin(good))} lies outside [-1, 1]")
+
+
+def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Read and check one dataset file.
+
+    Returns observations [N, obs_dim] float32, actions [N, act_dim] float32, terminals [N] bool. What else the file
+    holds (qpos, qvel) is not read. Raises UserError naming the file and the fault: unreadable, a key missing, wrong
+    shapes or types, NaN, actions outside [-1, 1], terminals that are not 0/1 or do not end the file, an episode of
+    one row.
+    """
+    path = Path(path)
+    arrays = _read_members(path)
+    for key in ("observations", "actions"):
+        array = arrays[key]
+        if array.ndim != 2 or array.shape[1] == 0:
+            raise _bad_file(path, f"{key} has shape {array.shape}, expected [rows, numbers]")
+        if not np.issubdtype(array.dtype, np.floating):
+            raise _bad_file(path, f"{key} has type {array.dtype}, expected float32")
+        arrays[key] = np.ascontiguousarray(array, dtype=np.float32)
+    rows = len(arrays["observations"])
+    terminals = arrays["terminals"]
+    if len(arrays["actions"]) != rows or terminals.shape != (rows,) or rows == 0:
+        shapes = ", ".join(f"{key} {array.shape}" for key, array in arrays.items())
+        raise _bad_file(path, f"arrays do not have the same number of rows: {shapes}")
+    if terminals.dtype != bool:
+        if terminals.dtype.kind not in "iuf" or not np.isin(terminals, (0, 1)).all():
+            raise _bad_file(path, "terminals holds something other than 0 and 1")
+        terminals = arrays["terminals"] = terminals.astype(bool)
+    _check_rows(path, "observations", arrays["observations"])
+    _check_rows(path, "actions", arrays["actions"], limit=1.0 + 1e-5)
+    if not terminals[-1]:
+        raise _bad_file(path, f"the last row ({rows - 1}) does not end an episode")
+    ends = np.flatnonzero(terminals)
+    short = np.flatnonzero(np.diff(ends, prepend=-1) < 2)
+    if len(short):
+        raise _bad_file(path, f"the episode that ends at row {ends[short[0]]} has fewer than 2 rows")
+    return arrays
+
+
+def _load_checked(path: Path, dataset: DatasetId) -> dict[str, np.ndarray]:
+    """`load_arrays`, and the numbers a row must be those of the id's robot."""
+    arrays = load_arrays(path)
+    found = (arrays["observations"].shape[1], arrays["actions"].shape[1])
+    expected = _DIMENSIONS[dataset.maze_env]
+    if found != expected:
+        raise _bad_file(
+            path, f"{found[0]} observation and {found[1]} action numbers a row, {dataset.maze_env} has {expected}"
+        )
+    return arrays
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Finding and downloading files
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class _Interrupted(Exception):
+    """A download that stopped early and may be tried again."""
+
+
+def dataset_paths(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> tuple[Path, Path, Path]:
+    """Paths of the train file, the val file and (of a local dataset) the manifest, whether or not they exist."""
+    stem = resolve_dataset_dir(dataset_dir) / parse_dataset_id(dataset_id).stem
+    return tuple(stem.with_name(stem.name + end) for end in (".npz", "-val.npz", ".json"))
+
+
+def read_manifest(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> dict | None:
+    """The manifest of a complete local dataset, else None.
+
+    Complete means: manifest, train and val file are there and the files have the sizes the manifest says.
+    """
+    train_path, val_path, manifest_path = dataset_paths(dataset_id, dataset_dir)
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        sizes = {path.name: path.stat().st_size for path in (train_path, val_path)}
+        if manifest["id"] != dataset_id or {name: entry["bytes"] for name, entry in manifest["files"].items()} != sizes:
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest
+
+
+def ensure_dataset(
+    dataset_id: str, dataset_dir: str | os.PathLike | None = None, base_url: str = DATASET_URL
+) -> tuple[Path, Path]:
+    """Paths of the train and val file; what is missing of an official dataset is downloaded first.
+
+    Files that exist are used without touching the network. Raises UserError for an unknown id, a local dataset that
+    is missing or incomplete, and a download that fails; it then names the address, and where to put the file by hand.
+    """
+    dataset = parse_dataset_id(dataset_id)
+    train_path, val_path, _ = dataset_paths(dataset_id, dataset_dir)
+    if dataset.local:
+        if read_manifest(dataset_id, dataset_dir) is None:
+            folder = f" --dataset_dir {resolve_dataset_dir(dataset_dir)}" if dataset_dir else ""
+            raise UserError(
+                f"{dataset_id}: no complete dataset at {train_path}; make it with "
+                f"`python make_dataset.py --dataset {dataset_id}{folder}`"
+            )
+        return train_path, val_path
+    for path in (train_path, val_path):
+        if not path.exists():
+            _download(f"{base_url.rstrip('/')}/{path.name}", path, dataset)
+    return train_path, val_path
+
+
+@contextlib.contextmanager
+def exclusive_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder; wait while another process does, so that runs side by side do not write the same files."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _download(url: str, path: Path, dataset: DatasetId) -> None:
+    """Fetch one file to `<path>.part`, check it, rename it into place. Raises UserError in one line."""
+    import requests
+
+    part = path.with_name(path.name + ".part")
+    local_id = f"local/{dataset.name}" if f"local/{dataset.name}" in GENERATED_IDS else GENERATED_IDS[0]
+    advice = f"put {path.name} into {path.parent} by hand, or use --dataset {local_id}, which is made on this machine"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive_folder(path.parent):
+            if path.exists():
+                return  # another process fetched it while this one waited
+            _fetch_with_retry(url, part)
+            try:
+                _load_checked(part, dataset)
+            except UserError as error:
+                _discard(part)
+                fault = str(error).removeprefix(f"{part}: ").split("; delete the file")[0]
+                raise UserError(f"{url} is not the dataset: {fault}; {advice}") from None
+            os.replace(part, path)
+            _discard(part)
+    except (requests.RequestException, _Interrupted) as error:
+        if part.exists() and not _validator_path(part).exists():
+            _discard(part)  # nothing tells whether it could be continued
+        plain = isinstance(error, _Interrupted | requests.HTTPError)
+        raise UserError(f"cannot download {url} ({error if plain else type(error).__name__}); {advice}") from None
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot store {path.name} there ({error.strerror or error})") from None
+
+
+def _fetch_with_retry(url: str, part: Path) -> None:
+    """`_fetch`, once more after a failure that may pass."""
+    import requests
+
+    try:
+        _fetch(url, part)
+    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, _Interrupted):
+        _fetch(url, part)
+
+
+def _validator_path(part: Path) -> Path:
+    return part.with_name(part.name + ".etag")
+
+
+def _discard(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _validator_path(part).unlink(missing_ok=True)
+
+
+def _fetch(url: str, part: Path) -> None:
+    """Download `url` to `part`, going on where an earlier attempt stopped when the server says it is the same file.
+
+    The server's ETag (or date) is kept beside the part; If-Range makes it send the rest only when that still holds,
+    and the whole file otherwise. Raises requests.RequestException or _Interrupted.
+    """
+    import requests
+
+    have, headers = 0, {"Accept-Encoding": "identity"}  # compressed transfer would make Content-Length useless
+    if part.exists() and _validator_path(part).exists():
+        have = part.stat().st_size
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": _validator_path(part).read_text(encoding="utf-8")}
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
+        if response.status_code == 416:  # the part is as long as the file, or longer
+            _discard(part)
+            raise _Interrupted("the server refused to continue the download")
+        if response.status_code not in (200, 206):
+            kind = requests.HTTPError if response.status_code < 500 else _Interrupted
+            raise kind(f"HTTP status {response.status_code}")
+        resumed = response.status_code == 206
+        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            _discard(part)
+            raise _Interrupted("the server continued at the wrong place")
+        have = have if resumed else 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        if not resumed:
+            _discard(part)
+            _write_validator(part, response.headers)
+        with (
+            open(part, "ab") as file,
+            progress(total or 0, part.stem, initial=have, unit="B", unit_scale=True) as bar,
+        ):
+            for chunk in response.iter_content(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+    size = part.stat().st_size
+    if total is not None and size != total:
+        if size > total:
+            _discard(part)
+        raise _Interrupted(f"{size} of {total} bytes arrived")
+
+
+def _write_validator(part: Path, headers: Any) -> None:
+    """Keep what identifies the server's file, if it says so and can send parts. A weak ETag does not identify it."""
+    etag = headers.get("ETag", "")
+    validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
+    if validator and headers.get("Accept-Ranges", "bytes") == "bytes":
+        _validator_path(part).write_text(validator, encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Trajectories, windows and goals
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class TrajectoryDataset:
+    """Episodes laid end to end in rows, on one device.
+
+                   |<---- episode 0 ---->|<- episode 1 ->|
+    row              0   1   2   3   4     5   6   7       N = 8 rows, E = 2 episodes
+    observations     s0  s1  s2  s3  s4    s0  s1  s2
+    actions          a0  a1  a2  a3  .     a0  a1  .       the action of an episode's last row leads nowhere
+    episode_start    0   0   0   0   0     5   5   5
+    episode_end      4   4   4   4   4     7   7   7       inclusive: the row of the last state
+
+    A window of length L = 3 holds L transitions and L + 1 states. In episode 0 it can start at row 0 or 1; episode 1
+    is shorter than L + 1 states, so its one window is padded on the right with its last state:
+
+    rows  [0, 1, 2, 3]  valid [1, 1, 1]      rows  [5, 6, 7, 7]  valid [1, 1, 0]
+    rows  [1, 2, 3, 4]  valid [1, 1, 1]
+
+    Attributes: observations [N, obs_dim] and actions [N, act_dim] float32, episode_start and episode_end [N] int64,
+    episode_starts and episode_lengths [E] int64 (rows), dataset_id, split.
+    """
+
+    def __init__(
+        self,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        episode_starts: torch.Tensor,
+        episode_lengths: torch.Tensor,
+        dataset_id: str,
+        split: str,
+    ):
+        self.observations = observations
+        self.actions = actions
+        self.episode_starts = episode_starts
+        self.episode_lengths = episode_lengths
+        self.dataset_id = dataset_id
+        self.split = split
+        self.episode_start = episode_starts.repeat_interleave(episode_lengths)
+        self.episode_end = self.episode_start + (episode_lengths - 1).repeat_interleave(episode_lengths)
+        self._window_tables: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: dict[str, np.ndarray],
+        dataset_id: str = "",
+        split: str = "train",
+        max_trajectories: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> TrajectoryDataset:
+        """Build from what `load_arrays` returns, keeping the first `max_trajectories` episodes.
+
+        Raises UserError when max_trajectories is below 1.
+        """
+        if max_trajectories is not None and max_trajectories < 1:
+            raise UserError(f"--max_trajectories {max_trajectories}: at least 1 is needed")
+        ends = np.flatnonzero(arrays["terminals"])[:max_trajectories]
+        rows = int(ends[-1]) + 1
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        keep = slice(None) if rows == len(arrays["observations"]) else slice(rows)
+        # A cut is copied, so that the rest of the file's memory is freed.
+        observations, actions = (
+            torch.from_numpy(arrays[key] if keep == slice(None) else arrays[key][keep].copy()).to(device)
+            for key in ("observations", "actions")
+        )
+        return cls(
+            observations,
+            actions,
+            torch.from_numpy(starts).to(device),
+            torch.from_numpy(ends - starts + 1).to(device),
+            dataset_id,
+            split,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        dataset_id: str,
+        split: str = "train",
+        dataset_dir: str | os.PathLike | None = None,
+        max_trajectories: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> TrajectoryDataset:
+        """Read the `train` or `val` file of a dataset, downloading an official one that is missing.
+
+        Raises UserError as `ensure_dataset`, `load_arrays` and `from_arrays` do.
+        """
+        if split not in ("train", "val"):
+            raise UserError(f"split {split!r}: choose train or val")
+        if max_trajectories is not None and max_trajectories < 1:
+            raise UserError(f"--max_trajectories {max_trajectories}: at least 1 is needed")
+        train_path, val_path = ensure_dataset(dataset_id, dataset_dir)
+        arrays = _load_checked(train_path if split == "train" else val_path, parse_dataset_id(dataset_id))
+        return cls.from_arrays(arrays, dataset_id, split, max_trajectories, device)
+
+    def to(self, device: str | torch.device) -> TrajectoryDataset:
+        """The same data on another device."""
+        tensors = (self.observations, self.actions, self.episode_starts, self.episode_lengths)
+        return TrajectoryDataset(*(tensor.to(device) for tensor in tensors), self.dataset_id, self.split)
+
+    @property
+    def device(self) -> torch.device:
+        return self.observations.device
+
+    @property
+    def num_trajectories(self) -> int:
+        return len(self.episode_starts)
+
+    @property
+    def num_transitions(self) -> int:
+        return len(self.observations) - self.num_trajectories
+
+    @property
+    def observation_dim(self) -> int:
+        return self.observations.shape[1]
+
+    @property
+    def action_dim(self) -> int:
+        return self.actions.shape[1]
+
+    def normalizer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the observations, [obs_dim] float32 each.
+
+        Deviations are at least 1e-3, and 1 for a column that never changes.
+        """
+        mean = torch.zeros(self.observation_dim, dtype=torch.float64, device=self.device)
+        variance = torch.zeros_like(mean)
+        # Block by block in float64: exact sums without a float64 copy of the data.
+        for block in self.observations.split(_CHECK_ROWS):
+            mean += block.double().sum(dim=0) / len(self.observations)
+        for block in self.observations.split(_CHECK_ROWS):
+            variance += (block.double() - mean).square().sum(dim=0) / len(self.observations)
+        constant = self.observations.amin(dim=0) == self.observations.amax(dim=0)
+        std = torch.where(constant, torch.ones_like(mean), variance.sqrt().clamp(min=1e-3))
+        return mean.float(), std.float()
+
+    def _window_table(self, length: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """First and past-the-last window number of each episode [E], and the number of windows.
+
+        Windows of all episodes are numbered in a row, so one uniform number picks episode and start together. Built
+        once a length: `sample_windows` itself never waits for the device.
+        """
+        if length not in self._window_tables:
+            counts = (self.episode_lengths - 1 - length).clamp(min=0) + 1
+            last = counts.cumsum(dim=0)
+            self._window_tables[length] = (last - counts, last, int(last[-1]))
+        return self._window_tables[length]
+
+    def sample_windows(self, batch_size: int, length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Draw B windows of L transitions, every possible start equally likely.
+
+        An episode with room for several full windows is drawn in proportion to their number; one shorter than L + 1
+        states counts as one window, from its first row, padded on the right. `generator` lives on the data's device.
+
+        Returns rows [B, L + 1] int64 (the last state's row where padded), observations [B, L + 1, obs_dim] float32,
+        valid [B, L] bool (True where s_t and s_{t+1} both lie in the episode). Raises ValueError for sizes below 1.
+        """
+        if batch_size < 1 or length < 1:
+            raise ValueError(f"batch_size {batch_size} and length {length} must be at least 1")
+        first, last, total = self._window_table(length)
+        window = torch.randint(total, (batch_size,), generator=generator, device=self.device)
+        episode = torch.searchsorted(last, window, right=True)
+        start = self.episode_starts[episode] + window - first[episode]
+        end = (self.episode_starts[episode] + self.episode_lengths[episode] - 1)[:, None]
+        unclamped = start[:, None] + torch.arange(length + 1, device=self.device)
+        rows = torch.minimum(unclamped, end)
+        return {"rows": rows, "observations": self.observations[rows], "valid": unclamped[:, 1:] <= end}
+
+    def sample_goals(
+        self,
+        rows: torch.Tensor,
+        generator: torch.Generator,
+        p_self: float,
+        p_future: float,
+        p_random: float,
+        goal_discount: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw a hindsight goal for each row, independently: rows [B, L] int64 of the states s_t.
+
+        With probability p_self the goal is the state the transition arrives at (row + 1); with p_future it lies
+        Geometric(1 - goal_discount) >= 1 steps ahead, at most at the episode's end; else it is any row of the data.
+
+        Returns goal_rows [B, L] and steps_to_goal [B, L], int64: how many steps ahead the goal lies when it is a
+        later row of the same episode, however it was drawn, else NEVER. Raises UserError when the shares are negative
+        or do not sum to 1, or goal_discount is outside [0, 1).
+        """
+        shares = (p_self, p_future, p_random)
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise UserError(f"goal shares self {p_self}, future {p_future}, random {p_random} must be >= 0, sum to 1")
+        if not 0 <= goal_discount < 1:
+            raise UserError(f"goal_discount {goal_discount} must lie in [0, 1)")
+        kind, uniform = torch.rand(2, *rows.shape, generator=generator, device=self.device)
+        log_discount = math.log(goal_discount) if goal_discount > 0 else -math.inf
+        # Inverse of the geometric distribution; capped before the cast so that no number overflows.
+        ahead = 1 + (torch.log1p(-uniform) / log_discount).clamp(max=NEVER).long()
+        end = self.episode_end[rows]
+        random_rows = torch.randint(len(self.observations), rows.shape, generator=generator, device=self.device)
+        goal_rows = torch.minimum(rows + torch.where(kind < p_self, torch.ones_like(ahead), ahead), end)
+        goal_rows = torch.where(kind < p_self + p_future, goal_rows, random_rows)
+        is_ahead = (goal_rows > rows) & (goal_rows <= end)
+        return goal_rows, torch.where(is_ahead, goal_rows - rows, torch.full_like(rows, NEVER))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Maze geometry
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """z of the cross product of plane vectors [..., 2]; positive where b points to the left of a."""
+    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+
+
+class Maze:
+    """The floor plan of a maze. Row i of `maze_map` runs along y, column j along x; lengths are MuJoCo's.
+
+    Attributes: maze_map [H, W] int (1 is wall), unit (side of a cell), offset_x, offset_y (cell (0, 0) is centred at
+    (-offset_x, -offset_y)), extent (x_min, x_max, y_min, y_max), for `imshow(maze_map, origin="lower", extent=extent)`.
+    """
+
+    SUBCELLS = 8  # nodes along a cell's side in the graph that measures distances
+
+    def __init__(self, maze_map: np.ndarray, unit: float = 4.0, offset_x: float = 4.0, offset_y: float = 4.0):
+        self.maze_map = np.array(maze_map, dtype=int)
+        self.unit = float(unit)
+        self.offset_x = float(offset_x)
+        self.offset_y = float(offset_y)
+        height, width = self.maze_map.shape
+        x_min, y_min = -self.offset_x - self.unit / 2, -self.offset_y - self.unit / 2
+        self.extent = (x_min, x_min + width * self.unit, y_min, y_min + height * self.unit)
+
+    @classmethod
+    def from_env(cls, env: gymnasium.Env) -> Maze:
+        """The maze of an OGBench environment."""
+        maze_env: Any = env.unwrapped
+        return cls(maze_env.maze_map, maze_env._maze_unit, maze_env._offset_x, maze_env._offset_y)
+
+    def xy_to_ij(self, xy: np.ndarray) -> np.ndarray:
+        """Cell (row, column) [..., 2] int of points [..., 2]."""
+        corner = np.array([self.extent[0], self.extent[2]])
+        return np.floor((np.asarray(xy, dtype=np.float64) - corner) / self.unit).astype(int)[..., ::-1]
+
+    def ij_to_xy(self, ij: np.ndarray) -> np.ndarray:
+        """Centre [..., 2] float64 of cells (row, column) [..., 2]."""
+        return np.asarray(ij)[..., ::-1] * self.unit - np.array([self.offset_x, self.offset_y])
+
+    def is_free(self, xy: np.ndarray) -> np.ndarray:
+        """Whether points [..., 2] lie in a free cell: [...] bool, False outside the map."""
+        ij = self.xy_to_ij(xy)
+        inside = ((ij >= 0) & (ij < self.maze_map.shape)).all(axis=-1)
+        clipped = np.clip(ij, 0, np.array(self.maze_map.shape) - 1)
+        return inside & (self.maze_map[clipped[..., 0], clipped[..., 1]] == 0)
+
+    def distances_to(self, goals_xy: np.ndarray, points_xy: np.ndarray) -> np.ndarray:
+        """Shortest distance through free space from each point [P, 2] to each goal [G, 2]: [G, P] float64.
+
+        Exact where the rectangle of cells between the two is free, else at most 3% too long (the angles of a
+        16-neighbour grid). Points in a wall count from the nearest free place; unreachable ones are at infinity.
+        Teleporters are ignored.
+        """
+        from scipy.sparse import coo_matrix
+        from scipy.sparse.csgraph import dijkstra
+
+        goals, points = (self._snap(np.asarray(xy, dtype=np.float64).reshape(-1, 2)) for xy in (goals_xy, points_xy))
+        starts, ends, weights, count = self._edges
+        goal_nodes, goal_costs = self._links(goals)
+        goal_ids = np.broadcast_to(count + np.arange(len(goals))[:, None], goal_nodes.shape)
+        linked = np.isfinite(goal_costs)
+        # Goals are nodes with edges out only: a path must not take a short cut through another goal. Their weights
+        # stay above 0, which a sparse graph would read as no edge.
+        rows = np.concatenate([starts, ends, goal_ids[linked]])
+        columns = np.concatenate([ends, starts, goal_nodes[linked]])
+        weights = np.concatenate([weights, weights, np.maximum(goal_costs[linked], 1e-12)])
+        size = count + len(goals)
+        graph = coo_matrix((weights, (rows, columns)), shape=(size, size)).tocsr()
+        distance = dijkstra(graph, indices=np.arange(count, size))
+        through = np.full((len(goals), len(points)), np.inf)
+        for start in range(0, len(points), 4096):  # bounds the memory that the links take
+            block = slice(start, start + 4096)
+            for nodes, costs in zip(*(part.T for part in self._links(points[block])), strict=True):
+                through[:, block] = np.minimum(through[:, block], distance[:, nodes] + costs)
+        return np.fmin(through, self._direct_distance(goals, points))
+
+    def _snap(self, xy: np.ndarray) -> np.ndarray:
+        """Move points [P, 2] that lie in a wall to the nearest place in a free cell."""
+        blocked = np.flatnonzero(~self.is_free(xy))
+        if len(blocked) == 0:
+            return xy
+        centres = self.ij_to_xy(np.argwhere(self.maze_map == 0))
+        reach = self.unit / 2 * (1 - 1e-9)
+        nearest, best = xy[blocked], np.full(len(blocked), np.inf)
+        for centre in centres:
+            candidate = centre + np.clip(xy[blocked] - centre, -reach, reach)
+            gap = np.linalg.norm(candidate - xy[blocked], axis=1)
+            nearest = np.where((gap < best)[:, None], candidate, nearest)
+            best = np.minimum(gap, best)
+        snapped = xy.copy()
+        snapped[blocked] = nearest
+        return snapped
+
+    def _direct_distance(self, goals: np.ndarray, points: np.ndarray) -> np.ndarray:
+        """Exact distances [G, P] where they need no graph, NaN elsewhere.
+
+        Two kinds of pairs: no wall in the rectangle of cells that spans both; and diagonal cells with one wall beside
+        them, whose shortest path is straight or bends at the wall's corner. What is left is far apart, so that the
+        grid's rounding is small beside it.
+        """
+        walls = np.pad(self.maze_map, ((1, 0), (1, 0))).cumsum(axis=0).cumsum(axis=1)
+        goal_ij, point_ij = np.broadcast_arrays(self.xy_to_ij(goals)[:, None], self.xy_to_ij(points)[None])
+        low, high = np.minimum(goal_ij, point_ij), np.maximum(goal_ij, point_ij) + 1
+        top, left, bottom, right = low[..., 0], low[..., 1], high[..., 0], high[..., 1]
+        count = walls[bottom, right] - walls[top, right] - walls[bottom, left] + walls[top, left]
+        distance = np.full(count.shape, np.nan)
+        g, p = np.nonzero(count == 0)
+        distance[g, p] = np.linalg.norm(goals[g] - points[p], axis=-1)
+        g, p = np.nonzero((count == 1) & (np.abs(goal_ij - point_ij) == 1).all(axis=-1))
+        goal, point, (i, j), (k, m) = goals[g], points[p], goal_ij[g, p].T, point_ij[g, p].T
+        corner = self.ij_to_xy(np.stack([i + k, j + m], axis=-1) / 2)
+        wall = self.ij_to_xy(np.where((self.maze_map[i, m] == 1)[:, None], np.stack([i, m], -1), np.stack([k, j], -1)))
+        diagonal = self.ij_to_xy(np.stack([k, m], -1)) - self.ij_to_xy(np.stack([i, j], -1))
+        # The straight line is free when it leaves the corner on the side where the wall is.
+        free = _cross(point - goal, corner - goal) * _cross(diagonal, wall - corner) >= 0
+        bent = np.linalg.norm(goal - corner, axis=-1) + np.linalg.norm(corner - point, axis=-1)
+        distance[g, p] = np.where(free, np.linalg.norm(goal - point, axis=-1), bent)
+        return distance
+
+    @functools.cached_property
+    def _nodes(self) -> np.ndarray:
+        """Graph node at each corner of the subcells, [8 H + 1, 8 W + 1] int: a number, or -1 where all round is wall.
+
+        Corners, not centres: shortest paths run along walls and bend at their corners. Where two walls meet at a
+        point there is no node, so that no path squeezes through.
+        """
+        free = np.pad(self.maze_map == 0, 1)
+        fine = np.pad(np.kron(self.maze_map == 0, np.ones((self.SUBCELLS, self.SUBCELLS), dtype=bool)), 1)
+        usable = fine[:-1, :-1] | fine[:-1, 1:] | fine[1:, :-1] | fine[1:, 1:]
+        falling, rising = free[:-1, :-1] & free[1:, 1:], free[:-1, 1:] & free[1:, :-1]
+        either = free[:-1, :-1] | free[1:, 1:], free[:-1, 1:] | free[1:, :-1]
+        pinched = (falling & ~either[1]) | (rising & ~either[0])
+        usable[:: self.SUBCELLS, :: self.SUBCELLS] &= ~pinched
+        return np.where(usable, usable.cumsum().reshape(usable.shape) - 1, -1)
+
+    @functools.cached_property
+    def _edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Start nodes, end nodes and lengths of the 16-neighbour grid's edges [M], each once, and the number of nodes.
+
+        A diagonal crosses one subcell and a knight's move two, which must all be free; a straight edge may run along
+        a wall, so one of the two subcells beside it is enough.
+        """
+        height, width = self._nodes.shape
+        margin = 2
+        nodes = np.pad(self._nodes, margin, constant_values=-1)
+        fine = np.kron(self.maze_map == 0, np.ones((self.SUBCELLS, self.SUBCELLS), dtype=bool))
+        fine = np.pad(fine, ((margin, margin + 1), (margin, margin + 1)))
+
+        def shifted(array: np.ndarray, di: int, dj: int) -> np.ndarray:
+            return array[margin + di : margin + di + height, margin + dj : margin + dj + width]
+
+        # Subcell (0, 0) is the one between a node and its (1, 1) neighbour.
+        crossed = {
+            (0, 1): [(-1, 0), (0, 0)],
+            (1, 0): [(0, -1), (0, 0)],
+            (1, 1): [(0, 0)],
+            (1, -1): [(0, -1)],
+            (1, 2): [(0, 0), (0, 1)],
+            (1, -2): [(0, -1), (0, -2)],
+            (2, 1): [(0, 0), (1, 0)],
+            (2, -1): [(0, -1), (1, -1)],
+        }
+        starts, ends, weights = [], [], []
+        for (di, dj), subcells in crossed.items():
+            open_subcells = np.stack([shifted(fine, *subcell) for subcell in subcells])
+            allowed = open_subcells.any(axis=0) if 0 in (di, dj) else open_subcells.all(axis=0)
+            allowed &= (shifted(nodes, 0, 0) >= 0) & (shifted(nodes, di, dj) >= 0)
+            starts.append(shifted(nodes, 0, 0)[allowed])
+            ends.append(shifted(nodes, di, dj)[allowed])
+            weights.append(np.full(allowed.sum(), math.hypot(di, dj) * self.unit / self.SUBCELLS))
+        return np.concatenate(starts), np.concatenate(ends), np.concatenate(weights), int(nodes.max()) + 1
+
+    def _links(self, xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The nodes on the borders of each free point's cell and of the four beside it, as far as they are free.
+
+        All are in the point's sight, and far enough to leave it at nearly any angle. For points [P, 2], returns
+        nodes [P, 124] int and straight distances [P, 124], infinite where there is no node.
+        """
+        side = np.arange(self.SUBCELLS + 1)
+        border = np.array([(a, b) for a in side for b in side if {a, b} & {0, self.SUBCELLS}])
+        walls = np.pad(self.maze_map, 1, constant_values=1)
+        corner = np.array([self.extent[0], self.extent[2]])
+        found, costs = [], []
+        for shift in np.array([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]):
+            cell = self.xy_to_ij(xy) + shift
+            free = walls[cell[:, 0] + 1, cell[:, 1] + 1] == 0
+            # A node that two cells share is taken once, with the point's own cell.
+            relative = border + shift * self.SUBCELLS
+            own = ((relative >= 0) & (relative <= self.SUBCELLS)).all(axis=1) & shift.any()
+            lattice = np.where(free[:, None], cell, 0)[:, None] * self.SUBCELLS + border[~own]
+            nodes = self._nodes[lattice[..., 0], lattice[..., 1]]
+            length = np.linalg.norm(lattice[..., ::-1] * (self.unit / self.SUBCELLS) + corner - xy[:, None], axis=-1)
+            found.append(np.maximum(nodes, 0))
+            costs.append(np.where((nodes >= 0) & free[:, None], length, np.inf))
+        return np.concatenate(found, axis=1), np.concatenate(costs, axis=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Environments
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """One evaluation task as reset with a given seed."""
+
+    task_id: int  # 1..5
+    init_xy: np.ndarray  # [2] float64
+    goal_xy: np.ndarray  # [2] float64
+    goal_observation: np.ndarray  # [obs_dim] float32
+
+
+@contextlib.contextmanager
+def _global_draws_from(state: tuple) -> Iterator[None]:
+    """Let NumPy's global generator, which OGBench draws from, run from `state`; put the caller's state back after."""
+    saved = np.random.get_state()
+    np.random.set_state(state)
+    try:
+        yield
+    finally:
+        np.random.set_state(saved)
+
+
+class _TeleportDraws(gymnasium.Wrapper):
+    """A teleporter picks its exit with NumPy's global generator: give each environment a stream of its own.
+
+    Without it episodes would depend on whatever else draws in the process, and disturb it.
+    """
+
+    def __init__(self, env: gymnasium.Env):
+        super().__init__(env)
+        self._state = np.random.RandomState(0).get_state()
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:
+            self._state = np.random.RandomState(seed % 2**32).get_state()
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray):
+        with _global_draws_from(self._state):
+            result = self.env.step(action)
+            self._state = np.random.get_state()
+        return result
+
+
+def _discard_maze_file(env: gymnasium.Env, lowest_fd: int) -> None:
+    """Close and delete the temporary XML file that OGBench leaves open for every maze it builds."""
+    path = env.unwrapped.fullpath
+    with contextlib.suppress(OSError):
+        info = os.stat(path)
+        # Descriptors are handed out from the lowest free number; the file's identity decides, so nothing else closes.
+        for fd in range(lowest_fd, lowest_fd + 64):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(fd), info):
+                    os.close(fd)
+        os.remove(path)
+
+
+def make_env(dataset_id: str, **kwargs: Any) -> gymnasium.Env:
+    """The Gymnasium environment of a dataset; `kwargs` go to `gymnasium.make` (render_mode, width, max_episode_steps).
+
+    No display is needed until it renders. Raises UserError for an unknown id.
+    """
+    env_id = parse_dataset_id(dataset_id).env_id
+    import ogbench  # noqa: F401  registers the environments
+
+    kwargs.setdefault("disable_env_checker", True)  # it warns about observations beyond float32, at every reset
+    probe = os.open(os.devnull, os.O_RDONLY)
+    os.close(probe)
+    env = gymnasium.make(env_id, **kwargs)
+    _discard_maze_file(env, probe)
+    return _TeleportDraws(env) if "teleport" in env_id else env
+
+
+def max_episode_steps(dataset_id: str) -> int:
+    """Steps after which an evaluation episode is cut, as OGBench registers them."""
+    env_id = parse_dataset_id(dataset_id).env_id
+    import ogbench  # noqa: F401  registers the environments
+
+    return int(gymnasium.spec(env_id).max_episode_steps)
+
+
+def seeded_reset(env: gymnasium.Env, seed: int, options: dict | None = None) -> tuple[np.ndarray, dict]:
+    """Reset so that the episode's start and goal depend on `seed` and `options` alone.
+
+    OGBench draws their noise from NumPy's global generator and a few actions from the action space, neither of which
+    `env.reset(seed=...)` reaches; the global state is put back after. Returns the observation [obs_dim] float32 and
+    the info, whose `goal` is the goal's observation.
+    """
+    seed = int(seed) % 2**32
+    env.action_space.seed(seed)
+    with _global_draws_from(np.random.RandomState(seed).get_state()):
+        observation, info = env.reset(seed=seed, options=options)
+    return np.asarray(observation, dtype=np.float32), info
+
+
+def evaluation_tasks(env: gymnasium.Env, seed: int = 0) -> list[Task]:
+    """The benchmark's five tasks, each as `seeded_reset` with this seed draws it. Leaves `env` reset to the last."""
+    tasks = []
+    for task_id in range(1, NUM_TASKS + 1):
+        _, info = seeded_reset(env, seed, {"task_id": task_id})
+        maze_env: Any = env.unwrapped
+        xy = np.array(maze_env.get_xy(), dtype=np.float64)
+        goal_xy = np.array(maze_env.cur_goal_xy, dtype=np.float64)
+        tasks.append(Task(task_id, xy, goal_xy, np.asarray(info["goal"], dtype=np.float32)))
+    return tasks

@@ -1,0 +1,206 @@
+"""Datasets generated on this machine: the recipe, the files, and what happens when they are there already."""
+
+import hashlib
+import itertools
+import json
+import zipfile
+
+import numpy as np
+import pytest
+
+import make_dataset
+from make_dataset import OracleWaypoints, cell_distances, generate, generate_if_missing, vertex_cells
+from ogbench_utils import GENERATED_IDS, Maze, TrajectoryDataset, ensure_dataset, load_arrays, make_env, read_manifest
+from utils import UserError
+
+STITCH = "local/pointmaze-medium-stitch-v0"
+NAVIGATE = "local/pointmaze-medium-navigate-v0"
+FILES = ["pointmaze-medium-stitch-v0-val.npz", "pointmaze-medium-stitch-v0.json", "pointmaze-medium-stitch-v0.npz"]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+@pytest.fixture(scope="module")
+def stitch_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stitch")
+    generate(STITCH, 12, 0, folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large_env():
+    return make_env("pointmaze-large-navigate-v0").unwrapped
+
+
+def test_waypoints_equal_the_environments_oracle(large_env):
+    waypoints = OracleWaypoints(large_env)
+    centres = [large_env.ij_to_xy(ij) for ij in np.argwhere(large_env.maze_map == 0).tolist()]
+    rng = np.random.default_rng(0)
+    starts = [np.array(xy) + rng.uniform(-2.1, 2.1, 2) for xy in centres]  # some lie a little inside a wall
+    for start, goal in itertools.product(starts, centres[::3]):
+        expected, distances = large_env.get_oracle_subgoal(start, goal)
+        np.testing.assert_array_equal(waypoints(start, goal), expected)
+    np.testing.assert_array_equal(cell_distances(large_env.maze_map, large_env.xy_to_ij(goal)), distances)
+
+
+def test_vertex_cells_leave_out_corridors():
+    maze_map = np.array([[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [1, 0, 1, 1, 1], [1, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    assert vertex_cells(maze_map) == [(1, 1), (1, 3), (3, 1)]
+
+
+def test_files_follow_the_official_layout(stitch_dir):
+    train, val = ensure_dataset(STITCH, stitch_dir)
+    with np.load(train, allow_pickle=False) as archive:
+        arrays = dict(archive)
+    rows = 12 * 201
+    expected = {key: ((rows, 2), np.float32) for key in ("observations", "actions", "qpos", "qvel")}
+    expected["terminals"] = ((rows,), bool)
+    assert {key: (array.shape, array.dtype) for key, array in arrays.items()} == expected
+    assert np.flatnonzero(arrays["terminals"]).tolist() == list(range(200, rows, 201))
+    np.testing.assert_array_equal(arrays["observations"], arrays["qpos"])  # a point mass observes its position
+    assert len(load_arrays(val)["terminals"]) == 201
+    assert all(info.date_time == (1980, 1, 1, 0, 0, 0) for info in zipfile.ZipFile(train).infolist())
+
+
+def test_episodes_follow_the_recipe(stitch_dir):
+    data = TrajectoryDataset.load(STITCH, dataset_dir=stitch_dir)
+    maze = Maze.from_env(make_env(STITCH))
+    starts = data.observations[data.episode_starts].numpy()
+    # Half the way is walked well before the end; then the noise alone moves the point round its goal.
+    ends = data.observations.reshape(12, 201, 2)[:, -40:].mean(dim=1).numpy()
+    assert len({tuple(cell) for cell in maze.xy_to_ij(starts)}) > 4
+    for start, end in zip(starts, ends, strict=True):
+        away = cell_distances(maze.maze_map, tuple(maze.xy_to_ij(start)))[tuple(maze.xy_to_ij(end))]
+        assert away == 4
+    steps = np.diff(data.observations.reshape(12, 201, 2).numpy(), axis=1)
+    actions = data.actions.reshape(12, 201, 2)[:, :-1].numpy()
+    # Away from walls an action of 1 moves the point by 0.2; rows pair a state with the action taken there.
+    assert np.median(np.abs(steps - 0.2 * actions)) < 1e-4
+    assert 0.2 < np.abs(actions).mean() < 0.8 and np.abs(actions).max() == 1.0
+
+
+def test_navigate_goes_on_to_new_goals():
+    maker = make_dataset.EpisodeMaker(NAVIGATE)
+    episode = maker.make(np.random.SeedSequence(0))
+    assert len(episode["terminals"]) == 1001
+    cells = {tuple(cell) for cell in Maze.from_env(maker.env).xy_to_ij(episode["observations"])}
+    assert len(cells) > 15  # one goal alone would leave most of the 26 cells unseen
+    assert np.isfinite(maker.maze_env.model.geom("target").pos).all()
+
+
+def test_bytes_do_not_depend_on_jobs_but_on_the_seed(stitch_dir, tmp_path):
+    generate(STITCH, 12, 0, tmp_path / "two", jobs=2, progress=False)
+    other = generate(STITCH, 2, 1, tmp_path / "other", progress=False)
+    for name in FILES:
+        if name.endswith(".npz"):
+            assert (stitch_dir / "local" / name).read_bytes() == (tmp_path / "two" / "local" / name).read_bytes()
+    same_rows = slice(0, 2 * 201)
+    whole = load_arrays(stitch_dir / "local" / FILES[2])["observations"][same_rows]
+    assert not np.array_equal(load_arrays(other)["observations"], whole)
+    # The first episodes are the same however many follow, and validation repeats none of them.
+    fewer = generate(STITCH, 2, 0, tmp_path / "fewer", progress=False)
+    np.testing.assert_array_equal(load_arrays(fewer)["observations"], whole)
+    assert not np.array_equal(load_arrays(tmp_path / "fewer" / "local" / FILES[0])["observations"], whole[:201])
+
+
+def test_manifest(stitch_dir):
+    manifest = read_manifest(STITCH, stitch_dir)
+    assert (manifest["id"], manifest["seed"], manifest["num_episodes"], manifest["noise"]) == (STITCH, 0, 12, 0.5)
+    assert manifest["rows_per_episode"] == 201 and "4 cells" in manifest["recipe"]
+    assert set(manifest["versions"]) == {"python", "numpy", "mujoco", "gymnasium", "ogbench"}
+    for name, entry in manifest["files"].items():
+        content = (stitch_dir / "local" / name).read_bytes()
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest() and entry["bytes"] == len(content)
+    assert names(stitch_dir / "local") == FILES
+
+
+def test_existing_dataset_is_kept_or_replaced_on_request(tmp_path, capsys):
+    arguments = ["--dataset", STITCH, "--num_episodes", "2", "--dataset_dir", str(tmp_path)]
+    make_dataset.main(arguments)
+    before = (tmp_path / "local" / FILES[2]).stat().st_mtime_ns
+    capsys.readouterr()
+    make_dataset.main(arguments)
+    assert "already at" in capsys.readouterr().err
+    generate_if_missing(STITCH, tmp_path)  # it asks for 100 episodes only where there are none
+    assert (tmp_path / "local" / FILES[2]).stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="2 episodes of seed 0, not 2 of seed 1.*--overwrite"):
+        make_dataset.main([*arguments, "--seed", "1"])
+    assert read_manifest(STITCH, tmp_path)["seed"] == 0
+    make_dataset.main([*arguments, "--seed", "1", "--overwrite"])
+    assert read_manifest(STITCH, tmp_path)["seed"] == 1 and names(tmp_path / "local") == FILES
+
+
+def test_a_run_that_stops_early_leaves_no_dataset(tmp_path, monkeypatch):
+    made = make_dataset._make_episode
+    monkeypatch.setattr(make_dataset, "_make_episode", lambda task: made(task) if task[2] == 0 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(STITCH, 2, 0, tmp_path, progress=False)
+    assert names(tmp_path / "local") == []
+    with pytest.raises(UserError, match="no complete dataset"):
+        ensure_dataset(STITCH, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "no val", "cut", "not JSON", "other id", "other name"])
+def test_an_incomplete_dataset_does_not_pass(stitch_dir, tmp_path, damage):
+    folder = tmp_path / "local"
+    folder.mkdir()
+    for name in FILES:
+        (folder / name).write_bytes((stitch_dir / "local" / name).read_bytes())
+    ensure_dataset(STITCH, tmp_path)
+    manifest = json.loads((folder / FILES[1]).read_text())
+    if damage == "no manifest":
+        (folder / FILES[1]).unlink()
+    elif damage == "no val":
+        (folder / FILES[0]).unlink()
+    elif damage == "cut":
+        (folder / FILES[2]).write_bytes((folder / FILES[2]).read_bytes()[:-1])
+    elif damage == "not JSON":
+        (folder / FILES[1]).write_text("[]")
+    elif damage == "other id":
+        (folder / FILES[1]).write_text(json.dumps(manifest | {"id": NAVIGATE}))
+    else:
+        manifest["files"]["else.npz"] = manifest["files"].pop(FILES[0])
+        (folder / FILES[1]).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="no complete dataset.*make_dataset.py"):
+        ensure_dataset(STITCH, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "dataset_id, message",
+    [
+        ("local/antmaze-medium-navigate-v0", "trained locomotion policy.*local/pointmaze-large-stitch-v0"),
+        ("local/humanoidmaze-large-stitch-v0", "trained locomotion policy"),
+        ("local/pointmaze-giant-navigate-v0", "no recipe.*local/pointmaze-medium-navigate-v0"),
+        ("pointmaze-medium-navigate-v0", "official file.*local/pointmaze-medium-navigate-v0"),
+        ("local/pointmaze-medium-navigat", "did you mean 'local/pointmaze-medium-navigate-v0'"),
+    ],
+)
+def test_ids_that_cannot_be_made(dataset_id, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        generate(dataset_id, 1, 0, tmp_path)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("flag", ["num_episodes", "jobs", "seed"])
+def test_numbers_out_of_range(flag, tmp_path):
+    with pytest.raises(UserError, match=f"--{flag} -1"):
+        make_dataset.main(["--dataset_dir", str(tmp_path), f"--{flag}", "-1"])
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write there.*--dataset_dir"):
+        generate(STITCH, 1, 0, tmp_path / "file", progress=False)
+
+
+def test_the_recipes_cover_the_ids_that_are_offered():
+    covered = {
+        f"local/{family}-{size}-{task_type}-v0"
+        for family, recipe in make_dataset.RECIPES.items()
+        for size in recipe.sizes
+        for task_type in recipe.rows
+    }
+    assert covered == set(GENERATED_IDS)

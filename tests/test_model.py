@@ -1,0 +1,235 @@
+"""The encoder against slow oracles: a float64 sequential scan, transformers' Mamba-2, and its own recurrence."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model
+from model import GoalValue, InverseDynamics, Mamba2, MambaEncoder, NextState, OfflineModel, RewardLogit, TransitionQ
+
+
+def sequential_mamba2(block: Mamba2, u: torch.Tensor) -> torch.Tensor:
+    """The block's equations one position at a time, written from the paper and sharing no code with model.py."""
+    batch, length, _ = u.shape
+    inner, n, heads, p = block.d_inner, block.d_state, block.nheads, block.headdim
+    weight, width = block.conv1d.weight, block.conv1d.weight.shape[-1]
+    projected = u @ block.in_proj.weight.t()
+    z, xBC, dt = projected[..., :inner], projected[..., inner : 2 * inner + 2 * n], projected[..., 2 * inner + 2 * n :]
+    h = torch.zeros(batch, heads, p, n, dtype=u.dtype)
+    A = -torch.exp(block.A_log)
+    outputs = []
+    for t in range(length):
+        c = block.conv1d.bias.expand(batch, -1)
+        for k in range(width):
+            if t - k >= 0:
+                c = c + xBC[:, t - k] * weight[:, 0, width - 1 - k]
+        c = c * torch.sigmoid(c)
+        x, B, C = c[:, :inner].view(batch, heads, p), c[:, inner : inner + n], c[:, inner + n :]
+        step = torch.log1p(torch.exp(dt[:, t] + block.dt_bias))
+        h = h * torch.exp(step * A)[:, :, None, None] + torch.einsum("bh,bhp,bn->bhpn", step, x, B)
+        y = torch.einsum("bhpn,bn->bhp", h, C) + x * block.D[:, None]
+        g = y.reshape(batch, inner) * z[:, t] * torch.sigmoid(z[:, t])
+        g = g / torch.sqrt(g.square().mean(-1, keepdim=True) + 1e-5) * block.norm.weight
+        outputs.append(g @ block.out_proj.weight.t())
+    return torch.stack(outputs, dim=1)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def block(chunk_size=128, seed=0, **sizes) -> Mamba2:
+    torch.manual_seed(seed)
+    mixer = Mamba2(**({"d_model": 32, "d_state": 16, "headdim": 16} | sizes), chunk_size=chunk_size, backend="torch")
+    with torch.no_grad():  # not the initial ones and zeros, which would hide a missing factor
+        mixer.D.uniform_(0.5, 2)
+        mixer.norm.weight.uniform_(0.5, 2)
+    return mixer
+
+
+@pytest.mark.parametrize("length,chunk_size", [(1, 128), (2, 128), (7, 128), (40, 128), (40, 16), (33, 8), (9, 1)])
+def test_block_equals_the_sequential_scan(length, chunk_size):
+    mixer = block(chunk_size)
+    u = torch.randn(3, length, 32, requires_grad=True)
+    weight = torch.randn(3, length, 32)
+    (mixer(u) * weight).sum().backward()
+    grads = {name: parameter.grad for name, parameter in mixer.named_parameters()} | {"u": u.grad}
+    oracle = block(chunk_size).double()
+    u64 = u.detach().double().requires_grad_()
+    expected = sequential_mamba2(oracle, u64)
+    (expected * weight.double()).sum().backward()
+    assert relative(mixer(u), expected) < 1e-5
+    slow = {name: parameter.grad for name, parameter in oracle.named_parameters()} | {"u": u64.grad}
+    for name, gradient in grads.items():
+        if slow[name].abs().max() == 0:  # a single position: A and the older taps have no effect
+            assert gradient is None or gradient.abs().max() == 0, name
+        else:
+            assert relative(gradient, slow[name]) < 1e-5, name
+
+
+def test_hand_written_gradients_pass_gradcheck():
+    mixer = block(chunk_size=4, d_model=8, d_state=4, headdim=8).double()
+    u = torch.randn(2, 6, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda u: mixer(u), (u,))
+    x, z = (torch.randn(3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(model.RMSNormGated(8).double(), (x, z))
+
+
+@pytest.mark.parametrize("length", [1, 50, 100])
+def test_block_equals_transformers(length):
+    mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    from transformers import Mamba2Config
+
+    mixer = block(d_model=64, d_state=32, headdim=32)
+    config = Mamba2Config(
+        num_heads=4, head_dim=32, hidden_size=64, state_size=32, expand=2, n_groups=1, conv_kernel=4, chunk_size=128,
+        use_bias=False, num_hidden_layers=1, layer_norm_epsilon=1e-5,
+    )  # fmt: skip
+    oracle = mamba2.Mamba2Mixer(config, 0)
+    oracle.load_state_dict(mixer.state_dict())  # the same names and shapes
+    u, weight = torch.randn(2, length, 64), torch.randn(2, length, 64)
+    ours, theirs = u.clone().requires_grad_(), u.clone().requires_grad_()
+    (mixer(ours) * weight).sum().backward()
+    (oracle(theirs) * weight).sum().backward()
+    assert relative(mixer(u), oracle(u)) < 1e-4
+    assert relative(ours.grad, theirs.grad) < 1e-4
+    slow = dict(oracle.named_parameters())
+    for name, parameter in mixer.named_parameters():
+        if slow[name].grad is not None and slow[name].grad.abs().max() > 0:
+            assert relative(parameter.grad, slow[name].grad) < 1e-4, name
+
+
+def test_parameters_have_the_names_and_shapes_of_mamba_ssm():
+    # Read off mamba_ssm.Mamba2(d_model=128, d_state=64, d_conv=4, expand=2, headdim=64).
+    expected = {
+        "dt_bias": (4,), "A_log": (4,), "D": (4,), "in_proj.weight": (644, 128), "conv1d.weight": (384, 1, 4),
+        "conv1d.bias": (384,), "norm.weight": (256,), "out_proj.weight": (128, 256),
+    }  # fmt: skip
+    assert {name: tuple(p.shape) for name, p in Mamba2(128).named_parameters()} == expected
+
+
+def encoder(**sizes) -> MambaEncoder:
+    torch.manual_seed(1)
+    net = MambaEncoder(5, d_model=32, n_layers=2, d_state=16, backend="torch", **sizes)
+    net.set_normalizer(torch.randn(5), torch.rand(5) + 0.5)
+    return net
+
+
+def test_encoder_is_causal():
+    net, x = encoder(), torch.randn(2, 30, 5)
+    changed = x.clone()
+    changed[:, 17:] = torch.randn(2, 13, 5) * 100
+    codes = net(x)
+    assert torch.equal(codes[:, :17], net(changed)[:, :17])
+    assert not torch.allclose(codes[:, 17:], net(changed)[:, 17:])
+
+
+def test_step_recurrence_equals_the_window():
+    net, x = encoder().double(), torch.randn(3, 60, 5, dtype=torch.float64)
+    state, steps = net.initial_state(3), []
+    for t in range(60):
+        code, state = net.step(x[:, t], state)
+        steps.append(code)
+    assert relative(torch.stack(steps, 1), net(x)) < 1e-10
+
+
+def test_right_padding_changes_no_valid_output():
+    net, x = encoder(), torch.randn(4, 20, 5)
+    lengths = torch.tensor([1, 7, 19, 20])
+    padded = x.clone()
+    for i, n in enumerate(lengths):
+        padded[i, n:] = 1e6
+    last = net.encode_last_valid(padded, lengths)
+    assert torch.equal(last, net.encode_last_valid(x, lengths))
+    for i, n in enumerate(lengths):
+        assert torch.allclose(last[i], net(x[i : i + 1, :n])[0, -1], atol=1e-5)
+
+
+def test_goal_is_a_sequence_of_one():
+    net, goals = encoder(), torch.randn(3, 7, 5)
+    codes = net.encode_goal(goals)
+    assert codes.shape == (3, 7, 32)
+    assert torch.allclose(codes[1, 2], net(goals[1, 2].view(1, 1, 5))[0, 0], atol=1e-6)
+
+
+def test_codes_depend_on_order_and_position():
+    net, x = encoder(), torch.randn(1, 10, 5)
+    assert not torch.allclose(net(x)[:, -1], net(x.flip(1))[:, -1], atol=1e-3)
+    rotated = model.rotary(torch.ones(1, 3, 8), torch.arange(3))
+    assert torch.equal(rotated[0, 0], torch.ones(8))  # position 0 is untouched, which is where goals stand
+    assert torch.allclose(rotated.norm(dim=-1), torch.full((1, 3), 8.0).sqrt())
+
+
+def test_mixed_precision_keeps_parameters_and_scan_in_float32():
+    net, x = encoder(), torch.randn(2, 20, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        codes = net(x)
+    codes.float().sum().backward()
+    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in net.parameters())
+    assert relative(codes, net(x)) < 0.05  # bfloat16 has three digits
+
+
+def test_backends():
+    net = Mamba2(32, headdim=16, backend="cuda")
+    with pytest.raises((ImportError, ValueError), match=r"requirements-cuda.txt|runs on a GPU"):
+        net(torch.randn(1, 4, 32))
+    with pytest.raises(ValueError, match="choose one of auto, torch, cuda"):
+        Mamba2(32, headdim=16, backend="fast")(torch.randn(1, 4, 32))
+
+
+def test_auto_backend_logs_its_choice_once(caplog):
+    model._announced.clear()
+    with caplog.at_level(logging.INFO, logger="model"):
+        for _ in range(3):
+            Mamba2(32, headdim=16, backend="auto")(torch.randn(1, 4, 32))
+    assert [record.message for record in caplog.records] == ["Mamba-2 backend: torch"]
+
+
+@pytest.mark.gpu
+@pytest.mark.cuda_packages
+def test_cuda_kernels_equal_the_torch_backend():
+    pytest.importorskip("mamba_ssm")
+    mixer = block(d_model=128, d_state=64, headdim=64).cuda()
+    u = torch.randn(4, 100, 128, device="cuda")
+    expected = mixer(u)
+    mixer.backend = "cuda"
+    assert relative(mixer(u), expected) < 1e-3
+
+
+def test_heads_have_the_shapes_they_state():
+    z, z_next, z_goal = (torch.randn(4, 6, 32) for _ in range(3))
+    q = TransitionQ(32, 64)
+    assert q(z, z_next, z_goal).shape == (2, 4, 6)
+    assert GoalValue(32, 64)(z, z_goal).shape == (4, 6)
+    assert NextState(32, 64)(z, z_goal).shape == (4, 6, 32)
+    assert RewardLogit(32, 64)(z_next).shape == (4, 6)
+    action = InverseDynamics(32, 64, 3)(z, z_next, z_goal)
+    assert action.shape == (4, 6, 3) and action.abs().max() <= 1
+
+
+def test_twin_q_is_two_separate_networks():
+    q = TransitionQ(8, 16)
+    z, z_next, z_goal = (torch.randn(5, 8) for _ in range(3))
+    for i in range(2):
+        h = torch.cat([z, z_next, z_goal], dim=-1)
+        for k, layer in enumerate(q.layers):
+            h = h @ layer.weight[i] + layer.bias[i]
+            h = F.relu(h) if k < 2 else h
+        assert torch.allclose(q(z, z_next, z_goal)[i], h.squeeze(-1), atol=1e-6)
+    q(z, z_next, z_goal)[0].sum().backward()
+    assert all(layer.weight.grad[1].abs().max() == 0 for layer in q.layers)
+
+
+def test_impossible_sizes_are_named():
+    with pytest.raises(ValueError, match="odd"):
+        MambaEncoder(3, d_model=31)
+    with pytest.raises(ValueError, match="multiple of headdim"):
+        Mamba2(24, headdim=64)
+
+
+def test_offline_model_holds_no_action_head():
+    names = {name.split(".")[0] for name, _ in OfflineModel(4, 32, 16).named_parameters()}
+    assert names == {"encoder", "q", "v", "next_state", "reward"}

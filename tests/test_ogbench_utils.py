@@ -1,0 +1,570 @@
+"""Dataset files, windows, goals, downloads, maze distances and environments of OGBench."""
+
+import functools
+import http.server
+import io
+import threading
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from scipy.sparse.csgraph import dijkstra
+
+import ogbench_utils
+from ogbench_utils import (
+    NEVER,
+    Maze,
+    TrajectoryDataset,
+    ensure_dataset,
+    evaluation_tasks,
+    load_arrays,
+    make_env,
+    max_episode_steps,
+    parse_dataset_id,
+    resolve_dataset_dir,
+    seeded_reset,
+)
+from utils import UserError
+
+OFFICIAL = "pointmaze-medium-navigate-v0"
+
+
+def episodes(*lengths, dim=2):
+    """Arrays whose observation [r, 0] is the row and [r, 1] the episode."""
+    rows = sum(lengths)
+    terminals = np.zeros(rows, dtype=bool)
+    terminals[np.cumsum(lengths) - 1] = True
+    observations = np.zeros((rows, dim), dtype=np.float32)
+    observations[:, 0] = np.arange(rows)
+    observations[:, 1] = np.repeat(np.arange(len(lengths)), lengths)
+    actions = np.random.default_rng(0).uniform(-1, 1, (rows, 2)).astype(np.float32)
+    return {"observations": observations, "actions": actions, "terminals": terminals}
+
+
+def npz_bytes(arrays):
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Ids and files
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_dataset_id_parts():
+    local = parse_dataset_id("local/antmaze-large-explore-v0")
+    assert (local.local, local.name, local.maze_env) == (True, "antmaze-large-explore-v0", "antmaze")
+    assert (local.maze_size, local.task_type, local.env_id) == ("large", "explore", "antmaze-large-v0")
+    assert not parse_dataset_id(OFFICIAL).local
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["pointmaze-medium-navigate", "../" + OFFICIAL, "/" + OFFICIAL, "local\\" + OFFICIAL, "local/../" + OFFICIAL, ""]
+    + ["local/local/" + OFFICIAL, OFFICIAL + "\n", "pointmaze-medium-explore-v0", "visual-antmaze-medium-navigate-v0"],
+)
+def test_other_ids_are_refused_with_the_nearest_one(bad, tmp_path):
+    with pytest.raises(UserError, match="did you mean '(local/)?[a-z]+maze-"):
+        ensure_dataset(bad, tmp_path)
+
+
+def test_dataset_dir_argument_then_variable_then_beside_the_code(monkeypatch, tmp_path):
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path / "b"))
+    assert resolve_dataset_dir(str(tmp_path / "a")) == tmp_path / "a"
+    assert resolve_dataset_dir(None) == tmp_path / "b"
+    monkeypatch.delenv("OGBENCH_DATASET_DIR")
+    assert resolve_dataset_dir(None).name == "datasets"
+    assert (resolve_dataset_dir(None).parent / "ogbench_utils.py").exists()
+
+
+def test_load_arrays_reads_what_was_written(tmp_path):
+    arrays = episodes(4, 3)
+    stored = arrays | {"terminals": arrays["terminals"].astype(np.float32), "qpos": np.zeros((7, 2))}
+    stored["observations"] = stored["observations"].astype(np.float64)
+    (tmp_path / "a.npz").write_bytes(npz_bytes(stored))
+    loaded = load_arrays(tmp_path / "a.npz")
+    assert set(loaded) == set(arrays)
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(loaded[key], array)
+        assert loaded[key].dtype == array.dtype
+
+
+def with_value(key, index, value):
+    arrays = episodes(4, 3)
+    arrays[key][index] = value
+    return arrays
+
+
+BAD_ARRAYS = {
+    "no array 'actions'": {"observations": np.zeros((2, 2)), "terminals": np.ones(2)},
+    "observations row 5 holds NaN": with_value("observations", (5, 1), np.nan),
+    "actions row 2 holds NaN or inf": with_value("actions", (2, 0), np.inf),
+    r"actions row 6 lies outside": with_value("actions", (6, 0), -1.01),
+    r"last row \(6\) does not end": with_value("terminals", 6, False),
+    "ends at row 4 has fewer than 2": with_value("terminals", 4, True),
+    "something other than 0 and 1": episodes(4, 3) | {"terminals": np.array([0, 0, 0, 2, 0, 0, 1])},
+    "same number of rows": episodes(4, 3) | {"actions": np.zeros((6, 2))},
+    r"observations has shape \(7,\)": episodes(4, 3) | {"observations": np.zeros(7)},
+    "observations has type int": episodes(4, 3) | {"observations": np.zeros((7, 2), dtype=int)},
+    "not a readable npz of plain": episodes(4, 3) | {"actions": np.array([[{}, {}]] * 7, dtype=object)},
+}
+
+
+@pytest.mark.parametrize("fault", BAD_ARRAYS)
+def test_each_fault_of_a_file_is_named(fault, tmp_path):
+    path = tmp_path / "bad.npz"
+    path.write_bytes(npz_bytes(BAD_ARRAYS[fault]))
+    with pytest.raises(UserError, match=fault) as caught:
+        load_arrays(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_npz(tmp_path):
+    whole = npz_bytes(episodes(400, 3))
+    broken = bytearray(whole)
+    broken[len(whole) // 3] ^= 0xFF
+    npy = io.BytesIO()
+    np.save(npy, np.zeros(3))
+    contents = {"cut": whole[: len(whole) // 2], "flipped": bytes(broken), "empty": b"", "page": b"<html>hello</html>"}
+    for name, content in (contents | {"npy": npy.getvalue()}).items():
+        path = tmp_path / f"{name}.npz"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}.npz: .*delete the file"):
+            load_arrays(path)
+    with pytest.raises(UserError, match="no such file"):
+        load_arrays(tmp_path / "absent.npz")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Windows and goals
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_layout_and_max_trajectories():
+    data = TrajectoryDataset.from_arrays(episodes(5, 3), "id")
+    assert (data.num_trajectories, data.num_transitions, data.observation_dim, data.action_dim) == (2, 6, 2, 2)
+    assert data.episode_start.tolist() == [0] * 5 + [5] * 3
+    assert data.episode_end.tolist() == [4] * 5 + [7] * 3
+    first = TrajectoryDataset.from_arrays(episodes(5, 3), "id", max_trajectories=1)
+    assert (len(first.observations), first.num_trajectories, first.episode_lengths.tolist()) == (5, 1, [5])
+    assert TrajectoryDataset.from_arrays(episodes(5, 3), max_trajectories=9).num_trajectories == 2
+    assert data.to("cpu").sample_windows(2, 2, generator())["rows"].shape == (2, 3)
+    with pytest.raises(UserError, match="max_trajectories"):
+        TrajectoryDataset.from_arrays(episodes(5, 3), max_trajectories=0)
+
+
+def test_normalizer():
+    arrays = episodes(50, 30, dim=3)
+    arrays["observations"][:, 1] = 1e6 + np.random.default_rng(0).normal(size=80) * 1e-6
+    arrays["observations"][:, 2] = 7.0
+    mean, std = TrajectoryDataset.from_arrays(arrays).normalizer()
+    np.testing.assert_allclose(mean[0], 39.5)
+    np.testing.assert_allclose(std[0], np.arange(80).std(), rtol=1e-6)
+    assert mean[2] == 7.0 and std[2] == 1.0
+    assert std.min() >= 1e-3
+
+
+def test_windows_stay_in_an_episode_and_pad_only_short_ones():
+    data = TrajectoryDataset.from_arrays(episodes(9, 2, 5, 6))
+    batch = data.sample_windows(2000, 4, generator())
+    rows, valid, seen = batch["rows"], batch["valid"], batch["observations"]
+    assert rows.shape == (2000, 5) and valid.shape == (2000, 4) and seen.shape == (2000, 5, 2)
+    assert torch.equal(seen[..., 0].long(), rows)
+    assert (seen[..., 1] == seen[:, :1, 1]).all()
+    assert torch.equal(valid, rows[:, 1:] == rows[:, :-1] + 1)
+    short = seen[:, 0, 1] == 1
+    assert short.any() and valid[~short].all()
+    assert (rows[short] == torch.tensor([9, 10, 10, 10, 10])).all()
+    assert (valid[short] == torch.tensor([True, False, False, False])).all()
+
+
+def test_every_start_is_equally_likely():
+    data = TrajectoryDataset.from_arrays(episodes(9, 2, 5, 6))
+    starts = data.sample_windows(80_000, 4, generator())["rows"][:, 0]
+    values, counts = starts.unique(return_counts=True)
+    # 5 starts of the first episode, the padded one, 1 of the third, 2 of the last.
+    assert values.tolist() == [0, 1, 2, 3, 4, 9, 11, 16, 17]
+    expected = 80_000 / 9
+    assert ((counts - expected).abs() < 5 * expected**0.5).all()
+
+
+def test_sampling_depends_on_the_generator_alone():
+    data = TrajectoryDataset.from_arrays(episodes(9, 2, 5, 6))
+    torch.manual_seed(1)
+    one = data.sample_windows(20, 4, generator(3))["rows"]
+    torch.manual_seed(2)
+    assert torch.equal(one, data.sample_windows(20, 4, generator(3))["rows"])
+    assert not torch.equal(one, data.sample_windows(20, 4, generator(4))["rows"])
+
+
+@pytest.fixture(scope="module")
+def goal_data():
+    return TrajectoryDataset.from_arrays(episodes(300, 2, 500))
+
+
+def test_goal_kinds(goal_data):
+    rows = goal_data.sample_windows(500, 8, generator())["rows"][:, :-1]
+    end = goal_data.episode_end[rows]
+    goals, steps = goal_data.sample_goals(rows, generator(), 1.0, 0.0, 0.0, 0.9)
+    assert torch.equal(goals, torch.minimum(rows + 1, end))
+    assert torch.equal(steps, torch.where(rows < end, torch.ones_like(rows), torch.full_like(rows, NEVER)))
+    goals, steps = goal_data.sample_goals(rows, generator(), 0.0, 1.0, 0.0, 0.9)
+    assert (goals <= end).all() and (goals[rows < end] > rows[rows < end]).all()
+    assert torch.equal(steps[rows < end], (goals - rows)[rows < end])
+    goals, steps = goal_data.sample_goals(rows, generator(), 0.0, 0.0, 1.0, 0.9)
+    ahead = (goal_data.episode_start[goals] == goal_data.episode_start[rows]) & (goals > rows)
+    assert ahead.any() and not ahead.all()
+    assert torch.equal(steps, torch.where(ahead, goals - rows, torch.full_like(rows, NEVER)))
+
+
+def test_goal_distribution(goal_data):
+    start = torch.full((400, 200), 302)
+    goals, _ = goal_data.sample_goals(start, generator(), 0.0, 1.0, 0.0, 0.95)
+    steps = (goals - start).double()
+    assert steps.min() == 1
+    assert abs(steps.mean() - 20) < 0.4  # a geometric's mean is 1 / (1 - discount)
+    assert abs((steps == 1).double().mean() - 0.05) < 0.005
+    goals, _ = goal_data.sample_goals(start, generator(), 0.2, 0.3, 0.5, 0.0)
+    # With discount 0 "future" is the next state too, and a random row hits it once in 802.
+    assert abs((goals == 303).double().mean() - (0.5 + 0.5 / 802)) < 0.01
+    assert abs((goals < 302).double().mean() - 0.5 * 302 / 802) < 0.01
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5, 0.5, 0.9), (-0.5, 1.0, 0.5, 0.9), (0.2, 0.3, 0.5, 1.0)])
+def test_bad_goal_shares(goal_data, shares):
+    with pytest.raises(UserError):
+        goal_data.sample_goals(torch.zeros(1, 1, dtype=torch.long), generator(), *shares)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Downloads, from a server on this machine
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `server.files`; sends at most `server.cuts.pop(0)` bytes of a body, then closes the connection."""
+
+    def do_GET(self):
+        server = self.server
+        server.requests.append(dict(self.headers))
+        content = server.files.get(self.path.rsplit("/", 1)[-1])
+        if content is None:
+            self.send_error(404)
+            return
+        begin = 0
+        wanted = self.headers.get("Range")
+        same = server.etag and self.headers.get("If-Range") == server.etag
+        if wanted and same:
+            begin = int(wanted.removeprefix("bytes=").rstrip("-"))
+        self.send_response(206 if begin else 200)
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        if server.etag:
+            self.send_header("ETag", server.etag)
+            self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(content) - begin))
+        self.end_headers()
+        body = content[begin:]
+        self.wfile.write(body[: server.cuts.pop(0)] if server.cuts else body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as running:
+        running.files = {f"{OFFICIAL}{end}.npz": npz_bytes(episodes(20_000, 10_000)) for end in ("", "-val")}
+        running.etag, running.cuts, running.requests = '"one"', [], []
+        running.url = f"http://127.0.0.1:{running.server_port}/ogbench"
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def resumed_at(request):
+    return int(request["Range"].removeprefix("bytes=").removesuffix("-"))
+
+
+WHOLE = [f"{OFFICIAL}-val.npz", f"{OFFICIAL}.npz"]
+
+
+def test_download_then_no_network(server, tmp_path):
+    folder = tmp_path / "data"
+    train, val = ensure_dataset(OFFICIAL, folder, server.url)
+    assert names(folder) == WHOLE and [val.name, train.name] == WHOLE
+    assert train.read_bytes() == server.files[train.name]
+    assert ensure_dataset(OFFICIAL, folder, "http://127.0.0.1:9") == (train, val)
+    assert len(server.requests) == 2
+    data = TrajectoryDataset.load(OFFICIAL, "val", folder, max_trajectories=1)
+    assert (data.num_trajectories, data.split, data.dataset_id) == (1, "val", OFFICIAL)
+
+
+def test_a_cut_download_is_resumed(server, tmp_path):
+    server.cuts = [100_000]
+    train, _ = ensure_dataset(OFFICIAL, tmp_path, server.url)
+    assert 0 < resumed_at(server.requests[1]) <= 100_000 and server.requests[1]["If-Range"] == '"one"'
+    assert train.read_bytes() == server.files[train.name]
+    assert names(tmp_path) == WHOLE
+
+
+def test_a_download_cut_twice_goes_on_in_the_next_run(server, tmp_path):
+    server.cuts = [70_000, 70_000]
+    with pytest.raises(UserError, match=f"{server.url}/{OFFICIAL}.npz .*{tmp_path}.* local/{OFFICIAL}"):
+        ensure_dataset(OFFICIAL, tmp_path, server.url)
+    assert not (tmp_path / f"{OFFICIAL}.npz").exists()
+    train, _ = ensure_dataset(OFFICIAL, tmp_path, server.url)
+    assert 70_000 < resumed_at(server.requests[2]) <= 140_000
+    assert train.read_bytes() == server.files[train.name] and names(tmp_path) == WHOLE
+
+
+def test_a_file_that_changed_is_fetched_anew(server, tmp_path):
+    server.cuts = [100_000, 0]
+    with pytest.raises(UserError):
+        ensure_dataset(OFFICIAL, tmp_path, server.url)
+    server.files[f"{OFFICIAL}.npz"] = npz_bytes(episodes(700))
+    server.etag = '"two"'
+    train, _ = ensure_dataset(OFFICIAL, tmp_path, server.url)
+    assert train.read_bytes() == server.files[train.name] and names(tmp_path) == WHOLE
+
+
+def test_without_an_etag_nothing_is_kept_or_resumed(server, tmp_path):
+    server.etag, server.cuts = None, [100_000, 100_000]
+    with pytest.raises(UserError, match="cannot download"):
+        ensure_dataset(OFFICIAL, tmp_path, server.url)
+    assert all("Range" not in request for request in server.requests) and names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "content, fault",
+    [
+        (b"<html>log in to continue</html>", "not a readable npz"),
+        (npz_bytes(episodes(20, dim=3)), "3 observation and 2 action numbers"),
+        (npz_bytes(with_value("observations", (3, 0), np.nan)), "row 3 holds NaN"),
+    ],
+)
+def test_wrong_content_is_refused_and_removed(server, tmp_path, content, fault):
+    server.files[f"{OFFICIAL}.npz"] = content
+    with pytest.raises(UserError, match=f"{server.url}.* is not the dataset: .*{fault}"):
+        ensure_dataset(OFFICIAL, tmp_path, server.url)
+    assert names(tmp_path) == []
+
+
+def test_absent_and_unreachable_addresses(server, tmp_path):
+    server.files.clear()
+    with pytest.raises(UserError, match="HTTP status 404") as caught:
+        ensure_dataset("antmaze-medium-explore-v0", tmp_path, server.url)
+    # No recipe makes ant data here, so the advice names one that works.
+    assert "local/pointmaze-medium-navigate-v0" in str(caught.value) and len(server.requests) == 1
+    with pytest.raises(UserError, match=rf"cannot download http://127.0.0.1:9/{OFFICIAL}.npz \(ConnectionError\)"):
+        ensure_dataset(OFFICIAL, tmp_path, "http://127.0.0.1:9")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot store"):
+        ensure_dataset(OFFICIAL, tmp_path / "file", server.url)
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_local_dataset_is_never_downloaded(tmp_path):
+    with pytest.raises(UserError, match=f"python make_dataset.py --dataset local/{OFFICIAL} --dataset_dir"):
+        ensure_dataset("local/" + OFFICIAL, tmp_path, "http://127.0.0.1:9")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Mazes
+# ----------------------------------------------------------------------------------------------------------------
+
+CORNER = np.array([[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [1, 0, 1, 0, 1], [1, 0, 1, 0, 1], [1, 1, 1, 1, 1]])
+
+
+def test_cells_and_coordinates():
+    maze = Maze(CORNER)
+    assert maze.ij_to_xy((1, 3)).tolist() == [8.0, 0.0] and maze.xy_to_ij([8.0, 0.0]).tolist() == [1, 3]
+    assert maze.extent == (-6.0, 14.0, -6.0, 14.0)
+    inside = np.array([[0.0, 0.0], [1.9, 4.0], [2.1, 4.0], [-4.0, 0.0], [99.0, 0.0], [-99.0, 0.0]])
+    assert maze.is_free(inside).tolist() == [True, True, False, False, False, False]
+
+
+def test_distances_by_hand():
+    maze = Maze(CORNER)
+    # Along the corridor and across it, with nothing between.
+    np.testing.assert_allclose(maze.distances_to([[0.5, 7.0]], [[-1.0, -1.5]]), np.hypot(1.5, 8.5))
+    # From one arm of the U to the other, over the two corners of the wall at (2, 2) and (6, 2).
+    by_hand = np.hypot(1, 5) + 4.0 + np.hypot(1, 5)
+    np.testing.assert_allclose(maze.distances_to([[1.0, 7.0]], [[7.0, 7.0]]), by_hand, rtol=0.03)
+    # Round one corner, in diagonal cells: over the corner at (2, 2), or straight past it.
+    np.testing.assert_allclose(maze.distances_to([[1.9, 2.5]], [[2.5, 1.9]]), np.hypot(0.1, 0.5) * 2)
+    np.testing.assert_allclose(maze.distances_to([[1.5, 2.1]], [[2.1, 1.0]]), np.hypot(0.6, 1.1))
+    # A tenth inside the wall counts from the wall's face.
+    np.testing.assert_allclose(maze.distances_to([[0.0, 4.0]], [[2.1, 4.0]]), 2.0, atol=1e-6)
+
+
+def test_walls_that_meet_at_a_point_leave_no_gap():
+    pinched = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 0, 1], [1, 1, 1, 1]])
+    assert np.isinf(Maze(pinched).distances_to([[0.0, 0.0]], [[4.0, 4.0]])).all()
+
+
+def free_segments(starts, ends, boxes):
+    """Which segments [S, 2] to [S, 2] stay out of the inside of all boxes (x0, x1, y0, y1)."""
+    free = np.ones(len(starts), dtype=bool)
+    direction = ends - starts
+    direction = np.where(np.abs(direction) < 1e-12, 1e-12, direction)
+    for x0, x1, y0, y1 in boxes:
+        low, high = (np.array([x0, y0]) + 1e-7 - starts) / direction, (np.array([x1, y1]) - 1e-7 - starts) / direction
+        enter, leave = np.minimum(low, high).max(axis=1), np.maximum(low, high).min(axis=1)
+        free &= ~(np.maximum(enter, 0) < np.minimum(leave, 1))
+    return free
+
+
+def visibility_graph_distances(maze, points):
+    """Exact distances between points [P, 2]: straight lines between points and wall corners that see each other."""
+    half = maze.unit / 2
+    walls = [tuple(ij) for ij in np.argwhere(maze.maze_map == 1)]
+    boxes = []
+    for i, j in walls:
+        for k, m in [(i, j), (i, j + 1), (i + 1, j)]:  # a wall, and the seams between it and the next ones
+            if (k, m) in walls:
+                (x0, y0), (x1, y1) = maze.ij_to_xy([(i, j), (k, m)])
+                boxes.append((x0 - half, x1 + half, y0 - half, y1 + half))
+        for side in (-1, 1):
+            if (i + 1, j + side) in walls:  # walls that touch at a point let nothing through
+                x, y = maze.ij_to_xy((i + 0.5, j + side / 2))
+                boxes.append((x - 1e-3, x + 1e-3, y - 1e-3, y + 1e-3))
+    signs = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])
+    corners = np.unique((maze.ij_to_xy(walls)[:, None] + half * signs).reshape(-1, 2), axis=0)
+    nodes = np.concatenate([points, corners])
+    first, second = np.triu_indices(len(nodes), 1)
+    seen = free_segments(nodes[first], nodes[second], boxes)
+    weights = np.zeros((len(nodes), len(nodes)))
+    weights[first[seen], second[seen]] = np.linalg.norm(nodes[first] - nodes[second], axis=1)[seen]
+    return dijkstra(weights, directed=False, indices=np.arange(len(points)))[:, : len(points)]
+
+
+@pytest.mark.parametrize("size", ["medium", "large"])
+def test_distances_against_a_visibility_graph(size):
+    maze = Maze.from_env(make_env(f"pointmaze-{size}-navigate-v0"))
+    rng = np.random.default_rng(0)
+    cells = maze.ij_to_xy(np.argwhere(maze.maze_map == 0))
+    spread = cells[rng.integers(len(cells), size=60)] + rng.uniform(-2, 2, (60, 2))
+    in_corners = cells[rng.integers(len(cells), size=20)] + 1.998 * rng.choice([-1, 1], (20, 2))
+    points = np.unique(np.concatenate([spread, in_corners]), axis=0)
+    exact = visibility_graph_distances(maze, points)
+    found = maze.distances_to(points, points)
+    assert np.isfinite(exact).all()
+    apart = ~np.eye(len(points), dtype=bool)
+    assert (found[apart] / exact[apart]).min() > 1 - 1e-6
+    assert (found[apart] / exact[apart]).max() < 1.03
+    np.testing.assert_allclose(np.diag(found), 0, atol=1e-12)
+    np.testing.assert_allclose(found, found.T, atol=1e-9)
+    detours = (found[:, :, None] + found[None]).min(axis=1)
+    assert (found <= detours * 1.03 + 1e-9).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Environments
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def point_env():
+    return make_env(OFFICIAL)
+
+
+def test_seeded_reset_is_reproducible_and_leaves_numpy_alone():
+    env = point_env()
+    np.random.seed(5)
+    before = np.random.get_state()[1].copy()
+    first, info = seeded_reset(env, 3, {"task_id": 2})
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
+    for _ in range(4):
+        env.step(env.action_space.sample())
+    np.random.seed(6)
+    again, info_again = seeded_reset(env, 3, {"task_id": 2})
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(info["goal"], info_again["goal"])
+    assert first.dtype == np.float32
+    assert not np.array_equal(first, seeded_reset(env, 4, {"task_id": 2})[0])
+
+
+def test_the_ants_pose_is_reproducible_too():
+    env = make_env("antmaze-medium-navigate-v0")
+    first, info = seeded_reset(env, 3, {"task_id": 1})
+    second, info_again = seeded_reset(env, 3, {"task_id": 1})
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(info["goal"], info_again["goal"])
+
+
+def test_five_tasks():
+    env = point_env()
+    tasks = evaluation_tasks(env)
+    maze = Maze.from_env(env)
+    assert [task.task_id for task in tasks] == [1, 2, 3, 4, 5]
+    for task, known in zip(tasks, env.unwrapped.task_infos, strict=True):
+        assert tuple(maze.xy_to_ij(task.init_xy)) == known["init_ij"]
+        assert tuple(maze.xy_to_ij(task.goal_xy)) == known["goal_ij"]
+        np.testing.assert_allclose(task.goal_observation, task.goal_xy, rtol=1e-6)
+        assert task.goal_observation.dtype == np.float32
+
+
+def test_maze_geometry_is_the_environments():
+    env = point_env()
+    maze = Maze.from_env(env)
+    for ij in np.argwhere(maze.maze_map == 0):
+        np.testing.assert_array_equal(maze.ij_to_xy(ij), env.unwrapped.ij_to_xy(ij))
+        xy = maze.ij_to_xy(ij) + [1.9, -1.9]
+        assert tuple(maze.xy_to_ij(xy)) == env.unwrapped.xy_to_ij(xy) == tuple(ij)
+
+
+def test_teleporters_draw_from_the_episodes_seed():
+    env = make_env("pointmaze-teleport-navigate-v0")
+    entrance = env.unwrapped.ij_to_xy((4, 6))
+
+    def exits(disturb):
+        seeded_reset(env, 0, {"task_id": 1})
+        found = []
+        for k in range(12):
+            np.random.seed(k + disturb)
+            before = np.random.get_state()[1].copy()
+            env.unwrapped.set_xy(np.array(entrance))
+            env.step(np.zeros(2))
+            found.append(tuple(env.unwrapped.get_xy()))
+            np.testing.assert_array_equal(np.random.get_state()[1], before)
+        return found
+
+    first = exits(0)
+    assert first == exits(100) and len(set(first)) > 1
+
+
+def test_no_file_or_descriptor_is_left_behind(monkeypatch, tmp_path):
+    import os
+    import tempfile
+
+    point_env()  # what is loaded once is loaded now
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    open_before = len(os.listdir("/proc/self/fd"))
+    env = make_env("pointmaze-large-navigate-v0")
+    assert list(tmp_path.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert env.reset()[0].shape == (2,)
+
+
+def test_dimensions_and_limits_are_the_environments():
+    for family, (observation_dim, action_dim) in ogbench_utils._DIMENSIONS.items():
+        env = make_env(f"{family}-medium-navigate-v0")
+        assert env.observation_space.shape == (observation_dim,) and env.action_space.shape == (action_dim,)
+    limits = {"antmaze-giant-navigate-v0": 1000, "humanoidmaze-large-stitch-v0": 2000}
+    for dataset_id, steps in (limits | {"humanoidmaze-giant-navigate-v0": 4000}).items():
+        assert max_episode_steps(dataset_id) == steps
+    for dataset in ogbench_utils._known_ids().values():
+        assert gymnasium.spec(dataset.env_id) is not None

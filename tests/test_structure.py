@@ -1,0 +1,472 @@
+"""The standing quality bar: import direction, function length, configs that are read, commands that exist, clean text.
+
+Each rule is a function from sources to a list of violations, and is tried on a bad sample as well as on the repository.
+"""
+
+import ast
+import functools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LINES = 60
+
+ENTRY_POINTS = {"offline_trainer", "online_trainer", "pogo_main", "run_comparison", "make_dataset", "train_expert"}
+AGENTS = {"offline_agent", "online_agent", "pogo_agent"}
+BENCHMARK_TOOLS = {"ogbench_utils", "d4rl_utils"}
+BELOW_ENTRY_POINTS = AGENTS | BENCHMARK_TOOLS | {"visualize", "model", "transport", "utils", "algorithms", "walker"}
+# What each module may import of this project; a package name stands for all that is in it.
+MAY_IMPORT = {
+    **dict.fromkeys(ENTRY_POINTS, BELOW_ENTRY_POINTS),
+    **dict.fromkeys(AGENTS, {"model", "transport", "utils"}),
+    **dict.fromkeys(BENCHMARK_TOOLS, {"utils"}),
+    "visualize": {"utils"},
+    "model": set(),
+    "transport": set(),
+    "utils": set(),
+    "algorithms": {"algorithms", "model", "transport", "utils", "d4rl_utils"},
+    "walker": {"walker", "algorithms", "model", "utils"},
+}
+UNRESTRICTED = {"tests", "benchmarks"}
+ONLY_PACKAGES = {"model": {"torch", "mamba_ssm", "causal_conv1d"}, "transport": {"torch", "geomloss"}}
+OPTIONAL_PACKAGES = {
+    "mamba_ssm",
+    "causal_conv1d",
+    "ray",
+    "wandb",
+    "minari",
+    "gymnasium_robotics",
+    "stable_baselines3",
+}
+DISTRIBUTIONS = {"yaml": "pyyaml", "ot": "pot", "mpl_toolkits": "matplotlib", "PIL": "pillow"}
+
+# Put together from pieces, so that this file does not contain what it looks for.
+UNWANTED = {
+    "a path of one machine": r"(?<![\w.-])/(?:wo" + r"rk|ro" + r"ot|ho" + r"me/\w+|tm" + r"p/w)(?:/|\b)",
+    "a registry's host": r"\b(?:py" + r"pi|python" + r"hosted|download\.py" + r"torch|ana" + r"conda)\.(?:org|com)\b",
+    "an unfinished word": r"\b(?:to" + r"do|fix" + r"me|tb" + r"d|xx" + r"x|st" + r"ubs?|place" + r"holders?)\b",
+}
+
+
+# --- the files of the repository -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def repository_files() -> tuple[Path, ...]:
+    """Tracked files and new ones that git does not ignore; outside a git checkout, all but data, runs and caches."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+        paths = [ROOT / name for name in listed if name]
+    except (OSError, subprocess.CalledProcessError):
+        skipped = {"datasets", "logs", "venv", "__pycache__"}
+        paths = [
+            path
+            for path in ROOT.rglob("*")
+            if not any(part in skipped or part.startswith(".") for part in path.relative_to(ROOT).parts)
+        ]
+    return tuple(sorted(path for path in set(paths) if path.is_file()))
+
+
+@functools.cache
+def sources() -> dict[str, str]:
+    """Relative path -> text of every Python file."""
+    return {str(path.relative_to(ROOT)): path.read_text() for path in repository_files() if path.suffix == ".py"}
+
+
+def top_name(path: str) -> str:
+    """model for model.py, walker for walker/dmc_utils.py."""
+    return Path(path).parts[0].removesuffix(".py")
+
+
+def product_sources() -> dict[str, str]:
+    return {path: text for path, text in sources().items() if top_name(path) not in UNRESTRICTED}
+
+
+def module_names() -> list[str]:
+    """Every importable module outside tests and benchmarks, dotted."""
+    names = [path.removesuffix(".py").replace("/", ".") for path in product_sources()]
+    return sorted(name.removesuffix(".__init__") for name in names if not name.endswith("__main__"))
+
+
+def imported_names(path: str, node: ast.AST) -> list[str]:
+    """The dotted modules that one statement or call imports, relative imports resolved."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        package = Path(path).parts[: -node.level] if node.level else ()
+        return [".".join([*package, *([node.module] if node.module else [])])]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "importorskip"):
+        first = node.args[0] if node.args else None
+        return [first.value] if isinstance(first, ast.Constant) else []
+    return []
+
+
+# --- the rules -------------------------------------------------------------------------------------------------------
+
+
+def import_violations(files: dict[str, str]) -> list[str]:
+    """Project imports against the table, packages against the two lists, optional packages at module level."""
+    project = set(MAY_IMPORT) | UNRESTRICTED
+    found = []
+    for path, text in files.items():
+        own = top_name(path)
+        if own not in project:
+            found.append(f"{path}: not in the table of modules, add it to MAY_IMPORT")
+        if own in UNRESTRICTED or own not in project:
+            continue
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            for name in imported_names(path, node):
+                top = name.split(".")[0]
+                if top in project and top not in MAY_IMPORT[own]:
+                    found.append(f"{path}:{node.lineno}: {own} may not import {top}")
+                allowed = ONLY_PACKAGES.get(own, {top}) | set(sys.stdlib_module_names) | project
+                if top not in allowed:
+                    found.append(f"{path}:{node.lineno}: {own} may not import the package {top}")
+                if top in OPTIONAL_PACKAGES and node in tree.body:
+                    found.append(f"{path}:{node.lineno}: {top} is optional, import it where it is used")
+    return found
+
+
+def length_violations(files: dict[str, str]) -> list[str]:
+    """Functions, and blocks under `if __name__`, of more than MAX_LINES lines."""
+    found = []
+    for path, text in files.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                name = node.name
+            elif isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
+                name = "the main block"
+            else:
+                continue
+            lines = node.end_lineno - node.lineno + 1
+            if lines > MAX_LINES:
+                found.append(f"{path}:{node.lineno}: {name} has {lines} lines, at most {MAX_LINES} are allowed")
+    return found
+
+
+def config_classes(files: dict[str, str]) -> list[tuple[str, ast.ClassDef]]:
+    return [
+        (path, node)
+        for path, text in files.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ClassDef)
+        and node.name.endswith("Config")
+        and any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+    ]
+
+
+def config_violations(files: dict[str, str]) -> list[str]:
+    """Config fields that nothing outside their class reads, or that no comment explains."""
+    read: dict[str, set[str]] = {}
+    for path, text in files.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.setdefault(node.attr, set()).add(f"{path}:{node.lineno}")
+    found = []
+    for path, owner in config_classes(files):
+        inside = {f"{path}:{line}" for line in range(owner.lineno, owner.end_lineno + 1)}
+        lines = files[path].splitlines()
+        for position, node in enumerate(owner.body):
+            if not isinstance(node, ast.AnnAssign):
+                continue
+            name = f"{path}:{node.lineno}: {owner.name}.{node.target.id}"
+            if not read.get(node.target.id, set()) - inside:
+                found.append(f"{name} is read nowhere")
+            after = owner.body[position + 1 : position + 2]
+            documented = after and isinstance(after[0], ast.Expr) and isinstance(after[0].value, ast.Constant)
+            near = lines[node.lineno - 2].strip().startswith("#") or "#" in "".join(
+                lines[node.lineno - 1 : node.end_lineno]
+            )
+            if not documented and not near:
+                found.append(f"{name} has no comment")
+    return found
+
+
+def text_violations(files: dict[str, str]) -> list[str]:
+    return [
+        f"{path}:{number}: {what}: {match.group()!r}"
+        for path, text in files.items()
+        for number, line in enumerate(text.splitlines(), 1)
+        for what, pattern in UNWANTED.items()
+        for match in [re.search(pattern, line, re.IGNORECASE)]
+        if match
+    ]
+
+
+def unlisted_packages(files: dict[str, str], listed: set[str]) -> list[str]:
+    """Imports that are neither the standard library, nor the project's, nor in a requirements file."""
+    project = {top_name(path) for path in files} | {Path(path).stem for path in files} | set(MAY_IMPORT)
+    known = set(sys.stdlib_module_names) | project
+    found = set()
+    for path, text in files.items():
+        for node in ast.walk(ast.parse(text)):
+            for name in imported_names(path, node):
+                top = name.split(".")[0]
+                if top not in known and DISTRIBUTIONS.get(top, top.replace("_", "-").lower()) not in listed:
+                    found.add(f"{path}: {top} is in no requirements file")
+    return sorted(found)
+
+
+def listed_packages() -> set[str]:
+    names = set()
+    for path in ROOT.glob("requirements*.txt"):
+        for line in path.read_text().splitlines():
+            match = re.match(r"[A-Za-z0-9][\w.-]*", line)
+            if match:
+                names.add(match.group().lower().replace("_", "-"))
+    return names
+
+
+def shell_lines(markdown: str) -> list[str]:
+    """The lines of the fenced blocks that hold shell commands, continued lines joined."""
+    lines, language = [], None
+    for line in markdown.replace("\\\n", " ").splitlines():
+        if line.lstrip().startswith("```"):
+            language = line.strip("` \t") if language is None else None
+        elif language in ("", "bash", "console", "sh", "shell"):
+            lines.append(line.strip().removeprefix("$ "))
+    return lines
+
+
+def commands_in(markdown: str) -> list[list[str]]:
+    """The arguments after `python` of every command in the shell blocks of a Markdown text."""
+    found = []
+    for line in shell_lines(markdown):
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        try:
+            words = list(lexer)
+        except ValueError:
+            continue  # program output with an odd quote is no command
+        while words:
+            end = next((position for position, word in enumerate(words) if set(word) <= set(";&|")), len(words))
+            command, words = words[:end], words[end + 1 :]
+            while command and re.fullmatch(r"\w+=.*", command[0]):
+                command.pop(0)
+            if len(command) > 1 and command[0] in ("python", "python3"):
+                found.append(command[1:])
+    return found
+
+
+def command_target(arguments: list[str]) -> str | None:
+    """`x.py` or `-m a.b` where the command runs this project, None where it runs something else such as pip."""
+    if arguments[0].endswith(".py"):
+        return arguments[0].removeprefix("./")
+    if arguments[0] == "-m" and len(arguments) > 1 and arguments[1].split(".")[0] in {*MAY_IMPORT, *UNRESTRICTED}:
+        return f"-m {arguments[1]}"
+    return None
+
+
+def command_violations(commands: list[tuple[str, list[str]]], helps: dict[str, dict]) -> list[str]:
+    """Commands whose script does not run with --help, or whose flags its help does not list."""
+    found = []
+    for source, arguments in commands:
+        target = command_target(arguments)
+        if target is None:
+            continue
+        answer = helps[target]
+        if answer["code"] != 0:
+            found.append(f"{source}: python {target} --help fails: {answer['output'].strip()[-300:]}")
+            continue
+        known = set(re.findall(r"(?<![\w-])--?[\w-]+", answer["output"]))
+        used = [word.split("=")[0] for word in arguments if re.match(r"--?[A-Za-z]", word) and word != "-m"]
+        found += [f"{source}: python {target} has no flag {flag}" for flag in used if flag not in known]
+    return found
+
+
+# --- fresh interpreters ----------------------------------------------------------------------------------------------
+
+# One parent loads the packages that take long, and forks a child a job: what a fresh interpreter would show at a tenth
+# of the time. Gymnasium is among them because it sets a variable of pygame's, which is its affair.
+FORKING_PARENT = """
+import json, os, runpy, sys, tempfile, traceback
+import gymnasium, numpy, torch, tyro, yaml, tqdm
+
+def work(job):
+    before = dict(os.environ)
+    if job["kind"] == "import":
+        __import__(job["name"])
+        changed = sorted(key for key in {*before, *os.environ} if before.get(key) != os.environ.get(key))
+        if changed:
+            print("changed os.environ:", *changed)
+        return
+    sys.argv = [job["name"], "--help"]
+    if job["name"].startswith("-m "):
+        runpy.run_module(job["name"][3:], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(os.path.abspath(job["name"]))
+        runpy.run_path(job["name"], run_name="__main__")
+
+answers = []
+for job in json.load(sys.stdin):
+    with tempfile.TemporaryFile() as output:
+        child = os.fork()
+        if child == 0:
+            os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
+            code = 0
+            try:
+                work(job)
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        answers.append({"code": code, "output": output.read().decode(errors="replace")})
+json.dump(answers, sys.stdout)
+"""
+
+
+def in_fresh_interpreters(kind: str, names: list[str], folder: Path = ROOT) -> dict[str, dict]:
+    """Import modules or ask scripts for --help; name -> exit code and everything it printed."""
+    environment = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING_PARENT],
+        input=json.dumps([{"kind": kind, "name": name} for name in names]),
+        cwd=folder,
+        env=environment | {"COLUMNS": "200", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return dict(zip(names, json.loads(done.stdout), strict=True))
+
+
+def import_effects(names: list[str], folder: Path = ROOT) -> list[str]:
+    answers = in_fresh_interpreters("import", names, folder)
+    return [f"importing {name}: {got['output'].strip()[-500:]}" for name, got in answers.items() if got["output"]]
+
+
+# --- the repository keeps the rules ----------------------------------------------------------------------------------
+
+
+def check(violations: list[str]) -> None:
+    assert not violations, "\n" + "\n".join(violations)
+
+
+def test_imports_point_down_the_table():
+    check(import_violations(sources()))
+
+
+def test_functions_fit_on_a_screen():
+    check(length_violations(sources()))
+
+
+def test_every_config_field_is_commented_and_read():
+    assert config_classes(product_sources())
+    check(config_violations(product_sources()))
+
+
+def test_text_is_clean():
+    texts = {}
+    for path in repository_files():
+        data = path.read_bytes()
+        if b"\0" not in data:
+            texts[str(path.relative_to(ROOT))] = data.decode(errors="replace")
+    check(text_violations(texts))
+
+
+def test_every_import_is_listed_in_a_requirements_file():
+    check(unlisted_packages(sources(), listed_packages()))
+
+
+def test_importing_has_no_effect():
+    check(import_effects(module_names()))
+
+
+def test_documented_commands_exist():
+    assert (ROOT / "README.md").is_file(), "README.md is missing: the commands that it shows cannot be checked"
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+    commands = [(str(page.relative_to(ROOT)), words) for page in pages for words in commands_in(page.read_text())]
+    targets = sorted({command_target(words) for _, words in commands} - {None})
+    assert targets, "README.md shows no command of this project"
+    check(command_violations(commands, in_fresh_interpreters("help", targets)))
+
+
+# --- the rules can fail ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "words"),
+    [
+        ("model.py", "import utils", "may not import utils"),
+        ("model.py", "import numpy", "package numpy"),
+        ("utils.py", "def f():\n    from model import Q", "may not import model"),
+        ("pogo_agent.py", "from offline_agent import A", "may not import offline_agent"),
+        ("pogo_main.py", "import run_comparison", "may not import run_comparison"),
+        ("algorithms/offline/cql.py", "from ..walker import x\nimport walker", "may not import walker"),
+        ("d4rl_utils.py", "import minari", "optional"),
+        ("helpers.py", "", "not in the table"),
+    ],
+)
+def test_a_wrong_import_is_found(path, text, words):
+    assert words in "\n".join(import_violations({path: text}))
+    assert not import_violations(
+        {"tests/test_x.py": text, "pogo_main.py": "import utils, pogo_agent, algorithms.offline"}
+    )
+
+
+def test_a_long_function_is_found():
+    body = "    x = 1\n" * MAX_LINES
+    assert len(length_violations({"a.py": f"def f():\n{body}", "b.py": f"if __name__ == '__main__':\n{body}"})) == 2
+    assert not length_violations({"a.py": "def f():\n" + body[:-10]})
+
+
+def test_a_config_field_that_nothing_reads_is_found():
+    text = "@dataclass\nclass AConfig:\n    # used\n    a: int = 0\n    b: int = 0  # dead\n    c: int = 0\n"
+    text += "    def f(self):\n        return self.b\n\ndef g(config):\n    return config.a + config.c\n"
+    assert config_violations({"x.py": text}) == [
+        "x.py:5: AConfig.b is read nowhere",
+        "x.py:6: AConfig.c has no comment",
+    ]
+
+
+def test_unwanted_text_is_found():
+    lines = ["cd /ro" + "ot/x", "see /ho" + "me/ann/data", "https://py" + "pi.org", "# TO" + "DO later", "a st" + "ub"]
+    assert len(text_violations({"a.md": "\n".join(lines)})) == len(lines)
+    assert not text_violations({"a.md": "a framework/x, stubborn, ${HOME}/data, mktemp /tmp/XXXXXX"})
+
+
+def test_an_unlisted_package_is_found():
+    files = {"a.py": "import yaml, os\nimport b\ndef f():\n    import jaxxy.numpy", "b.py": ""}
+    assert unlisted_packages(files, {"pyyaml"}) == ["a.py: jaxxy is in no requirements file"]
+
+
+def test_a_wrong_command_is_found():
+    text = "```bash\n$ cd x && MODE=1 python a.py --seed 1 \\\n  --sed=2  # why\npython -m pip install x\n```\n"
+    text += "```python\npython b.py\n```\n```\npython -m walker.run | tee log\n```"
+    commands = [("README.md", words) for words in commands_in(text)]
+    assert [words for _, words in commands] == [
+        ["a.py", "--seed", "1", "--sed=2"],
+        ["-m", "pip", "install", "x"],
+        ["-m", "walker.run"],
+    ]
+    helps = {"a.py": {"code": 0, "output": "--seed INT"}, "-m walker.run": {"code": 1, "output": "No module"}}
+    assert command_violations(commands, helps) == [
+        "README.md: python a.py has no flag --sed",
+        "README.md: python -m walker.run --help fails: No module",
+    ]
+
+
+def test_an_import_with_effects_is_found(tmp_path):
+    (tmp_path / "loud.py").write_text("print('hello')")
+    (tmp_path / "setter.py").write_text("import os\nos.environ['MUJOCO_GL'] = 'egl'")
+    (tmp_path / "quiet.py").write_text("import os")
+    (tmp_path / "script.py").write_text("import sys\nprint(sys.argv, __name__)\nsys.exit(3)")
+    found = import_effects(["loud", "setter", "quiet", "missing"], tmp_path)
+    assert [line.split(":")[0] for line in found] == ["importing loud", "importing setter", "importing missing"]
+    assert "MUJOCO_GL" in found[1] and "ModuleNotFoundError" in found[2]
+    answer = in_fresh_interpreters("help", ["script.py"], tmp_path)["script.py"]
+    assert answer == {"code": 3, "output": "['script.py', '--help'] __main__\n"}

@@ -1,0 +1,567 @@
+"""utils.py: command line, random streams, files that survive a kill or a full disk, replay, metrics, runs."""
+
+import errno
+import io
+import os
+import pickle
+import subprocess
+import sys
+import types
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import utils
+from utils import MetricLogger, RandomStreams, ReplayBuffer, RunFinished, UserError, parse_config
+
+
+@dataclass
+class SmallConfig:
+    lr: float = 3e-4  # Step size of Adam.
+    seed: int = 0
+    resume: bool = False
+    normalize: bool = True
+    dataset: str = "maze"
+    # How W2 is computed.
+    mode: Literal["sinkhorn", "gaussian"] = "sinkhorn"
+    limit: int | None = None
+    w2_weights: tuple[float, ...] = (0.1, 0.2)
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "changes"),
+    [
+        ([], {}),
+        (["--lr", "-1e-3", "--seed=7"], {"lr": -1e-3, "seed": 7}),
+        (["--resume", "--no_normalize"], {"resume": True, "normalize": False}),
+        (["--resume", "--no_resume", "--seed", "1", "--seed", "2"], {"seed": 2}),
+        (["--w2_weights", "0.2", "0.2", "0.2"], {"w2_weights": (0.2, 0.2, 0.2)}),
+        (["--w2_weights", "[0.2, 0.2, 0.2]"], {"w2_weights": (0.2, 0.2, 0.2)}),
+        (["--w2_weights", "[1,", "-2e-1]"], {"w2_weights": (1.0, -0.2)}),
+        (["--w2_weights", "-1", "-2", "--limit", "none"], {"w2_weights": (-1.0, -2.0)}),
+        (["--dataset=--odd name", "--limit", "3"], {"dataset": "--odd name", "limit": 3}),
+    ],
+)
+def test_command_line_overrides_defaults(argv, changes):
+    assert parse_config(SmallConfig, argv) == replace(SmallConfig(), **changes)
+
+
+def test_yaml_lies_between_defaults_and_flags(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("lr: 1e-2\nseed: 4\nw2_weights: [1, 2e-1]\nresume: true\nlimit: null\ndataset: ''\n")
+    config = parse_config(SmallConfig, ["--seed", "5", "--config", str(path)])
+    assert config == SmallConfig(lr=0.01, seed=5, resume=True, dataset="", w2_weights=(1.0, 0.2))
+    assert isinstance(config.w2_weights[0], float)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--sed", "1"], ["--sed", "--seed"]),
+        (["-s", "1"], ["-s"]),
+        (["--seed", "1.5"], ["--seed", "an integer"]),
+        (["--seed"], ["--seed", "value"]),
+        (["--seed", "1", "2"], ["--seed", "1 2"]),
+        (["--lr", "fast"], ["--lr", "a number"]),
+        (["--mode", "exact"], ["--mode", "sinkhorn, gaussian"]),
+        (["--w2_weights", "[0.1, x]"], ["--w2_weights", "a number"]),
+        (["--w2_weights", "1", "x"], ["--w2_weights", "a number"]),
+        (["--resume", "True"], ["--no_resume"]),
+        (["--resume=False"], ["--no_resume"]),
+        (["stray"], ["stray"]),
+        (["--config"], ["--config"]),
+    ],
+)
+def test_bad_flag_is_one_line_that_names_it(argv, words):
+    with pytest.raises(UserError) as caught:
+        parse_config(SmallConfig, argv)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sed: 1", ["'sed'", "'seed'"]),
+        ("seed: true", ["seed", "an integer"]),
+        ("seed: 1.0", ["seed", "an integer"]),
+        ("lr: quick", ["lr", "a number", "quick"]),
+        ("lr: true", ["lr", "a number"]),
+        ("lr: null", ["lr", "a number"]),
+        ("dataset: 3", ["dataset", "text"]),
+        ("resume: 1", ["resume", "true or false"]),
+        ("mode: exact", ["mode", "sinkhorn, gaussian"]),
+        ("w2_weights: 0.1", ["w2_weights", "a list"]),
+        ("limit: many", ["limit", "an integer or null"]),
+        ("[1, 2", ["YAML"]),
+        ("- seed", ["key: value"]),
+        ("seed: !!python/object/apply:os.getpid []", ["YAML"]),
+    ],
+)
+def test_bad_yaml_is_one_line_that_names_file_and_key(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse_config(SmallConfig, ["--config", str(path)])
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in ["bad.yaml", *words]), str(caught.value)
+
+
+def test_missing_config_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml"):
+        parse_config(SmallConfig, ["--config", str(tmp_path / "none.yaml")])
+
+
+def test_help_shows_comments_and_exits_0(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_config(SmallConfig, ["--seed", "1", "--help"], "What it does.")
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0
+    for words in (
+        "What it does.",
+        "--w2_weights",
+        "Step size of Adam.",
+        "How W2 is computed.",
+        "--config",
+        "--no_resume",
+    ):
+        assert words in shown
+
+
+def raising(error):
+    def main(argv):
+        assert argv is None
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("data.npz: empty\n  download it again"), 2, "error: data.npz: empty download it again\n"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left", "logs/a/last.pth"), 2, "logs/a/last.pth: the disk is full"),
+        (OSError(errno.EDQUOT, "Quota"), 2, "the disk is full"),
+    ],
+)
+def test_run_cli_prints_one_line(capsys, error, code, words):
+    with pytest.raises(SystemExit) as caught:
+        utils.run_cli(raising(error))
+    shown = capsys.readouterr()
+    assert caught.value.code == code
+    assert words in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+def test_run_cli_reports_a_finished_run_and_keeps_tracebacks_of_defects(capsys):
+    with pytest.raises(SystemExit) as caught:
+        utils.run_cli(raising(RunFinished("logs/a: finished")))
+    assert caught.value.code == 0 and capsys.readouterr().out == "logs/a: finished\n"
+    with pytest.raises(FileNotFoundError):
+        utils.run_cli(raising(FileNotFoundError(errno.ENOENT, "none")))
+    utils.run_cli(lambda argv: None)
+
+
+# --- device and randomness -------------------------------------------------------------------------------------------
+
+
+def test_resolve_device(monkeypatch):
+    assert utils.resolve_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert utils.resolve_device("auto").type == "cpu"
+    for name in ("cuda", "cuda:1", "tpu", "meta"):
+        with pytest.raises(UserError, match=f"--device {name}"):
+            utils.resolve_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert utils.resolve_device("auto").type == "cuda"
+
+
+def test_streams_differ_from_each_other_and_repeat_with_the_seed():
+    first, again, other = RandomStreams(3), RandomStreams(3), RandomStreams(4)
+    draw = {name: torch.rand(4, generator=getattr(first, name)) for name in ("sampling", "policy")}
+    assert torch.equal(draw["sampling"], torch.rand(4, generator=again.sampling))
+    assert not torch.equal(draw["sampling"], draw["policy"])
+    assert not torch.equal(draw["sampling"], torch.rand(4, generator=other.sampling))
+    seeds = {first.init_seed, first.evaluation_seed, other.init_seed, other.evaluation_seed}
+    assert len(seeds) == 4 and 0 <= first.evaluation_seed < 2**31
+    with pytest.raises(UserError, match="--seed"):
+        RandomStreams(-1)
+
+
+def test_initialising_is_reproducible_and_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    weights = []
+    for _ in range(2):
+        with RandomStreams(0).initialising():
+            weights.append(torch.nn.Linear(3, 3).weight)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*weights)
+
+
+def test_streams_continue_exactly_from_a_checkpoint(tmp_path):
+    streams = RandomStreams(5)
+    torch.rand(7, generator=streams.sampling), torch.randn(3, generator=streams.policy)
+    utils.save_checkpoint(tmp_path / "a.pth", streams.state_dict())
+    expected = torch.rand(9, generator=streams.sampling), torch.randn(9, generator=streams.policy)
+    resumed = RandomStreams(0)
+    resumed.load_state_dict(utils.load_checkpoint(tmp_path / "a.pth"))
+    assert torch.equal(torch.rand(9, generator=resumed.sampling), expected[0])
+    assert torch.equal(torch.randn(9, generator=resumed.policy), expected[1])
+    assert (resumed.init_seed, resumed.evaluation_seed) == (streams.init_seed, streams.evaluation_seed)
+
+
+@pytest.mark.gpu
+def test_streams_on_a_gpu():
+    streams, again = RandomStreams(5, "cuda"), RandomStreams(6, "cuda")
+    before = torch.cuda.get_rng_state()
+    with streams.initialising():
+        first = torch.rand(3, device="cuda")
+    with streams.initialising():
+        assert torch.equal(first, torch.rand(3, device="cuda"))
+    assert torch.equal(before, torch.cuda.get_rng_state())
+    again.load_state_dict(streams.state_dict())
+    draws = [torch.rand(5, generator=item.sampling, device="cuda") for item in (streams, again)]
+    assert torch.equal(*draws)
+    with pytest.raises(UserError, match="--device"):
+        RandomStreams(0).load_state_dict(streams.state_dict())
+
+
+def test_progress_takes_totals_and_iterables(capsys):
+    assert list(utils.progress([1, 2], "reading")) == [1, 2]
+    with utils.progress(3, "steps", initial=1) as bar:
+        bar.update(2)
+    assert bar.n == 3 and "steps" in capsys.readouterr().err
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def training_state():
+    """A network, an optimizer with moments, generators and plain values, built anew at each call."""
+    streams = RandomStreams(0)
+    with streams.initialising():
+        network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    optimizer = torch.optim.Adam(network.parameters())
+    network(torch.ones(2, 3)).square().sum().backward()
+    optimizer.step()
+    step = "".join(["st", "ep"])  # an equal text that is another object at each call
+    return {
+        "network": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "streams": streams.state_dict(),
+        step: np.int64(12),
+        "extra": [1, 2.5, None, True, ("a", step)],
+    }
+
+
+def test_checkpoint_reads_back_and_its_bytes_are_deterministic(tmp_path):
+    paths = [tmp_path / "deep" / name for name in ("a.pth", "b.pth", "c.pth")]
+    utils.save_checkpoint(paths[0], training_state())
+    utils.save_checkpoint(paths[1], training_state())
+    loaded = utils.load_checkpoint(paths[0])
+    utils.save_checkpoint(paths[2], loaded)
+    assert paths[0].read_bytes() == paths[1].read_bytes() == paths[2].read_bytes()
+    assert loaded["step"] == 12 and loaded["extra"] == [1, 2.5, None, True, ("a", "step")]
+    for name, value in training_state()["network"].items():
+        assert torch.equal(loaded["network"][name], value)
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["a.pth", "b.pth", "c.pth"]
+
+
+def test_checkpoint_stores_a_view_and_not_the_memory_behind_it(tmp_path):
+    utils.save_checkpoint(tmp_path / "a.pth", {"row": torch.zeros(1000, 1000)[0]})
+    assert (tmp_path / "a.pth").stat().st_size < 20_000
+
+
+def test_unreadable_values_are_refused_before_writing(tmp_path):
+    with pytest.raises(TypeError, match=r"state\['a'\]\[0\] is a ndarray"):
+        utils.save_checkpoint(tmp_path / "a.pth", {"a": [np.zeros(2)]})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, monkeypatch, broken):
+    path = tmp_path / "last.pth"
+    utils.save_checkpoint(path, {"step": 1})
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
+        patch.setattr(os, broken, fail)
+        utils.save_checkpoint(path, {"step": 2})
+    assert caught.value.filename == str(path) and caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == [path] and utils.load_checkpoint(path) == {"step": 1}
+
+
+def test_full_disk_in_a_real_process_ends_in_one_line(tmp_path, repository):
+    """A file size limit makes the kernel cut the write short, as a full disk does."""
+    program = """if True:
+        import resource, torch, utils
+        def main(argv):
+            utils.save_checkpoint("last.pth", {"step": 1})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+            utils.save_checkpoint("last.pth", {"step": 2, "big": torch.zeros(100_000)})
+        utils.run_cli(main)
+    """
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: last.pth: the disk is full") and done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == ["last.pth"] and utils.load_checkpoint(tmp_path / "last.pth") == {"step": 1}
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def damaged_files():
+    buffer = io.BytesIO()
+    torch.save({"weight": torch.arange(1000.0)}, buffer)
+    whole = buffer.getvalue()
+    flipped = bytearray(whole)
+    flipped[whole.index(torch.arange(1000.0).numpy().tobytes()) + 2001] ^= 1
+    hostile, listed = io.BytesIO(), io.BytesIO()
+    torch.save({"weight": Exploit()}, hostile)
+    torch.save([1], listed)
+    return {
+        "empty": b"",
+        "cut": whole[: len(whole) // 2],
+        "flipped": bytes(flipped),
+        "text": b"step: 3\n",
+        "pickle": pickle.dumps(Exploit()),
+        "hostile": hostile.getvalue(),
+        "list": listed.getvalue(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["empty", "cut", "flipped", "text", "pickle", "hostile", "list"])
+def test_damaged_checkpoint_is_one_line_with_the_remedy(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "last.pth").write_bytes(damaged_files()[kind])
+    with pytest.raises(UserError, match=r"last\.pth.*delete it.*best_model\.pth"):
+        utils.load_checkpoint(tmp_path / "last.pth")
+    assert os.listdir(tmp_path) == ["last.pth"]
+
+
+def test_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.pth"):
+        utils.load_checkpoint(tmp_path / "none.pth")
+
+
+# --- replay ----------------------------------------------------------------------------------------------------------
+
+
+def transitions(start, count):
+    """Rows that carry their own number in every field."""
+    number = np.arange(start, start + count, dtype=np.float32)
+    wide = number[:, None]
+    return wide + [0, 0.5], wide, number, wide + [1, 1.5], number % 2, number % 3 == 0
+
+
+def test_replay_ring_keeps_the_newest_rows():
+    buffer = ReplayBuffer(5, 2, 1, "cpu")
+    written = []
+    for count in (2, 2, 3, 12, 1, 5):
+        buffer.add(*transitions(len(written), count))
+        written += range(len(written), len(written) + count)
+        assert sorted(buffer.rewards[: len(buffer)].tolist()) == written[-5:]
+        for name, values in zip(ReplayBuffer.FIELDS, transitions(0, len(written)), strict=True):
+            expected = torch.tensor(values, dtype=torch.float32)[buffer.rewards[: len(buffer)].long()]
+            assert torch.equal(getattr(buffer, name)[: len(buffer)], expected), name
+
+
+def test_replay_sample_follows_the_generator_and_stays_in_the_filled_part():
+    buffer = ReplayBuffer(100, 2, 1, "cpu")
+    buffer.add(*transitions(1, 10))
+    batch = buffer.sample(500, torch.Generator().manual_seed(0))
+    same = buffer.sample(500, torch.Generator().manual_seed(0))
+    assert set(batch["rewards"].tolist()) == set(range(1, 11))
+    assert batch["observations"].shape == (500, 2) and batch["terminated"].shape == (500,)
+    assert torch.equal(batch["next_observations"][:, 0], batch["rewards"] + 1)
+    assert all(torch.equal(batch[name], same[name]) and batch[name].dtype == torch.float32 for name in batch)
+    with pytest.raises(ValueError, match="empty"):
+        ReplayBuffer(3, 2, 1).sample(1, torch.Generator())
+
+
+def test_replay_from_arrays_and_state_round_trip(tmp_path):
+    arrays = transitions(0, 7)
+    arrays[0].setflags(write=False)
+    full = ReplayBuffer.from_arrays(*arrays)
+    assert len(full) == full.capacity == 7 and full.truncated.tolist() == [1, 0, 0, 1, 0, 0, 1]
+    ring, copy = ReplayBuffer(5, 2, 1), ReplayBuffer(5, 2, 1)
+    ring.add(*transitions(0, 8))
+    utils.save_checkpoint(tmp_path / "a.pth", ring.state_dict())
+    copy.load_state_dict(utils.load_checkpoint(tmp_path / "a.pth"))
+    for buffer in (ring, copy):
+        buffer.add(*transitions(8, 3))
+    assert all(torch.equal(getattr(ring, name), getattr(copy, name)) for name in ReplayBuffer.FIELDS)
+    with pytest.raises(ValueError, match="capacity"):
+        full.load_state_dict(ring.state_dict())
+    with pytest.raises(ValueError, match="rewards has shape"):
+        ring.add(*arrays[:2], arrays[2][:, None], *arrays[3:])
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def write_metrics(run_dir, steps, resume_step=None):
+    logger = MetricLogger(run_dir, resume_step, tensorboard=False)
+    for step in steps:
+        values = {"loss": torch.tensor(1 / step), "rate": 1 / 3}
+        if step % 20 == 0:
+            values["eval/return"] = float("nan") if step == 40 else step
+        logger.log(step, values)
+    logger.close()
+    return (run_dir / "metrics.csv").read_bytes()
+
+
+def test_metrics_keep_late_columns_and_full_precision(tmp_path):
+    first = write_metrics(tmp_path, [10, 20, 30]).decode().splitlines()
+    assert first[0] == "step,loss,rate,eval/return"
+    assert first[1].endswith(",0.3333333333333333,") and first[2].endswith(",20.0")
+    metrics = utils.read_metrics(tmp_path)
+    assert metrics["step"] == [10, 20, 30] and metrics["loss"][0] == torch.tensor(0.1).item()
+    assert np.isnan(metrics["eval/return"]).tolist() == [True, False, True]
+    assert write_metrics(tmp_path, [5]).decode().startswith("step,loss,rate\n5,0.2")  # a new run starts a new file
+
+
+def test_each_row_is_on_disk_when_log_returns(tmp_path):
+    logger = MetricLogger(tmp_path, tensorboard=False)
+    logger.log(1, {"loss": 2})
+    assert (tmp_path / "metrics.csv").read_text() == "step,loss\n1,2.0\n"
+    with pytest.raises(ValueError, match="a,b"):
+        logger.log(2, {"a,b": 1.0})
+    logger.close(), logger.close()
+
+
+@pytest.mark.parametrize("resume_step", [10, 40])
+def test_resumed_metrics_equal_the_uninterrupted_ones_wherever_the_kill_cut(tmp_path, resume_step):
+    steps = [10, 20, 30, 40, 50]
+    whole = write_metrics(tmp_path / "whole", steps)
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    kept = whole.index(f"\n{resume_step},".encode()) + 1
+    for end in range(whole.index(b"\n", kept) + 1, len(whole) + 1):
+        (folder / "metrics.csv").write_bytes(whole[:end])
+        again = write_metrics(folder, [step for step in steps if step > resume_step], resume_step)
+        assert again == whole, f"cut after byte {end}"
+
+
+def test_reading_survives_damage(tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(b"step,loss\n1,0.5\n\xff\xfe,1\n2,0.5,7\n3,\n4,0.2")
+    assert str(utils.read_metrics(tmp_path)) == "{'step': [1, 3], 'loss': [0.5, nan]}"
+    (tmp_path / "metrics.csv").write_bytes(b"")
+    assert utils.read_metrics(tmp_path) == {"step": []}
+    with pytest.raises(UserError, match=r"metrics\.csv"):
+        utils.read_metrics(tmp_path / "none")
+
+
+def test_tensorboard_purges_what_a_resume_repeats(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = MetricLogger(tmp_path)
+    for step in (1, 2, 3):
+        first.log(step, {"loss": float(step)})
+    first.close()
+    second = MetricLogger(tmp_path, resume_step=2)
+    second.log(3, {"loss": 30.0})
+    second.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_missing_wandb_warns_once_and_says_how_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    logger = MetricLogger(tmp_path, tensorboard=False, wandb_project="p")
+    logger.log(1, {"loss": 1.0})
+    shown = capsys.readouterr().err
+    assert shown.startswith("warning: wandb") and "pip install" in shown and shown.count("\n") == 1
+    assert utils.read_metrics(tmp_path)["loss"] == [1.0]
+
+
+@pytest.mark.parametrize("moment", ["init", "log", "finish"])
+def test_a_failing_tracker_never_stops_a_run(tmp_path, monkeypatch, capsys, moment):
+    received, identities = [], []
+
+    def call(name):
+        def action(*values, **settings):
+            if name == moment:
+                raise RuntimeError("quota\nused up")
+            received.append((name, values, settings))
+
+        return action
+
+    def init(**settings):
+        identities.append(settings["id"])
+        call("init")(**settings)
+        return types.SimpleNamespace(log=call("log"), finish=call("finish"))
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for resume_step in (None, 2):
+        logger = MetricLogger(tmp_path, resume_step, tensorboard=False, wandb_project="p", config=SmallConfig())
+        for step in (1, 2) if resume_step is None else (3,):
+            logger.log(step, {"loss": 1.0})
+        logger.close()
+    assert utils.read_metrics(tmp_path)["step"] == [1, 2, 3]
+    assert capsys.readouterr().err.count("\n") == 2 and identities[0] == identities[1]
+    if moment == "finish":
+        assert ("log", ({"loss": 1.0},), {"step": 3}) in received
+        assert received[0][2]["config"]["w2_weights"] == [0.1, 0.2]
+
+
+# --- run directories -------------------------------------------------------------------------------------------------
+
+
+def test_new_run_writes_config_and_versions(tmp_path):
+    config = SmallConfig(lr=1e-5, w2_weights=(1.0,))
+    assert utils.prepare_run(tmp_path / "run", config, resume=False) is None
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert stored["lr"] == 1e-5 and stored["w2_weights"] == [1.0]
+    assert parse_config(SmallConfig, ["--config", str(tmp_path / "run" / "config.yaml")]) == config
+    versions = yaml.safe_load((tmp_path / "run" / "versions.json").read_text())
+    assert versions["torch"] == torch.__version__ and {"python", "platform", "mujoco", "commit"} <= set(versions)
+
+
+def test_resume_needs_the_flag_and_the_same_settings(tmp_path, capsys):
+    config = SmallConfig()
+    assert utils.prepare_run(tmp_path, config, resume=True) is None
+    assert "starting anew" in capsys.readouterr().err
+    checkpoint = tmp_path / "checkpoints" / "last.pth"
+    utils.save_checkpoint(checkpoint, {"step": 1})
+    with pytest.raises(UserError, match=r"--resume.*--run_dir"):
+        utils.prepare_run(tmp_path, config, resume=False)
+    assert utils.prepare_run(tmp_path, replace(config, resume=True), resume=True) == checkpoint
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"config\.yaml: seed was 0 and is now 9"):
+        utils.prepare_run(tmp_path, replace(config, seed=9), resume=True)
+    assert (tmp_path / "config.yaml").read_bytes() == before
+    assert utils.prepare_run(tmp_path, replace(config, seed=9), resume=True, may_change={"seed"}) == checkpoint
+    assert utils.prepare_run(tmp_path, replace(config, seed=9), resume=True) == checkpoint
+
+
+def test_finished_run_says_so_and_stops(tmp_path):
+    utils.prepare_run(tmp_path, SmallConfig(), resume=False)
+    utils.mark_finished(tmp_path, {"success": torch.tensor(0.5), "steps": np.int64(3)})
+    assert yaml.safe_load((tmp_path / "finished.json").read_text()) == {"success": 0.5, "steps": 3}
+    for resume in (False, True):
+        with pytest.raises(RunFinished, match="finished"):
+            utils.prepare_run(tmp_path, SmallConfig(), resume)
+    with pytest.raises(UserError, match="seed"):
+        utils.prepare_run(tmp_path, SmallConfig(seed=1), resume=False)
+
+
+def test_run_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--run_dir"):
+        utils.prepare_run(tmp_path / "file" / "run", SmallConfig(), resume=False)
+    assert os.listdir(tmp_path) == ["file"]

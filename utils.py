@@ -1,0 +1,810 @@
+"""Plumbing that every system shares: command line, random streams, files that are never half-written, replay, metrics.
+
+Nothing here knows an algorithm or a benchmark. Bad input raises UserError with one line; run_cli prints it and exits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import types
+import typing
+import uuid
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+import yaml
+from tqdm import tqdm
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+ALWAYS_MAY_CHANGE = {"resume", "run_dir"}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and the command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Bad input. The message names the file, key or flag and says what to do about it."""
+
+
+class RunFinished(Exception):
+    """The run directory holds a finished run of these settings: nothing is left to do."""
+
+
+def one_line(text: object) -> str:
+    """The text with every run of white space, line breaks included, as one space."""
+    return " ".join(str(text).split())
+
+
+def warn(text: object) -> None:
+    """Print one line `warning: ...` on stderr without tearing a progress bar."""
+    tqdm.write(f"warning: {one_line(text)}", file=sys.stderr)
+
+
+def run_cli(main: Callable[[list[str] | None], None]) -> None:
+    """Call `main(None)` and turn the failures that a user can mend into one line.
+
+    Exit codes: 2 for bad input or a full disk, 130 for Ctrl-C, 0 for a run that was finished already. Any other
+    exception is a defect of the program and keeps its traceback.
+    """
+    try:
+        main(None)
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except RunFinished as finished:
+        print(one_line(finished))
+        sys.exit(0)
+    except KeyboardInterrupt:
+        print("interrupted: the last saved checkpoint is kept", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        name = error.filename or "an output file"
+        print(
+            f"error: {one_line(name)}: the disk is full ({os.strerror(error.errno)}); "
+            "the last good checkpoint is kept: free some space and continue from it",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+def parse_config(config_class: type, argv: list[str] | None = None, description: str = "", config_flag="--config"):
+    """An instance of a flat dataclass: its defaults, overridden by a YAML file, overridden by the command line.
+
+    Args:
+        config_class: fields of type int, float, bool, str, Literal, tuple[T, ...], or one of these or None.
+        argv: the arguments without the program's name; None takes them from sys.argv.
+        description: first paragraph of `--help`.
+        config_flag: the flag that names the YAML file (flat `field: value` lines).
+
+    A repeated flag counts once, with its last value. Raises UserError for an unknown or ill-typed key or flag.
+    `--help` prints the fields with their comments and exits 0.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    description = f"{description}\n\n{config_flag} FILE reads flat `field: value` YAML; flags override it.".strip()
+    if "-h" in arguments or "--help" in arguments:
+        tyro.cli(config_class, args=["--help"], description=description, use_underscores=True)
+    types_by_name = typing.get_type_hints(config_class)
+    hints = {field.name: types_by_name[field.name] for field in dataclasses.fields(config_class) if field.init}
+    groups, config_path = _group_arguments(arguments, hints, config_flag)
+    tokens = {}
+    if config_path is not None:
+        for key, value in _read_config(Path(config_path), hints).items():
+            tokens[key] = _value_to_tokens(key, value)
+    for key, values in groups.items():
+        tokens[key] = _flag_to_tokens(key, values, hints[key])
+    return _call_tyro(config_class, tokens, hints, description)
+
+
+def _group_arguments(arguments: list[str], hints: dict[str, Any], config_flag: str) -> tuple[dict, str | None]:
+    """Map each field to the values given for it (a bool for a switch), and the path given with config_flag."""
+    switches = {f"no_{name}": name for name, hint in hints.items() if hint is bool}
+    groups: dict[str, Any] = {}
+    current = None
+    for token in arguments:
+        if not _is_flag(token):
+            if current is None:
+                raise UserError(f"unexpected argument {token!r}: every value follows a --flag")
+            if isinstance(groups[current], bool):
+                raise UserError(f"--{current} takes no value, got {token!r}: write --{current} or --no_{current}")
+            groups[current].append(token)
+            continue
+        flag, equals, value = token.partition("=")
+        name = flag[2:].replace("-", "_") if flag != config_flag else config_flag
+        if name not in hints and name not in switches and name != config_flag or not flag.startswith("--"):
+            known = [f"--{known}" for known in hints] + [config_flag]
+            raise UserError(f"unknown flag {flag}; the nearest one is {_nearest(flag.replace('-', '_'), known)}")
+        current = switches.get(name, name)
+        groups[current] = name not in switches if hints.get(current) is bool else [value] if equals else []
+        if equals and hints.get(current) is bool:
+            raise UserError(f"{flag} takes no value, got {value!r}: write --{current} or --no_{current}")
+    config_path = groups.pop(config_flag, None)
+    if config_path is not None and len(config_path) != 1:
+        raise UserError(f"{config_flag} needs one file, got {len(config_path)}")
+    return groups, config_path[0] if config_path else None
+
+
+def _is_flag(token: str) -> bool:
+    """-1e-3, -inf and the -4] of an unquoted list are values, -x and --lr are flags."""
+    if not token.startswith("-") or token == "-":
+        return False
+    try:
+        float(token.rstrip("]),"))
+    except ValueError:
+        return True
+    return False
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """The members of a union, or the type itself."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return list(typing.get_args(hint))
+    return [hint]
+
+
+def _flag_to_tokens(name: str, values: bool | list[str], hint: Any) -> list[str]:
+    """Spell one field's command-line values the way tyro reads them."""
+    if isinstance(values, bool):
+        return _value_to_tokens(name, values)
+    if not values:
+        raise UserError(f"--{name} needs a value")
+    options = _alternatives(hint)
+    if type(None) in options and [value.lower() for value in values] in (["none"], ["null"]):
+        return _value_to_tokens(name, None)
+    if any(typing.get_origin(option) is tuple for option in options):
+        text = " ".join(values)
+        if text.startswith(("[", "(")):
+            return _value_to_tokens(name, _read_bracketed(name, text, hint))
+        return [f"--{name}", *values]
+    if len(values) > 1:
+        raise UserError(f"--{name} takes one value, got {' '.join(values)!r}")
+    return [f"--{name}={values[0]}"]
+
+
+def _read_bracketed(name: str, text: str, hint: Any) -> tuple:
+    """The tuple that "[0.2, 0.2]" or "(0.2, 0.2)" spells."""
+    if text.startswith("(") and text.endswith(")"):
+        text = f"[{text[1:-1]}]"
+    try:
+        return _coerce(yaml.safe_load(text), hint)
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"--{name} must be {_expected(hint)}, not {text!r}") from None
+
+
+def _value_to_tokens(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no_{name}"]
+    if isinstance(value, tuple):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={value}"]
+
+
+def _read_config(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
+    """Read a flat YAML file and check each value against its field's type."""
+    values = _load_yaml(path)
+    checked = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{path}: unknown key {str(key)!r}; the nearest one is {_nearest(str(key), hints)!r}")
+        try:
+            checked[key] = _coerce(value, hints[key])
+        except ValueError:
+            raise UserError(f"{path}: {key} must be {_expected(hints[key])}, not {value!r}") from None
+    return checked
+
+
+def _load_yaml(path: Path) -> dict:
+    try:
+        values = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read this config file ({error.strerror}); give the path of a YAML file"
+        ) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({one_line(error)}); mend the file") from None
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}; mend the file")
+    return values or {}
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    """The value as the field's type, or ValueError. YAML 1.1 reads 3e-4 as text; a bool is not an int."""
+    options = _alternatives(hint)
+    if len(options) > 1:
+        for option in options:
+            with contextlib.suppress(ValueError):
+                return _coerce(value, option)
+        raise ValueError
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in typing.get_args(hint)):
+            return value
+    elif origin is tuple:
+        items = typing.get_args(hint)
+        if isinstance(value, list | tuple):
+            items = items[:1] * len(value) if items[1:] == (...,) else items
+            return tuple(_coerce(item, kind) for item, kind in zip(value, items, strict=True))
+    elif hint is float:
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            return float(value)
+    elif type(value) is hint or value is None and hint is type(None):
+        return value
+    raise ValueError
+
+
+def _expected(hint: Any) -> str:
+    """The type in words for an error message."""
+    options = _alternatives(hint)
+    if len(options) > 1:
+        return " or ".join(_expected(option) for option in options)
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each item {_expected(typing.get_args(hint)[0])}"
+    words = {float: "a number", int: "an integer", bool: "true or false", str: "text", type(None): "null"}
+    return words.get(hint, str(hint))
+
+
+def _call_tyro(config_class: type, tokens: dict[str, list[str]], hints: dict[str, Any], description: str) -> Any:
+    """Run tyro on the tokens of each field; its boxed error becomes one UserError line that names the flag."""
+    arguments = [token for group in tokens.values() for token in group]
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(config_class, args=arguments, description=description, use_underscores=True)
+    except SystemExit:
+        name = re.search(r"--(\w+)", captured.getvalue()).group(1)
+        if name not in tokens:
+            raise UserError(f"--{name} is required; see --help") from None
+        raise UserError(f"{' '.join(tokens[name])}: must be {_expected(hints[name])}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device, randomness, progress
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:<index>` names; raises UserError where it does not exist."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: unknown device; use auto, cpu, cuda or cuda:<index>")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: no such CUDA device on this machine; use --device cpu or auto")
+    return device
+
+
+class RandomStreams:
+    """The separate random streams of one run, spawned from one numpy SeedSequence.
+
+    Because the streams are separate, evaluating more often or drawing other action noise changes no minibatch.
+
+    Attributes:
+        init_seed: for building networks, see `initialising`.
+        sampling: torch.Generator on the device, for minibatches and relabelling.
+        policy: torch.Generator on the device, for action noise.
+        evaluation_seed: int below 2**31, the same all through a run, so that every evaluation sees the same episodes.
+    """
+
+    def __init__(self, seed: int, device: str | torch.device = "cpu"):
+        if seed < 0:
+            raise UserError(f"--seed {seed}: must be 0 or larger")
+        self.device = torch.device(device)
+        init, sampling, policy, evaluation = np.random.SeedSequence(seed).spawn(4)
+        self.init_seed = _seed_from(init)
+        self.sampling = torch.Generator(self.device).manual_seed(_seed_from(sampling))
+        self.policy = torch.Generator(self.device).manual_seed(_seed_from(policy))
+        self.evaluation_seed = _seed_from(evaluation) % 2**31
+
+    @contextlib.contextmanager
+    def initialising(self) -> Iterator[None]:
+        """Seed torch's global generators with init_seed inside the block and restore them after it."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.random.default_generator.manual_seed(self.init_seed)
+            if devices:
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(self.init_seed)
+            yield
+
+    def state_dict(self) -> dict[str, int | torch.Tensor]:
+        """Two ints and two uint8 tensors on the CPU."""
+        return {
+            "init_seed": self.init_seed,
+            "sampling": self.sampling.get_state(),
+            "policy": self.policy.get_state(),
+            "evaluation_seed": self.evaluation_seed,
+        }
+
+    def load_state_dict(self, state: dict[str, int | torch.Tensor]) -> None:
+        """Continue every stream exactly; raises UserError for the state of another kind of device."""
+        if state["sampling"].numel() != self.sampling.get_state().numel():
+            raise UserError(f"the checkpoint's generators are not for {self.device.type}: resume on the same --device")
+        self.init_seed, self.evaluation_seed = state["init_seed"], state["evaluation_seed"]
+        self.sampling.set_state(state["sampling"].cpu())
+        self.policy.set_state(state["policy"].cpu())
+
+
+def _seed_from(sequence: np.random.SeedSequence) -> int:
+    return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def progress(iterable_or_total: Iterable | int, desc: str, **options: Any) -> tqdm:
+    """A tqdm bar on stderr over an iterable, or a manual one of so many steps; options go to tqdm.
+
+    Into a file or a pipe it writes a line every ten seconds at most.
+    """
+    terminal = sys.stderr.isatty()
+    shared = {
+        "desc": desc,
+        "file": sys.stderr,
+        "dynamic_ncols": terminal,
+        "ncols": None if terminal else 100,
+        "mininterval": 0.2 if terminal else 10.0,
+        "maxinterval": 10.0,
+    } | options
+    if isinstance(iterable_or_total, int):
+        return tqdm(total=iterable_or_total, **shared)
+    return tqdm(iterable_or_total, **shared)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are whole or absent, and checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _write_atomic(path: str | Path, data: bytes | memoryview) -> None:
+    """Write beside the target, flush to the disk, rename: a reader sees the old file or the new one."""
+    path = Path(path)
+    # One fixed temporary name: what a kill left behind is overwritten by the next write instead of piling up.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a failed write does not know its file
+        raise
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Replace a text file (UTF-8) as a whole; raises OSError that names it and leaves the old file on failure."""
+    _write_atomic(path, text.encode())
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write nested dicts, lists and tuples of tensors, numbers, text and None; equal states give equal bytes.
+
+    Raises TypeError, before anything is written, for a value that `weights_only=True` could not read back.
+    """
+    buffer = io.BytesIO()
+    torch.save(_canonical(state, "state", {}), buffer)
+    _write_atomic(path, buffer.getbuffer())
+
+
+def _canonical(value: Any, where: str, texts: dict[str, str]) -> Any:
+    """A copy in which tensors lie on the CPU without sharing memory and equal texts are one object.
+
+    The bytes of a pickle depend on which objects are identical; here they depend on the values alone.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True).clone(memory_format=torch.contiguous_format)
+    if isinstance(value, dict):
+        keys = {key: _canonical(key, where, texts) for key in value}
+        return {keys[key]: _canonical(item, f"{where}[{key!r}]", texts) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_canonical(item, f"{where}[{index}]", texts) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, np.generic):
+        return _canonical(value.item(), where, texts)
+    if isinstance(value, str):
+        return texts.setdefault(value, value)
+    if value is None or type(value) in (bool, int, float):
+        return value
+    raise TypeError(f"{where} is a {type(value).__name__}: a checkpoint holds tensors, numbers, text, dicts and lists")
+
+
+def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read what save_checkpoint wrote; raises UserError for a missing, damaged or foreign file."""
+    try:
+        data = io.BytesIO(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read this checkpoint ({error.strerror}); check the path or train first"
+        ) from None
+    try:
+        # torch does not compare the checksums of the archive, zipfile does.
+        with zipfile.ZipFile(data) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("a checksum differs")
+        data.seek(0)
+        state = torch.load(data, map_location=map_location, weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError("no dictionary inside")
+    except Exception:  # damaged bytes fail in many ways
+        raise UserError(
+            f"{path}: damaged, or not a checkpoint of this program; delete it and start anew, or use best_model.pth"
+        ) from None
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replay
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ReplayBuffer:
+    """A ring of transitions in float32 on one device; the oldest rows are overwritten.
+
+    observations, next_observations [capacity, observation_dim]; actions [capacity, action_dim];
+    rewards, terminated, truncated [capacity]. The two ends are kept apart: bootstrap through `truncated` only.
+    """
+
+    FIELDS = ("observations", "actions", "rewards", "next_observations", "terminated", "truncated")
+
+    def __init__(self, capacity: int, observation_dim: int, action_dim: int, device: str | torch.device = "cpu"):
+        self.capacity, self.device = capacity, torch.device(device)
+        self.size, self.position = 0, 0
+        shapes = {"observations": (observation_dim,), "next_observations": (observation_dim,), "actions": (action_dim,)}
+        for name in self.FIELDS:
+            setattr(self, name, torch.zeros((capacity, *shapes.get(name, ())), device=self.device))
+
+    @classmethod
+    def from_arrays(
+        cls, observations, actions, rewards, next_observations, terminated, truncated, device="cpu"
+    ) -> ReplayBuffer:
+        """A full buffer of a whole dataset; arrays or tensors of n rows."""
+        buffer = cls(len(observations), observations.shape[1], actions.shape[1], device)
+        buffer.add(observations, actions, rewards, next_observations, terminated, truncated)
+        return buffer
+
+    def __len__(self) -> int:
+        return self.size
+
+    def add(self, observations, actions, rewards, next_observations, terminated, truncated) -> None:
+        """Append n rows, arrays or tensors [n, ...]; raises ValueError where the row counts or shapes differ."""
+        values = (observations, actions, rewards, next_observations, terminated, truncated)
+        count = len(observations)
+        rows = torch.arange(max(0, count - self.capacity), count, device=self.device)
+        slots = (self.position + rows) % self.capacity
+        tensors = []
+        for name, value in zip(self.FIELDS, values, strict=True):
+            if not isinstance(value, torch.Tensor):
+                value = torch.tensor(np.asarray(value), dtype=torch.float32)
+            expected = (count, *getattr(self, name).shape[1:])
+            if tuple(value.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}")
+            tensors.append(value.to(self.device, torch.float32))
+        for name, tensor in zip(self.FIELDS, tensors, strict=True):
+            getattr(self, name)[slots] = tensor[rows[0] :] if len(rows) < count else tensor
+        self.position = (self.position + count) % self.capacity
+        self.size = min(self.capacity, self.size + count)
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Rows drawn with replacement by a generator on the buffer's device: field -> [batch_size, ...]."""
+        if self.size == 0:
+            raise ValueError("cannot sample from an empty replay buffer")
+        rows = torch.randint(self.size, (batch_size,), generator=generator, device=self.device)
+        return {name: getattr(self, name).index_select(0, rows) for name in self.FIELDS}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The filled rows and the ring's position."""
+        fields = {name: getattr(self, name)[: self.size] for name in self.FIELDS}
+        return {"capacity": self.capacity, "position": self.position, **fields}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore rows and position; raises ValueError for another capacity or other row shapes."""
+        size = len(state["observations"])
+        for name in self.FIELDS:
+            if state["capacity"] != self.capacity or state[name].shape[1:] != getattr(self, name).shape[1:]:
+                raise ValueError("the stored replay buffer has another capacity or other row shapes")
+            getattr(self, name)[:size] = state[name].to(self.device)
+        self.size, self.position = size, state["position"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MetricLogger:
+    """metrics.csv of one run, and the trackers beside it: TensorBoard under tensorboard/, wandb where asked for.
+
+    Log a step before saving its checkpoint: a resumed run drops the rows after `resume_step` and writes them again,
+    so its file equals that of a run that was never stopped. A tracker that fails is switched off with one warning.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        wandb_project: str | None = None,
+        config: Any = None,
+    ):
+        self.path = Path(run_dir) / "metrics.csv"
+        self.columns: list[str] = ["step"]
+        rows: list[dict[str, str]] = []
+        if resume_step is not None and self.path.exists():
+            rows = [row for row in _read_rows(self.path) if int(row["step"]) <= resume_step]
+            # A column whose first value came later is left out here and added again at its turn.
+            if rows:
+                self.columns = [name for name in rows[0] if any(row[name] for row in rows)]
+        self._file: io.FileIO | None = None
+        self._rewrite(rows)
+        self._trackers: dict[str, Any] = {}
+        if tensorboard:
+            self._guard("TensorBoard", self._open_tensorboard, Path(run_dir), resume_step)
+        if wandb_project:
+            self._guard("wandb", self._open_wandb, Path(run_dir), resume_step, wandb_project, config)
+
+    def log(self, step: int, metrics: dict[str, float | torch.Tensor]) -> None:
+        """Append one row; values are numbers or 0-d tensors. Raises OSError that names the file when it cannot."""
+        values = _to_floats(metrics)
+        late = [name for name in values if name not in self.columns]
+        if late:
+            rows = _read_rows(self.path)
+            self.columns += late
+            self._rewrite(rows)
+        row = {"step": str(int(step))} | {name: repr(value) for name, value in values.items()}
+        self._write(_csv_line(row.get(name, "") for name in self.columns))
+        for name, tracker in list(self._trackers.items()):
+            self._guard(name, tracker.log, int(step), values)
+
+    def close(self) -> None:
+        """Close the file and the trackers; closing twice is harmless."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        for name, tracker in list(self._trackers.items()):
+            self._guard(name, tracker.close)
+        self._trackers.clear()
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        lines = [_csv_line(self.columns)] + [_csv_line(row.get(name, "") for name in self.columns) for row in rows]
+        if self._file is not None:
+            self._file.close()
+        write_text_atomic(self.path, "".join(lines))
+        self._file = io.FileIO(self.path, "ab")  # unbuffered: a row is in the file when log returns
+
+    def _write(self, line: str) -> None:
+        data = memoryview(line.encode())
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+
+    def _open_tensorboard(self, run_dir: Path, resume_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = None if resume_step is None else resume_step + 1
+        self._trackers["TensorBoard"] = _TensorBoard(SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge))
+
+    def _open_wandb(self, run_dir: Path, resume_step: int | None, project: str, config: Any) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise RuntimeError("not installed: pip install -r requirements-tracking.txt") from None
+        # The id lies beside the run, so that a resumed run continues its own page.
+        id_file = run_dir / "wandb_id.txt"
+        if resume_step is None or not id_file.exists():
+            write_text_atomic(id_file, uuid.uuid4().hex)
+        settings = plain_config(config) if config is not None else None
+        name, identity = run_dir.name, id_file.read_text().strip()
+        run = wandb.init(project=project, dir=str(run_dir), name=name, id=identity, resume="allow", config=settings)
+        self._trackers["wandb"] = _Wandb(run)
+
+    def _guard(self, name: str, action: Callable, *arguments: Any) -> None:
+        """Call a tracker; whatever it raises costs that tracker and nothing else."""
+        try:
+            action(*arguments)
+        except Exception as error:
+            self._trackers.pop(name, None)
+            warn(f"{name} is off for this run ({type(error).__name__}: {error}); metrics.csv goes on")
+
+
+class _TensorBoard:
+    def __init__(self, writer: Any):
+        self.writer = writer
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Wandb:
+    def __init__(self, run: Any):
+        self.run = run
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _to_floats(metrics: dict[str, float | torch.Tensor]) -> dict[str, float]:
+    """All values as floats; the tensors leave the device in one copy."""
+    for name in metrics:
+        if name == "step" or any(character in name for character in ',"\r\n'):
+            raise ValueError(f"a metric cannot be called {name!r}")
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, torch.Tensor)}
+    moved: dict[str, float] = {}
+    if tensors:
+        stacked = torch.stack([value.detach().double() for value in tensors.values()])
+        moved = dict(zip(tensors, stacked.tolist(), strict=True))
+    return {name: moved[name] if name in moved else float(value) for name, value in metrics.items()}
+
+
+def _csv_line(cells: Iterable[str]) -> str:
+    return ",".join(cells) + "\n"
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a metrics.csv as text; a line that a kill or a full disk cut short is left out."""
+    # Only lines that end in a line break are whole: a cut number still reads as a number.
+    lines = path.read_text(errors="replace").split("\n")[:-1]
+    columns = lines[0].split(",") if lines else []
+    rows = []
+    for line in lines[1:]:
+        cells = line.split(",")
+        try:
+            int(cells[0])
+            for cell in cells[1:]:
+                float(cell or 0)
+        except ValueError:
+            continue
+        if len(cells) == len(columns) and columns[0] == "step":
+            rows.append(dict(zip(columns, cells, strict=True)))
+    return rows
+
+
+def read_metrics(run_dir: str | Path) -> dict[str, list[float]]:
+    """Column -> values over the rows of metrics.csv, `step` as ints, nan where a row lacks the value.
+
+    Raises UserError when the directory has no metrics.csv.
+    """
+    path = Path(run_dir) / "metrics.csv"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the directory of a run")
+    rows = _read_rows(path)
+    names = list(rows[0]) if rows else ["step"]
+    return {
+        name: [int(row[name]) if name == "step" else float(row[name] or math.nan) for row in rows] for name in names
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run directories
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prepare_run(
+    run_dir: str | Path,
+    config: Any,
+    resume: bool,
+    checkpoint_name: str = "checkpoints/last.pth",
+    may_change: Iterable[str] = (),
+) -> Path | None:
+    """Open a run's directory; returns the checkpoint to continue from, or None for a new run.
+
+    Writes config.yaml and versions.json. Keys in may_change, and resume and run_dir, may differ from the stored
+    config.yaml. Raises RunFinished for a finished run of these settings, and UserError where continuing would mix
+    two runs: other settings, or a checkpoint without `--resume`.
+    """
+    run_dir = Path(run_dir)
+    checkpoint = run_dir / checkpoint_name
+    finished = (run_dir / "finished.json").exists()
+    started = checkpoint.exists()
+    if finished or (started and resume):
+        _check_same_config(run_dir, plain_config(config), ALWAYS_MAY_CHANGE | set(may_change))
+    if finished:
+        raise RunFinished(f"{run_dir}: this run is finished; choose another --run_dir to train again")
+    if started and not resume:
+        raise UserError(f"{run_dir}: holds an unfinished run; continue it with --resume or choose another --run_dir")
+    try:
+        write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(plain_config(config), sort_keys=False))
+        write_text_atomic(run_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise UserError(f"--run_dir {run_dir}: cannot write there ({error.strerror}); choose another") from None
+    if resume and not started:
+        print(f"{run_dir}: nothing to resume, starting anew", file=sys.stderr)
+    return checkpoint if started else None
+
+
+def mark_finished(run_dir: str | Path, summary: dict[str, Any]) -> None:
+    """Write finished.json: the run's last figures, and the sign that nothing is left to do."""
+    write_text_atomic(Path(run_dir) / "finished.json", json.dumps(summary, indent=2, default=float) + "\n")
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A config dataclass (or dict) as YAML writes it: tuples as lists, paths as text."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config)
+
+
+def _check_same_config(run_dir: Path, current: dict[str, Any], may_change: set[str]) -> None:
+    path = run_dir / "config.yaml"
+    stored = _load_yaml(path)
+    absent = "(absent)"
+    for key in [*current, *(key for key in stored if key not in current)]:
+        before, now = stored.get(key, absent), current.get(key, absent)
+        if key not in may_change and before != now:
+            raise UserError(
+                f"{path}: {key} was {before} and is now {now}; give the old value, or choose another --run_dir"
+            )
+
+
+def _versions() -> dict[str, str | None]:
+    """What ran: interpreter, platform, packages (null where not installed) and the commit of this checkout."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("torch", "numpy", "mujoco", "gymnasium", "ogbench"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    versions["commit"] = _commit(Path(__file__).resolve().parent)
+    return versions
+
+
+def _commit(folder: Path) -> str | None:
+    command = ["git", "-C", str(folder), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    # A folder that was unpacked inside some other repository has no commit of its own.
+    return lines[1] if Path(lines[0]).resolve() == folder else None

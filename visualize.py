@@ -1,0 +1,107 @@
+"""Pictures of a run: training curves, and values with proposals over the maze. Written as PNG, without a display."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+OFFLINE_LOSSES = {  # column of metrics.csv -> the seed's name of the curve
+    "critic_loss": "Critic",
+    "v_loss": "V",
+    "state_loss": "State",
+    "reward_loss": "Reward",
+    "infonce_loss": "InfoNCE",
+    "alignment_loss": "Alignment",
+}
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _curve(axis, steps: np.ndarray, values: list[float], **style) -> None:
+    values = np.asarray(values, dtype=float)
+    known = np.isfinite(values)
+    if known.any():
+        axis.plot(steps[known], values[known], **style)
+
+
+def plot_training_curves(metrics: dict[str, list[float]], path: str | Path, title: str) -> None:
+    """The six losses, train and validation, and the two diagnostics, against updates.
+
+    Args:
+        metrics: columns of metrics.csv, nan where a row has no value (`utils.read_metrics`).
+        path: the PNG to write.
+        title: the dataset id and seed; it stands on the picture, so that it cannot be taken for another's.
+    """
+    figure = Figure(figsize=(14, 6.4), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(2, 4).ravel()
+    steps = np.asarray(metrics["step"], dtype=float)
+    for axis, (column, name) in zip(axes, OFFLINE_LOSSES.items(), strict=False):
+        _curve(axis, steps, metrics.get(column, []), label="train", color="tab:blue", linewidth=1)
+        _curve(axis, steps, metrics.get(f"val_{column}", []), label="validation", color="tab:orange", marker=".")
+        axis.set_title(f"{name} loss")
+        axis.legend(fontsize=8)
+    _curve(axes[6], steps, metrics.get("value_distance_spearman", []), label="all pairs", color="tab:green", marker=".")
+    _curve(
+        axes[6], steps, metrics.get("value_distance_spearman_far", []), label="far half", color="tab:olive", marker="."
+    )
+    axes[6].set_title("V against minus maze distance (Spearman)")
+    axes[6].set_ylim(-0.1, 1.02)
+    axes[6].legend(fontsize=8)
+    _curve(axes[7], steps, metrics.get("code_rank", []), label="effective rank", color="tab:red", marker=".")
+    axes[7].set_title("Codes: effective rank, and 100 x std")
+    _curve(axes[7], steps, [100 * v for v in metrics.get("code_std", [])], label="100 x std", color="tab:purple")
+    axes[7].legend(fontsize=8)
+    for axis in axes:
+        axis.set_xlabel("update")
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _binned(xy: np.ndarray, values: np.ndarray, extent: tuple, size: float) -> np.ndarray:
+    """Mean of values [n, ...] in square cells of side `size` over extent -> [rows, columns, ...], nan where empty."""
+    left, right, bottom, top = extent
+    columns, rows = round((right - left) / size), round((top - bottom) / size)
+    j = np.clip(((xy[:, 0] - left) / size).astype(int), 0, columns - 1)
+    i = np.clip(((xy[:, 1] - bottom) / size).astype(int), 0, rows - 1)
+    total = np.zeros((rows, columns, *values.shape[1:]))
+    count = np.zeros((rows, columns))
+    np.add.at(total, (i, j), values)
+    np.add.at(count, (i, j), 1)
+    count[count == 0] = np.nan
+    return total / count.reshape(rows, columns, *[1] * (values.ndim - 1))
+
+
+def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, title: str) -> None:
+    """V(z, z_g) over the maze for each evaluation goal, with the directions the proposer takes.
+
+    Args:
+        maze: `ogbench_utils.Maze`.
+        xy: [n, 2] positions of held-out states.
+        maps: for each goal `name`, `start_xy`, `goal_xy`, `value` [n] and `arrows` [n, 2].
+        path, title: as in `plot_training_curves`.
+    """
+    figure = Figure(figsize=(4.4 * len(maps), 4.8), layout="constrained")
+    figure.suptitle(title)
+    left, right, bottom, top = extent = maze.extent
+    walls = np.where(maze.maze_map == 1, 1.0, np.nan)
+    for axis, entry in zip(np.atleast_1d(figure.subplots(1, len(maps))), maps, strict=True):
+        picture = axis.imshow(_binned(xy, entry["value"], extent, maze.unit / 8), origin="lower", extent=extent)
+        axis.imshow(walls, origin="lower", extent=extent, cmap="gray", vmin=0, vmax=2)
+        figure.colorbar(picture, ax=axis, shrink=0.7, label="V")
+        size = maze.unit / 2
+        arrows = _binned(xy, entry["arrows"], extent, size)
+        arrows = arrows / np.maximum(np.linalg.norm(arrows, axis=-1, keepdims=True), 1e-9)
+        x, y = np.meshgrid(np.arange(left, right, size) + size / 2, np.arange(bottom, top, size) + size / 2)
+        seen = np.isfinite(arrows[..., 0])
+        axis.quiver(x[seen], y[seen], *arrows[seen].T, color="white", scale=30, width=0.006, pivot="mid")
+        axis.plot(*entry["start_xy"], "o", color="tab:cyan", markeredgecolor="black", markersize=9, label="start")
+        axis.plot(*entry["goal_xy"], "*", color="red", markeredgecolor="black", markersize=15, label="goal")
+        axis.set_title(entry["name"])
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.legend(*axis.get_legend_handles_labels(), loc="lower right", ncols=2)
+    _save(figure, path)
