@@ -25,6 +25,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -251,7 +252,15 @@ def _make_episode(task: tuple[str, int, int, int]) -> dict[str, np.ndarray]:
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers and reports once
+    """Prepare a worker process: it leaves Ctrl-C to its parent, and ends when the parent was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # Idle workers share the queue's both ends, so a dead parent alone would leave them waiting for ever.
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def make_episodes(tasks: list[tuple[str, int, int, int]], jobs: int) -> Iterator[dict[str, np.ndarray]]:

@@ -427,7 +427,8 @@ class TransitionQ(nn.Module):
         super().__init__()
         self.size = size
         self.layers = nn.ModuleList(
-            EnsembleLinear(size, a, b) for a, b in ((3 * d_model, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, 1))
+            EnsembleLinear(size, a, b)
+            for a, b in ((3 * d_model, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, 1))
         )
 
     def forward(self, z: Tensor, z_next: Tensor, z_goal: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ Deviations from the original OPSO code, each with its reason (docs/opso.md has t
 """
 
 import copy
-import math
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import OfflineModel
-
 
 ABSENT = -1e4  # added to a logit that must not count; finite, so that no gradient becomes nan
 
@@ -43,20 +41,21 @@ class OfflineAgentConfig:
     expand: int = 2  # inner width of a layer, in d_model
     dropout: float = 0.0  # after each layer
     backend: str = "auto"  # Mamba-2 kernels: torch, cuda (mamba_ssm) or auto
-    lr: float = 3e-4  # Adam
+    lr: float = 1e-3  # Adam
     warmup_steps: int = 50  # updates of linear warm-up
-    grad_clip: float = 1.0  # largest norm of the gradient
-    discount: float = 0.99  # of the reward, a step
-    tau: float = 0.005  # rate of the EMA targets
-    expectile: float = 0.9  # weight of V errors whose target lies above V
+    grad_clip: float = 100.0  # largest norm of the gradient
+    discount: float = 0.995  # of the reward, a step
+    tau: float = 0.02  # rate of the EMA targets
+    expectile: float = 0.7  # weight of V errors whose target lies above V
+    critic_expectile: float = 0.9  # the same for the critic; 0.5 is the original's plain smooth L1
     horizon: int = 50  # critic targets span 1..horizon steps, drawn for each position
     temperature: float = 0.1  # InfoNCE
     bank_size: int = 10_000  # detached codes kept as further negatives
     nce_positions: int = 8  # transitions a window that InfoNCE contrasts
     focal_gamma: float = 0.0  # focal exponent of the reward loss; 0 is plain cross-entropy
     max_pos_weight: float = 100.0  # cap of the reward loss's running positive weight
-    beta_critic: float = 1.0  # weight of the critic loss
-    beta_v: float = 1.0  # weight of the V loss
+    beta_critic: float = 20.0  # weight of the critic loss
+    beta_v: float = 100.0  # weight of the V loss
     beta_s: float = 1.0  # weight of the state loss
     beta_r: float = 0.1  # weight of the reward loss
     beta_nce: float = 0.1  # weight of InfoNCE
@@ -158,7 +157,9 @@ class OfflineAgent:
         """Smooth L1 of both Q(z, z', z_g) against the n-step target."""
         target = self.critic_target(codes, batch)
         q = self.model.q(codes["z"], codes["z_next"], codes["z_goal"])
-        loss = masked_mean(F.smooth_l1_loss(q, target.expand_as(q), reduction="none"), codes["valid"])
+        weight = torch.where(target > q, self.config.critic_expectile, 1 - self.config.critic_expectile)
+        error = 2 * weight * F.smooth_l1_loss(q, target.expand_as(q), reduction="none")
+        loss = masked_mean(error, codes["valid"])
         return loss, {"q_mean": masked_mean(q, codes["valid"]), "target_mean": masked_mean(target, codes["valid"])}
 
     def v_loss(self, codes) -> tuple[Tensor, dict]:
@@ -167,7 +168,10 @@ class OfflineAgent:
             target = self.target.q(codes["target_z"][:, :-1], codes["target_z"][:, 1:], codes["target_goal"]).amin(0)
         v = self.model.v(codes["z"], codes["z_goal"])
         loss = masked_mean(expectile_loss(v, target, self.config.expectile), codes["valid"])
-        return loss, {"v_mean": masked_mean(v, codes["valid"]), "advantage_mean": masked_mean(target - v, codes["valid"])}
+        return loss, {
+            "v_mean": masked_mean(v, codes["valid"]),
+            "advantage_mean": masked_mean(target - v, codes["valid"]),
+        }
 
     def state_loss(self, codes) -> tuple[Tensor, dict]:
         """MSE of the proposed next code to the target encoder's z'."""
@@ -200,7 +204,7 @@ class OfflineAgent:
         stride = length // count
         return batch["nce_offset"] % stride + torch.arange(count, device=self.device) * stride
 
-    def nce_loss(self, codes, batch) -> tuple[Tensor, dict]:
+    def nce_loss(self, codes, batch, use_bank: bool = True) -> tuple[Tensor, dict]:
         """InfoNCE of z against z', both directions, with a memory bank of detached codes as further negatives."""
         c = self.config
         picked = self._nce_positions(batch)
@@ -211,9 +215,11 @@ class OfflineAgent:
         absent = torch.where(valid, 0.0, ABSENT)
         unwritten = torch.where(torch.arange(c.bank_size, device=self.device) < self.bank_count, 0.0, ABSENT)
         both = torch.cat([z, z_next]) / c.temperature
-        logits = torch.cat([torch.addmm(absent, both[: len(z)], z_next.t()), torch.addmm(absent, both[len(z) :], z.t())])
+        logits = torch.cat(
+            [torch.addmm(absent, both[: len(z)], z_next.t()), torch.addmm(absent, both[len(z) :], z.t())]
+        )
         partition = torch.logsumexp(logits, dim=1)
-        if c.bank_size > 0:
+        if use_bank and c.bank_size > 0:
             partition = torch.logaddexp(partition, torch.logsumexp(torch.addmm(unwritten, both, self.bank.t()), dim=1))
         positive = (both[: len(z)] * z_next).sum(-1)
         loss = 0.5 * (partition.view(2, -1).sum(0)) - positive
@@ -224,7 +230,7 @@ class OfflineAgent:
         cosine = F.cosine_similarity(codes["z_next"] - codes["z"], codes["z_goal"] - codes["z"], dim=-1)
         return -masked_mean(cosine, codes["valid"]), {}
 
-    def total_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict, dict]:
+    def total_loss(self, batch: dict[str, Tensor], use_bank: bool = True) -> tuple[Tensor, dict, dict]:
         """The weighted sum of the six losses, every figure worth a curve as 0-d tensors, and the codes."""
         c = self.config
         codes = self.encode(batch)
@@ -233,7 +239,7 @@ class OfflineAgent:
             "v": (c.beta_v, *self.v_loss(codes)),
             "state": (c.beta_s, *self.state_loss(codes)),
             "reward": (c.beta_r, *self.reward_loss(codes, batch)),
-            "infonce": (c.beta_nce, *self.nce_loss(codes, batch)),
+            "infonce": (c.beta_nce, *self.nce_loss(codes, batch, use_bank)),
             "alignment": (c.beta_a, *self.alignment_loss(codes)),
         }
         total = sum(beta * loss for beta, loss, _ in terms.values())
@@ -274,10 +280,14 @@ class OfflineAgent:
 
     @torch.no_grad()
     def evaluate_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The losses of a held-out batch, without a trace: no gradient, no dropout, nothing remembered."""
+        """The losses of a held-out batch, without a trace: no gradient, no dropout, nothing remembered.
+
+        InfoNCE contrasts within the batch alone, so that the figure does not depend on how full the bank is and can
+        be compared across a run.
+        """
         was_training = self.model.training
         self.model.eval()
-        _, info, _ = self.total_loss(batch)
+        _, info, _ = self.total_loss(batch, use_bank=False)
         self.model.train(was_training)
         return info
 

@@ -9,13 +9,13 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import torch
 from scipy.stats import spearmanr
 
 import make_dataset
+from model import resolve_backend
 from offline_agent import OfflineAgent, OfflineAgentConfig, effective_rank
 from ogbench_utils import Maze, Task, TrajectoryDataset, evaluation_tasks, make_env, parse_dataset_id
 from utils import (
@@ -39,24 +39,29 @@ from visualize import plot_training_curves, plot_value_maps
 @dataclass
 class OfflineTrainerConfig(OfflineAgentConfig):
     dataset: str = "local/pointmaze-medium-navigate-v0"  # OGBench id, or local/<id> for one generated here
-    dataset_dir: Optional[str] = None  # folder of the data; default OGBENCH_DATASET_DIR, else ./datasets
-    max_trajectories: Optional[int] = 100  # train on the file's first so many episodes
+    dataset_dir: str | None = None  # folder of the data; default OGBENCH_DATASET_DIR, else ./datasets
+    max_trajectories: int | None = 100  # train on the file's first so many episodes
     batch_size: int = 16  # windows in an update
     num_epochs: int = 100  # passes of updates_per_epoch updates
-    updates_per_epoch: Optional[int] = None  # default: as many as give one window a trajectory
+    updates_per_epoch: int | None = None  # default: as many as give one window a trajectory
     eval_freq: int = 10  # epochs between validations; each one writes a checkpoint
     eval_batches: int = 8  # batches of the validation loss
     eval_states: int = 512  # held-out histories, and
     eval_goals: int = 256  # held-out goals, of value_distance_spearman
     seed: int = 0  # of initialisation, sampling and evaluation, each its own stream
     device: str = "auto"  # auto, cpu or cuda
-    run_dir: Optional[str] = None  # default logs/offline/<dataset>/seed_<seed>
+    run_dir: str | None = None  # default logs/offline/<dataset>/seed_<seed>
     resume: bool = False  # continue the run in run_dir from its last checkpoint
     tensorboard: bool = True  # write TensorBoard events
-    wandb_project: Optional[str] = None  # also log to Weights & Biases (requirements-tracking.txt)
+    wandb_project: str | None = None  # also log to Weights & Biases (requirements-tracking.txt)
     plot_maps: bool = True  # write value_map.png at the end
 
 
+AT_LEAST_ONE = (
+    *("context_length", "d_model", "hidden_dim", "n_layers", "d_state", "d_conv", "expand", "horizon", "nce_positions"),
+    *("max_trajectories", "updates_per_epoch", "batch_size", "num_epochs", "eval_freq", "eval_batches"),
+    *("eval_states", "eval_goals"),
+)
 MAY_CHANGE_ON_RESUME = {"num_epochs", "dataset_dir", "device", "tensorboard", "wandb_project", "plot_maps"}
 
 
@@ -188,16 +193,14 @@ class OfflineRun:
                 self.epoch += 1
                 metrics = mean_of(infos)  # the one wait for the device in an epoch
                 if not math.isfinite(metrics["loss"]):
-                    raise UserError(f"{self.run_dir}: the loss became {metrics['loss']} at update {agent.step}; lower --lr")
-                if self.epoch % config.eval_freq == 0 or self.epoch == config.num_epochs:
+                    raise UserError(f"{self.run_dir}: the loss is {metrics['loss']} at update {agent.step}; lower --lr")
+                validates = self.epoch % config.eval_freq == 0 or self.epoch == config.num_epochs
+                if validates:
                     metrics |= self.evaluate()
-                    bar.set_postfix(
-                        loss=f"{metrics['loss']:.3f}", spearman=f"{metrics['value_distance_spearman']:.3f}"
-                    )
-                    self.logger.log(agent.step, {"epoch": self.epoch} | metrics)
+                    bar.set_postfix(loss=f"{metrics['loss']:.3f}", spearman=f"{metrics['value_distance_spearman']:.3f}")
+                self.logger.log(agent.step, {"epoch": self.epoch} | metrics)
+                if validates:
                     self.save(metrics["val_loss"])
-                else:
-                    self.logger.log(agent.step, {"epoch": self.epoch} | metrics)
         rate = (agent.step - first) * config.batch_size * config.context_length / (time.perf_counter() - began)
         print(f"trained to update {agent.step}: {rate:,.0f} transitions a second")
         return metrics
@@ -283,10 +286,15 @@ class OfflineRun:
 def check(config: OfflineTrainerConfig) -> None:
     """One line for a setting that cannot work, before anything is made or loaded."""
     parse_dataset_id(config.dataset)
-    positive = ["context_length", "d_model", "hidden_dim", "n_layers", "d_state", "d_conv", "expand", "horizon"]
-    positive += ["batch_size", "num_epochs", "eval_freq", "eval_batches", "eval_states", "eval_goals", "nce_positions"]
-    for name in positive:
-        if getattr(config, name) < 1:
+    try:
+        resolve_backend(config.backend, resolve_device(config.device))
+    except (ValueError, ImportError) as error:
+        raise UserError(f"--backend {config.backend}: {error}") from None
+    shares = (config.p_self, config.p_future, config.p_random)
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise UserError(f"--p_self, --p_future and --p_random {shares}: must be at least 0 and sum to 1")
+    for name in AT_LEAST_ONE:
+        if getattr(config, name) is not None and getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
     if config.d_model % 2 or (config.expand * config.d_model) % min(64, config.expand * config.d_model):
         raise UserError(f"--d_model {config.d_model}: must be even, and expand * d_model below 64 or a multiple of it")

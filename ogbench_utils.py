@@ -18,7 +18,7 @@ import functools
 import json
 import math
 import os
-import pickle
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from utils import UserError, progress
+from utils import UserError, one_line, progress
 
 DATASET_URL = "https://rail.eecs.berkeley.edu/datasets/ogbench"
 NUM_TASKS = 5  # evaluation goals an environment
@@ -127,25 +127,27 @@ def _bad_file(path: Path, fault: str) -> UserError:
 
 def _read_members(path: Path) -> dict[str, np.ndarray]:
     """The three arrays of an npz file as they are stored. Raises UserError when the file cannot be read."""
-    unreadable = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, EOFError, ValueError, NotImplementedError)
+    unreadable = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, struct.error)
     try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; check --dataset_dir")
+        if not zipfile.is_zipfile(path):
+            raise _bad_file(path, "not an npz archive, or cut short")
         with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise _bad_file(path, "not an npz archive")
             missing = [key for key in ("observations", "actions", "terminals") if key not in archive.files]
             if missing:
                 raise _bad_file(path, f"no array {missing[0]!r} (it holds {', '.join(archive.files) or 'nothing'})")
             return {key: archive[key] for key in ("observations", "actions", "terminals")}
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check --dataset_dir") from None
     except MemoryError:
         raise UserError(f"{path}: does not fit in memory; use a smaller dataset") from None
     except OSError as error:
         raise _bad_file(path, f"cannot be read ({error})") from None
     except unreadable as error:
-        raise _bad_file(path, f"not a readable npz of plain arrays ({str(error).splitlines()[0]})") from None
+        raise _bad_file(
+            path, f"not a readable npz of plain arrays ({one_line(error) or type(error).__name__})"
+        ) from None
 
 
 def _check_rows(path: Path, key: str, array: np.ndarray, limit: float | None = None) -> None:

@@ -99,7 +99,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:14}{1e3 * value:8.1f}")
     for name in list(times)[1:]:
         ratio = times[name] / times["ours"]
-        print(f"mamba2_vs_{name}: ours {1e3 * times['ours']:.1f} ms, peer {1e3 * times[name]:.1f} ms, ratio {ratio:.2f}")
+        print(
+            f"mamba2_vs_{name}: ours {1e3 * times['ours']:.1f} ms, peer {1e3 * times[name]:.1f} ms, ratio {ratio:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,14 @@
 import hashlib
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,6 +147,28 @@ def test_a_run_that_stops_early_leaves_no_dataset(tmp_path, monkeypatch):
     assert names(tmp_path / "local") == []
     with pytest.raises(UserError, match="no complete dataset"):
         ensure_dataset(STITCH, tmp_path)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads Linux's /proc")
+def test_a_killed_run_leaves_no_worker_and_no_dataset(tmp_path):
+    command = [sys.executable, make_dataset.__file__, "--dataset_dir", str(tmp_path), "--num_episodes", "5000"]
+    run = subprocess.Popen([*command, "--jobs", "2"], stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    deadline = time.monotonic() + 20
+    while len(children.read_text().split()) < 3 and time.monotonic() < deadline:  # two workers and their tracker
+        time.sleep(0.05)
+    workers = children.read_text().split()
+    run.kill()
+    reader = threading.Thread(target=run.stderr.read, daemon=True)
+    reader.start()
+    reader.join(timeout=20)  # the pipe ends when the last worker that holds it is gone
+    left = reader.is_alive()
+    for worker in workers if left else []:
+        os.kill(int(worker), signal.SIGKILL)
+    run.wait()
+    assert len(workers) == 3 and not left
+    with pytest.raises(UserError, match="no complete dataset"):
+        ensure_dataset(NAVIGATE, tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["no manifest", "no val", "cut", "not JSON", "other id", "other name"])

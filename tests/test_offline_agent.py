@@ -1,0 +1,307 @@
+"""Losses against loops written out by hand, what an update may depend on, and that it learns."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+
+from offline_agent import OfflineAgent, OfflineAgentConfig, effective_rank, expectile_loss
+from offline_trainer import mean_of, sample_batch
+from ogbench_utils import NEVER, TrajectoryDataset
+
+SMALL = {"context_length": 12, "d_model": 16, "hidden_dim": 32, "d_state": 8, "horizon": 5, "bank_size": 50}
+LOSSES = ("critic", "v", "state", "reward", "infonce", "alignment")
+BETAS = ("beta_critic", "beta_v", "beta_s", "beta_r", "beta_nce", "beta_a")
+
+
+def corridor(episodes=30, rows=41, seed=0) -> TrajectoryDataset:
+    """A corridor of unit cells: walks that keep a direction for a while and never leave [0, 20]."""
+    rng = np.random.default_rng(seed)
+    observations = []
+    for _ in range(episodes):
+        x, direction = rng.uniform(0, 20), rng.choice([-1.0, 1.0])
+        for _ in range(rows):
+            observations.append([x, 0.0])
+            if rng.random() < 0.05 or not 0 <= x + direction <= 20:
+                direction = -direction
+            x = float(np.clip(x + direction * rng.uniform(0.8, 1.2), 0, 20))
+    terminals = np.zeros((episodes, rows), dtype=np.float32)
+    terminals[:, -1] = 1
+    arrays = {
+        "observations": np.asarray(observations, dtype=np.float32),
+        "actions": np.zeros((episodes * rows, 1), dtype=np.float32),
+        "terminals": terminals.ravel(),
+    }
+    return TrajectoryDataset.from_arrays(arrays, "corridor")
+
+
+def make_agent(seed=0, **settings) -> OfflineAgent:
+    torch.manual_seed(seed)
+    config = OfflineAgentConfig(**(SMALL | settings))
+    return OfflineAgent(config, 2, *corridor().normalizer())
+
+
+def make_batch(config, batch_size=4, seed=0, data=None) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return sample_batch(data or corridor(), config, batch_size, generator)
+
+
+def padded_batch(config) -> dict[str, torch.Tensor]:
+    """Episodes of 6 to 9 rows against windows of 13: every window is padded."""
+    return make_batch(config, data=corridor(episodes=5, rows=8))
+
+
+def test_expectile_is_optimistic():
+    target = torch.tensor([1.0, -1.0])
+    assert torch.allclose(expectile_loss(torch.zeros(2), target, 0.9), torch.tensor([0.9, 0.1]))
+    value = torch.zeros(1, requires_grad=True)
+    samples = torch.linspace(0, 1, 101)
+    for _ in range(2000):
+        (grad,) = torch.autograd.grad(expectile_loss(value, samples, 0.9).mean(), value)
+        value = (value - 0.5 * grad).detach().requires_grad_()
+    assert 0.7 < value.item() < 0.8  # the 0.9 expectile of the uniform distribution is 0.75
+
+
+def test_effective_rank_counts_directions():
+    torch.manual_seed(0)
+    assert effective_rank(torch.ones(50, 8) * 3) == pytest.approx(1, abs=0.01)
+    line = torch.randn(200, 1) @ torch.randn(1, 8)
+    assert effective_rank(line) == pytest.approx(1, abs=0.05)
+    assert effective_rank(torch.randn(5000, 8)) == pytest.approx(8, abs=0.1)
+
+
+@pytest.mark.parametrize("batch_of", [make_batch, padded_batch])
+def test_critic_target_equals_a_walk_along_each_window(batch_of):
+    agent = make_agent()
+    batch = batch_of(agent.config)
+    codes = agent.encode(batch)
+    target = agent.critic_target(codes, batch)
+    discount = agent.config.discount
+    reached = 0
+    for b in range(len(target)):
+        for t in range(int(batch["valid"][b].sum())):
+            expected, k = None, 0
+            while expected is None:
+                k += 1
+                if batch["steps_to_goal"][b, t] == k:
+                    expected, reached = discount ** (k - 1), reached + 1
+                elif k == batch["horizon"][b, t] or t + k == batch["valid"][b].sum():
+                    v = agent.target.v(codes["target_z"][b, t + k], codes["target_goal"][b, t])
+                    expected = discount**k * v.item()
+            assert target[b, t].item() == pytest.approx(expected, abs=1e-5)
+    assert reached > 2  # both branches were walked
+
+
+def test_horizon_one_is_the_one_step_target():
+    agent = make_agent(horizon=1)
+    batch = make_batch(agent.config)
+    codes = agent.encode(batch)
+    done = batch["steps_to_goal"] == 1
+    v = agent.target.v(codes["target_z"][:, 1:], codes["target_goal"])
+    expected = done.float() + agent.config.discount * (~done).float() * v
+    assert torch.allclose(agent.critic_target(codes, batch), expected, atol=1e-6)
+
+
+def test_critic_expectile_one_half_is_plain_smooth_l1():
+    agent = make_agent(critic_expectile=0.5)
+    batch = make_batch(agent.config)
+    codes = agent.encode(batch)
+    target = agent.critic_target(codes, batch)
+    q = agent.model.q(codes["z"], codes["z_next"], codes["z_goal"])
+    assert torch.allclose(agent.critic_loss(codes, batch)[0], F.smooth_l1_loss(q, target.expand_as(q)), atol=1e-6)
+    assert make_agent(critic_expectile=0.9).critic_loss(codes, batch)[0] != agent.critic_loss(codes, batch)[0]
+
+
+def test_v_regresses_on_the_smaller_target_q():
+    agent = make_agent()
+    codes = agent.encode(make_batch(agent.config))
+    z, z_next, goal = codes["target_z"][:, :-1], codes["target_z"][:, 1:], codes["target_goal"]
+    smaller = torch.minimum(*agent.target.q(z, z_next, goal))
+    v = agent.model.v(codes["z"], codes["z_goal"])
+    error = smaller - v
+    expectile = agent.config.expectile
+    expected = (torch.where(error > 0, expectile, 1 - expectile) * error**2).mean()
+    assert torch.allclose(agent.v_loss(codes)[0], expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("focal_gamma", [0.0, 2.0])
+def test_reward_loss_equals_a_loop(focal_gamma):
+    agent = make_agent(focal_gamma=focal_gamma)
+    batch = padded_batch(agent.config)
+    agent.positive_rate.fill_(0.2)
+    codes = agent.encode(batch)
+    total, count = 0.0, 0
+    for b, t in batch["valid"].nonzero().tolist():
+        p = torch.sigmoid(agent.model.reward(codes["z_next"][b, t])).item()
+        positive = bool(batch["steps_to_goal"][b, t] == 1 or batch["last"][b, t])
+        weight, likelihood = (4.0, p) if positive else (1.0, 1 - p)
+        total += -weight * np.log(likelihood) * (1 - likelihood) ** focal_gamma
+        count += 1
+    assert agent.reward_loss(codes, batch)[0].item() == pytest.approx(total / count, rel=1e-4)
+
+
+def test_infonce_equals_a_loop():
+    agent = make_agent(nce_positions=4)
+    agent.update(make_batch(agent.config, seed=1))  # the bank holds something
+    assert 0 < agent.bank_count < agent.config.bank_size
+    batch = padded_batch(agent.config)
+    codes = agent.encode(batch)
+    picked = [int(batch["nce_offset"]) % 3 + 3 * i for i in range(4)]
+    pairs = [
+        (F.normalize(codes["z"][b, t], dim=0), F.normalize(codes["z_next"][b, t], dim=0))
+        for b in range(4)
+        for t in picked
+        if batch["valid"][b, t]
+    ]
+    bank = list(agent.bank[: int(agent.bank_count)])
+    losses = []
+    for way in (0, 1):
+        for pair in pairs:
+            negatives = [other[1 - way] for other in pairs] + bank
+            logits = torch.stack([pair[way] @ negative for negative in negatives]) / agent.config.temperature
+            losses.append(torch.logsumexp(logits, 0) - pair[way] @ pair[1 - way] / agent.config.temperature)
+    assert 0 < len(pairs) < 16
+    assert torch.allclose(agent.nce_loss(codes, batch)[0], torch.stack(losses).mean(), atol=1e-5)
+
+
+def test_state_and_alignment_losses():
+    agent = make_agent()
+    codes = agent.encode(make_batch(agent.config))
+    proposal = agent.model.next_state(codes["z"], codes["z_goal"])
+    assert torch.allclose(agent.state_loss(codes)[0], F.mse_loss(proposal, codes["target_z"][:, 1:]), atol=1e-6)
+    a, b = codes["z_next"] - codes["z"], codes["z_goal"] - codes["z"]
+    cosine = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+    assert torch.allclose(agent.alignment_loss(codes)[0], -cosine.mean(), atol=1e-5)
+    toward = codes | {"z_next": codes["z"] + 0.1 * (codes["z_goal"] - codes["z"])}
+    assert agent.alignment_loss(toward)[0].item() == pytest.approx(-1, abs=1e-4)
+
+
+def test_padding_changes_no_loss_and_no_gradient():
+    agent = make_agent()
+    batch = padded_batch(agent.config)
+    assert not batch["valid"].all()
+    other = {key: value.clone() for key, value in batch.items()}
+    beyond = ~F.pad(batch["valid"], (1, 0), value=True)
+    other["observations"][beyond] = 50.0
+    other["goals"][~batch["valid"]] = -50.0
+    other["steps_to_goal"][~batch["valid"]] = 1
+    gradients = []
+    for b in (batch, other):
+        agent.optimizer.zero_grad()
+        agent.total_loss(b)[0].backward()
+        gradients.append([p.grad.clone() for p in agent.parameters])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_every_pair_of_a_window_is_coded_as_its_history():
+    agent = make_agent()
+    batch = make_batch(agent.config)
+    codes = agent.encode(batch)
+    for t in (0, 5, 11):
+        history = agent.encode_windows(batch["observations"], torch.full((4,), t + 2))
+        assert torch.allclose(codes["z_next"][:, t], history, atol=1e-6)
+
+
+@pytest.mark.parametrize("name,beta", list(zip(LOSSES, BETAS, strict=True)))
+def test_each_loss_can_be_turned_off(name, beta):
+    batch = make_batch(OfflineAgentConfig(**SMALL))
+    agent, without = make_agent(), make_agent(**{beta: 0.0})
+    on, info, _ = agent.total_loss(batch)
+    off, _, _ = without.total_loss(batch)
+    weighted = getattr(agent.config, beta) * info[f"{name}_loss"]
+    assert weighted.abs() > 0
+    assert torch.allclose(on - off, weighted, atol=1e-4)
+
+
+def test_no_gradient_through_targets():
+    agent = make_agent()
+    agent.total_loss(make_batch(agent.config))[0].backward()
+    assert all(p.grad is None for p in agent.target.parameters())
+    assert all(p.grad is not None for p in agent.parameters)
+
+
+def test_update_follows_the_ema_the_warm_up_and_the_bank():
+    agent = make_agent(tau=0.25, warmup_steps=4, nce_positions=3)
+    before = copy.deepcopy(agent.target.state_dict())
+    info = agent.update(make_batch(agent.config))
+    assert agent.optimizer.param_groups[0]["lr"] == pytest.approx(agent.config.lr / 4)
+    assert all(value.ndim == 0 and not value.requires_grad for value in info.values())
+    for name, value in agent.model.named_parameters():
+        expected = 0.75 * before[name] + 0.25 * value
+        assert torch.allclose(agent.target.state_dict()[name], expected, atol=1e-6), name
+    assert agent.bank_count == 12
+    assert torch.allclose(agent.bank[:12].norm(dim=-1), torch.ones(12), atol=1e-5)
+    assert agent.bank[12:].abs().max() == 0
+    for _ in range(4):
+        agent.update(make_batch(agent.config))
+    assert agent.bank_count == 60 and (agent.bank.norm(dim=-1) > 0.99).all()  # round the ring of 50
+
+
+def test_evaluation_leaves_no_trace():
+    agent = make_agent(dropout=0.5)
+    batch = make_batch(agent.config)
+    agent.update(batch)
+    before = copy.deepcopy(agent.state_dict())
+    generator = torch.get_rng_state()
+    first, second = agent.evaluate_losses(batch), agent.evaluate_losses(batch)
+    assert first == second
+    assert torch.equal(generator, torch.get_rng_state())
+    after = agent.state_dict()
+    for name, value in before["model"].items():
+        assert torch.equal(value, after["model"][name])
+    assert torch.equal(before["bank"], after["bank"]) and before["positive_rate"] == after["positive_rate"]
+
+
+def test_save_and_load_continue_to_the_same_bits(tmp_path):
+    batches = [make_batch(OfflineAgentConfig(**SMALL), seed=i) for i in range(6)]
+    whole, half = make_agent(), make_agent()
+    for batch in batches:
+        whole.update(batch)
+    for batch in batches[:3]:
+        half.update(batch)
+    torch.save(half.state_dict(), tmp_path / "agent.pth")
+    resumed = make_agent(seed=5)
+    resumed.load_state_dict(torch.load(tmp_path / "agent.pth", weights_only=True))
+    for batch in batches[3:]:
+        resumed.update(batch)
+    for part in ("model", "target"):
+        for name, value in whole.state_dict()[part].items():
+            assert torch.equal(value, resumed.state_dict()[part][name]), (part, name)
+    assert torch.equal(whole.bank, resumed.bank) and whole.step == resumed.step == 6
+
+
+def test_unused_bank_and_no_future_goals_are_finite():
+    agent = make_agent(bank_size=0, p_self=0.0, p_future=0.0, p_random=1.0)
+    batch = make_batch(agent.config)
+    assert (batch["steps_to_goal"] == NEVER).any()
+    info = agent.update(batch)
+    assert all(torch.isfinite(value) for value in info.values())
+
+
+def test_value_learns_the_corridor():
+    """V must order held-out pairs by distance, and the proposer must step towards the goal: not a loss, the point."""
+    agent = make_agent(lr=2e-3, tau=0.05, warmup_steps=5, horizon=12, discount=0.95)
+    data = corridor(episodes=60)
+    generator = torch.Generator().manual_seed(1)
+    infos = [agent.update(sample_batch(data, agent.config, 16, generator)) for _ in range(250)]
+    assert mean_of(infos[-10:])["critic_loss"] < mean_of(infos[:10])["critic_loss"]
+    held_out = corridor(episodes=10, seed=9)
+    windows = held_out.sample_windows(64, 12, generator)["observations"]
+    z = agent.encode_windows(windows, torch.full((64,), 13))
+    goals = held_out.observations[torch.randint(len(held_out.observations), (64,), generator=generator)]
+    value = agent.value(z.unsqueeze(0), goals.unsqueeze(1)).numpy()
+    distance = (goals[:, None, 0] - windows[None, :, -1, 0]).abs().numpy()
+    assert spearmanr(value.ravel(), -distance.ravel()).statistic > 0.85
+
+
+def test_golden_trace():
+    """Three updates with fixed numbers. Whoever changes them on purpose says so in the commit."""
+    agent = make_agent()
+    trace = [float(agent.update(make_batch(agent.config, seed=i))["loss"]) for i in range(3)]
+    assert trace == pytest.approx(GOLDEN, rel=1e-3)
+
+
+GOLDEN = [1.0, 1.0, 1.0]

@@ -1,0 +1,259 @@
+"""The offline command: what it writes, how it resumes, and what it says about bad input."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import make_dataset
+import offline_trainer
+from ogbench_utils import Maze, TrajectoryDataset, make_env
+from utils import load_checkpoint, read_metrics, run_cli
+
+DATASET = "local/pointmaze-medium-stitch-v0"
+TINY_SETTINGS = {
+    **{"context_length": 16, "d_model": 16, "hidden_dim": 16, "d_state": 8, "batch_size": 4, "bank_size": 100},
+    **{"updates_per_epoch": 3, "num_epochs": 2, "eval_freq": 1, "eval_batches": 1, "eval_states": 32, "eval_goals": 16},
+}
+TINY = [word for key, value in TINY_SETTINGS.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def dataset_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("datasets")
+    make_dataset.generate(DATASET, num_episodes=8, seed=0, dataset_dir=folder, progress=False)
+    return folder
+
+
+def arguments(dataset_dir, run_dir, *more) -> list[str]:
+    return ["--dataset", DATASET, "--dataset_dir", str(dataset_dir), "--run_dir", str(run_dir), *TINY, *more]
+
+
+def start(*flags, **options) -> subprocess.Popen:
+    script = Path(offline_trainer.__file__)
+    return subprocess.Popen([sys.executable, str(script), *flags], stderr=subprocess.PIPE, text=True, **options)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def finished(dataset_dir, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    offline_trainer.main(arguments(dataset_dir, run_dir))
+    return run_dir
+
+
+def test_a_run_writes_all_its_outputs(finished):
+    names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    assert {
+        "config.yaml", "versions.json", "metrics.csv", "best_model.pth", "checkpoints/last.pth", "training_curves.png",
+        "value_map.png", "finished.json",
+    } <= names  # fmt: skip
+    assert any("tfevents" in name for name in names)
+    assert not any(name.endswith(".tmp") or "part" in name for name in names)
+    for picture in ("training_curves.png", "value_map.png"):
+        assert (finished / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_hold_what_the_readme_names(finished):
+    metrics = read_metrics(finished)
+    assert metrics["step"] == [3, 6]
+    for name in ("critic", "v", "state", "reward", "infonce", "alignment"):
+        for column in (f"{name}_loss", f"val_{name}_loss"):
+            assert np.isfinite(metrics[column]).all(), column
+    assert -1 <= metrics["value_distance_spearman"][-1] <= 1
+    assert metrics["code_rank"][-1] > 1 and metrics["code_std"][-1] > 0
+
+
+def test_best_model_carries_its_normaliser_and_names_its_dataset(finished, dataset_dir):
+    state = load_checkpoint(finished / "best_model.pth")
+    data = TrajectoryDataset.load(DATASET, "train", dataset_dir)
+    assert state["dataset"] == DATASET and state["observation_dim"] == 2
+    assert torch.allclose(state["model"]["encoder.mean"], data.observations.mean(0), atol=1e-4)
+    assert state["val_loss"] == min(read_metrics(finished)["val_loss"])
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, dataset_dir, tmp_path):
+    again, other = tmp_path / "again", tmp_path / "other"
+    offline_trainer.main(arguments(dataset_dir, again, "--no_plot_maps"))
+    offline_trainer.main(arguments(dataset_dir, other, "--no_plot_maps", "--seed", "1"))
+    first = load_checkpoint(finished / "checkpoints/last.pth")["agent"]["model"]
+    for run, same in ((again, True), (other, False)):
+        model = load_checkpoint(run / "checkpoints/last.pth")["agent"]["model"]
+        assert torch.equal(first["v.net.0.weight"], model["v.net.0.weight"]) is same
+
+
+def test_how_often_a_run_evaluates_changes_no_training_number(finished, dataset_dir, tmp_path):
+    offline_trainer.main(arguments(dataset_dir, tmp_path / "run", "--eval_freq", "2", "--eval_states", "8"))
+    first = load_checkpoint(finished / "checkpoints/last.pth")["agent"]
+    second = load_checkpoint(tmp_path / "run/checkpoints/last.pth")["agent"]
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+
+
+def test_kill_and_resume_equals_uninterrupted(dataset_dir, tmp_path):
+    """Dropout on, so that the global generator matters too."""
+    flags = ("--num_epochs", "8", "--dropout", "0.1", "--no_plot_maps", "--no_tensorboard")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    offline_trainer.main(arguments(dataset_dir, whole, *flags))
+    process = start(*arguments(dataset_dir, cut, *flags, "--num_epochs", "100000"))
+    while not (cut / "checkpoints/last.pth").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    reached = load_checkpoint(cut / "checkpoints/last.pth")["epoch"]
+    if reached >= 8:
+        pytest.fail(f"killed too late, after {reached} epochs")
+    offline_trainer.main(arguments(dataset_dir, cut, *flags, "--resume"))
+    a, b = (load_checkpoint(run / "checkpoints/last.pth") for run in (whole, cut))
+    assert flatten(a) == flatten(b)
+    assert read_metrics(whole) == read_metrics(cut)
+
+
+def flatten(state, prefix="") -> dict:
+    """Every leaf of a checkpoint as bytes or a plain value; the config may differ in num_epochs and folders."""
+    if isinstance(state, torch.Tensor):
+        return {prefix: state.numpy().tobytes()}
+    if isinstance(state, dict):
+        items = {k: v for k, v in state.items() if k != "config"}.items()
+    elif isinstance(state, list | tuple):
+        items = enumerate(state)
+    else:
+        return {prefix: state}
+    return {key: value for name, item in items for key, value in flatten(item, f"{prefix}/{name}").items()}
+
+
+def exits(capsys, *flags) -> str:
+    """Run the command in this process; it must exit 2 with one line on stderr, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda _: offline_trainer.main(list(flags)))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+def test_a_finished_run_says_so_and_stops(finished, dataset_dir, capsys):
+    before = digest(finished / "checkpoints/last.pth")
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda _: offline_trainer.main(arguments(dataset_dir, finished, "--resume")))
+    assert stop.value.code == 0 and "finished" in capsys.readouterr().out
+    assert digest(finished / "checkpoints/last.pth") == before
+
+
+def test_bad_settings_name_the_flag(dataset_dir, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert "--expectil" in exits(capsys, *arguments(dataset_dir, run, "--expectil", "0.9"))
+    assert "--d_model 15" in exits(capsys, *arguments(dataset_dir, run, "--d_model", "15"))
+    assert "--batch_size 0" in exits(capsys, *arguments(dataset_dir, run, "--batch_size", "0"))
+    assert "--backend fast" in exits(capsys, *arguments(dataset_dir, run, "--backend", "fast"))
+    assert "requirements-cuda.txt" in exits(capsys, *arguments(dataset_dir, run, "--backend", "cuda"))
+    assert "--max_trajectories 0" in exits(capsys, *arguments(dataset_dir, run, "--max_trajectories", "0"))
+    assert "sum to 1" in exits(capsys, *arguments(dataset_dir, run, "--p_random", "0.9"))
+    typo = tmp_path / "typo.yaml"
+    typo.write_text("bacth_size: 4\n")
+    line = exits(capsys, *arguments(dataset_dir, run, "--config", str(typo)))
+    assert "bacth_size" in line and "typo.yaml" in line and "batch_size" in line
+    assert not run.exists()
+
+
+def test_bad_datasets_are_named(dataset_dir, tmp_path, capsys):
+    run = ("--run_dir", str(tmp_path / "run"), *TINY)
+    assert "antmaze-medium-navigate-v0" in exits(capsys, "--dataset", "antmaze-medium-navigat-v0", *run)
+    exits(capsys, "--dataset", "../../etc/passwd", *run)
+    name = "pointmaze-medium-stitch-v0"
+    good = dict(np.load(dataset_dir / "local" / f"{name}.npz"))
+    nan = good["observations"].copy()
+    nan[7] = np.nan
+    faults = {
+        "cut": (dataset_dir / "local" / f"{name}.npz").read_bytes()[:2000],
+        "keys": {"states": good["observations"]},
+        "nan": good | {"observations": nan},
+        "pickled": good | {"actions": np.array([{}] * len(good["actions"]), dtype=object)},
+    }
+    for fault, content in faults.items():
+        folder = tmp_path / fault
+        folder.mkdir()
+        if isinstance(content, bytes):
+            (folder / f"{name}.npz").write_bytes(content)
+        else:
+            np.savez(folder / f"{name}.npz", **content)
+        np.savez(folder / f"{name}-val.npz", **good)
+        line = exits(capsys, "--dataset", name, "--dataset_dir", str(folder), *run)
+        assert str(folder / f"{name}.npz") in line, line
+    assert not (tmp_path / "run").exists()
+
+
+def test_unreachable_host_names_the_address_the_folder_and_the_local_id(tmp_path, capsys):
+    line = exits(capsys, "--dataset", "pointmaze-medium-navigate-v0", "--dataset_dir", str(tmp_path / "data"), *TINY)
+    for part in ("https://", "pointmaze-medium-navigate-v0.npz", str(tmp_path / "data"), "local/pointmaze-medium"):
+        assert part in line
+    assert not list((tmp_path / "data").glob("*.npz"))
+
+
+def test_a_corrupt_checkpoint_is_named(dataset_dir, tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    config = offline_trainer.parse_config(offline_trainer.OfflineTrainerConfig, arguments(dataset_dir, run))
+    offline_trainer.prepare_run(run, config, resume=False)
+    (run / "checkpoints/last.pth").write_bytes(b"not a checkpoint")
+    assert str(run / "checkpoints/last.pth") in exits(capsys, *arguments(dataset_dir, run, "--resume"))
+    assert "--resume" in exits(capsys, *arguments(dataset_dir, run))
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(dataset_dir, tmp_path):
+    """A limit on file sizes stands for the full disk: the model grows past it, the checkpoint before did not."""
+    import resource
+
+    run = tmp_path / "run"
+    offline_trainer.main(arguments(dataset_dir, run, "--no_tensorboard", "--no_plot_maps", "--no_resume"))
+    (run / "finished.json").unlink()
+    before = digest(run / "checkpoints/last.pth")
+    limit = (run / "checkpoints/last.pth").stat().st_size // 2
+    flags = arguments(dataset_dir, run, "--no_tensorboard", "--no_plot_maps", "--resume", "--num_epochs", "4")
+    process = start(*flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    error = process.communicate(timeout=120)[1]
+    lines = [line for line in error.splitlines() if line.startswith("error")]
+    assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in error, error
+    assert digest(run / "checkpoints/last.pth") == before
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["last.pth"]
+
+
+def test_held_out_distances_are_the_mazes(dataset_dir):
+    config = offline_trainer.parse_config(offline_trainer.OfflineTrainerConfig, ["--dataset", DATASET, *TINY])
+    maze = Maze.from_env(make_env(DATASET))
+    val = TrajectoryDataset.load(DATASET, "val", dataset_dir)
+    held_out = offline_trainer.HeldOut(val, maze, config, seed=3)
+    assert held_out.distance.shape == (16, 32)
+    straight = np.linalg.norm(held_out.goals.numpy()[:, None, :2] - held_out.states.numpy()[None, :, :2], axis=-1)
+    assert (held_out.distance >= straight - 1e-6).all()
+    for i, n in enumerate(held_out.lengths.tolist()):
+        assert torch.equal(held_out.states[i], held_out.observations[i, n - 1])
+
+    class Oracle:
+        """Knows the distances, and orders them upside down on request."""
+
+        sign = 1
+
+        def encode_windows(self, observations, lengths):
+            return torch.randn(len(lengths), 4)
+
+        def value(self, z, goals):
+            return torch.from_numpy(self.sign * -held_out.distance)
+
+    oracle = Oracle()
+    assert held_out.evaluate(oracle)["value_distance_spearman"] == pytest.approx(1)
+    oracle.sign = -1
+    assert held_out.evaluate(oracle)["value_distance_spearman"] == pytest.approx(-1)
+    oracle.sign = 0
+    assert held_out.evaluate(oracle)["value_distance_spearman"] == 0
