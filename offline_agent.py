@@ -1,7 +1,7 @@
 """OPSO offline agent: a Mamba encoder pretrained with Q(z, z'), V(z, z_g) and auxiliary losses, without actions.
 
 One causal pass over a window of L + 1 states gives every pair (z_t, z_{t+1}) in it, so each update trains on all
-valid positions of all windows: one pass of the online network, one of its EMA copy.
+valid positions of all windows: one pass of the online network, one of its EMA target.
 
 Layout of a batch (B windows of L transitions):
 
@@ -12,8 +12,11 @@ Layout of a batch (B windows of L transitions):
 Deviations from the original OPSO code, each with its reason (docs/opso.md has the measurements):
 - The expectile weighs 0.9 where the target is *above* V: the optimistic side, as its text says and its snippet
   does not.
-- Critic targets run over up to `horizon` steps inside the window and stop at the goal. With horizon 1 (the
-  original) value creeps one step each 1 / tau updates, and a maze is hundreds of steps long.
+- Targets run over up to `horizon` steps inside the window and stop at the goal. With horizon 1 (the original) value
+  creeps one step each 1 / tau updates, and a maze is hundreds of steps long.
+- The target network codes every state alone, f(s), and so does the online network in a share of the windows
+  (`history_dropout`). A code with history knows where its trajectory is heading, so bootstrapping from such codes
+  learns the value of heading there instead of the best one: it orders a maze worse the longer it trains.
 - InfoNCE takes `nce_positions` transitions a window, evenly spaced from a random offset: neighbours in a window
   are nearly the same state, so more of them add cost and false negatives, not contrast.
 """
@@ -25,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import OfflineModel
+from model import MambaEncoder, OfflineModel
 
 ABSENT = -1e4  # added to a logit that must not count; finite, so that no gradient becomes nan
 
@@ -41,20 +44,21 @@ class OfflineAgentConfig:
     expand: int = 2  # inner width of a layer, in d_model
     dropout: float = 0.0  # after each layer
     backend: str = "auto"  # Mamba-2 kernels: torch, cuda (mamba_ssm) or auto
-    lr: float = 1e-3  # Adam
-    warmup_steps: int = 50  # updates of linear warm-up
-    grad_clip: float = 100.0  # largest norm of the gradient
-    discount: float = 0.995  # of the reward, a step
+    lr: float = 3e-4  # Adam
+    warmup_steps: int = 50  # updates of linear warm-up of the learning rate
+    grad_clip: float = 100.0  # largest norm of the gradient; the V and critic weights below make it tens
+    discount: float = 0.99  # of the reward, a step
     tau: float = 0.02  # rate of the EMA targets
-    expectile: float = 0.7  # weight of V errors whose target lies above V
-    critic_expectile: float = 0.9  # the same for the critic; 0.5 is the original's plain smooth L1
-    horizon: int = 50  # critic targets span 1..horizon steps, drawn for each position
+    expectile: float = 0.9  # weight of V errors whose target lies above V
+    horizon: int = 50  # targets span 1..horizon steps, drawn for each position; 1 is the original
+    history_dropout: float = 0.5  # share of a batch's windows whose states are coded alone
+    history_horizon: int = 10  # longest target of the windows coded with history
     temperature: float = 0.1  # InfoNCE
     bank_size: int = 10_000  # detached codes kept as further negatives
     nce_positions: int = 8  # transitions a window that InfoNCE contrasts
     focal_gamma: float = 0.0  # focal exponent of the reward loss; 0 is plain cross-entropy
     max_pos_weight: float = 100.0  # cap of the reward loss's running positive weight
-    beta_critic: float = 20.0  # weight of the critic loss
+    beta_critic: float = 20.0  # weight of the critic loss; its errors are squares of numbers below 1
     beta_v: float = 100.0  # weight of the V loss
     beta_s: float = 1.0  # weight of the state loss
     beta_r: float = 0.1  # weight of the reward loss
@@ -122,11 +126,14 @@ class OfflineAgent:
     # -- losses, in the order of the objective ----------------------------------------------------------------
 
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Codes of the online network and of its target, for windows [B, L+1, D] and goals [B, L, D]."""
-        z = self.model.encoder(batch["observations"])
+        """Codes of the online network and of its target, for windows [B, L+1, D] and goals [B, L, D].
+
+        The target's are codes of single states: see `history_dropout` above.
+        """
+        z = self._encode_states(self.model.encoder, batch["observations"])
         z_goal = self.model.encoder.encode_goal(batch["goals"])
         with torch.no_grad():
-            target_z = self.target.encoder(batch["observations"])
+            target_z = self.target.encoder.encode_goal(batch["observations"])
             target_goal = self.target.encoder.encode_goal(batch["goals"])
         return {
             "z": z[:, :-1],
@@ -137,41 +144,67 @@ class OfflineAgent:
             "valid": batch["valid"].to(z.dtype),
         }
 
+    def _with_history(self, batch_size: int) -> int:
+        """How many windows of a batch, the first ones, are encoded with their history."""
+        return batch_size - round(self.config.history_dropout * batch_size)
+
+    def _encode_states(self, encoder: MambaEncoder, observations: Tensor) -> Tensor:
+        """Codes [B, L+1, d_model]: of histories for the first windows, of single states for the rest."""
+        split = self._with_history(len(observations))
+        return torch.cat([encoder(observations[:split]), encoder.encode_goal(observations[split:])])
+
+    def n_steps(self, batch: dict[str, Tensor]) -> Tensor:
+        """How many steps [B, L] the targets of each position span: its draw, cut at the window's last valid state.
+
+        Windows with history take shorter ones: their codes know where the trajectory is heading, so a long target
+        would teach the value of going on in that direction, not the best one.
+        """
+        positions = torch.arange(batch["valid"].shape[1], device=self.device)
+        remaining = (batch["valid"].sum(1, keepdim=True) - positions).clamp(min=1)
+        n = torch.minimum(batch["horizon"], remaining)
+        n[: self._with_history(len(n))].clamp_(max=self.config.history_horizon)
+        return n
+
+    def _along(self, codes: Tensor, steps: Tensor) -> Tensor:
+        """codes [B, L+1, d] at position t + steps[b, t], for t < L -> [B, L, d]."""
+        index = torch.arange(steps.shape[1], device=self.device) + steps
+        return codes.gather(1, index.unsqueeze(-1).expand(-1, -1, codes.shape[-1]))
+
     @torch.no_grad()
     def critic_target(self, codes: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-        """n-step target [B, L]: discount^(k-1) if the goal comes after k <= n steps, else discount^n V_target.
-
-        n is drawn from 1..horizon for each position and cut at the window's last valid state, so nothing crosses
-        an episode's end and nothing bootstraps through the goal.
+        """Target of Q(z_t, z_{t+1}, z_g) [B, L]: discount^(k-1) if the goal comes after k <= n steps, else
+        discount^n V_target(z_{t+n}, z_g). Nothing crosses an episode's end or bootstraps through the goal.
         """
-        discount, steps, valid = self.config.discount, batch["steps_to_goal"], batch["valid"]
-        positions = torch.arange(valid.shape[1], device=valid.device)
-        remaining = (valid.sum(1, keepdim=True) - positions).clamp(min=1)
-        n = torch.minimum(batch["horizon"], remaining)  # [B, L]
-        index = (positions + n).unsqueeze(-1).expand(-1, -1, codes["target_z"].shape[-1])
-        bootstrap = self.target.v(codes["target_z"].gather(1, index), codes["target_goal"])
-        reached = steps <= n
-        return torch.where(reached, discount ** (steps.clamp(max=n.shape[1]) - 1).float(), discount**n * bootstrap)
+        discount, steps, n = self.config.discount, batch["steps_to_goal"], self.n_steps(batch)
+        value = self.target.v(self._along(codes["target_z"], n), codes["target_goal"]).clamp(0, 1)
+        known = discount ** (steps.clamp(max=n.shape[1]) - 1).float()
+        return torch.where(steps <= n, known, discount**n * value)
+
+    @torch.no_grad()
+    def v_target(self, codes: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        """Target of V(z_t, z_g) [B, L]: discount^(k-1) if the goal comes after k < n steps, else
+        discount^(n-1) min Q_target(z_{t+n-1}, z_{t+n}, z_g). With n = 1 it is min Q_target(z_t, z_{t+1}, z_g).
+        """
+        discount, steps, n = self.config.discount, batch["steps_to_goal"], self.n_steps(batch)
+        z, z_next = self._along(codes["target_z"], n - 1), self._along(codes["target_z"], n)
+        value = self.target.q(z, z_next, codes["target_goal"]).amin(0).clamp(0, 1)
+        known = discount ** (steps.clamp(max=n.shape[1]) - 1).float()
+        return torch.where(steps < n, known, discount ** (n - 1) * value)
 
     def critic_loss(self, codes, batch) -> tuple[Tensor, dict]:
-        """Smooth L1 of both Q(z, z', z_g) against the n-step target."""
+        """Smooth L1 of both Q(z, z', z_g) against their target."""
         target = self.critic_target(codes, batch)
         q = self.model.q(codes["z"], codes["z_next"], codes["z_goal"])
-        weight = torch.where(target > q, self.config.critic_expectile, 1 - self.config.critic_expectile)
-        error = 2 * weight * F.smooth_l1_loss(q, target.expand_as(q), reduction="none")
-        loss = masked_mean(error, codes["valid"])
+        loss = masked_mean(F.smooth_l1_loss(q, target.expand_as(q), reduction="none"), codes["valid"])
         return loss, {"q_mean": masked_mean(q, codes["valid"]), "target_mean": masked_mean(target, codes["valid"])}
 
-    def v_loss(self, codes) -> tuple[Tensor, dict]:
-        """Expectile regression of V(z, z_g) towards the smaller target Q."""
-        with torch.no_grad():
-            target = self.target.q(codes["target_z"][:, :-1], codes["target_z"][:, 1:], codes["target_goal"]).amin(0)
+    def v_loss(self, codes, batch) -> tuple[Tensor, dict]:
+        """Expectile regression of V(z, z_g) towards the smaller target Q, n - 1 steps ahead."""
+        target = self.v_target(codes, batch)
         v = self.model.v(codes["z"], codes["z_goal"])
         loss = masked_mean(expectile_loss(v, target, self.config.expectile), codes["valid"])
-        return loss, {
-            "v_mean": masked_mean(v, codes["valid"]),
-            "advantage_mean": masked_mean(target - v, codes["valid"]),
-        }
+        advantage = masked_mean(target - v, codes["valid"])
+        return loss, {"v_mean": masked_mean(v, codes["valid"]), "advantage_mean": advantage}
 
     def state_loss(self, codes) -> tuple[Tensor, dict]:
         """MSE of the proposed next code to the target encoder's z'."""
@@ -236,7 +269,7 @@ class OfflineAgent:
         codes = self.encode(batch)
         terms = {
             "critic": (c.beta_critic, *self.critic_loss(codes, batch)),
-            "v": (c.beta_v, *self.v_loss(codes)),
+            "v": (c.beta_v, *self.v_loss(codes, batch)),
             "state": (c.beta_s, *self.state_loss(codes)),
             "reward": (c.beta_r, *self.reward_loss(codes, batch)),
             "infonce": (c.beta_nce, *self.nce_loss(codes, batch, use_bank)),
