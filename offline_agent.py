@@ -52,6 +52,7 @@ class OfflineAgentConfig:
     expectile: float = 0.9  # weight of V errors whose target lies above V
     horizon: int = 50  # targets span 1..horizon steps, drawn for each position; 1 is the original
     history_dropout: float = 0.5  # share of a batch's windows whose states are coded alone
+    target_history: bool = False  # the target network codes histories too, as the original does
     history_horizon: int = 10  # longest target of the windows coded with history
     temperature: float = 0.1  # InfoNCE
     bank_size: int = 10_000  # detached codes kept as further negatives
@@ -128,12 +129,15 @@ class OfflineAgent:
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Codes of the online network and of its target, for windows [B, L+1, D] and goals [B, L, D].
 
-        The target's are codes of single states: see `history_dropout` above.
+        The target's are codes of single states, unless `target_history`.
         """
         z = self._encode_states(self.model.encoder, batch["observations"])
         z_goal = self.model.encoder.encode_goal(batch["goals"])
         with torch.no_grad():
-            target_z = self.target.encoder.encode_goal(batch["observations"])
+            if self.config.target_history:
+                target_z = self._encode_states(self.target.encoder, batch["observations"])
+            else:
+                target_z = self.target.encoder.encode_goal(batch["observations"])
             target_goal = self.target.encoder.encode_goal(batch["goals"])
         return {
             "z": z[:, :-1],

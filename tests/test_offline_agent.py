@@ -137,6 +137,9 @@ def test_windows_without_history_are_coded_state_by_state():
     assert torch.allclose(codes["z"][3], alone[3, :-1], atol=1e-6)
     assert torch.allclose(codes["z"][:3], history[:3, :-1], atol=1e-6)
     assert torch.allclose(codes["target_z"][3], agent.target.encoder.encode_goal(batch["observations"][3]), atol=1e-6)
+    with_history = make_agent(history_dropout=0.25, target_history=True).encode(batch)["target_z"]
+    assert torch.allclose(with_history[:3], history[:3], atol=1e-6)
+    assert torch.allclose(with_history[3], alone[3], atol=1e-6)
     assert make_agent(history_dropout=0.0)._with_history(4) == 4
     assert make_agent(history_dropout=1.0)._with_history(4) == 0
 
