@@ -45,6 +45,7 @@ class AblateOfflineConfig:
     dataset: str = "local/pointmaze-medium-navigate-v0"  # made here when it is missing
     dataset_dir: str = "datasets"  # folder of the data
     num_epochs: int = 60  # of offline_trainer.py, 7 updates each on 100 trajectories
+    variants: tuple[str, ...] = tuple(VARIANTS)  # rows of the table
     num_seeds: int = 3  # seeds 0, 1, ... of every variant
     jobs: int = 1  # runs at once, one CPU thread each
     log_dir: str = "logs/ablation"  # a run's directory is <log_dir>/<variant>/seed_<seed>
@@ -65,8 +66,11 @@ def run_one(name: str, seed: int, config: AblateOfflineConfig) -> dict[str, floa
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(AblateOfflineConfig, argv, __doc__)
+    for name in config.variants:
+        if name not in VARIANTS:
+            raise UserError(f"--variants '{name}': choose from {', '.join(map(repr, VARIANTS))}")
     make_dataset.generate_if_missing(config.dataset, config.dataset_dir)
-    tasks = [(name, seed) for name in VARIANTS for seed in range(config.num_seeds)]
+    tasks = [(name, seed) for name in config.variants for seed in range(config.num_seeds)]
     with ThreadPoolExecutor(config.jobs) as pool:
         results = pool.map(lambda task: run_one(*task, config), tasks)
         figures = dict(zip(tasks, progress(results, "ablation", total=len(tasks), unit="run"), strict=True))
@@ -74,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     print("| losses | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     half = student.ppf(0.975, max(config.num_seeds - 1, 1)) / np.sqrt(config.num_seeds)
-    for name in VARIANTS:
+    for name in config.variants:
         cells = []
         for column in COLUMNS:
             values = np.array([figures[name, seed][column] for seed in range(config.num_seeds)])
