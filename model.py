@@ -12,6 +12,7 @@ Everything here needs PyTorch alone. The fused kernels of mamba_ssm are used whe
 or found (`backend='auto'`).
 """
 
+import functools
 import logging
 import math
 
@@ -200,9 +201,9 @@ class Mamba2(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """u: [batch, length, d_model] -> [batch, length, d_model]; position t depends on positions <= t alone."""
-        if resolve_backend(self.backend, u.device) == "cuda":
-            return self._forward_cuda(u)
         batch, length, _ = u.shape
+        if resolve_backend(self.backend, u.device) == "cuda" and length > 1:
+            return self._forward_cuda(u)
         z, xBC, dt = self._split(u)
         # The scan and its exponentials stay in float32 (or better) under mixed precision.
         xBC = causal_conv_silu(_wide(xBC), self.conv1d.weight, self.conv1d.bias)
@@ -266,6 +267,15 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+@functools.lru_cache(maxsize=1)
+def _kernels_found() -> bool:
+    try:
+        import mamba_ssm.ops.triton.ssd_combined  # noqa: F401
+    except (ImportError, RuntimeError):  # not installed, or not for this driver
+        return False
+    return True
+
+
 _announced: set[str] = set()
 
 
@@ -275,21 +285,15 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         raise ValueError(f"unknown backend '{backend}': choose one of {', '.join(BACKENDS)}")
     if backend == "torch":
         return backend
-    try:
-        import mamba_ssm.ops.triton.ssd_combined  # noqa: F401
-
-        found = True
-    except ImportError:
-        found = False
     if backend == "cuda":
-        if not found:
+        if device.type != "cuda":
+            raise ValueError(f"backend 'cuda' runs on a GPU, but the data is on {device}: use backend 'torch'")
+        if not _kernels_found():
             raise ImportError(
                 "backend 'cuda' needs mamba_ssm: pip install -r requirements-cuda.txt, or backend 'torch'"
             )
-        if device.type != "cuda":
-            raise ValueError(f"backend 'cuda' runs on a GPU, but the data is on {device}: use backend 'torch'")
         return backend
-    choice = "cuda" if found and device.type == "cuda" else "torch"
+    choice = "cuda" if device.type == "cuda" and _kernels_found() else "torch"
     if choice not in _announced:
         _announced.add(choice)
         logger.info("Mamba-2 backend: %s", choice)
@@ -306,11 +310,11 @@ def rotary(x: Tensor, positions: Tensor) -> Tensor:
 
     Feature i of the first half is rotated with feature i of the second by the angle position / 10000^(2i/dim).
     """
-    half = x.shape[-1] // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)
-    angle = positions.to(x.dtype).unsqueeze(-1) * frequency
+    half, dtype = x.shape[-1] // 2, torch.float64 if x.dtype == torch.float64 else torch.float32
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    angle = positions.to(dtype).unsqueeze(-1) * frequency  # half precision would blur the angles of late positions
     a, b = x[..., :half], x[..., half:]
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 

@@ -14,14 +14,24 @@ Deviations from the original OPSO code, each with its reason (docs/opso.md has t
   does not.
 - Targets run over up to `horizon` steps inside the window and stop at the goal. With horizon 1 (the original) value
   creeps one step each 1 / tau updates, and a maze is hundreds of steps long.
-- The target network codes every state alone, f(s), and so does the online network in a share of the windows
-  (`history_dropout`). A code with history knows where its trajectory is heading, so bootstrapping from such codes
-  learns the value of heading there instead of the best one: it orders a maze worse the longer it trains.
+- The target network codes every state alone, f(s) (unless `target_history`), and so does the online network in a
+  share of the windows (`history_dropout`). A code with history knows where its trajectory is heading, so
+  bootstrapping from such codes learns the value of heading there instead of the best one: it orders a maze worse the
+  longer it trains.
+- V's target looks n - 1 steps ahead before it asks Q, so that its expectile chooses among whole continuations; with
+  Q's mean over them it stays the behaviour's value. Bootstrapped values are clipped to [0, 1], where they lie.
+- The critic and V losses weigh 20 and 100 (original: 1): their errors are squares of numbers below 1, and at weight
+  1 the other losses shape the codes alone. The EMA rate is 0.02 (original: 0.005).
+- `p_self` goals are the state that the transition arrives at, s_{t+1}: they are the share of certain positives. A
+  goal equal to s_t is never reached by its own transition.
+- The proposer predicts a step from z, not the code itself.
 - InfoNCE takes `nce_positions` transitions a window, evenly spaced from a random offset: neighbours in a window
   are nearly the same state, so more of them add cost and false negatives, not contrast.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +57,7 @@ class OfflineAgentConfig:
     lr: float = 3e-4  # Adam
     warmup_steps: int = 50  # updates of linear warm-up of the learning rate
     grad_clip: float = 100.0  # largest norm of the gradient; the V and critic weights below make it tens
-    discount: float = 0.99  # of the reward, a step
+    discount: float = 0.995  # of the reward, a step
     tau: float = 0.02  # rate of the EMA targets
     expectile: float = 0.9  # weight of V errors whose target lies above V
     horizon: int = 50  # targets span 1..horizon steps, drawn for each position; 1 is the original
@@ -65,10 +75,10 @@ class OfflineAgentConfig:
     beta_r: float = 0.1  # weight of the reward loss
     beta_nce: float = 0.1  # weight of InfoNCE
     beta_a: float = 0.1  # weight of the alignment loss
-    p_self: float = 0.1  # share of goals that are the state just reached
+    p_self: float = 0.1  # share of goals that are the state the transition arrives at
     p_future: float = 0.5  # share drawn ahead on the trajectory, geometrically
     p_random: float = 0.4  # share drawn from the whole dataset
-    goal_discount: float = 0.99  # of the geometric draw
+    goal_discount: float = 0.995  # of the geometric draw
 
 
 def expectile_loss(prediction: Tensor, target: Tensor, expectile: float) -> Tensor:
@@ -116,12 +126,15 @@ class OfflineAgent:
         self.model.encoder.set_normalizer(mean, std)
         self.model.to(self.device)
         self.target = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=c.lr, fused=True)
+        self.parameters, self.target_parameters = list(self.model.parameters()), list(self.target.parameters())
+        # A tensor, changed in place by the warm-up, and counters on the device: a CUDA graph can hold the update.
+        lr = torch.tensor(c.lr, device=self.device)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True, capturable=self.device.type == "cuda")
         self.step = 0
         # Statistics that the losses carry from update to update; tensors, so that an update never waits for the host.
         self.bank = torch.zeros(c.bank_size, c.d_model, device=self.device)
-        self.bank_count = torch.zeros((), dtype=torch.int64, device=self.device)  # codes ever written
+        self.bank_absent = torch.full((c.bank_size,), ABSENT, device=self.device)  # 0 where a code is kept
+        self.bank_next = torch.zeros((), dtype=torch.int64, device=self.device)  # the slot to write next
         self.positive_rate = torch.full((), 0.5, device=self.device)  # running share of positive reward labels
 
     # -- losses, in the order of the objective ----------------------------------------------------------------
@@ -155,7 +168,10 @@ class OfflineAgent:
     def _encode_states(self, encoder: MambaEncoder, observations: Tensor) -> Tensor:
         """Codes [B, L+1, d_model]: of histories for the first windows, of single states for the rest."""
         split = self._with_history(len(observations))
-        return torch.cat([encoder(observations[:split]), encoder.encode_goal(observations[split:])])
+        if split == len(observations):
+            return encoder(observations)
+        alone = encoder.encode_goal(observations[split:])
+        return torch.cat([encoder(observations[:split]), alone]) if split else alone
 
     def n_steps(self, batch: dict[str, Tensor]) -> Tensor:
         """How many steps [B, L] the targets of each position span: its draw, cut at the window's last valid state.
@@ -216,7 +232,7 @@ class OfflineAgent:
         error = (proposal - codes["target_z"][:, 1:]).square().mean(-1)
         return masked_mean(error, codes["valid"]), {}
 
-    def reward_loss(self, codes, batch) -> tuple[Tensor, dict]:
+    def reward_loss(self, codes, batch, held_out: bool = False) -> tuple[Tensor, dict]:
         """Binary cross-entropy of the reward logit with a running positive weight; focal if focal_gamma > 0.
 
         Positive where s_{t+1} is the goal or its episode's last state.
@@ -225,6 +241,7 @@ class OfflineAgent:
         label = self._reward_label(batch)
         weight = ((1 - self.positive_rate) / self.positive_rate.clamp(min=1e-6)).clamp(max=c.max_pos_weight)
         logit = self.model.reward(codes["z_next"])
+        weight = None if held_out else weight
         loss = F.binary_cross_entropy_with_logits(logit, label, pos_weight=weight, reduction="none")
         if c.focal_gamma > 0:  # Lin et al., 2017: errors that are already small count less
             p = torch.sigmoid(logit)
@@ -238,26 +255,26 @@ class OfflineAgent:
         """Evenly spaced positions [nce_positions] of a window, from the batch's offset."""
         length = batch["valid"].shape[1]
         count = min(self.config.nce_positions, length)
-        stride = length // count
-        return batch["nce_offset"] % stride + torch.arange(count, device=self.device) * stride
+        return (batch["nce_offset"] + torch.arange(count, device=self.device) * length // count) % length
 
-    def nce_loss(self, codes, batch, use_bank: bool = True) -> tuple[Tensor, dict]:
+    def nce_loss(self, codes, batch, held_out: bool = False) -> tuple[Tensor, dict]:
         """InfoNCE of z against z', both directions, with a memory bank of detached codes as further negatives."""
         c = self.config
         picked = self._nce_positions(batch)
         z = F.normalize(codes["z"].index_select(1, picked).flatten(0, 1), dim=-1)  # [n, d], n = B * nce_positions
         z_next = F.normalize(codes["z_next"].index_select(1, picked).flatten(0, 1), dim=-1)
         valid = batch["valid"].index_select(1, picked).flatten()
-        # A padded position is nobody's negative, and an unwritten place of the bank neither.
+        # A padded position is nobody's negative.
         absent = torch.where(valid, 0.0, ABSENT)
-        unwritten = torch.where(torch.arange(c.bank_size, device=self.device) < self.bank_count, 0.0, ABSENT)
         both = torch.cat([z, z_next]) / c.temperature
         logits = torch.cat(
             [torch.addmm(absent, both[: len(z)], z_next.t()), torch.addmm(absent, both[len(z) :], z.t())]
         )
         partition = torch.logsumexp(logits, dim=1)
-        if use_bank and c.bank_size > 0:
-            partition = torch.logaddexp(partition, torch.logsumexp(torch.addmm(unwritten, both, self.bank.t()), dim=1))
+        if not held_out and c.bank_size > 0:
+            partition = torch.logaddexp(
+                partition, torch.logsumexp(torch.addmm(self.bank_absent, both, self.bank.t()), dim=1)
+            )
         positive = (both[: len(z)] * z_next).sum(-1)
         loss = 0.5 * (partition.view(2, -1).sum(0)) - positive
         return (loss * valid).sum() / valid.sum().clamp(min=1), {}
@@ -267,7 +284,7 @@ class OfflineAgent:
         cosine = F.cosine_similarity(codes["z_next"] - codes["z"], codes["z_goal"] - codes["z"], dim=-1)
         return -masked_mean(cosine, codes["valid"]), {}
 
-    def total_loss(self, batch: dict[str, Tensor], use_bank: bool = True) -> tuple[Tensor, dict, dict]:
+    def total_loss(self, batch: dict[str, Tensor], held_out: bool = False) -> tuple[Tensor, dict, dict]:
         """The weighted sum of the six losses, every figure worth a curve as 0-d tensors, and the codes."""
         c = self.config
         codes = self.encode(batch)
@@ -275,15 +292,14 @@ class OfflineAgent:
             "critic": (c.beta_critic, *self.critic_loss(codes, batch)),
             "v": (c.beta_v, *self.v_loss(codes, batch)),
             "state": (c.beta_s, *self.state_loss(codes)),
-            "reward": (c.beta_r, *self.reward_loss(codes, batch)),
-            "infonce": (c.beta_nce, *self.nce_loss(codes, batch, use_bank)),
+            "reward": (c.beta_r, *self.reward_loss(codes, batch, held_out)),
+            "infonce": (c.beta_nce, *self.nce_loss(codes, batch, held_out)),
             "alignment": (c.beta_a, *self.alignment_loss(codes)),
         }
         total = sum(beta * loss for beta, loss, _ in terms.values())
         info = {f"{name}_loss": loss.detach() for name, (_, loss, _) in terms.items()}
         for _, _, extra in terms.values():
             info.update({key: value.detach() for key, value in extra.items()})
-        info["code_std"] = codes["z"].detach().flatten(0, 1).std(0).mean()
         return total, {"loss": total.detach(), **info}, codes
 
     # -- update ------------------------------------------------------------------------------------------------
@@ -292,55 +308,69 @@ class OfflineAgent:
         """One optimizer step on a batch, then the EMA targets. Returns 0-d tensors; nothing waits for the host."""
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * min(1.0, (self.step + 1) / max(self.config.warmup_steps, 1))
+            group["lr"].fill_(self.config.lr * min(1.0, (self.step + 1) / max(self.config.warmup_steps, 1)))
         self.optimizer.zero_grad(set_to_none=True)
         total, info, codes = self.total_loss(batch)
         total.backward()
         info["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip).detach()
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.target.parameters()), self.parameters, self.config.tau)
+            torch._foreach_lerp_(self.target_parameters, self.parameters, self.config.tau)
             self._remember(codes, batch)
         self.step += 1
         return info
 
     def _remember(self, codes: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
-        """After the backward pass: the running share of positives, and the bank's oldest codes overwritten."""
+        """After the backward pass: the running share of positives, and the bank's oldest codes overwritten.
+
+        A padded position takes a slot too, marked absent: the shapes stay the same.
+        """
         self.positive_rate.lerp_(masked_mean(self._reward_label(batch), codes["valid"]), 0.01)
         if self.config.bank_size == 0:
             return
-        new = codes["z_next"].detach().index_select(1, self._nce_positions(batch)).flatten(0, 1)
-        new = F.normalize(new, dim=-1)[-self.config.bank_size :]
-        slots = (self.bank_count + torch.arange(len(new), device=self.device)) % self.config.bank_size
-        self.bank.index_copy_(0, slots, new)
-        self.bank_count += len(new)
+        picked, size = self._nce_positions(batch), self.config.bank_size
+        new = codes["z_next"].detach().index_select(1, picked).flatten(0, 1)[-size:]
+        absent = torch.where(batch["valid"].index_select(1, picked).flatten()[-size:], 0.0, ABSENT)
+        slots = (self.bank_next + torch.arange(len(new), device=self.device)) % size
+        self.bank.index_copy_(0, slots, F.normalize(new, dim=-1))
+        self.bank_absent.index_copy_(0, slots, absent)
+        self.bank_next.add_(len(new)).remainder_(size)
 
     @torch.no_grad()
     def evaluate_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The losses of a held-out batch, without a trace: no gradient, no dropout, nothing remembered.
 
-        InfoNCE contrasts within the batch alone, so that the figure does not depend on how full the bank is and can
-        be compared across a run.
+        InfoNCE contrasts within the batch alone and positives of the reward loss weigh 1, so that the figures do not
+        depend on what training has seen so far. The targets of Q, V and the proposer are still the EMA network's, and
+        move with it.
         """
+        with self._evaluating():
+            return self.total_loss(batch, held_out=True)[1]
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[OfflineModel]:
+        """The model without dropout, put back as it was found."""
         was_training = self.model.training
-        self.model.eval()
-        _, info, _ = self.total_loss(batch, use_bank=False)
-        self.model.train(was_training)
-        return info
+        try:
+            yield self.model.eval()
+        finally:
+            self.model.train(was_training)
 
     # -- what the trained model answers -------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_windows(self, observations: Tensor, lengths: Tensor) -> Tensor:
         """Codes of right-padded histories. [n, L, D], lengths [n] -> [n, d_model]."""
-        return self.model.eval().encoder.encode_last_valid(observations, lengths)
+        with self._evaluating() as model:
+            return model.encoder.encode_last_valid(observations, lengths)
 
     @torch.no_grad()
     def value(self, z: Tensor, goals: Tensor) -> Tensor:
         """V(z, f(goal)). z: [..., d_model], goals: [..., D], shapes that broadcast -> [...]."""
-        z_goal = self.model.eval().encoder.encode_goal(goals)
-        shape = torch.broadcast_shapes(z.shape, z_goal.shape)
-        return self.model.v(z.expand(shape), z_goal.expand(shape))
+        with self._evaluating() as model:
+            z_goal = model.encoder.encode_goal(goals)
+            shape = torch.broadcast_shapes(z.shape, z_goal.shape)
+            return model.v(z.expand(shape), z_goal.expand(shape))
 
     @torch.no_grad()
     def propose(self, z: Tensor, goals: Tensor) -> Tensor:
@@ -349,9 +379,10 @@ class OfflineAgent:
         This stands where other agents `act`: no action is read offline, and the online stage turns the proposal
         into one by inverse dynamics.
         """
-        z_goal = self.model.eval().encoder.encode_goal(goals)
-        shape = torch.broadcast_shapes(z.shape, z_goal.shape)
-        return self.model.next_state(z.expand(shape), z_goal.expand(shape))
+        with self._evaluating() as model:
+            z_goal = model.encoder.encode_goal(goals)
+            shape = torch.broadcast_shapes(z.shape, z_goal.shape)
+            return model.next_state(z.expand(shape), z_goal.expand(shape))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -363,7 +394,8 @@ class OfflineAgent:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "bank": self.bank,
-            "bank_count": self.bank_count,
+            "bank_absent": self.bank_absent,
+            "bank_next": self.bank_next,
             "positive_rate": self.positive_rate,
         }
 
@@ -373,5 +405,5 @@ class OfflineAgent:
         self.target.load_state_dict(state["target"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
-        for name in ("bank", "bank_count", "positive_rate"):
+        for name in ("bank", "bank_absent", "bank_next", "positive_rate"):
             getattr(self, name).copy_(state[name])

@@ -57,12 +57,25 @@ class OfflineTrainerConfig(OfflineAgentConfig):
     plot_maps: bool = True  # write value_map.png at the end
 
 
-AT_LEAST_ONE = (
-    *("context_length", "d_model", "hidden_dim", "n_layers", "d_state", "d_conv", "expand", "horizon", "nce_positions"),
-    *("max_trajectories", "updates_per_epoch", "batch_size", "num_epochs", "eval_freq", "eval_batches"),
-    *("eval_states", "eval_goals"),
-)
+# What each number may be: smallest and largest value, ends included unless they make no sense (checked below).
+BOUNDS = {
+    **dict.fromkeys(("context_length", "d_model", "hidden_dim", "n_layers", "d_state", "d_conv", "expand"), (1, 4096)),
+    **dict.fromkeys(("horizon", "history_horizon", "nce_positions", "batch_size", "num_epochs"), (1, 10**9)),
+    **dict.fromkeys(("max_trajectories", "updates_per_epoch", "eval_freq", "eval_batches"), (1, 10**9)),
+    **dict.fromkeys(("eval_states", "eval_goals"), (2, 10**6)),
+    **dict.fromkeys(("bank_size", "warmup_steps", "seed"), (0, 2**53)),
+    **dict.fromkeys(("lr", "temperature", "grad_clip", "max_pos_weight"), (1e-9, 1e9)),
+    **dict.fromkeys(("discount", "tau"), (1e-9, 1.0)),
+    **dict.fromkeys(("expectile", "history_dropout"), (0.0, 1.0)),
+    **dict.fromkeys(("goal_discount", "dropout"), (0.0, 1 - 1e-9)),
+    **dict.fromkeys(("beta_critic", "beta_v", "beta_s", "beta_r", "beta_nce", "beta_a", "focal_gamma"), (0.0, 1e9)),
+    **dict.fromkeys(("p_self", "p_future", "p_random"), (0.0, 1.0)),
+}
 MAY_CHANGE_ON_RESUME = {"num_epochs", "dataset_dir", "device", "tensorboard", "wandb_project", "plot_maps"}
+
+
+# Where and how a run went on is not part of what it trained: equal runs write equal checkpoints.
+NOT_THE_MODEL = {"resume", "run_dir", *MAY_CHANGE_ON_RESUME}
 
 
 def open_dataset(config: OfflineTrainerConfig, device: torch.device) -> tuple[TrajectoryDataset, TrajectoryDataset]:
@@ -117,7 +130,7 @@ class HeldOut:
         """`value_distance_spearman` over all pairs, and the collapse diagnostics of the codes."""
         z = agent.encode_windows(self.observations, self.lengths)
         value = agent.value(z.unsqueeze(0), self.goals.unsqueeze(1)).cpu().numpy()  # [goals, states]
-        far = self.distance > np.median(self.distance)
+        far = self.distance >= np.median(self.distance)
         return {
             "value_distance_spearman": spearman(value, -self.distance),
             "value_distance_spearman_far": spearman(value[far], -self.distance[far]),
@@ -160,12 +173,12 @@ class OfflineRun:
         stem = Path("logs") / "offline" / config.dataset / f"seed_{config.seed}"
         self.run_dir = Path(config.run_dir or stem)
         self.train_data, self.val_data = open_dataset(config, self.device)
-        checkpoint = prepare_run(self.run_dir, config, config.resume, may_change=MAY_CHANGE_ON_RESUME)
         self.streams = RandomStreams(config.seed, self.device)
+        checkpoint = prepare_run(self.run_dir, config, config.resume, may_change=MAY_CHANGE_ON_RESUME)
         with self.streams.initialising():
             mean, std = self.train_data.normalizer()
             self.agent = OfflineAgent(config, self.train_data.observation_dim, mean, std, self.device)
-        torch.manual_seed(self.streams.init_seed)  # dropout is the one thing that draws from the global generator
+        torch.manual_seed(self.streams.dropout_seed)  # dropout is the one thing that draws from the global generators
         self.epoch, self.best_loss = 0, math.inf
         if checkpoint is not None:
             self.load(checkpoint)
@@ -201,6 +214,8 @@ class OfflineRun:
                 self.logger.log(agent.step, {"epoch": self.epoch} | metrics)
                 if validates:
                     self.save(metrics["val_loss"])
+        if not metrics:  # cut after its last checkpoint, before its plots
+            return self.evaluate()
         rate = (agent.step - first) * config.batch_size * config.context_length / (time.perf_counter() - began)
         print(f"trained to update {agent.step}: {rate:,.0f} transitions a second")
         return metrics
@@ -220,16 +235,21 @@ class OfflineRun:
             "best_loss": self.best_loss,
             "agent": self.agent.state_dict(),
             "streams": self.streams.state_dict(),
-            "torch_generator": torch.get_rng_state(),
+            "torch_generators": self.global_generators(),
             **{key: self.model_state()[key] for key in ("dataset", "config", "observation_dim")},
         }
         save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state)
+
+    def global_generators(self) -> list[torch.Tensor]:
+        """States of the generators that dropout draws from."""
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return [torch.get_rng_state(), *cuda]
 
     def model_state(self) -> dict:
         """What the online stage and the plots need: the model with its normaliser, its sizes and its dataset."""
         return {
             "dataset": self.config.dataset,
-            "config": plain_config(self.config),
+            "config": {key: value for key, value in plain_config(self.config).items() if key not in NOT_THE_MODEL},
             "observation_dim": self.train_data.observation_dim,
             "model": self.agent.model.state_dict(),
             "target": self.agent.target.state_dict(),
@@ -242,9 +262,11 @@ class OfflineRun:
         try:
             self.agent.load_state_dict(state["agent"])
             self.streams.load_state_dict(state["streams"])
-            torch.set_rng_state(state["torch_generator"].cpu())
+            torch.set_rng_state(state["torch_generators"][0].cpu())
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["torch_generators"][1].cpu(), self.device)
             self.epoch, self.best_loss = state["epoch"], state["best_loss"]
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a checkpoint of this model ({error}); choose another --run_dir") from None
 
     def plot(self) -> None:
@@ -286,21 +308,20 @@ class OfflineRun:
 def check(config: OfflineTrainerConfig) -> None:
     """One line for a setting that cannot work, before anything is made or loaded."""
     parse_dataset_id(config.dataset)
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:  # nan is not either
+            raise UserError(f"--{name} {value}: must lie between {least:g} and {most:g}")
+    if abs(config.p_self + config.p_future + config.p_random - 1) > 1e-6:
+        raise UserError(f"--p_self {config.p_self} --p_future {config.p_future} --p_random {config.p_random}: sum to 1")
+    inner = config.expand * config.d_model
+    if config.d_model % 2 or inner % min(64, inner):
+        raise UserError(f"--d_model {config.d_model}: must be even, and expand * d_model below 64 or a multiple of it")
     try:
-        resolve_backend(config.backend, resolve_device(config.device))
+        backend = resolve_backend(config.backend, resolve_device(config.device))
     except (ValueError, ImportError) as error:
         raise UserError(f"--backend {config.backend}: {error}") from None
-    shares = (config.p_self, config.p_future, config.p_random)
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise UserError(f"--p_self, --p_future and --p_random {shares}: must be at least 0 and sum to 1")
-    for name in AT_LEAST_ONE:
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
-    if config.d_model % 2 or (config.expand * config.d_model) % min(64, config.expand * config.d_model):
-        raise UserError(f"--d_model {config.d_model}: must be even, and expand * d_model below 64 or a multiple of it")
-    for name in ("discount", "tau", "expectile", "goal_discount"):
-        if not 0 < getattr(config, name) <= 1:
-            raise UserError(f"--{name} {getattr(config, name)}: must lie in (0, 1]")
+    print(f"{config.dataset}, seed {config.seed}, {resolve_device(config.device)}, Mamba-2 backend {backend}")
 
 
 def main(argv: list[str] | None = None) -> None:

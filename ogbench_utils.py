@@ -131,6 +131,8 @@ def _read_members(path: Path) -> dict[str, np.ndarray]:
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file; check --dataset_dir")
+        with open(path, "rb"):  # is_zipfile would take a file without read permission for a damaged one
+            pass
         if not zipfile.is_zipfile(path):
             raise _bad_file(path, "not an npz archive, or cut short")
         with np.load(path, allow_pickle=False) as archive:
@@ -142,6 +144,8 @@ def _read_members(path: Path) -> dict[str, np.ndarray]:
         raise
     except MemoryError:
         raise UserError(f"{path}: does not fit in memory; use a smaller dataset") from None
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it; change that, or --dataset_dir") from None
     except OSError as error:
         raise _bad_file(path, f"cannot be read ({error})") from None
     except unreadable as error:
@@ -255,6 +259,11 @@ def ensure_dataset(
     train_path, val_path, _ = dataset_paths(dataset_id, dataset_dir)
     if dataset.local:
         if read_manifest(dataset_id, dataset_dir) is None:
+            if dataset_id not in GENERATED_IDS:
+                raise UserError(
+                    f"{dataset_id}: not at {train_path}, and make_dataset.py has no recipe for it; use the official "
+                    f"{dataset.name}, or one it can make: {', '.join(GENERATED_IDS)}"
+                )
             folder = f" --dataset_dir {resolve_dataset_dir(dataset_dir)}" if dataset_dir else ""
             raise UserError(
                 f"{dataset_id}: no complete dataset at {train_path}; make it with "

@@ -61,8 +61,8 @@ def warn(text: object) -> None:
 def run_cli(main: Callable[[list[str] | None], None]) -> None:
     """Call `main(None)` and turn the failures that a user can mend into one line.
 
-    Exit codes: 2 for bad input or a full disk, 130 for Ctrl-C, 0 for a run that was finished already. Any other
-    exception is a defect of the program and keeps its traceback.
+    Exit codes: 2 for bad input, a file that cannot be used or a full disk, 130 for Ctrl-C, 0 for a run that was
+    finished already. Any other exception is a defect of the program and keeps its traceback.
     """
     try:
         main(None)
@@ -73,11 +73,17 @@ def run_cli(main: Callable[[list[str] | None], None]) -> None:
         print(one_line(finished))
         sys.exit(0)
     except KeyboardInterrupt:
-        print("interrupted: the last saved checkpoint is kept", file=sys.stderr)
+        print("interrupted: what was saved before is kept", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.errno not in DISK_FULL:
-            raise
+            if error.filename is None:  # not about a file that the user chose: a defect
+                raise
+            print(
+                f"error: {one_line(error.filename)}: {error.strerror}; check the path and its permissions",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         name = error.filename or "an output file"
         print(
             f"error: {one_line(name)}: the disk is full ({os.strerror(error.errno)}); "
@@ -312,17 +318,19 @@ class RandomStreams:
         sampling: torch.Generator on the device, for minibatches and relabelling.
         policy: torch.Generator on the device, for action noise.
         evaluation_seed: int below 2**31, the same all through a run, so that every evaluation sees the same episodes.
+        dropout_seed: for torch's global generators, the only ones that dropout can draw from.
     """
 
     def __init__(self, seed: int, device: str | torch.device = "cpu"):
         if seed < 0:
             raise UserError(f"--seed {seed}: must be 0 or larger")
         self.device = torch.device(device)
-        init, sampling, policy, evaluation = np.random.SeedSequence(seed).spawn(4)
+        init, sampling, policy, evaluation, dropout = np.random.SeedSequence(seed).spawn(5)
         self.init_seed = _seed_from(init)
         self.sampling = torch.Generator(self.device).manual_seed(_seed_from(sampling))
         self.policy = torch.Generator(self.device).manual_seed(_seed_from(policy))
         self.evaluation_seed = _seed_from(evaluation) % 2**31
+        self.dropout_seed = _seed_from(dropout)
 
     @contextlib.contextmanager
     def initialising(self) -> Iterator[None]:
@@ -381,8 +389,11 @@ def progress(iterable_or_total: Iterable | int, desc: str, **options: Any) -> tq
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _write_atomic(path: str | Path, data: bytes | memoryview) -> None:
-    """Write beside the target, flush to the disk, rename: a reader sees the old file or the new one."""
+def write_bytes_atomic(path: str | Path, data: bytes | memoryview) -> None:
+    """Write beside the target, flush to the disk, rename: a reader sees the old file or the new one.
+
+    Raises OSError that names the file, and leaves no temporary one behind.
+    """
     path = Path(path)
     # One fixed temporary name: what a kill left behind is overwritten by the next write instead of piling up.
     temporary = path.with_name(f".{path.name}.tmp")
@@ -408,7 +419,7 @@ def _write_atomic(path: str | Path, data: bytes | memoryview) -> None:
 
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Replace a text file (UTF-8) as a whole; raises OSError that names it and leaves the old file on failure."""
-    _write_atomic(path, text.encode())
+    write_bytes_atomic(path, text.encode())
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -418,7 +429,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(_canonical(state, "state", {}), buffer)
-    _write_atomic(path, buffer.getbuffer())
+    write_bytes_atomic(path, buffer.getbuffer())
 
 
 def _canonical(value: Any, where: str, texts: dict[str, str]) -> Any:
@@ -461,9 +472,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         if not isinstance(state, dict):
             raise ValueError("no dictionary inside")
     except Exception:  # damaged bytes fail in many ways
-        raise UserError(
-            f"{path}: damaged, or not a checkpoint of this program; delete it and start anew, or use best_model.pth"
-        ) from None
+        raise UserError(f"{path}: damaged, or not a checkpoint of this program; delete it and start anew") from None
     return state
 
 
@@ -504,7 +513,8 @@ class ReplayBuffer:
         """Append n rows, arrays or tensors [n, ...]; raises ValueError where the row counts or shapes differ."""
         values = (observations, actions, rewards, next_observations, terminated, truncated)
         count = len(observations)
-        rows = torch.arange(max(0, count - self.capacity), count, device=self.device)
+        first = max(0, count - self.capacity)
+        rows = torch.arange(first, count, device=self.device)
         slots = (self.position + rows) % self.capacity
         tensors = []
         for name, value in zip(self.FIELDS, values, strict=True):
@@ -515,7 +525,7 @@ class ReplayBuffer:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}")
             tensors.append(value.to(self.device, torch.float32))
         for name, tensor in zip(self.FIELDS, tensors, strict=True):
-            getattr(self, name)[slots] = tensor[rows[0] :] if len(rows) < count else tensor
+            getattr(self, name)[slots] = tensor[first:]
         self.position = (self.position + count) % self.capacity
         self.size = min(self.capacity, self.size + count)
 
@@ -741,13 +751,13 @@ def prepare_run(
     finished = (run_dir / "finished.json").exists()
     started = checkpoint.exists()
     if finished or (started and resume):
-        _check_same_config(run_dir, plain_config(config), ALWAYS_MAY_CHANGE | set(may_change))
+        _check_same_config(run_dir, _stored_config(config), ALWAYS_MAY_CHANGE | set(may_change))
     if finished:
         raise RunFinished(f"{run_dir}: this run is finished; choose another --run_dir to train again")
     if started and not resume:
         raise UserError(f"{run_dir}: holds an unfinished run; continue it with --resume or choose another --run_dir")
     try:
-        write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(plain_config(config), sort_keys=False))
+        write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(_stored_config(config), sort_keys=False))
         write_text_atomic(run_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
     except OSError as error:
         if error.errno in DISK_FULL:
@@ -774,6 +784,11 @@ def plain_config(config: Any) -> dict[str, Any]:
         return str(value) if isinstance(value, Path) else value
 
     return plain(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config)
+
+
+def _stored_config(config: Any) -> dict[str, Any]:
+    """Settings as a run keeps them: `resume` says how it was started, not what it is."""
+    return {key: value for key, value in plain_config(config).items() if key != "resume"}
 
 
 def _check_same_config(run_dir: Path, current: dict[str, Any], may_change: set[str]) -> None:

@@ -1,10 +1,13 @@
 """Pictures of a run: training curves, and values with proposals over the maze. Written as PNG, without a display."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from utils import write_bytes_atomic
 
 OFFLINE_LOSSES = {  # column of metrics.csv -> the seed's name of the curve
     "critic_loss": "Critic",
@@ -17,7 +20,9 @@ OFFLINE_LOSSES = {  # column of metrics.csv -> the seed's name of the curve
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    FigureCanvasAgg(figure).print_png(str(path))
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    write_bytes_atomic(path, buffer.getvalue())
 
 
 def _curve(axis, steps: np.ndarray, values: list[float], **style) -> None:
@@ -48,11 +53,11 @@ def plot_training_curves(metrics: dict[str, list[float]], path: str | Path, titl
     _curve(
         axes[6], steps, metrics.get("value_distance_spearman_far", []), label="far half", color="tab:olive", marker="."
     )
-    axes[6].set_title("V against minus maze distance (Spearman)")
+    axes[6].set_title("V, minus distance: Spearman")
     axes[6].set_ylim(-0.1, 1.02)
     axes[6].legend(fontsize=8)
     _curve(axes[7], steps, metrics.get("code_rank", []), label="effective rank", color="tab:red", marker=".")
-    axes[7].set_title("Codes: effective rank, and 100 x std")
+    axes[7].set_title("Codes: rank, 100 x std")
     _curve(axes[7], steps, [100 * v for v in metrics.get("code_std", [])], label="100 x std", color="tab:purple")
     axes[7].legend(fontsize=8)
     for axis in axes:

@@ -60,20 +60,26 @@ def run_one(name: str, seed: int, config: AblateOfflineConfig) -> dict[str, floa
     command = [sys.executable, str(ROOT / "offline_trainer.py"), *flags]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"{' '.join(command)} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
     return json.loads((run_dir / "finished.json").read_text())
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(AblateOfflineConfig, argv, __doc__)
+    if config.num_seeds < 1 or config.jobs < 1:
+        raise UserError(f"--num_seeds {config.num_seeds} --jobs {config.jobs}: at least 1 each")
     for name in config.variants:
         if name not in VARIANTS:
             raise UserError(f"--variants '{name}': choose from {', '.join(map(repr, VARIANTS))}")
     make_dataset.generate_if_missing(config.dataset, config.dataset_dir)
     tasks = [(name, seed) for name in config.variants for seed in range(config.num_seeds)]
     with ThreadPoolExecutor(config.jobs) as pool:
-        results = pool.map(lambda task: run_one(*task, config), tasks)
-        figures = dict(zip(tasks, progress(results, "ablation", total=len(tasks), unit="run"), strict=True))
+        try:
+            results = pool.map(lambda task: run_one(*task, config), tasks)
+            figures = dict(zip(tasks, progress(results, "ablation", total=len(tasks), unit="run"), strict=True))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # do not start what is still queued
+            raise
     print(f"{config.dataset}, {config.num_epochs} epochs, {config.num_seeds} seeds, last checkpoint\n")
     print("| losses | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")

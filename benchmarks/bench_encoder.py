@@ -18,7 +18,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import Mamba2
-from utils import parse_config, run_cli
+from utils import parse_config, resolve_device, run_cli
 
 
 @dataclass
@@ -80,13 +80,14 @@ def seconds(candidates: dict, u: torch.Tensor, repeats: int) -> dict[str, float]
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchEncoderConfig, argv, __doc__)
+    device = resolve_device(config.device)
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     block = Mamba2(config.d_model, backend="torch").to(config.device)
     u = torch.randn(config.batch, config.length, config.d_model, device=config.device)
     peer = transformers_block(block, config)
     candidates = {"ours": block, "sequential": lambda x: sequential(block, x), "transformers": peer}
-    if config.device == "cuda":
+    if device.type == "cuda":
         fused = Mamba2(config.d_model, backend="cuda").to(config.device)
         fused.load_state_dict(block.state_dict())
         candidates["mamba_ssm"] = fused

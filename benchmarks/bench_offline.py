@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from offline_agent import OfflineAgent, OfflineAgentConfig
 from offline_trainer import sample_batch
 from ogbench_utils import TrajectoryDataset
-from utils import parse_config, run_cli
+from utils import parse_config, resolve_device, run_cli
 
 
 @dataclass
@@ -75,6 +75,7 @@ def one_transition(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchOfflineConfig, argv, __doc__)
+    device = resolve_device(config.device)
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     data = random_walks(config)
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     ours = OfflineAgent(agent_config, config.observation_dim, *data.normalizer(), device=config.device)
     peer = OneTransitionAgent(agent_config, config.observation_dim, *data.normalizer(), device=config.device)
     generator = torch.Generator(config.device).manual_seed(0)
-    wait = torch.cuda.synchronize if config.device == "cuda" else lambda: None
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: dict[str, list[float]] = {"ours": [], "peer": []}
     for round_ in range(config.repeats + 3):
         batch = sample_batch(data, agent_config, config.batch_size, generator)

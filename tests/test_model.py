@@ -71,9 +71,10 @@ def test_block_equals_the_sequential_scan(length, chunk_size):
 
 
 def test_hand_written_gradients_pass_gradcheck():
+    """For the input and every parameter, over two chunks."""
     mixer = block(chunk_size=4, d_model=8, d_state=4, headdim=8).double()
     u = torch.randn(2, 6, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda u: mixer(u), (u,))
+    assert torch.autograd.gradcheck(lambda u, *_: mixer(u), (u, *mixer.parameters()))
     x, z = (torch.randn(3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(model.RMSNormGated(8).double(), (x, z))
 
@@ -164,12 +165,15 @@ def test_codes_depend_on_order_and_position():
 
 
 def test_mixed_precision_keeps_parameters_and_scan_in_float32():
-    net, x = encoder(), torch.randn(2, 20, 5)
+    net, x = encoder(), torch.randn(2, 101, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         codes = net(x)
     codes.float().sum().backward()
     assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in net.parameters())
     assert relative(codes, net(x)) < 0.05  # bfloat16 has three digits
+    positions = torch.arange(101)
+    half = model.rotary(x.expand(2, 101, 5)[..., :4].bfloat16(), positions)
+    assert relative(half[:, 90:], model.rotary(x[..., :4], positions)[:, 90:]) < 0.01  # late positions are no worse
 
 
 def test_backends():
