@@ -306,7 +306,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 
 def rotary(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al., 2021). x: [..., length, dim], positions: [length] -> like x.
+    """Rotary position embedding (Su et al., 2021). x: [..., n, dim], positions: [n] -> like x.
 
     Feature i of the first half is rotated with feature i of the second by the angle position / 10000^(2i/dim).
     """
@@ -377,8 +377,12 @@ class MambaEncoder(nn.Module):
         return self(goals.reshape(-1, 1, self.observation_dim)).view(*goals.shape[:-1], self.d_model)
 
     def initial_state(self, batch: int) -> dict:
-        """What `step` carries: the position and each layer's recurrent state, for `batch` sequences."""
-        return {"position": 0, "layers": [mixer.initial_state(batch) for mixer in self.mixers]}
+        """What `step` carries for `batch` sequences: position [batch] and the layers' recurrent states.
+
+        A sequence that starts anew takes its rows from a fresh state; the others go on.
+        """
+        position = torch.zeros(batch, dtype=torch.int64, device=self.mean.device)
+        return {"position": position, "layers": [mixer.initial_state(batch) for mixer in self.mixers]}
 
     def step(self, observation: Tensor, state: dict) -> tuple[Tensor, dict]:
         """One more state of each sequence; equals `forward` over all of them, at constant cost.
@@ -386,7 +390,7 @@ class MambaEncoder(nn.Module):
         observation: [batch, observation_dim] -> code [batch, d_model], and the state for the next call.
         """
         h = self.input((observation - self.mean) / self.std)
-        h = rotary(h.unsqueeze(1), torch.full((1,), state["position"], device=h.device)).squeeze(1)
+        h = rotary(h, state["position"])
         layers = []
         for norm, mixer, layer in zip(self.norms, self.mixers, state["layers"], strict=True):
             y, layer = mixer.step(norm(h), layer)

@@ -137,6 +137,22 @@ def test_step_recurrence_equals_the_window():
     assert relative(torch.stack(steps, 1), net(x)) < 1e-10
 
 
+def test_sequences_of_a_batch_step_and_restart_on_their_own():
+    net, x = encoder().double(), torch.randn(2, 9, 5, dtype=torch.float64)
+    state = net.initial_state(2)
+    for t in range(5):
+        _, state = net.step(x[:, t], state)
+    fresh = net.initial_state(2)
+    state["position"][1] = 0
+    for layer, new in zip(state["layers"], fresh["layers"], strict=True):
+        for part, new_part in zip(layer, new, strict=True):
+            part[1] = new_part[1]
+    for t in range(5, 9):
+        code, state = net.step(x[:, t], state)
+    assert relative(code[0], net(x)[0, -1]) < 1e-10
+    assert relative(code[1], net(x[1:, 5:])[0, -1]) < 1e-10
+
+
 def test_right_padding_changes_no_valid_output():
     net, x = encoder(), torch.randn(4, 20, 5)
     lengths = torch.tensor([1, 7, 19, 20])
