@@ -57,13 +57,13 @@ class OfflineAgentConfig:
     lr: float = 3e-4  # Adam
     warmup_steps: int = 50  # updates of linear warm-up of the learning rate
     grad_clip: float = 100.0  # largest norm of the gradient; the V and critic weights below make it tens
-    discount: float = 0.995  # of the reward, a step
+    discount: float = 0.99  # of the reward, a step
     tau: float = 0.02  # rate of the EMA targets
     expectile: float = 0.9  # weight of V errors whose target lies above V
-    horizon: int = 50  # targets span 1..horizon steps, drawn for each position; 1 is the original
+    horizon: int = 100  # targets span 1..horizon steps, drawn for each position; 1 is the original
     history_dropout: float = 0.5  # share of a batch's windows whose states are coded alone
     target_history: bool = False  # the target network codes histories too, as the original does
-    history_horizon: int = 10  # longest target of the windows coded with history
+    history_horizon: int = 30  # longest target of the windows coded with history
     temperature: float = 0.1  # InfoNCE
     bank_size: int = 10_000  # detached codes kept as further negatives
     nce_positions: int = 8  # transitions a window that InfoNCE contrasts
@@ -78,7 +78,7 @@ class OfflineAgentConfig:
     p_self: float = 0.1  # share of goals that are the state the transition arrives at
     p_future: float = 0.5  # share drawn ahead on the trajectory, geometrically
     p_random: float = 0.4  # share drawn from the whole dataset
-    goal_discount: float = 0.995  # of the geometric draw
+    goal_discount: float = 0.99  # of the geometric draw
 
 
 def expectile_loss(prediction: Tensor, target: Tensor, expectile: float) -> Tensor:
