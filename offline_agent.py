@@ -60,10 +60,10 @@ class OfflineAgentConfig:
     discount: float = 0.99  # of the reward, a step
     tau: float = 0.02  # rate of the EMA targets
     expectile: float = 0.9  # weight of V errors whose target lies above V
-    horizon: int = 100  # targets span 1..horizon steps, drawn for each position; 1 is the original
+    horizon: int = 50  # targets span 1..horizon steps, drawn for each position; 1 is the original
     history_dropout: float = 0.5  # share of a batch's windows whose states are coded alone
     target_history: bool = False  # the target network codes histories too, as the original does
-    history_horizon: int = 30  # longest target of the windows coded with history
+    history_horizon: int = 10  # longest target of the windows coded with history
     temperature: float = 0.1  # InfoNCE
     bank_size: int = 10_000  # detached codes kept as further negatives
     nce_positions: int = 8  # transitions a window that InfoNCE contrasts
@@ -73,7 +73,7 @@ class OfflineAgentConfig:
     beta_v: float = 100.0  # weight of the V loss
     beta_s: float = 1.0  # weight of the state loss
     beta_r: float = 0.1  # weight of the reward loss
-    beta_nce: float = 0.1  # weight of InfoNCE
+    beta_nce: float = 1.0  # weight of InfoNCE
     beta_a: float = 0.1  # weight of the alignment loss
     p_self: float = 0.1  # share of goals that are the state the transition arrives at
     p_future: float = 0.5  # share drawn ahead on the trajectory, geometrically
