@@ -73,7 +73,7 @@ class OfflineAgentConfig:
     beta_v: float = 100.0  # weight of the V loss
     beta_s: float = 1.0  # weight of the state loss
     beta_r: float = 0.1  # weight of the reward loss
-    beta_nce: float = 1.0  # weight of InfoNCE
+    beta_nce: float = 0.1  # weight of InfoNCE
     beta_a: float = 0.1  # weight of the alignment loss
     p_self: float = 0.1  # share of goals that are the state the transition arrives at
     p_future: float = 0.5  # share drawn ahead on the trajectory, geometrically

@@ -327,4 +327,4 @@ def test_golden_trace():
     assert trace == pytest.approx(GOLDEN, rel=1e-3)
 
 
-GOLDEN = [9.7697716, 11.4317846, 15.2337570]
+GOLDEN = [8.0025082, 8.9095612, 12.5055132]
