@@ -25,12 +25,14 @@ Deviations from the original OPSO code, each with its reason (docs/opso.md has t
 - `p_self` goals are the state that the transition arrives at, s_{t+1}: they are the share of certain positives. A
   goal equal to s_t is never reached by its own transition.
 - The proposer predicts a step from z, not the code itself.
+- The learning rate decays to 0 (`lr_decay`): V's order of far goals jitters otherwise, and the last checkpoint counts.
 - InfoNCE takes `nce_positions` transitions a window, evenly spaced from a random offset: neighbours in a window
   are nearly the same state, so more of them add cost and false negatives, not contrast.
 """
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -56,6 +58,7 @@ class OfflineAgentConfig:
     backend: str = "auto"  # Mamba-2 kernels: torch, cuda (mamba_ssm) or auto
     lr: float = 3e-4  # Adam
     warmup_steps: int = 50  # updates of linear warm-up of the learning rate
+    lr_decay: bool = True  # cosine decay of the learning rate to 0 over the run's updates
     grad_clip: float = 100.0  # largest norm of the gradient; the V and critic weights below make it tens
     discount: float = 0.99  # of the reward, a step
     tau: float = 0.02  # rate of the EMA targets
@@ -107,10 +110,20 @@ class OfflineAgent:
         observation_dim: numbers in a state.
         mean, std: [observation_dim] statistics of the training states.
         device: where everything lives.
+        total_updates: the run's length, over which the learning rate decays; None leaves it constant.
     """
 
-    def __init__(self, config: OfflineAgentConfig, observation_dim: int, mean: Tensor, std: Tensor, device="cpu"):
+    def __init__(
+        self,
+        config: OfflineAgentConfig,
+        observation_dim: int,
+        mean: Tensor,
+        std: Tensor,
+        device="cpu",
+        total_updates: int | None = None,
+    ):
         c = self.config = config
+        self.total_updates = total_updates if c.lr_decay else None
         self.device = torch.device(device)
         self.model = OfflineModel(
             observation_dim,
@@ -308,7 +321,7 @@ class OfflineAgent:
         """One optimizer step on a batch, then the EMA targets. Returns 0-d tensors; nothing waits for the host."""
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"].fill_(self.config.lr * min(1.0, (self.step + 1) / max(self.config.warmup_steps, 1)))
+            group["lr"].fill_(self.learning_rate())
         self.optimizer.zero_grad(set_to_none=True)
         total, info, codes = self.total_loss(batch)
         total.backward()
@@ -319,6 +332,13 @@ class OfflineAgent:
             self._remember(codes, batch)
         self.step += 1
         return info
+
+    def learning_rate(self) -> float:
+        """Of the coming update: linear warm-up, then cosine decay to 0 at total_updates."""
+        rate = self.config.lr * min(1.0, (self.step + 1) / max(self.config.warmup_steps, 1))
+        if self.total_updates is not None:
+            rate *= 0.5 * (1 + math.cos(math.pi * min(self.step / self.total_updates, 1.0)))
+        return rate
 
     def _remember(self, codes: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
         """After the backward pass: the running share of positives, and the bank's oldest codes overwritten.

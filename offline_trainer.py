@@ -174,16 +174,19 @@ class OfflineRun:
         self.run_dir = Path(config.run_dir or stem)
         self.train_data, self.val_data = open_dataset(config, self.device)
         self.streams = RandomStreams(config.seed, self.device)
-        checkpoint = prepare_run(self.run_dir, config, config.resume, may_change=MAY_CHANGE_ON_RESUME)
+        # With decay the learning rate depends on the run's length, so that cannot change on the way.
+        may_change = MAY_CHANGE_ON_RESUME - ({"num_epochs"} if config.lr_decay else set())
+        checkpoint = prepare_run(self.run_dir, config, config.resume, may_change=may_change)
+        per_pass = math.ceil(self.train_data.num_trajectories / config.batch_size)
+        self.updates_per_epoch = config.updates_per_epoch or per_pass
         with self.streams.initialising():
             mean, std = self.train_data.normalizer()
-            self.agent = OfflineAgent(config, self.train_data.observation_dim, mean, std, self.device)
+            total = config.num_epochs * self.updates_per_epoch
+            self.agent = OfflineAgent(config, self.train_data.observation_dim, mean, std, self.device, total)
         torch.manual_seed(self.streams.dropout_seed)  # dropout is the one thing that draws from the global generators
         self.epoch, self.best_loss = 0, math.inf
         if checkpoint is not None:
             self.load(checkpoint)
-        per_pass = math.ceil(self.train_data.num_trajectories / config.batch_size)
-        self.updates_per_epoch = config.updates_per_epoch or per_pass
         self.env = make_env(config.dataset)
         self.maze = Maze.from_env(self.env)
         self.held_out = HeldOut(self.val_data, self.maze, config, self.streams.evaluation_seed)

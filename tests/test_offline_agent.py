@@ -263,6 +263,18 @@ def test_update_follows_the_ema_the_warm_up_and_the_bank():
     assert agent.bank_next == 10 and (agent.bank.norm(dim=-1) > 0.99).all()  # 60 codes, round the ring of 50
 
 
+def test_learning_rate_warms_up_and_decays():
+    agent = make_agent(warmup_steps=10)
+    agent.total_updates = 100
+    rates = []
+    for agent.step in range(100):
+        rates.append(agent.learning_rate())
+    assert rates[0] == pytest.approx(agent.config.lr / 10, rel=1e-3)
+    assert rates[50] == pytest.approx(agent.config.lr / 2) and 0 < rates[-1] < agent.config.lr / 1000
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert make_agent(lr_decay=False).total_updates is None
+
+
 def test_evaluation_leaves_no_trace():
     agent = make_agent(dropout=0.5)
     batch = make_batch(agent.config)

@@ -102,22 +102,14 @@ def test_how_often_a_run_evaluates_changes_no_training_number(finished, dataset_
         assert torch.equal(value, second["model"][name]), name
 
 
-@pytest.mark.parametrize("eval_freq", [1, 3])
-def test_kill_and_resume_equals_uninterrupted(dataset_dir, tmp_path, eval_freq):
+@pytest.mark.parametrize("eval_freq,schedule", [(1, "--no_lr_decay"), (3, "--lr_decay")])
+def test_kill_and_resume_equals_uninterrupted(dataset_dir, tmp_path, eval_freq, schedule):
     """With dropout, so that the global generator matters; with eval_freq 3, rows stand past the checkpoint."""
-    flags = (
-        "--num_epochs",
-        "30",
-        "--eval_freq",
-        str(eval_freq),
-        "--dropout",
-        "0.1",
-        "--no_plot_maps",
-        "--no_tensorboard",
-    )
+    flags = ["--num_epochs", "60", "--eval_freq", str(eval_freq), "--dropout", "0.1", "--no_plot_maps", schedule]
+    flags.append("--no_tensorboard")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     offline_trainer.main(arguments(dataset_dir, whole, *flags))
-    process = start(*arguments(dataset_dir, cut, *flags, "--num_epochs", "100000"), stdout=subprocess.DEVNULL)
+    process = start(*arguments(dataset_dir, cut, *flags), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 100
     while rows_of(cut) < 2 * eval_freq + 1:  # beyond the second checkpoint
         assert process.poll() is None, process.stderr.read()
@@ -125,7 +117,7 @@ def test_kill_and_resume_equals_uninterrupted(dataset_dir, tmp_path, eval_freq):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert load_checkpoint(cut / "checkpoints/last.pth")["epoch"] < 30, "killed too late"
+    assert load_checkpoint(cut / "checkpoints/last.pth")["epoch"] < 60, "killed too late"
     offline_trainer.main(arguments(dataset_dir, cut, *flags, "--resume"))
     for name in ("checkpoints/last.pth", "best_model.pth", "metrics.csv"):
         assert digest(whole / name) == digest(cut / name), name
@@ -242,12 +234,13 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(dataset_dir, tmp_path):
     import resource
 
     run = tmp_path / "run"
-    offline_trainer.main(arguments(dataset_dir, run, "--no_tensorboard", "--no_plot_maps", "--no_resume"))
+    flags = ("--no_tensorboard", "--no_plot_maps", "--no_lr_decay")
+    offline_trainer.main(arguments(dataset_dir, run, *flags))
     (run / "finished.json").unlink()
     before = digest(run / "checkpoints/last.pth")
     limit = (run / "checkpoints/last.pth").stat().st_size // 2
-    flags = arguments(dataset_dir, run, "--no_tensorboard", "--no_plot_maps", "--resume", "--num_epochs", "4")
-    process = start(*flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    more = arguments(dataset_dir, run, *flags, "--resume", "--num_epochs", "4")
+    process = start(*more, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     error = process.communicate(timeout=120)[1]
     lines = [line for line in error.splitlines() if line.startswith("error")]
     assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in error, error
