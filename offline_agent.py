@@ -51,7 +51,7 @@ class OfflineAgentConfig:
     d_model: int = 128  # width of the encoder and of its codes
     hidden_dim: int = 256  # width of the heads
     n_layers: int = 2  # Mamba-2 layers
-    d_state: int = 64  # state of the scan, a channel
+    d_state: int = 64  # numbers that the scan remembers for each channel
     d_conv: int = 4  # width of the causal convolution
     expand: int = 2  # inner width of a layer, in d_model
     dropout: float = 0.0  # after each layer
@@ -60,7 +60,7 @@ class OfflineAgentConfig:
     warmup_steps: int = 50  # updates of linear warm-up of the learning rate
     lr_decay: bool = True  # cosine decay of the learning rate to 0 over the run's updates
     grad_clip: float = 100.0  # largest norm of the gradient; the V and critic weights below make it tens
-    discount: float = 0.99  # of the reward, a step
+    discount: float = 0.99  # of the reward, per step
     tau: float = 0.02  # rate of the EMA targets
     expectile: float = 0.9  # weight of V errors whose target lies above V
     horizon: int = 50  # targets span 1..horizon steps, drawn for each position; 1 is the original

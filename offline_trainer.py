@@ -5,6 +5,7 @@ directory holds config.yaml, metrics.csv, TensorBoard events, best_model.pth (lo
 checkpoints/last.pth, training_curves.png and value_map.png.
 """
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from utils import (
     MetricLogger,
     RandomStreams,
     UserError,
+    hold_run,
     load_checkpoint,
     mark_finished,
     parse_config,
@@ -39,18 +41,18 @@ from visualize import plot_training_curves, plot_value_maps
 @dataclass
 class OfflineTrainerConfig(OfflineAgentConfig):
     dataset: str = "local/pointmaze-medium-navigate-v0"  # OGBench id, or local/<id> for one generated here
-    dataset_dir: str | None = None  # folder of the data; default OGBENCH_DATASET_DIR, else ./datasets
+    dataset_dir: str | None = None  # folder of the data; default OGBENCH_DATASET_DIR, else datasets/ beside the code
     max_trajectories: int | None = 100  # train on the file's first so many episodes
     batch_size: int = 16  # windows in an update
     num_epochs: int = 100  # passes of updates_per_epoch updates
     updates_per_epoch: int | None = None  # default: as many as give one window a trajectory
     eval_freq: int = 10  # epochs between validations; each one writes a checkpoint
     eval_batches: int = 8  # batches of the validation loss
-    eval_states: int = 512  # held-out histories, and
-    eval_goals: int = 256  # held-out goals, of value_distance_spearman
+    eval_states: int = 512  # held-out histories of value_distance_spearman
+    eval_goals: int = 256  # held-out goals of value_distance_spearman
     seed: int = 0  # of initialisation, sampling and evaluation, each its own stream
     device: str = "auto"  # auto, cpu or cuda
-    run_dir: str | None = None  # default logs/offline/<dataset>/seed_<seed>
+    run_dir: str | None = None  # default logs/offline/<dataset>/seed_<seed> in the current folder
     resume: bool = False  # continue the run in run_dir from its last checkpoint
     tensorboard: bool = True  # write TensorBoard events
     wandb_project: str | None = None  # also log to Weights & Biases (requirements-tracking.txt)
@@ -173,10 +175,20 @@ class OfflineRun:
         stem = Path("logs") / "offline" / config.dataset / f"seed_{config.seed}"
         self.run_dir = Path(config.run_dir or stem)
         self.train_data, self.val_data = open_dataset(config, self.device)
-        self.streams = RandomStreams(config.seed, self.device)
+        self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
         # With decay the learning rate depends on the run's length, so that cannot change on the way.
         may_change = MAY_CHANGE_ON_RESUME - ({"num_epochs"} if config.lr_decay else set())
         checkpoint = prepare_run(self.run_dir, config, config.resume, may_change=may_change)
+        try:
+            self.resources.enter_context(hold_run(self.run_dir))
+            self.open(checkpoint)
+        except BaseException:
+            self.close()
+            raise
+
+    def open(self, checkpoint: Path | None) -> None:
+        """Build the agent, continue from the checkpoint if there is one, open the log and the held-out pairs."""
+        config = self.config
         per_pass = math.ceil(self.train_data.num_trajectories / config.batch_size)
         self.updates_per_epoch = config.updates_per_epoch or per_pass
         with self.streams.initialising():
@@ -193,13 +205,18 @@ class OfflineRun:
         self.logger = MetricLogger(
             self.run_dir, self.agent.step if checkpoint else None, config.tensorboard, config.wandb_project, config
         )
+        self.resources.callback(self.logger.close)
+
+    def close(self) -> None:
+        """Release the directory and close the log; closing twice is harmless."""
+        self.resources.close()
 
     def train(self) -> dict[str, float]:
         """Train to num_epochs, validating and saving every eval_freq epochs. Returns the last figures."""
         config, agent, metrics = self.config, self.agent, {}
         total = config.num_epochs * self.updates_per_epoch
         began, first = time.perf_counter(), agent.step
-        with progress(total, str(config.dataset), initial=agent.step, unit="update") as bar:
+        with progress(total, "train", initial=agent.step, unit="update") as bar:
             while self.epoch < config.num_epochs:
                 infos = []
                 for _ in range(self.updates_per_epoch):
@@ -314,12 +331,12 @@ def check(config: OfflineTrainerConfig) -> None:
     for name, (least, most) in BOUNDS.items():
         value = getattr(config, name)
         if value is not None and not least <= value <= most:  # nan is not either
-            raise UserError(f"--{name} {value}: must lie between {least:g} and {most:g}")
+            raise UserError(f"--{name} {value}: must be at least {least:g} and at most {most:g}")
     if abs(config.p_self + config.p_future + config.p_random - 1) > 1e-6:
         raise UserError(f"--p_self {config.p_self} --p_future {config.p_future} --p_random {config.p_random}: sum to 1")
     inner = config.expand * config.d_model
     if config.d_model % 2 or inner % min(64, inner):
-        raise UserError(f"--d_model {config.d_model}: must be even, and expand * d_model below 64 or a multiple of it")
+        raise UserError(f"--d_model {config.d_model}: must be even, and expand * d_model below 64 or a multiple of 64")
     try:
         backend = resolve_backend(config.backend, resolve_device(config.device))
     except (ValueError, ImportError) as error:
@@ -330,9 +347,9 @@ def check(config: OfflineTrainerConfig) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(OfflineTrainerConfig, argv, __doc__)
     run = OfflineRun(config)
-    metrics = run.train()
-    run.plot()
-    run.logger.close()
+    with contextlib.closing(run):
+        metrics = run.train()
+        run.plot()
     summary = {key: metrics[key] for key in ("value_distance_spearman", "code_std", "code_rank", "val_loss")}
     mark_finished(run.run_dir, {"dataset": config.dataset, "updates": run.agent.step, **summary})
     print(f"{config.dataset}, seed {config.seed}, update {run.agent.step}, last checkpoint:")

@@ -768,6 +768,27 @@ def prepare_run(
     return checkpoint if started else None
 
 
+@contextlib.contextmanager
+def hold_run(run_dir: str | Path) -> Iterator[None]:
+    """Keep a run's directory to one process; raises UserError where another one trains in it.
+
+    The lock goes with the process, so that a killed run leaves none behind.
+    """
+    import fcntl
+
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir}: another process is training there; choose another --run_dir") from None
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
+    finally:
+        os.close(folder)
+
+
 def mark_finished(run_dir: str | Path, summary: dict[str, Any]) -> None:
     """Write finished.json: the run's last figures, and the sign that nothing is left to do."""
     write_text_atomic(Path(run_dir) / "finished.json", json.dumps(summary, indent=2, default=float) + "\n")

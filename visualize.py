@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from utils import write_bytes_atomic
 
-OFFLINE_LOSSES = {  # column of metrics.csv -> the seed's name of the curve
+OFFLINE_LOSSES = {  # column of metrics.csv -> name of the curve
     "critic_loss": "Critic",
     "v_loss": "V",
     "state_loss": "State",
@@ -53,12 +53,19 @@ def plot_training_curves(metrics: dict[str, list[float]], path: str | Path, titl
     _curve(
         axes[6], steps, metrics.get("value_distance_spearman_far", []), label="far half", color="tab:olive", marker="."
     )
-    axes[6].set_title("V, minus distance: Spearman")
+    axes[6].set_title("Spearman of V with -distance")
     axes[6].set_ylim(-0.1, 1.02)
     axes[6].legend(fontsize=8)
     _curve(axes[7], steps, metrics.get("code_rank", []), label="effective rank", color="tab:red", marker=".")
     axes[7].set_title("Codes: rank, 100 x std")
-    _curve(axes[7], steps, [100 * v for v in metrics.get("code_std", [])], label="100 x std", color="tab:purple")
+    _curve(
+        axes[7],
+        steps,
+        [100 * v for v in metrics.get("code_std", [])],
+        label="100 x std",
+        color="tab:purple",
+        marker=".",
+    )
     axes[7].legend(fontsize=8)
     for axis in axes:
         axis.set_xlabel("update")
@@ -89,24 +96,29 @@ def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, ti
         maps: for each goal `name`, `start_xy`, `goal_xy`, `value` [n] and `arrows` [n, 2].
         path, title: as in `plot_training_curves`.
     """
-    figure = Figure(figsize=(4.4 * len(maps), 4.8), layout="constrained")
+    rows = -(-len(maps) // 3)
+    figure = Figure(figsize=(14, 4.6 * rows), layout="constrained")
     figure.suptitle(title)
     left, right, bottom, top = extent = maze.extent
+    axes = figure.subplots(rows, 3).ravel()
+    for axis in axes[len(maps) :]:
+        axis.axis("off")
     walls = np.where(maze.maze_map == 1, 1.0, np.nan)
-    for axis, entry in zip(np.atleast_1d(figure.subplots(1, len(maps))), maps, strict=True):
+    for axis, entry in zip(axes, maps, strict=False):
         picture = axis.imshow(_binned(xy, entry["value"], extent, maze.unit / 8), origin="lower", extent=extent)
+        axis.set_facecolor("0.85")  # floor that no held-out state visited
         axis.imshow(walls, origin="lower", extent=extent, cmap="gray", vmin=0, vmax=2)
-        figure.colorbar(picture, ax=axis, shrink=0.7, label="V")
+        figure.colorbar(picture, ax=axis, shrink=0.6)
         size = maze.unit / 2
         arrows = _binned(xy, entry["arrows"], extent, size)
         arrows = arrows / np.maximum(np.linalg.norm(arrows, axis=-1, keepdims=True), 1e-9)
         x, y = np.meshgrid(np.arange(left, right, size) + size / 2, np.arange(bottom, top, size) + size / 2)
         seen = np.isfinite(arrows[..., 0])
-        axis.quiver(x[seen], y[seen], *arrows[seen].T, color="white", scale=30, width=0.006, pivot="mid")
+        axis.quiver(x[seen], y[seen], *arrows[seen].T, color="black", scale=22, width=0.008, headwidth=4.5, pivot="mid")
         axis.plot(*entry["start_xy"], "o", color="tab:cyan", markeredgecolor="black", markersize=9, label="start")
         axis.plot(*entry["goal_xy"], "*", color="red", markeredgecolor="black", markersize=15, label="goal")
-        axis.set_title(entry["name"])
+        axis.set_title(f"V, {entry['name']}")
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.legend(*axis.get_legend_handles_labels(), loc="lower right", ncols=2)
+    figure.legend(*axis.get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(0.9, 0.2), fontsize=14)
     _save(figure, path)

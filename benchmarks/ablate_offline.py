@@ -43,18 +43,19 @@ COLUMNS = ("value_distance_spearman", "code_rank", "code_std")
 @dataclass
 class AblateOfflineConfig:
     dataset: str = "local/pointmaze-medium-navigate-v0"  # made here when it is missing
-    dataset_dir: str = "datasets"  # folder of the data
+    dataset_dir: str | None = None  # folder of the data; default OGBENCH_DATASET_DIR, else datasets/ beside the code
     num_epochs: int = 20  # of offline_trainer.py, 7 updates each on 100 trajectories
     variants: tuple[str, ...] = tuple(VARIANTS)  # rows of the table
     num_seeds: int = 3  # seeds 0, 1, ... of every variant
     jobs: int = 1  # runs at once, one CPU thread each
-    log_dir: str = "logs/ablation"  # a run's directory is <log_dir>/<variant>/seed_<seed>
+    log_dir: str = "logs/ablation"  # a run's directory is <log_dir>/epochs_<n>/<variant>/seed_<seed>
 
 
 def run_one(name: str, seed: int, config: AblateOfflineConfig) -> dict[str, float]:
     """Train one variant and seed, unless it is finished; its last figures."""
-    run_dir = Path(config.log_dir) / name.replace(" ", "_") / f"seed_{seed}"
-    flags = ["--dataset", config.dataset, "--dataset_dir", config.dataset_dir, "--num_epochs", str(config.num_epochs)]
+    run_dir = Path(config.log_dir) / f"epochs_{config.num_epochs}" / name.replace(" ", "_") / f"seed_{seed}"
+    flags = ["--dataset", config.dataset, "--num_epochs", str(config.num_epochs)]
+    flags += ["--dataset_dir", config.dataset_dir] if config.dataset_dir else []
     flags += ["--seed", str(seed), "--run_dir", str(run_dir), "--no_plot_maps", "--no_tensorboard", "--device", "cpu"]
     flags += ["--resume", *VARIANTS[name]]
     command = [sys.executable, str(ROOT / "offline_trainer.py"), *flags]

@@ -25,13 +25,13 @@ from utils import parse_config, resolve_device, run_cli
 
 @dataclass
 class BenchOfflineConfig:
-    batch_size: int = 16
-    context_length: int = 100
-    d_model: int = 128
+    batch_size: int = 16  # windows in an update
+    context_length: int = 100  # transitions in a window
+    d_model: int = 128  # width of the encoder
     observation_dim: int = 29  # an ant's
     repeats: int = 15  # timed updates of each; the median is printed
     threads: int = 2  # CPU threads
-    device: str = "cpu"
+    device: str = "cpu"  # cpu, cuda or auto
 
 
 class OneTransitionAgent(OfflineAgent):

@@ -16,7 +16,7 @@ import torch
 import make_dataset
 import offline_trainer
 from ogbench_utils import Maze, TrajectoryDataset, make_env
-from utils import load_checkpoint, read_metrics, run_cli
+from utils import hold_run, load_checkpoint, read_metrics, run_cli
 
 DATASET = "local/pointmaze-medium-stitch-v0"
 TINY_SETTINGS = {
@@ -182,6 +182,15 @@ def test_bad_settings_name_the_flag(dataset_dir, tmp_path, capsys):
     line = exits(capsys, *arguments(dataset_dir, run, "--config", str(typo)))
     assert "batch_size" in line and "typo.yaml" in line
     assert not run.exists()
+
+
+def test_a_directory_that_another_process_trains_in_is_refused(dataset_dir, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    with hold_run(run):
+        assert "another process" in exits(capsys, *arguments(dataset_dir, run))
+    assert not (run / "metrics.csv").exists()
+    offline_trainer.main(arguments(dataset_dir, run, "--no_plot_maps"))  # released
 
 
 def test_bad_datasets_are_named(dataset_dir, tmp_path, capsys):
