@@ -44,7 +44,7 @@ COLUMNS = ("value_distance_spearman", "code_rank", "code_std")
 class AblateOfflineConfig:
     dataset: str = "local/pointmaze-medium-navigate-v0"  # made here when it is missing
     dataset_dir: str | None = None  # folder of the data; default OGBENCH_DATASET_DIR, else datasets/ beside the code
-    num_epochs: int = 20  # of offline_trainer.py, 7 updates each on 100 trajectories
+    num_epochs: int = 60  # of offline_trainer.py, 7 updates each on 100 trajectories
     variants: tuple[str, ...] = tuple(VARIANTS)  # rows of the table
     num_seeds: int = 3  # seeds 0, 1, ... of every variant
     jobs: int = 1  # runs at once, one CPU thread each
