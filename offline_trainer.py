@@ -299,14 +299,16 @@ class OfflineRun:
             plot_value_maps(self.maze, xy.cpu().numpy(), maps, self.run_dir / "value_map.png", title)
 
     def map_codes(self, windows: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Held-out codes z [n, d_model], their positions xy [n, 2], and a ridge regression of one on the other.
+        """Codes of held-out single states z [n, d_model], their positions xy [n, 2], and a ridge regression of the two.
+
+        Single states, because that is what the proposer's targets are codes of.
 
         The decoder [d_model, 2] turns a step in code space, such as the proposer's, into one over the maze.
         """
         generator = torch.Generator(self.device).manual_seed(self.streams.evaluation_seed)
         batch = self.val_data.sample_windows(windows, self.config.context_length, generator)
         with torch.no_grad():
-            z = self.agent.model.eval().encoder(batch["observations"])[:, :-1][batch["valid"]]
+            z = self.agent.model.eval().encoder.encode_goal(batch["observations"])[:, :-1][batch["valid"]]
         xy = batch["observations"][:, :-1, :2][batch["valid"]]
         centred = (z - z.mean(0)).double()
         gram = centred.t() @ centred + 1e-3 * len(z) * torch.eye(z.shape[1], device=z.device, dtype=torch.float64)
