@@ -354,21 +354,21 @@ def import_effects(names: list[str], folder: Path = ROOT) -> list[str]:
 # --- the repository keeps the rules ----------------------------------------------------------------------------------
 
 
-def check(violations: list[str]) -> None:
+def assert_none(violations: list[str]) -> None:
     assert not violations, "\n" + "\n".join(violations)
 
 
 def test_imports_point_down_the_table():
-    check(import_violations(sources()))
+    assert_none(import_violations(sources()))
 
 
 def test_functions_fit_on_a_screen():
-    check(length_violations(sources()))
+    assert_none(length_violations(sources()))
 
 
 def test_every_config_field_is_commented_and_read():
     assert config_classes(product_sources())
-    check(config_violations(product_sources()))
+    assert_none(config_violations(product_sources()))
 
 
 def test_text_is_clean():
@@ -377,15 +377,15 @@ def test_text_is_clean():
         data = path.read_bytes()
         if b"\0" not in data:
             texts[str(path.relative_to(ROOT))] = data.decode(errors="replace")
-    check(text_violations(texts))
+    assert_none(text_violations(texts))
 
 
 def test_every_import_is_listed_in_a_requirements_file():
-    check(unlisted_packages(sources(), listed_packages()))
+    assert_none(unlisted_packages(sources(), listed_packages()))
 
 
 def test_importing_has_no_effect():
-    check(import_effects(module_names()))
+    assert_none(import_effects(module_names()))
 
 
 def test_documented_commands_exist():
@@ -394,7 +394,7 @@ def test_documented_commands_exist():
     commands = [(str(page.relative_to(ROOT)), words) for page in pages for words in commands_in(page.read_text())]
     targets = sorted({command_target(words) for _, words in commands} - {None})
     assert targets, "README.md shows no command of this project"
-    check(command_violations(commands, in_fresh_interpreters("help", targets)))
+    assert_none(command_violations(commands, in_fresh_interpreters("help", targets)))
 
 
 # --- the rules can fail ----------------------------------------------------------------------------------------------
