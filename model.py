@@ -87,8 +87,10 @@ class _DualForm(torch.autograd.Function):
         dy = dy.contiguous()
         du = P.transpose(2, 3) @ dy
         d_scores = (dy @ u.transpose(2, 3)).mul_(decay).sum(1)  # [b, l, l], summed over the heads
-        d_total = (dy * y).sum(-1) - (u * du).sum(-1)
-        d_dt = (x * du).sum(-1)
+        products = dy * y  # one buffer for the three: fresh memory costs more than the arithmetic
+        d_total = products.sum(-1)
+        d_total -= torch.mul(u, du, out=products).sum(-1)
+        d_dt = torch.mul(x, du, out=products).sum(-1)
         d_x = torch.mul(dt.unsqueeze(-1), du, out=du)
         return torch.bmm(d_scores, B), torch.bmm(d_scores.transpose(1, 2), C), d_total, d_dt, d_x
 
@@ -113,11 +115,13 @@ class _CausalConvSiLU(torch.autograd.Function):
         width, length = taps.shape[0], x.shape[1]
         grad = torch.ops.aten.silu_backward(grad.contiguous(), y)
         d_taps = torch.zeros_like(taps)
-        d_taps[-1] = (grad * x).sum((0, 1))
+        products = grad * x
+        d_taps[-1] = products.sum((0, 1))
         d_x = grad * taps[-1]
         for k in range(1, min(width, length)):
             d_x[:, : length - k].addcmul_(grad[:, k:], taps[-1 - k])
-            d_taps[-1 - k] = (grad[:, k:] * x[:, : length - k]).sum((0, 1))
+            torch.mul(grad[:, k:], x[:, : length - k], out=products[:, k:])
+            d_taps[-1 - k] = products[:, k:].sum((0, 1))
         return d_x, d_taps.t().unsqueeze(1), grad.sum((0, 1))
 
 
@@ -136,19 +140,22 @@ class _GatedRMSNorm(torch.autograd.Function):
     def forward(ctx, x, z, weight, eps):
         gate = F.silu(z)
         normed = gate * x
-        scale = normed.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        out = normed.square()
+        scale = out.mean(-1, keepdim=True).add_(eps).rsqrt_()
         normed.mul_(scale)
         ctx.save_for_backward(x, z, gate, weight, normed, scale)
-        return normed * weight
+        return torch.mul(normed, weight, out=out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, z, gate, weight, normed, scale = ctx.saved_tensors
-        d_weight = (grad * normed).flatten(0, -2).sum(0)
-        d = grad * weight
-        d = d.sub_(normed * (d * normed).mean(-1, keepdim=True)).mul_(scale)  # by x * silu(z)
-        return d * gate, torch.ops.aten.silu_backward(d.mul_(x), z), d_weight, None
+        products = grad * normed
+        d_weight = products.flatten(0, -2).sum(0)
+        along = products.mul_(weight).mean(-1, keepdim=True)
+        d = (grad * weight).sub_(torch.mul(normed, along, out=products)).mul_(scale)  # by x * silu(z)
+        d_gate = torch.mul(d, x, out=products)
+        return d.mul_(gate), torch.ops.aten.silu_backward(d_gate, z), d_weight, None
 
 
 class RMSNormGated(nn.Module):

@@ -165,12 +165,15 @@ class OfflineAgent:
             else:
                 target_z = self.target.encoder.encode_goal(batch["observations"])
             target_goal = self.target.encoder.encode_goal(batch["goals"])
+            n = self.n_steps(batch)
         return {
             "z": z[:, :-1],
             "z_next": z[:, 1:],
             "z_goal": z_goal,
             "target_z": target_z,  # [B, L+1, d_model]
             "target_goal": target_goal,
+            "n": n,  # [B, L] steps that the targets span
+            "target_ahead": self._along(target_z, n),  # where they bootstrap
             "valid": batch["valid"].to(z.dtype),
         }
 
@@ -208,8 +211,8 @@ class OfflineAgent:
         """Target of Q(z_t, z_{t+1}, z_g) [B, L]: discount^(k-1) if the goal comes after k <= n steps, else
         discount^n V_target(z_{t+n}, z_g). Nothing crosses an episode's end or bootstraps through the goal.
         """
-        discount, steps, n = self.config.discount, batch["steps_to_goal"], self.n_steps(batch)
-        value = self.target.v(self._along(codes["target_z"], n), codes["target_goal"]).clamp(0, 1)
+        discount, steps, n = self.config.discount, batch["steps_to_goal"], codes["n"]
+        value = self.target.v(codes["target_ahead"], codes["target_goal"]).clamp(0, 1)
         known = discount ** (steps.clamp(max=n.shape[1]) - 1).float()
         return torch.where(steps <= n, known, discount**n * value)
 
@@ -218,9 +221,9 @@ class OfflineAgent:
         """Target of V(z_t, z_g) [B, L]: discount^(k-1) if the goal comes after k < n steps, else
         discount^(n-1) min Q_target(z_{t+n-1}, z_{t+n}, z_g). With n = 1 it is min Q_target(z_t, z_{t+1}, z_g).
         """
-        discount, steps, n = self.config.discount, batch["steps_to_goal"], self.n_steps(batch)
-        z, z_next = self._along(codes["target_z"], n - 1), self._along(codes["target_z"], n)
-        value = self.target.q(z, z_next, codes["target_goal"]).amin(0).clamp(0, 1)
+        discount, steps, n = self.config.discount, batch["steps_to_goal"], codes["n"]
+        z = self._along(codes["target_z"], n - 1)
+        value = self.target.q(z, codes["target_ahead"], codes["target_goal"]).amin(0).clamp(0, 1)
         known = discount ** (steps.clamp(max=n.shape[1]) - 1).float()
         return torch.where(steps < n, known, discount ** (n - 1) * value)
 
@@ -383,6 +386,12 @@ class OfflineAgent:
         """Codes of right-padded histories. [n, L, D], lengths [n] -> [n, d_model]."""
         with self._evaluating() as model:
             return model.encoder.encode_last_valid(observations, lengths)
+
+    @torch.no_grad()
+    def encode_states(self, observations: Tensor) -> Tensor:
+        """Codes of single states, as the target network's. [..., D] -> [..., d_model]."""
+        with self._evaluating() as model:
+            return model.encoder.encode_goal(observations)
 
     @torch.no_grad()
     def value(self, z: Tensor, goals: Tensor) -> Tensor:

@@ -199,6 +199,8 @@ class OfflineRun:
         self.epoch, self.best_loss = 0, math.inf
         if checkpoint is not None:
             self.load(checkpoint)
+        else:  # a run that died before its first checkpoint may have left its best model
+            (self.run_dir / "best_model.pth").unlink(missing_ok=True)
         self.env = make_env(config.dataset)
         self.maze = Maze.from_env(self.env)
         self.held_out = HeldOut(self.val_data, self.maze, config, self.streams.evaluation_seed)
@@ -307,8 +309,7 @@ class OfflineRun:
         """
         generator = torch.Generator(self.device).manual_seed(self.streams.evaluation_seed)
         batch = self.val_data.sample_windows(windows, self.config.context_length, generator)
-        with torch.no_grad():
-            z = self.agent.model.eval().encoder.encode_goal(batch["observations"])[:, :-1][batch["valid"]]
+        z = self.agent.encode_states(batch["observations"])[:, :-1][batch["valid"]]
         xy = batch["observations"][:, :-1, :2][batch["valid"]]
         centred = (z - z.mean(0)).double()
         gram = centred.t() @ centred + 1e-3 * len(z) * torch.eye(z.shape[1], device=z.device, dtype=torch.float64)

@@ -102,7 +102,8 @@ def parse_config(config_class: type, argv: list[str] | None = None, description:
         description: first paragraph of `--help`.
         config_flag: the flag that names the YAML file (flat `field: value` lines).
 
-    A repeated flag counts once, with its last value. Raises UserError for an unknown or ill-typed key or flag.
+    A repeated flag counts once, with its last value. `--resume --run_dir DIR` without a YAML file takes the run's own
+    DIR/config.yaml. Raises UserError for an unknown or ill-typed key or flag.
     `--help` prints the fields with their comments and exits 0.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -112,6 +113,9 @@ def parse_config(config_class: type, argv: list[str] | None = None, description:
     types_by_name = typing.get_type_hints(config_class)
     hints = {field.name: types_by_name[field.name] for field in dataclasses.fields(config_class) if field.init}
     groups, config_path = _group_arguments(arguments, hints, config_flag)
+    if config_path is None and groups.get("resume") is True and groups.get("run_dir"):
+        stored = Path(groups["run_dir"][-1]) / "config.yaml"
+        config_path = stored if stored.exists() else None
     tokens = {}
     if config_path is not None:
         for key, value in _read_config(Path(config_path), hints).items():
@@ -224,13 +228,15 @@ def _read_config(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
 
 def _load_yaml(path: Path) -> dict:
     try:
-        values = yaml.safe_load(path.read_bytes())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot read this config file ({error.strerror}); give the path of a YAML file"
         ) from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({one_line(error)}); mend the file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        fault = f"{error.problem}, line {where.line + 1}" if where else one_line(error)
+        raise UserError(f"{path}: not valid YAML ({fault}); mend the file") from None
     if not isinstance(values, dict | None):
         raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}; mend the file")
     return values or {}
@@ -285,7 +291,15 @@ def _call_tyro(config_class: type, tokens: dict[str, list[str]], hints: dict[str
         name = re.search(r"--(\w+)", captured.getvalue()).group(1)
         if name not in tokens:
             raise UserError(f"--{name} is required; see --help") from None
-        raise UserError(f"{' '.join(tokens[name])}: must be {_expected(hints[name])}") from None
+        given = " ".join(tokens[name]).removeprefix(f"--{name}").lstrip("= ")
+        raise UserError(f"--{name} {given}: must be {_expected(hints[name])}") from None
+
+
+def check_counts(config: Any) -> None:
+    """Raises UserError for the first whole number of a config dataclass that is below 1: for configs of sizes alone."""
+    for name, value in vars(config).items():
+        if type(value) is int and value < 1:
+            raise UserError(f"--{name} {value}: at least 1 is needed")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,6 +434,38 @@ def write_bytes_atomic(path: str | Path, data: bytes | memoryview) -> None:
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Replace a text file (UTF-8) as a whole; raises OSError that names it and leaves the old file on failure."""
     write_bytes_atomic(path, text.encode())
+
+
+def read_manifest(path: str | Path, dataset_id: str) -> dict[str, Any] | None:
+    """The manifest of a complete generated dataset, else None.
+
+    Complete means: the manifest is there, names this id, and every file it lists is there with the size it says. A
+    manifest is written after its files, so a generation that was cut leaves none.
+    """
+    path = Path(path)
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = manifest["files"]
+        complete = manifest["id"] == dataset_id and all(
+            (path.parent / name).stat().st_size == entry["bytes"] for name, entry in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if complete and files else None
+
+
+@contextlib.contextmanager
+def exclusive_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder; wait while another process does, so that runs side by side do not write the same files."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:

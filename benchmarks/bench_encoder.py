@@ -19,7 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import Mamba2
-from utils import parse_config, resolve_device, run_cli
+from utils import check_counts, parse_config, resolve_device, run_cli
 
 
 @dataclass
@@ -97,6 +97,7 @@ def seconds(candidates: dict, u: torch.Tensor, repeats: int) -> dict[str, float]
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchEncoderConfig, argv, __doc__)
     device = resolve_device(config.device)
+    check_counts(config)
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     block = Mamba2(config.d_model, backend="torch").to(config.device)

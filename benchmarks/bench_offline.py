@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from offline_agent import OfflineAgent, OfflineAgentConfig
 from offline_trainer import sample_batch
 from ogbench_utils import TrajectoryDataset
-from utils import parse_config, resolve_device, run_cli
+from utils import check_counts, parse_config, resolve_device, run_cli
 
 
 @dataclass
@@ -44,12 +44,16 @@ class OneTransitionAgent(OfflineAgent):
         with torch.no_grad():
             target = [self.target.encoder(part)[:, -1:] for part in (windows[:, :-1], windows[:, 1:])]
             target_goal = self.target.encoder.encode_goal(batch["goals"])
+            target_z = torch.cat(target, dim=1)
+            n = self.n_steps(batch)
         return {
             "z": z,
             "z_next": z_next,
             "z_goal": z_goal,
-            "target_z": torch.cat(target, dim=1),
+            "target_z": target_z,
             "target_goal": target_goal,
+            "n": n,
+            "target_ahead": self._along(target_z, n),
             "valid": batch["valid"].to(z.dtype),
         }
 
@@ -76,6 +80,7 @@ def one_transition(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchOfflineConfig, argv, __doc__)
     device = resolve_device(config.device)
+    check_counts(config)
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     data = random_walks(config)
