@@ -32,6 +32,11 @@ class SmallConfig:
     w2_weights: tuple[float, ...] = (0.1, 0.2)
 
 
+@dataclass
+class RunConfig(SmallConfig):
+    run_dir: str | None = None
+
+
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +105,7 @@ def test_bad_flag_is_one_line_that_names_it(argv, words):
         ("mode: exact", ["mode", "sinkhorn, gaussian"]),
         ("w2_weights: 0.1", ["w2_weights", "a list"]),
         ("limit: many", ["limit", "an integer or null"]),
-        ("[1, 2", ["YAML"]),
+        ("seed: 1\nlr: [1, 2", ["YAML", "line 2"]),
         ("- seed", ["key: value"]),
         ("seed: !!python/object/apply:os.getpid []", ["YAML"]),
     ],
@@ -110,8 +115,32 @@ def test_bad_yaml_is_one_line_that_names_file_and_key(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         parse_config(SmallConfig, ["--config", str(path)])
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "byte string" not in str(caught.value)
     assert all(word in str(caught.value) for word in ["bad.yaml", *words]), str(caught.value)
+
+
+def test_yaml_that_is_no_text(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"seed: \xff\xfe")
+    with pytest.raises(UserError, match="bad.yaml: not valid YAML"):
+        parse_config(SmallConfig, ["--config", str(path)])
+
+
+def test_resuming_a_named_run_takes_its_settings(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 4\nlr: 0.5\n")
+    run_dir = ["--run_dir", str(tmp_path)]
+    stored = replace(RunConfig(), seed=4, lr=0.5, resume=True, run_dir=str(tmp_path))
+    assert parse_config(RunConfig, ["--resume", *run_dir]) == stored
+    assert parse_config(RunConfig, ["--resume", "--seed", "5", *run_dir]) == replace(stored, seed=5)
+    assert parse_config(RunConfig, run_dir) == RunConfig(run_dir=str(tmp_path))  # a new run takes none
+    elsewhere = ["--resume", "--run_dir", str(tmp_path / "none")]
+    assert parse_config(RunConfig, elsewhere) == RunConfig(resume=True, run_dir=str(tmp_path / "none"))
+
+
+def test_counts_below_one_are_named():
+    utils.check_counts(SmallConfig(seed=1, limit=1))
+    with pytest.raises(UserError, match="--seed 0: at least 1"):
+        utils.check_counts(SmallConfig(seed=0))
 
 
 def test_missing_config_file_is_named(tmp_path):
