@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import json
 import math
 import os
 import struct
@@ -30,7 +29,8 @@ import gymnasium
 import numpy as np
 import torch
 
-from utils import UserError, one_line, progress
+import utils
+from utils import UserError, exclusive_folder, one_line, progress
 
 DATASET_URL = "https://rail.eecs.berkeley.edu/datasets/ogbench"
 NUM_TASKS = 5  # evaluation goals an environment
@@ -49,7 +49,10 @@ _PUBLISHED = {
 }
 # What make_dataset.py can generate; its recipes must cover exactly these.
 GENERATED_IDS = tuple(
-    f"local/pointmaze-{size}-{task_type}-v0" for size in ("medium", "large") for task_type in ("navigate", "stitch")
+    f"local/{maze_env}-{size}-{task_type}-v0"
+    for maze_env, task_types in (("pointmaze", ("navigate", "stitch")), ("antmaze", ("navigate", "stitch", "explore")))
+    for size in ("medium", "large")
+    for task_type in task_types
 )
 _DIMENSIONS = {"pointmaze": (2, 2), "antmaze": (29, 8), "humanoidmaze": (69, 21)}  # observation, action
 _CHECK_ROWS = 1 << 16  # rows checked at a time, so that checks need no second copy of the data
@@ -106,6 +109,11 @@ def parse_dataset_id(dataset_id: str) -> DatasetId:
         "{pointmaze,antmaze,humanoidmaze}-{medium,large,giant,teleport}-{navigate,stitch,explore}-v0 as published, "
         "or local/<id> for one made by make_dataset.py"
     )
+
+
+def official_ids() -> tuple[str, ...]:
+    """Every id with an official file."""
+    return tuple(name for name, dataset in _known_ids().items() if not dataset.local)
 
 
 def resolve_dataset_dir(dataset_dir: str | os.PathLike | None = None) -> Path:
@@ -237,14 +245,8 @@ def read_manifest(dataset_id: str, dataset_dir: str | os.PathLike | None = None)
     Complete means: manifest, train and val file are there and the files have the sizes the manifest says.
     """
     train_path, val_path, manifest_path = dataset_paths(dataset_id, dataset_dir)
-    try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        sizes = {path.name: path.stat().st_size for path in (train_path, val_path)}
-        if manifest["id"] != dataset_id or {name: entry["bytes"] for name, entry in manifest["files"].items()} != sizes:
-            return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return manifest
+    manifest = utils.read_manifest(manifest_path, dataset_id)
+    return manifest if manifest and set(manifest["files"]) == {train_path.name, val_path.name} else None
 
 
 def ensure_dataset(
@@ -274,20 +276,6 @@ def ensure_dataset(
         if not path.exists():
             _download(f"{base_url.rstrip('/')}/{path.name}", path, dataset)
     return train_path, val_path
-
-
-@contextlib.contextmanager
-def exclusive_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder; wait while another process does, so that runs side by side do not write the same files."""
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _download(url: str, path: Path, dataset: DatasetId) -> None:

@@ -15,13 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import d4rl_utils
 import make_dataset
-from make_dataset import OracleWaypoints, cell_distances, generate, generate_if_missing, vertex_cells
-from ogbench_utils import GENERATED_IDS, Maze, TrajectoryDataset, ensure_dataset, load_arrays, make_env, read_manifest
+import ogbench_utils
+from benchmark_data import generation, maze
+from benchmark_data.maze import OracleWaypoints, cell_distances, vertex_cells
+from make_dataset import generate, generate_if_missing
+from ogbench_utils import Maze, TrajectoryDataset, ensure_dataset, load_arrays, make_env, read_manifest, seeded_reset
 from utils import UserError
+from walker import dmc_utils
 
 STITCH = "local/pointmaze-medium-stitch-v0"
 NAVIGATE = "local/pointmaze-medium-navigate-v0"
+EXPERTS = Path(make_dataset.__file__).parent / "datasets" / "experts"
 FILES = ["pointmaze-medium-stitch-v0-val.npz", "pointmaze-medium-stitch-v0.json", "pointmaze-medium-stitch-v0.npz"]
 
 
@@ -89,9 +95,9 @@ def test_episodes_follow_the_recipe(stitch_dir):
 
 
 def test_navigate_goes_on_to_new_goals():
-    maker = make_dataset.EpisodeMaker(NAVIGATE)
-    episode = maker.make(np.random.SeedSequence(0))
-    assert len(episode["terminals"]) == 1001
+    maker = maze.EpisodeMaker(NAVIGATE, EXPERTS)
+    episode, reached = maker.make(np.random.SeedSequence(0))
+    assert reached > 3 and len(episode["terminals"]) == 1001
     cells = {tuple(cell) for cell in Maze.from_env(maker.env).xy_to_ij(episode["observations"])}
     assert len(cells) > 15  # one goal alone would leave most of the 26 cells unseen
     assert np.isfinite(maker.maze_env.model.geom("target").pos).all()
@@ -116,7 +122,9 @@ def test_manifest(stitch_dir):
     manifest = read_manifest(STITCH, stitch_dir)
     assert (manifest["id"], manifest["seed"], manifest["num_episodes"], manifest["noise"]) == (STITCH, 0, 12, 0.5)
     assert manifest["rows_per_episode"] == 201 and "4 cells" in manifest["recipe"]
-    assert set(manifest["versions"]) == {"python", "numpy", "mujoco", "gymnasium", "ogbench"}
+    assert {"python", "numpy", "mujoco", "gymnasium", "ogbench"} <= set(manifest["versions"])
+    assert (manifest["episodes"], manifest["transitions"], manifest["policies"]) == (12, 12 * 200, {})
+    assert 0 <= manifest["goal_reached"] <= 1
     for name, entry in manifest["files"].items():
         content = (stitch_dir / "local" / name).read_bytes()
         assert entry["sha256"] == hashlib.sha256(content).hexdigest() and entry["bytes"] == len(content)
@@ -140,8 +148,8 @@ def test_existing_dataset_is_kept_or_replaced_on_request(tmp_path, capsys):
 
 
 def test_a_run_that_stops_early_leaves_no_dataset(tmp_path, monkeypatch):
-    made = make_dataset._make_episode
-    monkeypatch.setattr(make_dataset, "_make_episode", lambda task: made(task) if task[2] == 0 else 1 / 0)
+    made = maze._make_episode
+    monkeypatch.setattr(maze, "_make_episode", lambda task: made(task) if task[1] == 0 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(STITCH, 2, 0, tmp_path, progress=False)
     assert names(tmp_path / "local") == []
@@ -199,17 +207,26 @@ def test_an_incomplete_dataset_does_not_pass(stitch_dir, tmp_path, damage):
 @pytest.mark.parametrize(
     "dataset_id, message",
     [
-        ("local/antmaze-medium-navigate-v0", "trained locomotion policy.*local/pointmaze-large-stitch-v0"),
-        ("local/humanoidmaze-large-stitch-v0", "trained locomotion policy"),
-        ("local/pointmaze-giant-navigate-v0", "no recipe.*local/pointmaze-medium-navigate-v0"),
+        ("local/humanoidmaze-large-stitch-v0", "not shipped.*train_expert.py --env humanoid-xy"),
+        ("humanoidmaze-large-stitch-v0", "not shipped.*train_expert.py --env humanoid-xy"),
+        ("local/pointmaze-giant-navigate-v0", "nearest that can is 'local/pointmaze-.*--list"),
         ("pointmaze-medium-navigate-v0", "official file.*local/pointmaze-medium-navigate-v0"),
-        ("local/pointmaze-medium-navigat", "did you mean 'local/pointmaze-medium-navigate-v0'"),
+        ("hopper-medium-v2", "official file.*local/hopper-medium-v2"),
+        ("local/pointmaze-medium-navigat", "nearest that can is 'local/pointmaze-medium-navigate-v0'"),
+        ("../../etc/local/hopper-medium-v2", "cannot be made here"),
     ],
 )
 def test_ids_that_cannot_be_made(dataset_id, message, tmp_path):
     with pytest.raises(UserError, match=message):
         generate(dataset_id, 1, 0, tmp_path)
     assert names(tmp_path) == []
+
+
+def test_sizes_are_counted_in_the_benchmarks_unit(tmp_path):
+    with pytest.raises(UserError, match="--num_transitions 5: .*counted in episodes; use --num_episodes"):
+        make_dataset.main(["--dataset", STITCH, "--num_transitions", "5", "--dataset_dir", str(tmp_path)])
+    with pytest.raises(UserError, match="--num_episodes 5: .*counted in transitions; use --num_transitions"):
+        make_dataset.main(["--dataset", "local/hopper-medium-v2", "--num_episodes", "5"])
 
 
 @pytest.mark.parametrize("flag", ["num_episodes", "jobs", "seed"])
@@ -225,11 +242,101 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         generate(STITCH, 1, 0, tmp_path / "file", progress=False)
 
 
-def test_the_recipes_cover_the_ids_that_are_offered():
-    covered = {
-        f"local/{family}-{size}-{task_type}-v0"
-        for family, recipe in make_dataset.RECIPES.items()
-        for size in recipe.sizes
-        for task_type in recipe.rows
-    }
-    assert covered == set(GENERATED_IDS)
+def test_the_families_cover_the_ids_that_are_offered():
+    offered = [*ogbench_utils.GENERATED_IDS, *d4rl_utils.GENERATED_IDS, *dmc_utils.GENERATED_IDS]
+    covered = [dataset_id for family in make_dataset.FAMILIES for dataset_id in family.ids]
+    assert sorted(covered) == sorted(offered) and len(covered) == 10 + 9 + 4
+    for dataset_id in ogbench_utils.GENERATED_IDS:
+        assert maze.find_recipe(dataset_id).rows in (201, 501, 1001)
+
+
+# --- ants ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task_type, rows", [("stitch", 201), ("explore", 501)])
+def test_ant_episodes(tmp_path, task_type, rows):
+    dataset_id = f"local/antmaze-medium-{task_type}-v0"
+    path = generate(dataset_id, 3, 0, tmp_path, progress=False)
+    with np.load(path, allow_pickle=False) as archive:
+        arrays = dict(archive)
+    shapes = {key: array.shape for key, array in arrays.items()}
+    assert shapes["observations"] == (3 * rows, 29) and shapes["actions"] == (3 * rows, 8)
+    assert shapes["qpos"] == (3 * rows, 15) and shapes["qvel"] == (3 * rows, 14)
+    np.testing.assert_array_equal(arrays["observations"], np.hstack([arrays["qpos"], arrays["qvel"]]))
+    xy = arrays["observations"][:, :2].reshape(3, rows, 2)
+    walked = np.linalg.norm(np.diff(xy[:, ::20], axis=1), axis=-1)
+    assert np.median(walked) > (1.0 if task_type == "stitch" else 0.2)  # metres in 20 steps: it walks, and stays up
+    assert (arrays["observations"][:, 2] > 0.2).mean() > 0.95
+    manifest = read_manifest(dataset_id, tmp_path)
+    assert list(manifest["policies"]) == ["ant-xy_400000.safetensors"]
+    assert manifest["noise"] == (1.0 if task_type == "explore" else 0.2)
+
+
+def test_rows_of_an_ant_episode_follow_from_state_and_action(tmp_path):
+    """From a row's qpos and qvel its action leads to the next row: states and actions are paired as they should be."""
+    path = generate("local/antmaze-medium-stitch-v0", 1, 0, tmp_path, progress=False)
+    with np.load(path, allow_pickle=False) as archive:
+        qpos, qvel, actions, observations = (archive[key] for key in ("qpos", "qvel", "actions", "observations"))
+    env = make_env("antmaze-medium-stitch-v0")
+    seeded_reset(env, 0)
+    right, shifted = [], []
+    for row in range(5, 200, 7):
+        for errors, action in ((right, actions[row]), (shifted, actions[row - 1])):
+            env.unwrapped.set_state(qpos[row], qvel[row])
+            errors.append(np.abs(env.step(action)[0][:15] - observations[row + 1, :15]).max())
+    assert np.median(right) < 1e-4 and np.median(shifted) > 100 * np.median(right)
+
+
+def test_missing_policy(tmp_path):
+    with pytest.raises(UserError, match="ant-xy_400000.safetensors.*train_expert.py --env ant-xy"):
+        generate("local/antmaze-medium-stitch-v0", 1, 0, tmp_path, progress=False, experts_dir=tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_another_policy_makes_another_dataset(tmp_path):
+    """A dataset that other policies made is neither taken for this one nor replaced unasked."""
+    dataset_id = "local/antmaze-medium-stitch-v0"
+    generate(dataset_id, 1, 0, tmp_path, progress=False)
+    manifest_path = tmp_path / "local" / "antmaze-medium-stitch-v0.json"
+    manifest = json.loads(manifest_path.read_text())
+    manifest["policies"] = {"ant-xy_400000.safetensors": "0" * 64}
+    manifest_path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="made by other policies.*--overwrite"):
+        generate(dataset_id, 1, 0, tmp_path, progress=False)
+
+
+# --- the machinery ---------------------------------------------------------------------------------------------------
+
+
+def _square(value):
+    return value * value
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_tasks_may_be_endless(jobs):
+    results = generation.run_tasks(_square, itertools.count(), jobs)
+    assert [next(results) for _ in range(40)] == [n * n for n in range(40)]
+    results.close()
+
+
+def test_what_a_killed_run_left_is_swept(tmp_path):
+    stage = tmp_path / "local" / ".pointmaze-medium-stitch-v0.tmp"
+    stage.mkdir(parents=True)
+    (stage / "junk").write_text("half")
+    generate(STITCH, 1, 0, tmp_path, progress=False)
+    assert names(tmp_path / "local") == FILES
+
+
+def test_the_list_tells_what_is_there_and_how_to_get_the_rest(tmp_path, capsys):
+    generate(STITCH, 2, 3, tmp_path, progress=False)
+    make_dataset.main(["--list", "--dataset_dir", str(tmp_path)])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    assert "2 episodes, seed 3" in lines[STITCH] and str(tmp_path / "local") in lines[STITCH]
+    assert (
+        f"python make_dataset.py --dataset local/hopper-medium-v2 --dataset_dir {tmp_path}"
+        in (lines["local/hopper-medium-v2"])
+    )
+    assert "ogbench/antmaze-giant-stitch-v0.npz" in lines["antmaze-giant-stitch-v0"]
+    assert "hopper_medium-v2.hdf5" in lines["hopper-medium-v2"] and "http" in lines["hopper-medium-v2"]
+    for family in make_dataset.FAMILIES:
+        assert set(family.ids) <= set(lines)

@@ -29,7 +29,7 @@ TINY = [word for key, value in TINY_SETTINGS.items() for word in (f"--{key}", st
 @pytest.fixture(scope="module")
 def dataset_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("datasets")
-    make_dataset.generate(DATASET, num_episodes=8, seed=0, dataset_dir=folder, progress=False)
+    make_dataset.generate(DATASET, size=8, seed=0, dataset_dir=folder, progress=False)
     return folder
 
 
@@ -197,7 +197,7 @@ def test_bad_datasets_are_named(dataset_dir, tmp_path, capsys):
     run = ("--run_dir", str(tmp_path / "run"), *TINY)
     assert "antmaze-medium-navigate-v0" in exits(capsys, "--dataset", "antmaze-medium-navigat-v0", *run)
     exits(capsys, "--dataset", "../../etc/passwd", *run)
-    assert "no recipe" in exits(capsys, "--dataset", "local/antmaze-medium-navigate-v0", *run)
+    assert "no recipe" in exits(capsys, "--dataset", "local/antmaze-giant-navigate-v0", *run)
     name = "pointmaze-medium-stitch-v0"
     good = dict(np.load(dataset_dir / "local" / f"{name}.npz"))
     nan = good["observations"].copy()

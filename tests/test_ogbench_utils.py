@@ -369,7 +369,7 @@ def test_absent_and_unreachable_addresses(server, tmp_path):
     with pytest.raises(UserError, match="HTTP status 404") as caught:
         ensure_dataset("antmaze-medium-explore-v0", tmp_path, server.url)
     # No recipe makes ant data here, so the advice names one that works.
-    assert "local/pointmaze-medium-navigate-v0" in str(caught.value) and len(server.requests) == 1
+    assert "--dataset local/antmaze-medium-explore-v0," in str(caught.value) and len(server.requests) == 1
     with pytest.raises(UserError, match=rf"cannot download http://127.0.0.1:9/{OFFICIAL}.npz \(ConnectionError\)"):
         ensure_dataset(OFFICIAL, tmp_path, "http://127.0.0.1:9")
     (tmp_path / "file").write_text("")

@@ -1,0 +1,233 @@
+"""The machinery of make_dataset.py: episodes made side by side, files that appear whole, and a manifest.
+
+A family (maze, D4RL, walker) knows its ids, where their files go and how an episode is made. What is the same for all
+of them is here:
+
+    family.write(plan, stage)  ->  hash the files  ->  move them into place  ->  write the manifest
+
+Files without their manifest do not count as a dataset, so whatever a kill leaves behind is never taken for one.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+import utils
+from utils import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+_AHEAD = 8  # tasks in flight for each process
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One dataset to make. Its bytes depend on the id, the size, the seed and the policies alone."""
+
+    dataset_id: str  # local/...
+    size: int  # how many of the family's unit
+    seed: int
+    experts_dir: Path  # folder of the policy files
+    jobs: int = 1  # processes
+    progress: bool = True  # show a bar
+
+
+class Family(Protocol):
+    """Datasets of one benchmark that can be made here."""
+
+    ids: tuple[str, ...]  # each begins with local/
+    unit: str  # what Plan.size counts, the flag's name without num_: episodes or transitions
+
+    def default_size(self, dataset_id: str) -> int:
+        """Plan.size where none is asked for."""
+
+    def target(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
+        """The dataset's main file, or its folder, whether or not it is there."""
+
+    def manifest_path(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
+        """The manifest; the dataset's files lie in or below its folder."""
+
+    def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
+        """The policy files that the recipe needs."""
+
+    def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
+        """Write the files into the empty folder `stage` as they shall lie below the manifest's folder.
+
+        Returns what the manifest says of them: recipe (a sentence), episodes, transitions, returns (see
+        `describe_returns`, None where there are none), and what else tells how they came about.
+        """
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Episodes side by side
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def run_tasks(function: Callable[[Task], Result], tasks: Iterable[Task], jobs: int) -> Iterator[Result]:
+    """function(task) for each task, in order, computed by `jobs` processes.
+
+    Only a few tasks are in flight, so `tasks` may be endless; closing the iterator stops the work. With more than
+    one process, function and tasks must be picklable.
+    """
+    if jobs == 1:
+        yield from map(function, tasks)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks that torch may hold
+    source = iter(tasks)
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
+        try:
+            waiting = collections.deque(pool.submit(function, task) for task in itertools.islice(source, jobs * _AHEAD))
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(function, task) for task in itertools.islice(source, 1))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Prepare a worker process: it leaves Ctrl-C to its parent, and ends when the parent was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # Idle workers share the queue's both ends, so a dead parent alone would leave them waiting for ever.
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def describe_returns(returns: Iterable[float]) -> dict[str, float]:
+    """Mean, standard deviation and quantiles of returns over episodes, for the manifest."""
+    values = np.asarray(list(returns), dtype=np.float64)
+    quantiles = np.quantile(values, [0, 0.25, 0.5, 0.75, 1])
+    named = dict(zip(("min", "25%", "50%", "75%", "max"), quantiles.tolist(), strict=True))
+    return {"mean": float(values.mean()), "std": float(values.std()), **named}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Files and manifest
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, overwrite: bool = False) -> Path:
+    """Make a dataset and return its main file or folder; one that is there already is kept.
+
+    Raises UserError for numbers out of range, policies that are missing, a folder that cannot be written, and, unless
+    `overwrite`, for another dataset of the same id (seed, size or policies differ).
+    """
+    for name, value, least in ((f"num_{family.unit}", plan.size, 1), ("seed", plan.seed, 0), ("jobs", plan.jobs, 1)):
+        if value < least:
+            raise UserError(f"--{name} {value}: at least {least} is needed")
+    target, manifest_path = (where(plan.dataset_id, dataset_dir) for where in (family.target, family.manifest_path))
+    policies = {path.name: _hash_policy(path) for path in family.policies(plan.dataset_id, plan.experts_dir)}
+    if _already_made(family, plan, policies, manifest_path, overwrite):
+        if plan.progress:
+            print(f"{plan.dataset_id}: already at {target}", file=sys.stderr)
+        return target
+    try:
+        manifest_path.parent.mkdir(parents=True, exist_ok=True)
+        with utils.exclusive_folder(manifest_path.parent):
+            # Another run may have made it while this one waited.
+            if not _already_made(family, plan, policies, manifest_path, overwrite):
+                _write_dataset(family, plan, policies, target, manifest_path)
+    except OSError as error:
+        if error.errno in utils.DISK_FULL:
+            raise
+        raise UserError(
+            f"{manifest_path.parent}: cannot write there ({error.strerror}); choose another --dataset_dir"
+        ) from None
+    return target
+
+
+def _already_made(family: Family, plan: Plan, policies: dict[str, str], manifest_path: Path, overwrite: bool) -> bool:
+    """Whether this very dataset is there. Raises UserError when another one is, unless it may be replaced."""
+    manifest = utils.read_manifest(manifest_path, plan.dataset_id)
+    if manifest is None:
+        return False
+    count = f"num_{family.unit}"
+    if (manifest.get("seed"), manifest.get(count), manifest.get("policies")) == (plan.seed, plan.size, policies):
+        return True
+    if overwrite:
+        return False
+    others = "" if manifest.get("policies") == policies else " and made by other policies"
+    raise UserError(
+        f"{manifest_path.with_suffix('')} holds {manifest.get(count)} {family.unit} of seed {manifest.get('seed')}"
+        f"{others}, not {plan.size} of seed {plan.seed}; replace it with --overwrite or choose another --dataset_dir"
+    )
+
+
+def _write_dataset(family: Family, plan: Plan, policies: dict[str, str], target: Path, manifest_path: Path) -> None:
+    """Make the files in a folder of their own, move them into place, write the manifest."""
+    stage = manifest_path.with_name(f".{manifest_path.stem}.tmp")
+    shutil.rmtree(stage, ignore_errors=True)  # a run that was killed may have left it
+    began = time.perf_counter()
+    try:
+        stage.mkdir()
+        facts = family.write(plan, stage)
+        about = facts.pop("files", {})
+        paths = sorted(path for path in stage.rglob("*") if path.is_file())
+        files = {str(path.relative_to(stage)): _describe(path) for path in paths}
+        for name, more in about.items():
+            files[name] = more | files[name]
+        manifest_path.unlink(missing_ok=True)  # from here to the end there is no complete dataset
+        if target.is_dir():
+            shutil.rmtree(target)
+        for name in files:
+            final = manifest_path.parent / name
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(stage / name, final)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    manifest = {"id": plan.dataset_id, "seed": plan.seed, f"num_{family.unit}": plan.size, **facts}
+    manifest |= {"policies": policies, "files": files, "versions": _versions()}
+    manifest["seconds"] = round(time.perf_counter() - began, 2)
+    utils.write_text_atomic(manifest_path, json.dumps(manifest, indent=2) + "\n")
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """Size and hash of a file, which is on the disk when this returns."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _hash_policy(path: Path) -> str:
+    if not path.is_file():
+        env = path.stem.rpartition("_")[0]
+        raise UserError(
+            f"{path}: no such policy; train one with `python train_expert.py --env {env}` and give its folder as "
+            "--experts_dir, or take the shipped ones of datasets/experts/"
+        )
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    packages = ("numpy", "mujoco", "gymnasium", "ogbench", "dm_control", "h5py")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}

@@ -1,0 +1,319 @@
+"""OGBench maze datasets made on this machine: `local/{pointmaze,antmaze}-{medium,large}-{navigate,stitch,explore}-v0`.
+
+The recipe is that of OGBench (Park et al. 2024, appendix on dataset collection): a policy that can walk in a given
+direction follows the environment's oracle waypoints, with Gaussian noise on its actions.
+
+    navigate    start in any free cell; whenever a goal is reached, the next one is drawn from the cells that are not
+                part of a corridor; 1001 rows an episode
+    stitch      start in any free cell, walk to a goal exactly 4 cells away and stay there; 201 rows an episode
+    explore     start in any free cell, walk in a direction drawn anew every 10 steps; 501 rows an episode (ants)
+
+The point mass steps along the direction; the ant's policy (datasets/experts/) sees its joints and the direction. Noise
+has standard deviation 0.5 on the point mass, 0.2 on the ant, and 1.0 on the ant that explores.
+
+Deviations: every episode has a random stream of its own, so that the files do not depend on --jobs; there is at least
+one validation episode (OGBench: a tenth, rounded down); fewer episodes than OGBench's 500 to 10,000 unless asked for.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import utils
+from benchmark_data import experts
+from benchmark_data.generation import Plan, run_tasks
+from ogbench_utils import GENERATED_IDS, dataset_paths, load_arrays, make_env, parse_dataset_id, seeded_reset
+from utils import UserError
+
+STITCH_CELLS = 4  # how many cells a stitch goal lies from the start
+EXPLORE_STEPS = 10  # steps in one direction
+Cell = tuple[int, int]  # row, column
+Walker = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (observation, unit direction [2]) -> action before noise
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Recipes: who walks, and how
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the data of one robot and task type are made."""
+
+    policy: tuple[str, int] | None  # environment and training step of the locomotion policy; None: none is needed
+    noise: float  # standard deviation of the Gaussian added to each action
+    rows: int  # rows an episode
+
+
+ANT = ("ant-xy", 400_000)
+RECIPES = {
+    ("pointmaze", "navigate"): Recipe(None, noise=0.5, rows=1001),
+    ("pointmaze", "stitch"): Recipe(None, noise=0.5, rows=201),
+    ("antmaze", "navigate"): Recipe(ANT, noise=0.2, rows=1001),
+    ("antmaze", "stitch"): Recipe(ANT, noise=0.2, rows=201),
+    ("antmaze", "explore"): Recipe(ANT, noise=1.0, rows=501),
+}
+# Training episodes where none are asked for: of the order of 100,000 rows in navigate, 60,000 in the others.
+DEFAULT_EPISODES = {"navigate": 100, "stitch": 300, "explore": 120}
+HUMANOID_MESSAGE = (
+    "its recipe needs a humanoid that walks in a given direction, which is not shipped (OGBench's took 40 million "
+    "steps); train one with `python train_expert.py --env humanoid-xy`, or take the official files"
+)
+
+
+def find_recipe(dataset_id: str) -> Recipe:
+    """The recipe of a local id. Raises UserError for an id that cannot be made here."""
+    dataset = parse_dataset_id(dataset_id)
+    if not dataset.local:
+        raise UserError(
+            f"--dataset {dataset_id} names the official file, which is downloaded; make local/{dataset_id} instead"
+        )
+    if dataset.maze_env == "humanoidmaze":
+        raise UserError(f"--dataset {dataset_id}: {HUMANOID_MESSAGE}")
+    if dataset_id not in GENERATED_IDS:
+        raise UserError(
+            f"--dataset {dataset_id}: there is no recipe for it; what can be made: {', '.join(GENERATED_IDS)}"
+        )
+    return RECIPES[dataset.maze_env, dataset.task_type]
+
+
+def locomotion(recipe: Recipe, experts_dir: Path) -> Walker:
+    """What the robot does to move in a direction."""
+    if recipe.policy is None:
+        return lambda observation, direction: direction
+    policy = experts.read_policy(experts.policy_path(experts_dir, *recipe.policy))
+    # The policy has never seen positions; the direction stands where OGBench's directional ant has it, at the end.
+    return lambda observation, direction: policy.act(np.concatenate([observation[2:], direction]))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Cells and waypoints
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def cell_distances(maze_map: np.ndarray, origin: Cell) -> np.ndarray:
+    """Steps between cell centres from `origin` to each cell [H, W] int by breadth-first search; -1 is out of reach."""
+    distances = np.full(maze_map.shape, -1)
+    distances[origin] = 0
+    queue = collections.deque([origin])
+    while queue:
+        cell = queue.popleft()
+        for neighbour in free_neighbours(maze_map, cell):
+            if distances[neighbour] < 0:
+                distances[neighbour] = distances[cell] + 1
+                queue.append(neighbour)
+    return distances
+
+
+def free_neighbours(maze_map: np.ndarray, cell: Cell) -> Iterator[Cell]:
+    """Free cells that share a side with `cell`, in the order in which OGBench's oracle breaks ties."""
+    height, width = maze_map.shape
+    for di, dj in ((-1, 0), (0, -1), (1, 0), (0, 1)):
+        i, j = cell[0] + di, cell[1] + dj
+        if 0 <= i < height and 0 <= j < width and maze_map[i, j] == 0:
+            yield i, j
+
+
+def vertex_cells(maze_map: np.ndarray) -> list[Cell]:
+    """Free cells that are not part of a straight corridor: dead ends, corners and crossings."""
+    chosen = []
+    for i, j in np.argwhere(maze_map == 0).tolist():
+        free = {(a - i, b - j) for a, b in free_neighbours(maze_map, (i, j))}
+        if free not in ({(-1, 0), (1, 0)}, {(0, -1), (0, 1)}):
+            chosen.append((i, j))
+    return chosen
+
+
+class OracleWaypoints:
+    """The environment's `get_oracle_subgoal`, with one search a goal cell instead of one a step."""
+
+    def __init__(self, maze_env: Any):
+        self.maze_env = maze_env
+        self._waypoints: dict[tuple[Cell, Cell], np.ndarray] = {}
+        self._distances: dict[Cell, np.ndarray] = {}
+
+    def __call__(self, start_xy: np.ndarray, goal_xy: np.ndarray) -> np.ndarray:
+        """Centre [2] of the next cell on the way, the start's own cell when none is nearer to the goal."""
+        key = (self.maze_env.xy_to_ij(start_xy), self.maze_env.xy_to_ij(goal_xy))
+        if key not in self._waypoints:
+            self._waypoints[key] = self._next_cell(*key)
+        return self._waypoints[key]
+
+    def _next_cell(self, start: Cell, goal: Cell) -> np.ndarray:
+        maze_map = self.maze_env.maze_map
+        if goal not in self._distances:
+            self._distances[goal] = cell_distances(maze_map, goal)
+        distances = self._distances[goal]
+        # `min` keeps the first of equals: the own cell, then the oracle's order.
+        best = min([start, *free_neighbours(maze_map, start)], key=lambda cell: distances[cell])
+        return np.array(self.maze_env.ij_to_xy(best))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Episodes
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class EpisodeMaker:
+    """An environment and its recipe, ready to make episodes of one dataset."""
+
+    def __init__(self, dataset_id: str, experts_dir: Path):
+        self.recipe = find_recipe(dataset_id)
+        self.task_type = parse_dataset_id(dataset_id).task_type
+        self.walk = locomotion(self.recipe, experts_dir)
+        self.env = make_env(dataset_id, terminate_at_goal=False, max_episode_steps=self.recipe.rows)
+        self.maze_env: Any = self.env.unwrapped
+        self.waypoints = OracleWaypoints(self.maze_env)
+        self.free_cells = [tuple(cell) for cell in np.argwhere(self.maze_env.maze_map == 0).tolist()]
+        self.vertex_cells = vertex_cells(self.maze_env.maze_map)
+
+    def make(self, seed: np.random.SeedSequence) -> tuple[dict[str, np.ndarray], int]:
+        """One episode and how many goals it reached (of one that stays: 1 if it was ever reached).
+
+        The episode: observations, actions, qpos, qvel [rows, .] float32 and terminals [rows] bool. A row holds the
+        state before the step, the clipped action, and whether the episode ends with it.
+        """
+        rng = np.random.default_rng(seed)
+        start = _draw(rng, self.free_cells)
+        task = {"init_ij": start, "goal_ij": self._first_goal(rng, start)}
+        observation, _ = seeded_reset(self.env, int(rng.integers(2**32)), {"task_info": task})
+        columns: dict[str, list] = {key: [] for key in ("observations", "actions", "terminals", "qpos", "qvel")}
+        reached, done = 0, False
+        moves_on = self.task_type == "navigate"
+        while not done:
+            if self.task_type == "explore" and len(columns["terminals"]) % EXPLORE_STEPS == 0:
+                self.direction = _unit(rng.normal(size=2))
+            action = self._noisy_action(rng, observation)
+            columns["observations"].append(observation)
+            columns["actions"].append(action)
+            observation, _, terminated, truncated, info = self.env.step(action)
+            done = terminated or truncated
+            columns["terminals"].append(done)
+            columns["qpos"].append(info["prev_qpos"])
+            columns["qvel"].append(info["prev_qvel"])
+            if info["success"]:
+                reached = reached + 1 if moves_on else 1
+                if moves_on:
+                    self._move_goal(rng)
+        episode = {
+            key: np.array(values, dtype=bool if key == "terminals" else np.float32) for key, values in columns.items()
+        }
+        return episode, reached
+
+    def _first_goal(self, rng: np.random.Generator, start: Cell) -> Cell:
+        if self.task_type != "stitch":
+            return _draw(rng, self.vertex_cells)
+        away = np.argwhere(cell_distances(self.maze_env.maze_map, start) == STITCH_CELLS).tolist()
+        return _draw(rng, [tuple(cell) for cell in away]) if away else start
+
+    def _move_goal(self, rng: np.random.Generator) -> None:
+        """A new goal, with the environment's noise drawn from the episode's own stream."""
+        maze_env = self.maze_env
+        reach = maze_env._noise * maze_env._maze_unit / 4
+        centre = np.array(maze_env.ij_to_xy(_draw(rng, self.vertex_cells)))
+        maze_env.set_goal(goal_xy=centre + rng.uniform(-reach, reach, size=2))
+
+    def _noisy_action(self, rng: np.random.Generator, observation: np.ndarray) -> np.ndarray:
+        if self.task_type == "explore":
+            direction = self.direction
+        else:
+            xy = self.maze_env.get_xy()
+            direction = _unit(self.waypoints(xy, self.maze_env.cur_goal_xy) - xy)
+        action = self.walk(observation, direction)
+        return np.clip(action + rng.normal(0.0, self.recipe.noise, size=np.shape(action)), -1.0, 1.0)
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / (np.linalg.norm(vector) + 1e-6)
+
+
+def _draw(rng: np.random.Generator, cells: list[Cell]) -> Cell:
+    return cells[rng.integers(len(cells))]
+
+
+@functools.lru_cache(maxsize=1)
+def _maker(dataset_id: str, experts_dir: Path) -> EpisodeMaker:
+    """One environment a process, however many episodes it makes."""
+    return EpisodeMaker(dataset_id, experts_dir)
+
+
+def _make_episode(task: tuple[Plan, int, int]) -> tuple[dict[str, np.ndarray], int]:
+    plan, split, index = task
+    return _maker(plan.dataset_id, plan.experts_dir).make(np.random.SeedSequence(plan.seed, spawn_key=(split, index)))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class MazeFamily:
+    """See `generation.Family`: a train and a val file in OGBench's layout."""
+
+    ids = GENERATED_IDS
+    unit = "episodes"
+
+    def default_size(self, dataset_id: str) -> int:
+        return DEFAULT_EPISODES[parse_dataset_id(dataset_id).task_type]
+
+    def target(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
+        return dataset_paths(dataset_id, dataset_dir)[0]
+
+    def manifest_path(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
+        return dataset_paths(dataset_id, dataset_dir)[2]
+
+    def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
+        policy = find_recipe(dataset_id).policy
+        return [experts.policy_path(experts_dir, *policy)] if policy else []
+
+    def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
+        """Make the episodes of both splits and write one npz each."""
+        paths = dataset_paths(plan.dataset_id)[:2]
+        counts = (plan.size, max(plan.size // 10, 1))
+        tasks = [(plan, split, index) for split, count in enumerate(counts) for index in range(count)]
+        made = run_tasks(_make_episode, tasks, plan.jobs)
+        if plan.progress:
+            made = utils.progress(made, plan.dataset_id, total=len(tasks), unit="episode")
+        source, files, reached = iter(made), {}, []
+        for path, count in zip(paths, counts, strict=True):
+            episodes, goals = zip(*(next(source) for _ in range(count)), strict=True)
+            arrays = {key: np.concatenate([episode[key] for episode in episodes]) for key in episodes[0]}
+            with open(stage / path.name, "wb") as file:
+                np.savez_compressed(file, **arrays)  # it dates the members 1980: equal arrays give equal bytes
+            load_arrays(stage / path.name)
+            files[path.name] = {"episodes": count, "rows": len(arrays["terminals"])}
+            reached.append(sum(goals))
+        for _ in source:  # run it to its end, so that the bar and the processes close
+            raise AssertionError("more episodes than were asked for")
+        return {"files": files, **_facts(plan, goals_reached=reached[0])}
+
+
+def _facts(plan: Plan, goals_reached: int) -> dict[str, Any]:
+    """What the manifest says of the training episodes."""
+    dataset, recipe = parse_dataset_id(plan.dataset_id), find_recipe(plan.dataset_id)
+    goals = {
+        "navigate": "oracle waypoints, a new goal from the cells outside corridors whenever one is reached",
+        "stitch": f"oracle waypoints to one goal exactly {STITCH_CELLS} cells from the start",
+        "explore": f"a random direction every {EXPLORE_STEPS} steps",
+    }
+    facts: dict[str, Any] = {
+        "recipe": f"OGBench {dataset.task_type}: start in any free cell, {goals[dataset.task_type]}",
+        "noise": recipe.noise,
+        "rows_per_episode": recipe.rows,
+        "episodes": plan.size,
+        "transitions": plan.size * (recipe.rows - 1),
+        "returns": None,  # the files carry no rewards
+    }
+    if dataset.task_type == "navigate":
+        facts["goals_reached_per_1000_steps"] = round(1000 * goals_reached / (plan.size * recipe.rows), 3)
+    elif dataset.task_type == "stitch":
+        facts["goal_reached"] = round(goals_reached / plan.size, 3)  # share of episodes
+    return facts
