@@ -1,0 +1,332 @@
+"""Local D4RL datasets: snapshots of a SAC run act in Gymnasium's robots, recorded in D4RL's HDF5 layout.
+
+D4RL's recipe (Fu et al. 2020, section 5), with the training steps of the snapshots in SNAPSHOTS:
+
+    medium         a policy stopped at a third to a half of the expert's return, sampling its actions
+    medium-replay  the replay buffer of the training that led to it
+    medium-expert  half the transitions as medium, then half by the expert
+
+As D4RL does it: actions are samples, an episode has at most 1000 steps, and one that falls at step 1000 exactly is a
+timeout and no terminal. The last episode of a file is cut where the number of transitions is reached.
+
+Deviations from D4RL:
+- hopper's medium takes two snapshots in turn: its return swings between them from about 1700 to 1200 of the expert's
+  3250 (walker2d's is about 1800 of 3650, halfcheetah's 4600 of 8700).
+- medium-replay has no buffer to copy. The first 10,000 steps are uniform random actions, as SAC's warm-up is; every
+  later training step is recorded anew by the snapshot nearest to it. Its policies so change in a few leaps.
+- The cut at the end is marked as a timeout; D4RL leaves it unmarked.
+- infos/qpos and infos/qvel are float64, so that a recorded action from a recorded state gives the recorded next one;
+  rounded to float32 they miss it by more than 1e-4 where a contact begins or ends. infos/action_log_probs is left out.
+- 100,000 transitions unless asked for otherwise; the official files hold up to two million.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import h5py
+import numpy as np
+
+import utils
+from benchmark_data import experts
+from benchmark_data.generation import Plan, describe_returns, run_tasks
+from d4rl_utils import (
+    GENERATED_IDS,
+    MAX_EPISODE_STEPS,
+    DatasetId,
+    dataset_path,
+    episode_ends,
+    episode_returns,
+    load_arrays,
+    make_env,
+    manifest_path,
+    parse_dataset_id,
+)
+from utils import UserError
+
+WARM_UP_STEPS = 10_000  # training steps of medium-replay that are random
+BLOCK_ROWS = 4000  # transitions a task makes, so that short episodes do not cost a call each
+
+# What a row holds, in D4RL's types but for infos/, see above.
+COLUMNS = {
+    "observations": np.float32,
+    "next_observations": np.float32,
+    "actions": np.float32,
+    "rewards": np.float32,
+    "terminals": bool,
+    "timeouts": bool,
+    "infos/qpos": np.float64,
+    "infos/qvel": np.float64,
+}
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """Training steps of one robot's policies, from one run."""
+
+    earlier: tuple[int, ...]  # on the way to the medium level
+    medium: tuple[int, ...]  # at the medium level
+    expert: int
+
+
+SNAPSHOTS = {
+    "hopper": Snapshots(earlier=(10_000, 30_000, 50_000), medium=(110_000, 120_000), expert=270_000),
+    "halfcheetah": Snapshots(earlier=(20_000, 40_000, 60_000), medium=(80_000,), expert=300_000),
+    "walker2d": Snapshots(earlier=(90_000, 110_000), medium=(150_000,), expert=230_000),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Recipes
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a dataset: who acts in it, and where it ends."""
+
+    steps: tuple[int, ...]  # training steps of the snapshots, which take turns by episode; none: random actions
+    end: float  # where it ends, as a share of the dataset
+
+
+def recipe_parts(dataset: DatasetId) -> tuple[Part, ...]:
+    """The stretches of a dataset in their order. An episode belongs to the stretch in which it begins."""
+    snapshots = SNAPSHOTS[dataset.robot]
+    if dataset.level == "medium":
+        return (Part(snapshots.medium, 1.0),)
+    if dataset.level == "medium-expert":
+        return (Part(snapshots.medium, 0.5), Part((snapshots.expert,), 1.0))
+    steps = snapshots.earlier + snapshots.medium
+    # A snapshot stands for the training steps that are nearer to it than to its neighbours.
+    ends = [(step + later) / 2 for step, later in zip(steps[:-1], steps[1:], strict=True)] + [steps[-1]]
+    shares = [(step, end / steps[-1]) for step, end in zip(steps, ends, strict=True)]
+    return (Part((), WARM_UP_STEPS / steps[-1]), *(Part((step,), end) for step, end in shares))
+
+
+def _describe_recipe(dataset: DatasetId) -> str:
+    texts = {
+        "medium": "snapshots of a SAC run at a third to a half of the expert's return",
+        "medium-replay": "uniform random actions, then snapshots of a SAC run up to the medium level in their order",
+        "medium-expert": "half by the medium snapshots of a SAC run, then half by its expert",
+    }
+    return f"D4RL {dataset.level}: {texts[dataset.level]}; actions sampled, whole episodes of at most 1000 steps"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Episodes
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some consecutive episodes of one part: what one task makes."""
+
+    dataset_id: str
+    policies: tuple[Path, ...]  # they take turns by episode; none: uniform random actions
+    seed: int
+    part: int
+    index: int  # within the part
+    rows: int  # whole episodes are made until there are so many
+
+
+@functools.lru_cache(maxsize=1)
+def _env(dataset_id: str) -> gymnasium.Env:
+    """One environment a process, however many episodes it makes; a reset leaves nothing of the episode before."""
+    return make_env(dataset_id)
+
+
+def record_episode(
+    env: gymnasium.Env, policy: experts.Policy | None, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """One episode's COLUMNS, each [steps] or [steps, numbers]. Without a policy, actions are uniform in [-1, 1]."""
+    simulator: Any = env.unwrapped  # steps are counted here, so no wrapper needs to
+    rows: dict[str, list] = {key: [] for key in COLUMNS}
+    observation, _ = simulator.reset(seed=int(rng.integers(2**32)))
+    terminal = timeout = False
+    while not (terminal or timeout):
+        seen = observation.astype(np.float32)  # the policy sees what the file says
+        if policy is None:
+            action = rng.uniform(-1.0, 1.0, size=env.action_space.shape).astype(np.float32)
+        else:
+            action = policy.act(seen, rng)
+        rows["observations"].append(seen)
+        rows["actions"].append(action)
+        rows["infos/qpos"].append(simulator.data.qpos.copy())
+        rows["infos/qvel"].append(simulator.data.qvel.copy())
+        observation, reward, fallen, _, _ = simulator.step(action)
+        timeout = len(rows["rewards"]) + 1 == MAX_EPISODE_STEPS
+        terminal = bool(fallen) and not timeout
+        rows["next_observations"].append(observation)
+        rows["rewards"].append(reward)
+        rows["terminals"].append(terminal)
+        rows["timeouts"].append(timeout)
+    return {key: np.array(values, dtype=COLUMNS[key]) for key, values in rows.items()}
+
+
+def make_block(block: Block) -> dict[str, np.ndarray]:
+    """The COLUMNS of a block's episodes, end to end. Every episode has a random stream of its own."""
+    env = _env(block.dataset_id)
+    policies = [experts.read_policy(path) for path in block.policies] or [None]
+    episodes, rows = [], 0
+    while rows < block.rows:
+        stream = np.random.SeedSequence(block.seed, spawn_key=(block.part, block.index, len(episodes)))
+        # Blocks begin with different snapshots, so that an odd number of episodes favours none.
+        policy = policies[(block.index + len(episodes)) % len(policies)]
+        episodes.append(record_episode(env, policy, np.random.default_rng(stream)))
+        rows += len(episodes[-1]["rewards"])
+    return {key: np.concatenate([episode[key] for episode in episodes]) for key in COLUMNS}
+
+
+def plan_blocks(plan: Plan) -> list[Block]:
+    """Blocks enough for every part, whatever the lengths of the episodes turn out to be."""
+    dataset = parse_dataset_id(plan.dataset_id)
+    blocks, begin = [], 0
+    for number, part in enumerate(recipe_parts(dataset)):
+        policies = tuple(experts.policy_path(plan.experts_dir, dataset.robot, step) for step in part.steps)
+        rows = round(part.end * plan.size) - begin
+        for index in range(math.ceil(rows / BLOCK_ROWS)):
+            needed = min(BLOCK_ROWS, rows - index * BLOCK_ROWS)
+            blocks.append(Block(plan.dataset_id, policies, plan.seed, number, index, needed))
+        begin += rows
+    return blocks
+
+
+def _leading_episodes(made: dict[str, np.ndarray], rows: int) -> int:
+    """How many rows the leading episodes have together that begin before row `rows`."""
+    ends = np.flatnonzero(made["terminals"] | made["timeouts"])
+    return int(ends[min(np.searchsorted(ends, rows - 1), len(ends) - 1)]) + 1
+
+
+def _blocks_in_order(plan: Plan) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(part, its next whole episodes), until every part has its share of the transitions."""
+    dataset = parse_dataset_id(plan.dataset_id)
+    ends = [round(part.end * plan.size) for part in recipe_parts(dataset)]
+    blocks, done = plan_blocks(plan), 0
+    with contextlib.closing(run_tasks(make_block, blocks, plan.jobs)) as results:
+        for block, made in zip(blocks, results, strict=True):
+            missing = ends[block.part] - done
+            if missing > 0:  # longer episodes than expected leave blocks over
+                rows = _leading_episodes(made, missing)
+                done += rows
+                yield block.part, {key: column[:rows] for key, column in made.items()}
+
+
+def make_columns(plan: Plan) -> tuple[dict[str, np.ndarray], list[tuple[int, int]]]:
+    """The dataset's COLUMNS [plan.size, ...], and of each part (transitions, episodes)."""
+    pieces: list[dict[str, np.ndarray]] = []
+    counts = [[0, 0] for _ in recipe_parts(parse_dataset_id(plan.dataset_id))]
+    done = 0
+    with utils.progress(plan.size, plan.dataset_id, unit="transition", disable=not plan.progress) as bar:
+        for part, piece in _blocks_in_order(plan):
+            keep = min(len(piece["rewards"]), plan.size - done)
+            piece = {key: column[:keep] for key, column in piece.items()}
+            piece["timeouts"] = piece["timeouts"].copy()
+            piece["timeouts"][-1] = not piece["terminals"][-1]  # where the file ends, the episode is cut
+            pieces.append(piece)
+            done += keep
+            counts[part][0] += keep
+            counts[part][1] += int((piece["terminals"] | piece["timeouts"]).sum())
+            bar.update(keep)
+    columns = {key: np.concatenate([piece[key] for piece in pieces]) for key in COLUMNS}
+    return columns, [(rows, episodes) for rows, episodes in counts]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def policy_arrays(policy: experts.Policy) -> dict[str, np.ndarray]:
+    """A policy's weights under D4RL's names below metadata/policy, matrices [out, in] as D4RL has them."""
+    names = {f"hidden.{index}": f"fc{index}" for index in range(policy.depth)}
+    names |= {"mean": "last_fc", "log_std": "last_fc_log_std"}
+    layers = {name: names[name] for name in policy.layer_names}
+    weights = {f"{to}/weight": policy.weights[f"{name}.weight"].T for name, to in layers.items()}
+    return weights | {f"{to}/bias": policy.weights[f"{name}.bias"] for name, to in layers.items()}
+
+
+def write_file(path: Path, columns: dict[str, np.ndarray], recipe: str, policy: experts.Policy | None) -> None:
+    """Write one D4RL file. metadata/policy is there where one policy alone made it, as in D4RL's own."""
+    # Built in memory first: HDF5 crashes the process when the disk fills up under it.
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for key, column in columns.items():
+            file.create_dataset(key, data=column, compression="gzip", shuffle=True)
+        file["metadata/algorithm"] = np.bytes_("SAC")
+        file["metadata/note"] = np.bytes_("generated locally by make_dataset.py; not the official file")
+        file["metadata/recipe"] = np.bytes_(recipe)
+        if policy is not None:
+            file["metadata/iteration"] = np.int32(policy.step // 1000)  # D4RL counts epochs of 1000 steps
+            file["metadata/policy/nonlinearity"] = np.bytes_(policy.activation)
+            file["metadata/policy/output_distribution"] = np.bytes_("tanh_gaussian")
+            for name, weights in policy_arrays(policy).items():
+                file[f"metadata/policy/{name}"] = weights
+    utils.write_bytes_atomic(path, buffer.getbuffer())
+
+
+class D4RLFamily:
+    """`local/{hopper,halfcheetah,walker2d}-{medium,medium-replay,medium-expert}-v2`; see generation.Family."""
+
+    ids = GENERATED_IDS
+    unit = "transitions"
+
+    def default_size(self, dataset_id: str) -> int:
+        return 100_000
+
+    def target(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
+        return dataset_path(dataset_id, dataset_dir)
+
+    def manifest_path(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
+        return manifest_path(dataset_id, dataset_dir)
+
+    def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
+        """The policy files in the order of training. Raises UserError for one that is missing."""
+        dataset = parse_dataset_id(dataset_id)
+        steps = sorted({step for part in recipe_parts(dataset) for step in part.steps})
+        paths = [experts.policy_path(experts_dir, dataset.robot, step) for step in steps]
+        for path in paths:
+            if not path.is_file():
+                raise UserError(
+                    f"{path}: {dataset_id} needs this policy; train it with "
+                    f"`python train_expert.py --env {dataset.robot}`, or check --experts_dir"
+                )
+        return paths
+
+    def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
+        dataset = parse_dataset_id(plan.dataset_id)
+        policies = {}
+        for path in self.policies(plan.dataset_id, plan.experts_dir):
+            policies[path.name] = policy = experts.read_policy(path)
+            if policy.env != dataset.robot:
+                raise UserError(f"{path}: a policy of {policy.env}, not of {dataset.robot}; copy or train it again")
+        columns, counts = make_columns(plan)
+        path = stage / dataset.file_name
+        alone = next(iter(policies.values())) if len(policies) == 1 else None
+        write_file(path, columns, _describe_recipe(dataset), alone)
+        arrays = load_arrays(path)
+        ends = episode_ends(arrays)
+        parts = [
+            {
+                "policies": [experts.policy_path("", dataset.robot, step).name for step in part.steps] or "random",
+                "transitions": transitions,
+                "episodes": episodes,
+            }
+            for part, (transitions, episodes) in zip(recipe_parts(dataset), counts, strict=True)
+        ]
+        return {
+            "recipe": _describe_recipe(dataset),
+            "noise": "each policy's own: actions are sampled from it",
+            "parts": parts,
+            "transitions": plan.size,
+            "episodes": len(ends),
+            "returns": describe_returns(episode_returns(arrays["rewards"], ends)),
+        }

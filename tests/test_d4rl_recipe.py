@@ -1,0 +1,264 @@
+"""Local D4RL datasets: the layout, who acts when, where episodes end, replaying what was recorded, and bad policies."""
+
+import hashlib
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+from benchmark_data import d4rl, experts
+from benchmark_data.d4rl import COLUMNS, SNAPSHOTS, Block, D4RLFamily, make_block, recipe_parts, record_episode
+from benchmark_data.generation import Plan, make
+from d4rl_utils import (
+    GENERATED_IDS,
+    dataset_path,
+    episode_ends,
+    episode_returns,
+    load_arrays,
+    make_env,
+    parse_dataset_id,
+    replay,
+)
+from utils import UserError, read_manifest
+
+SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6), "walker2d": (17, 6)}
+MEDIUM, REPLAY = "local/hopper-medium-v2", "local/hopper-medium-replay-v2"
+
+
+def random_policy(robot: str, step: int) -> experts.Policy:
+    """A small network of random weights, different for each robot and step."""
+    rng = np.random.default_rng([len(robot), step])
+    sizes = {"hidden.0": (SIZES[robot][0], 16), "hidden.1": (16, 8)}
+    sizes |= dict.fromkeys(("mean", "log_std"), (8, SIZES[robot][1]))
+    weights = {f"{name}.weight": rng.normal(0, 0.5, size).astype(np.float32) for name, size in sizes.items()}
+    weights |= {f"{name}.bias": rng.normal(0, 0.1, size[1]).astype(np.float32) for name, size in sizes.items()}
+    return experts.Policy(robot, step, weights, "relu")
+
+
+@pytest.fixture(scope="module")
+def experts_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    for robot, snapshots in SNAPSHOTS.items():
+        for step in (*snapshots.earlier, *snapshots.medium, snapshots.expert):
+            experts.write_policy(experts.policy_path(folder, robot, step), random_policy(robot, step))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def generate(experts_dir, tmp_path_factory):
+    """Make a dataset in a folder of its own; returns its file."""
+
+    def run(dataset_id, size, jobs=1, seed=0):
+        plan = Plan(dataset_id, size, seed, experts_dir, jobs, progress=False)
+        return make(D4RLFamily(), plan, tmp_path_factory.mktemp("data"))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def replay_file(generate):
+    return generate(REPLAY, 1500)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_layout_is_d4rls(replay_file):
+    assert replay_file.name == "hopper_medium_replay-v2.hdf5" and replay_file.parent.name == "local"
+    numbers = {"observations": 11, "next_observations": 11, "actions": 3, "infos/qpos": 6, "infos/qvel": 6}
+    with h5py.File(replay_file) as file:
+        for key, kind in COLUMNS.items():
+            assert file[key].shape == ((1500, numbers[key]) if key in numbers else (1500,)) and file[key].dtype == kind
+        assert file["metadata/algorithm"][()] == b"SAC" and b"not the official file" in file["metadata/note"][()]
+        assert "policy" not in file["metadata"]  # more than one acted
+
+
+def test_one_policys_weights_are_kept_in_d4rls_form(generate, experts_dir):
+    policy = experts.read_policy(experts.policy_path(experts_dir, "halfcheetah", 80_000))
+    path = generate("local/halfcheetah-medium-v2", 30)
+    with h5py.File(path) as file:
+        assert file["metadata/iteration"][()] == 80
+        stored = file["metadata/policy"]
+        assert stored["nonlinearity"][()] == b"relu" and stored["output_distribution"][()] == b"tanh_gaussian"
+        hidden = file["observations"][:]
+        for name in ("fc0", "fc1"):  # a PyTorch layer's matrix: [out, in]
+            hidden = np.maximum(hidden @ stored[f"{name}/weight"][:].T + stored[f"{name}/bias"][:], 0)
+        mean = np.tanh(hidden @ stored["last_fc/weight"][:].T + stored["last_fc/bias"][:])
+        np.testing.assert_allclose(mean, policy.act(file["observations"][:]), atol=1e-6)
+        assert stored["last_fc_log_std/weight"].shape == (6, 8)
+
+
+def test_bytes_depend_on_the_seed_and_not_on_the_jobs(generate, replay_file, monkeypatch):
+    assert generate(REPLAY, 1500, jobs=2).read_bytes() == replay_file.read_bytes()
+    other = load_arrays(generate(REPLAY, 100, seed=1))["observations"]
+    assert not np.array_equal(other, load_arrays(replay_file)["observations"][:100])
+
+
+def test_more_transitions_begin_with_the_same_ones(generate, monkeypatch):
+    monkeypatch.setattr(d4rl, "BLOCK_ROWS", 50)  # several blocks in few rows
+    fewer, more = load_arrays(generate(MEDIUM, 120)), load_arrays(generate(MEDIUM, 333))
+    for key in set(fewer) - {"timeouts"}:  # the cut differs
+        np.testing.assert_array_equal(more[key][:120], fewer[key])
+    assert len(np.unique(more["observations"], axis=0)) == 333  # no block repeats another
+
+
+def test_the_manifest_tells_how_it_was_made(replay_file, experts_dir):
+    manifest = read_manifest(replay_file.with_suffix(".json"), REPLAY)
+    arrays = load_arrays(replay_file)
+    returns = episode_returns(arrays["rewards"], episode_ends(arrays))
+    assert (manifest["transitions"], manifest["episodes"]) == (1500, len(returns))
+    assert manifest["returns"]["mean"] == pytest.approx(returns.mean())
+    assert manifest["returns"]["50%"] == pytest.approx(np.median(returns))
+    parts = manifest["parts"]
+    assert sum(part["transitions"] for part in parts) == 1500
+    assert sum(part["episodes"] for part in parts) == len(returns)
+    assert [part["policies"] for part in parts[:2]] == ["random", ["hopper_10000.safetensors"]]
+    for name, digest in manifest["policies"].items():
+        assert hashlib.sha256((experts_dir / name).read_bytes()).hexdigest() == digest
+    assert "medium-replay" in manifest["recipe"] and "sampled" in manifest["noise"]
+    json.dumps(manifest)
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_generated_id_has_a_recipe():
+    for name in GENERATED_IDS:
+        parts = recipe_parts(parse_dataset_id(name))
+        ends = [part.end for part in parts]
+        assert ends[-1] == 1.0 and ends == sorted(set(ends)) and ends[0] > 0
+        assert D4RLFamily().default_size(name) == 100_000
+    assert D4RLFamily.ids == GENERATED_IDS
+
+
+def test_replay_covers_training_in_its_order():
+    parts = recipe_parts(parse_dataset_id(REPLAY))
+    assert [part.steps for part in parts] == [(), (10_000,), (30_000,), (50_000,), (110_000,), (120_000,)]
+    # Of 120,000 steps: 10,000 at random, then each to the snapshot that is nearest.
+    np.testing.assert_allclose([part.end * 120_000 for part in parts], [10e3, 20e3, 40e3, 80e3, 115e3, 120e3])
+
+
+def test_parts_follow_each_other_in_whole_episodes(generate, monkeypatch):
+    """Who acted shows in the actions: each policy here always takes one of its own."""
+    actions = {step: np.full(3, step / 1e6, dtype=np.float32) for step in (110_000, 120_000, 270_000)}
+
+    def read_policy(path):
+        policy = experts.Policy("hopper", step := int(path.stem.split("_")[1]), random_policy("hopper", step).weights)
+        object.__setattr__(policy, "act", lambda observation, rng: actions[step])
+        return policy
+
+    monkeypatch.setattr(experts, "read_policy", read_policy)
+    monkeypatch.setattr(d4rl, "BLOCK_ROWS", 100)
+    path = generate("local/hopper-medium-expert-v2", 800)
+    arrays = load_arrays(path)
+    ends = episode_ends(arrays)
+    actors = np.rint(arrays["actions"][:, 0] * 1e6).astype(int)
+    for episode in np.split(actors, ends[:-1] + 1):
+        assert len(set(episode)) == 1
+    by_episode = actors[ends]
+    first_expert = int(np.argmax(by_episode == 270_000))
+    assert set(by_episode[first_expert:]) == {270_000}
+    assert abs(int((by_episode == 110_000).sum()) - int((by_episode == 120_000).sum())) <= first_expert // 4 + 1
+    half = int((actors != 270_000).sum())
+    longest = np.diff(ends, prepend=-1).max()
+    assert 400 <= half < 400 + longest  # the episode that passes the middle is finished
+    marked = arrays["terminals"] | arrays["timeouts"]
+    np.testing.assert_array_equal(np.flatnonzero(marked), ends)
+    assert not arrays["timeouts"][:-1].any() and marked[-1]
+
+
+def test_episodes_and_parts_begin_in_different_states(replay_file):
+    arrays = load_arrays(replay_file)
+    starts = np.concatenate([[0], episode_ends(arrays)[:-1] + 1])
+    first = arrays["observations"][starts]
+    assert len(np.unique(first, axis=0)) == len(starts) > 20
+
+
+@pytest.mark.parametrize("wanted, rows", [(1, 5), (5, 5), (6, 10), (10, 10), (99, 10)])
+def test_an_episode_is_taken_when_it_begins_before_the_row(wanted, rows):
+    flags = np.zeros((2, 10), dtype=bool)
+    flags[0, 4] = flags[1, 9] = True
+    assert d4rl._leading_episodes({"terminals": flags[0], "timeouts": flags[1]}, wanted) == rows
+
+
+class Countdown:
+    """A simulator that falls at a given step."""
+
+    def __init__(self, falls_at):
+        self.falls_at, self.steps = falls_at, 0
+        self.unwrapped, self.data = self, self
+        self.qpos, self.qvel = np.zeros(2), np.zeros(2)
+        self.action_space = make_env(MEDIUM).action_space
+
+    def reset(self, seed):
+        self.steps = 0
+        return np.zeros(3), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.full(3, self.steps), 1.0, self.steps == self.falls_at, False, {}
+
+
+@pytest.mark.parametrize("falls_at, rows, terminal", [(7, 7, True), (999, 999, True), (1000, 1000, False)])
+def test_terminals_and_timeouts_are_apart(falls_at, rows, terminal):
+    """A fall at step 1000 is a timeout, as D4RL's collection has it."""
+    episode = record_episode(Countdown(falls_at), None, np.random.default_rng(0))
+    assert len(episode["rewards"]) == rows and episode["infos/qpos"].shape == (rows, 2)
+    assert (episode["terminals"][-1], episode["timeouts"][-1]) == (terminal, not terminal)
+    assert not episode["terminals"][:-1].any() and not episode["timeouts"][:-1].any()
+    np.testing.assert_array_equal(episode["observations"][1:], episode["next_observations"][:-1])
+
+
+@pytest.mark.parametrize("robot", SIZES)
+def test_recorded_actions_from_recorded_states_give_the_recorded_next_ones(robot, generate):
+    dataset_id = f"local/{robot}-medium-expert-v2"
+    arrays = load_arrays(generate(dataset_id, 1200), states=True)
+    observations, rewards = replay(make_env(dataset_id), arrays["infos/qpos"], arrays["infos/qvel"], arrays["actions"])
+    # The promise is 1e-4; states in float64 keep far more, and float32 would keep less in halfcheetah.
+    np.testing.assert_allclose(observations, arrays["next_observations"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(rewards, arrays["rewards"], rtol=0, atol=1e-6)
+    inside = np.setdiff1d(np.arange(1199), episode_ends(arrays))
+    np.testing.assert_array_equal(arrays["next_observations"][inside], arrays["observations"][inside + 1])
+    # What is seen is the state without the position along the track, so rows are aligned.
+    np.testing.assert_allclose(
+        arrays["observations"][:, : arrays["infos/qpos"].shape[1] - 1], arrays["infos/qpos"][:, 1:], rtol=1e-6
+    )
+    assert np.abs(observations - arrays["observations"]).max() > 0.1
+
+
+def test_random_actions_fill_their_range(experts_dir):
+    made = make_block(Block(REPLAY, (), 0, 0, 0, 300))
+    assert np.abs(made["actions"]).max() <= 1 and np.abs(made["actions"].mean()) < 0.1
+    assert made["actions"].std() == pytest.approx(1 / np.sqrt(3), abs=0.05)
+
+
+@pytest.mark.skipif(
+    not experts.policy_path(experts.DEFAULT_EXPERTS_DIR, "halfcheetah", 300_000).is_file(),
+    reason="needs the policies under datasets/experts",
+)
+def test_the_shipped_policies_are_at_their_levels(tmp_path):
+    plan = Plan("local/halfcheetah-medium-expert-v2", 6000, 0, experts.DEFAULT_EXPERTS_DIR, jobs=1, progress=False)
+    arrays = load_arrays(make(D4RLFamily(), plan, tmp_path))
+    medium, expert = np.split(episode_returns(arrays["rewards"], episode_ends(arrays)), 2)
+    assert len(medium) == len(expert) == 3
+    assert 3500 < medium.mean() < 5500 and expert.mean() > 7000
+
+
+# --- what cannot be made ---------------------------------------------------------------------------------------------
+
+
+def test_a_missing_policy_is_named_with_the_command_that_trains_it(experts_dir, tmp_path):
+    (tmp_path / "hopper_110000.safetensors").write_bytes((experts_dir / "hopper_110000.safetensors").read_bytes())
+    plan = Plan(MEDIUM, 10, 0, tmp_path, progress=False)
+    with pytest.raises(UserError, match="hopper_120000.safetensors: .*python train_expert.py --env hopper"):
+        make(D4RLFamily(), plan, tmp_path / "data")
+    assert not dataset_path(MEDIUM, tmp_path / "data").exists()
+
+
+def test_a_policy_of_another_robot_is_refused(experts_dir, tmp_path):
+    for step in SNAPSHOTS["hopper"].medium:
+        experts.write_policy(experts.policy_path(tmp_path, "hopper", step), random_policy("walker2d", step))
+    with pytest.raises(UserError, match="hopper_110000.safetensors: a policy of walker2d, not of hopper"):
+        make(D4RLFamily(), Plan(MEDIUM, 10, 0, tmp_path, progress=False), tmp_path / "data")
+    assert not list((tmp_path / "data/local").iterdir())
