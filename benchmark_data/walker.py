@@ -1,0 +1,199 @@
+"""The walker study's episodes made on this machine: `local/walker_{walk,run}-td3-{medium,medium-replay}`.
+
+Policies sampled as they acted in training fill episodes of 1000 steps, in the layout of walker/dmc_utils.py.
+
+    medium          the snapshots nearest to the study's return: 963 (walk), 318 (run)
+    medium-replay   the snapshots up to there, in the order of training, in shares that give 930 (walk), 251 (run)
+
+The names are the study's and say td3 because its collectors were trained with TD3. The policies of datasets/experts/
+were trained with SAC; the manifest names the algorithm that each policy's card names.
+
+Deviations: medium-replay is played by snapshots, not cut from one replay buffer, and leaves out the first steps of
+training, whose returns the study's mean has no room for. No snapshot of run returns 318: two share its medium.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import utils
+from benchmark_data import experts
+from benchmark_data.generation import Plan, describe_returns, run_tasks
+from utils import UserError
+from walker.dmc_utils import (
+    EPISODE_STEPS,
+    GENERATED_IDS,
+    WalkerEnv,
+    dataset_folder,
+    episode_path,
+    make_env,
+    manifest_path,
+    read_episode,
+    replay_episode,
+    write_episode,
+)
+
+REPLAY_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Who plays the episodes of a dataset."""
+
+    task: str  # walk or run
+    shares: dict[int, float]  # training step of a snapshot -> its share of the episodes, in order of training; sum 1
+    study_return: float  # mean return of the study's dataset of this name
+
+
+RECIPES = {
+    "local/walker_walk-td3-medium": Recipe("walk", {200_000: 1.0}, 962.8),
+    "local/walker_walk-td3-medium-replay": Recipe("walk", {130_000: 0.28, 150_000: 0.3, 200_000: 0.42}, 929.8),
+    "local/walker_run-td3-medium": Recipe("run", {80_000: 0.48, 90_000: 0.52}, 318.4),
+    "local/walker_run-td3-medium-replay": Recipe("run", {70_000: 0.35, 80_000: 0.46, 90_000: 0.19}, 251.5),
+}
+
+
+def snapshot_steps(recipe: Recipe, size: int) -> list[int]:
+    """Training step of the policy that plays each of `size` episodes, in the order of training."""
+    bounds = np.cumsum(list(recipe.shares.values()))
+    middles = (np.arange(size) + 0.5) / size
+    chosen = np.searchsorted(bounds[:-1], middles)
+    return [list(recipe.shares)[index] for index in chosen]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Episodes
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def _env(task: str) -> WalkerEnv:
+    """One environment a process, however many episodes it makes."""
+    return make_env(task)
+
+
+@functools.lru_cache(maxsize=1)
+def _policy(path: Path) -> experts.Policy:
+    return experts.read_policy(path)
+
+
+def play_episode(env: WalkerEnv, policy: experts.Policy, seed: np.random.SeedSequence) -> dict[str, np.ndarray]:
+    """One episode of 1001 rows, laid out as walker/dmc_utils.py says, with actions sampled from the policy."""
+    start, noise = seed.spawn(2)
+    rng = np.random.default_rng(noise)
+    observation, info = env.reset(seed=int(start.generate_state(1)[0]))
+    rows = [(observation, np.zeros(env.action_space.shape), 0.0, 1.0, info["physics"])]
+    truncated = False
+    while not truncated:
+        action = policy.act(observation, rng)
+        observation, reward, terminated, truncated, info = env.step(action)
+        rows.append((observation, action, reward, 1.0 - terminated, info["physics"]))
+    keys = ("observation", "action", "reward", "discount", "physics")
+    columns = dict(zip(keys, zip(*rows, strict=True), strict=True))
+    return {key: np.array(values, np.float32).reshape(len(rows), -1) for key, values in columns.items()}
+
+
+def _make_episode(task: tuple[Plan, int, int, Path]) -> float:
+    """Play and write episode `index` with the snapshot of `step`; returns its return."""
+    plan, index, step, folder = task
+    recipe = RECIPES[plan.dataset_id]
+    policy = _policy(experts.policy_path(plan.experts_dir, f"walker_{recipe.task}", step))
+    # The dataset is in the key, because two of a task share snapshots and would share episodes.
+    seed = np.random.SeedSequence(plan.seed, spawn_key=(GENERATED_IDS.index(plan.dataset_id), index))
+    episode = play_episode(_env(recipe.task), policy, seed)
+    write_episode(episode_path(folder, index), episode)
+    return float(episode["reward"].sum(dtype=np.float64))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class WalkerFamily:
+    """See `generation.Family`: a folder of episode files in the study's layout."""
+
+    ids = GENERATED_IDS
+    unit = "episodes"
+
+    def default_size(self, dataset_id: str) -> int:
+        return 100
+
+    def target(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
+        return dataset_folder(dataset_id, dataset_dir)
+
+    def manifest_path(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
+        return manifest_path(dataset_id, dataset_dir)
+
+    def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
+        recipe = RECIPES[dataset_id]
+        return [experts.policy_path(experts_dir, f"walker_{recipe.task}", step) for step in recipe.shares]
+
+    def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
+        """Make the episodes, one file each."""
+        recipe = RECIPES[plan.dataset_id]
+        folder = stage / self.target(plan.dataset_id, None).name
+        steps = snapshot_steps(recipe, plan.size)
+        made = run_tasks(_make_episode, [(plan, index, step, folder) for index, step in enumerate(steps)], plan.jobs)
+        if plan.progress:
+            made = utils.progress(made, plan.dataset_id, total=plan.size, unit="episode")
+        return _facts(plan, folder, steps, list(made))
+
+
+def _facts(plan: Plan, folder: Path, steps: list[int], returns: list[float]) -> dict[str, Any]:
+    """What the manifest says: who played which share, and how the first episode agrees with the simulator."""
+    recipe = RECIPES[plan.dataset_id]
+    by_step = defaultdict(list)
+    for step, value in zip(steps, returns, strict=True):
+        by_step[step].append(value)
+    players = {}
+    for step, values in by_step.items():
+        path = experts.policy_path(plan.experts_dir, f"walker_{recipe.task}", step)
+        mean = round(float(np.mean(values)), 1)
+        players[path.name] = {"trained_with": _algorithm(path), "episodes": len(values), "mean_return": mean}
+    algorithms = sorted({player["trained_with"] for player in players.values()})
+    who = f"{len(players)} snapshots, in the order of training," if len(players) > 1 else "one snapshot"
+    return {
+        "recipe": f"dm_control walker-{recipe.task}: {EPISODE_STEPS} steps an episode, actions sampled from "
+        f"{who} of a policy trained with {', '.join(algorithms)}; the name says td3 because the study's own data were "
+        "collected by TD3",
+        "episodes": plan.size,
+        "transitions": plan.size * EPISODE_STEPS,
+        "returns": describe_returns(returns),
+        "study_mean_return": recipe.study_return,
+        "played_by": players,
+        "replay": _replay_facts(recipe.task, episode_path(folder, 0)),
+        "files": {
+            path.relative_to(folder.parent).as_posix(): {"return": round(value, 3)}
+            for path, value in ((episode_path(folder, index), value) for index, value in enumerate(returns))
+        },
+    }
+
+
+def _algorithm(policy_file: Path) -> str:
+    """What a policy was trained with, as its card tells."""
+    try:
+        return str(experts.read_card(policy_file).get("algorithm", "an algorithm that its card does not name"))
+    except UserError:
+        return "an unknown algorithm (it has no card)"
+
+
+def _replay_facts(task: str, path: Path) -> dict[str, Any]:
+    """How far the first file is from the simulator, transition by transition: a test of the rows' alignment."""
+    episode = read_episode(path)
+    observations, rewards = replay_episode(_env(task), episode)
+    errors = np.abs(observations - episode["observation"][1:]).max(axis=1)
+    errors = np.maximum(errors, np.abs(rewards - episode["reward"][1:, 0]))
+    return {
+        "episode": path.name,
+        "transitions": len(errors),
+        f"beyond_{REPLAY_TOLERANCE:g}": int((errors > REPLAY_TOLERANCE).sum()),
+        "median_error": float(np.median(errors)),
+    }

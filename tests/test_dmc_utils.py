@@ -1,0 +1,383 @@
+"""The walker environment against dm_control itself, and episode files, good and bad."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from utils import UserError
+from walker import dmc_utils
+from walker.dmc_utils import (
+    EPISODE_COLUMNS,
+    GENERATED_IDS,
+    OFFICIAL_IDS,
+    TASKS,
+    dataset_folder,
+    ensure_dataset,
+    episode_path,
+    episode_transitions,
+    load_episodes,
+    make_env,
+    manifest_path,
+    read_episode,
+    replay_episode,
+    write_episode,
+)
+
+
+def flat(observation):
+    return np.concatenate([np.ravel(part) for part in observation.values()])
+
+
+def play(task, seed=0):
+    """An episode of random actions, laid out row by row with nothing of the product but its environment."""
+    env, rng = make_env(task), np.random.default_rng(seed)
+    observation, info = env.reset(seed=seed)
+    rows = {key: np.zeros((1001, columns), np.float32) for key, columns in EPISODE_COLUMNS.items()}
+    rows["observation"][0], rows["physics"][0], rows["discount"][0] = observation, info["physics"], 1.0
+    for t in range(1, 1001):
+        action = rng.uniform(-1, 1, 6).astype(np.float32)
+        observation, reward, terminated, _, info = env.step(action)
+        rows["observation"][t], rows["physics"][t] = observation, info["physics"]
+        rows["action"][t], rows["reward"][t], rows["discount"][t] = action, reward, 1.0 - terminated
+    return rows
+
+
+@pytest.fixture(scope="module")
+def episode():
+    return play("walk")
+
+
+@pytest.fixture
+def copied(episode):
+    return {key: array.copy() for key, array in episode.items()}
+
+
+# --- environment -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_step_is_dm_controls(task):
+    env, rng = make_env(task), np.random.default_rng(0)
+    observation, _ = env.reset(seed=3)
+    reference = make_env(task).suite_env
+    seeds = np.random.default_rng(3)
+    reference.task.random.seed(seeds.integers(2**32, dtype=np.uint32))
+    step = reference.reset()
+    np.testing.assert_array_equal(observation, flat(step.observation).astype(np.float32))
+    for _ in range(200):
+        action = rng.uniform(-1.2, 1.2, 6)  # both leave the clipping to the simulator
+        step = reference.step(action)
+        observation, reward, terminated, truncated, info = env.step(action)
+        np.testing.assert_array_equal(observation, flat(step.observation).astype(np.float32))
+        np.testing.assert_array_equal(info["physics"], reference.physics.get_state())
+        assert reward == pytest.approx(step.reward, abs=1e-14)
+        assert (terminated, truncated) == (False, step.last())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_reward_is_dm_controls_at_every_height_and_speed(task):
+    env = make_env(task)
+    physics, rewards = env.suite_env.physics, []
+    for height in (-1.2, -0.6, -0.11, -0.1, 0.0, 0.5):  # of the root, which hangs 1.3 m up
+        for speed in (-2.0, 0.0, 0.4, 1.0, 5.0, 8.0, 9.0):
+            for angle in (0.0, 1.5, 3.1):
+                state = np.zeros(18)
+                state[0], state[2], state[10] = height, angle, speed
+                env.set_physics(state)
+                rewards.append(env._reward())
+                assert rewards[-1] == pytest.approx(env.suite_env.task.get_reward(physics), abs=1e-14)
+    assert min(rewards) < 0.02 and max(rewards) == 1.0
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of observation bounds at infinity
+def test_gymnasium_accepts_it(task):
+    check_env(make_env(task), skip_render_check=True)
+
+
+def test_an_episode_is_1000_steps_and_nothing_terminates():
+    env = make_env("run")
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(np.zeros(6))
+    for _ in range(2):
+        env.reset(seed=1)
+        ends = []
+        for _ in range(1000):
+            observation, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            ends.append((terminated, truncated))
+            assert 0.0 <= reward <= 1.0 and observation.dtype == np.float32 and observation.shape == (24,)
+        assert ends == [(False, False)] * 999 + [(False, True)]
+        with pytest.raises(RuntimeError, match="reset"):
+            env.step(np.zeros(6))
+
+
+def test_the_seed_alone_decides_an_episode():
+    def run(env, seed):
+        rng = np.random.default_rng(0)
+        states = [env.reset(seed=seed)[1]["physics"]]
+        return np.stack(states + [env.step(rng.uniform(-1, 1, 6))[4]["physics"] for _ in range(50)])
+
+    env = make_env("walk")
+    first = run(env, 5)
+    for _ in range(7):  # leave it in the middle of an episode, and its generator further on
+        env.reset()
+    env.step(np.ones(6))
+    np.testing.assert_array_equal(run(env, 5), first)
+    np.testing.assert_array_equal(run(make_env("walk"), 5), first)
+    assert not np.array_equal(run(env, 6)[0], first[0])
+    env.reset(seed=5)
+    later = env.reset()[1]["physics"]
+    assert not np.array_equal(later, first[0])
+    env.reset(seed=5)
+    np.testing.assert_array_equal(env.reset()[1]["physics"], later)
+    assert not np.array_equal(make_env("walk").reset()[1]["physics"], make_env("walk").reset()[1]["physics"])
+
+
+def test_set_physics_goes_on_from_a_state():
+    env = make_env("walk")
+    env.reset(seed=0)
+    for _ in range(30):
+        observation, _, _, _, info = env.step(np.full(6, 0.3))
+    expected = env.step(np.full(6, -0.5))
+    other = make_env("walk")
+    np.testing.assert_array_equal(other.set_physics(info["physics"]), observation)
+    found = other.step(np.full(6, -0.5))
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
+    assert found[1] == pytest.approx(expected[1], abs=1e-12)
+    with pytest.raises(ValueError):
+        env.set_physics(np.zeros(17))
+
+
+def test_an_action_that_is_not_finite_is_an_error():
+    env = make_env("walk")
+    env.reset(seed=0)
+    with pytest.raises(RuntimeError, match="not finite"):
+        env.step(np.full(6, np.nan))
+    env.reset(seed=0)
+    env.step(np.zeros(6))
+
+
+def test_unknown_task():
+    with pytest.raises(UserError, match="'stand'.*walk, run"):
+        make_env("stand")
+
+
+def test_no_display_is_needed():
+    """Without MUJOCO_GL, even where warnings are errors; and MUJOCO_GL stays unset."""
+    code = (
+        "import os, walker.dmc_utils as d; print(d.make_env('run').reset(seed=0)[0].shape, 'MUJOCO_GL' in os.environ)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "DISPLAY")}
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    root = Path(dmc_utils.__file__).parent.parent
+    answer = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert (answer.stdout, answer.stderr) == ("(24,) False\n", "")
+
+
+def test_a_renderer_that_does_not_load(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dm_control.suite", None)
+    with pytest.raises(UserError, match="dm_control cannot be imported.*MUJOCO_GL"):
+        make_env("walk")
+
+
+# --- episodes --------------------------------------------------------------------------------------------------------
+
+
+def test_transitions_take_the_observation_of_the_row_before(episode):
+    transitions = episode_transitions(episode)
+    for i in (1, 2, 500, 1000):
+        row = [array[i - 1] for array in transitions]
+        expected = [episode["observation"][i - 1], episode["action"][i], episode["reward"][i, 0]]
+        expected += [episode["discount"][i, 0], episode["observation"][i]]
+        for found, value in zip(row, expected, strict=True):
+            np.testing.assert_array_equal(found, value)
+    assert [array.shape for array in transitions] == [(1000, 24), (1000, 6), (1000,), (1000,), (1000, 24)]
+    np.testing.assert_array_equal(transitions.next_observations[:-1], transitions.observations[1:])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_replay_tells_the_alignment(task):
+    """The study's first results paired o[t] with a[t], the action that had led to it: the simulator disagrees."""
+    made = play(task, seed=1)
+    env, transitions = make_env(task), episode_transitions(made)
+    observations, rewards = replay_episode(env, made)
+    errors = np.abs(observations - transitions.next_observations).max(axis=1)
+    assert (errors > 1e-4).sum() <= 2 and np.median(errors) < 1e-5  # float32 states: a touchdown may shift by a step
+    assert (np.abs(rewards - transitions.rewards) > 1e-4).sum() <= 2
+
+    faulty = {**made, "action": np.concatenate([made["action"][:1], made["action"][:-1]])}
+    np.testing.assert_array_equal(episode_transitions(faulty).actions[1:], transitions.actions[:-1])
+    assert not np.array_equal(episode_transitions(faulty).actions, transitions.actions)
+    wrong = np.abs(replay_episode(env, faulty)[0] - transitions.next_observations).max(axis=1)
+    assert np.median(wrong) > 0.1
+
+
+def test_round_trip(episode, tmp_path):
+    path = episode_path(tmp_path, 7)
+    assert path.relative_to(tmp_path).as_posix() == "data/episode_000007_1000.npz"
+    write_episode(path, episode)
+    found = read_episode(path)
+    assert {key: (array.shape, array.dtype) for key, array in found.items()} == {
+        "observation": ((1001, 24), np.float32),
+        "action": ((1001, 6), np.float32),
+        "reward": ((1001, 1), np.float32),
+        "discount": ((1001, 1), np.float32),
+        "physics": ((1001, 18), np.float32),
+    }
+    for key in EPISODE_COLUMNS:
+        np.testing.assert_array_equal(found[key], episode[key])
+    again = episode_path(tmp_path, 8)
+    write_episode(again, dict(reversed(episode.items())))
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_episodes_are_read_in_order(episode, copied, tmp_path):
+    copied["reward"][5] = 0.5
+    for index, one in ((10, episode), (9, copied), (1_000_000, episode)):
+        write_episode(episode_path(tmp_path, index), one)
+    (tmp_path / "data" / ".DS_Store").write_text("not an episode")
+    episodes = load_episodes(tmp_path)
+    assert [one["reward"][5, 0] == 0.5 for one in episodes] == [True, False, False]
+
+
+def test_folders_without_episodes(tmp_path):
+    with pytest.raises(UserError, match="cannot list.*--data_dir"):
+        load_episodes(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match="no episode_"):
+        load_episodes(tmp_path)
+
+
+def spoil(key, change):
+    def spoiled(rows):
+        rows[key] = change(rows[key])
+
+    return spoiled
+
+
+def put(row, value):
+    def change(array):
+        array[row] = value
+        return array
+
+    return change
+
+
+BAD_ROWS = {
+    "observation has type float64": spoil("observation", lambda array: array.astype(np.float64)),
+    r"observation has shape \(1001, 17\)": spoil("observation", lambda array: array[:, :17]),
+    r"reward has shape \(1001,\)": spoil("reward", lambda array: array[:, 0]),
+    r"action has shape \(1000, 6\)": spoil("action", lambda array: array[1:]),
+    "physics row 3 holds NaN": spoil("physics", put(3, np.nan)),
+    "observation row 0 holds NaN or inf": spoil("observation", put(0, np.inf)),
+    r"action row 8 lies outside \[-1, 1\]": spoil("action", put(8, 1.01)),
+    r"reward row 1000 lies outside \[0, 1\]": spoil("reward", put(1000, -0.1)),
+    r"discount row 4 lies outside \[0, 1\]": spoil("discount", put(4, 2.0)),
+    "row 0 has an action or a reward": spoil("action", lambda array: np.roll(array, -1, axis=0)),
+    "row 0 has an action or a reward, but": spoil("reward", put(0, 0.5)),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_ROWS)
+def test_bad_rows(fault, copied, tmp_path):
+    BAD_ROWS[fault](copied)
+    path = episode_path(tmp_path, 0)
+    with pytest.raises(UserError, match=fault):
+        write_episode(path, copied)
+    assert list(tmp_path.iterdir()) == []
+    path.parent.mkdir()
+    np.savez(path, **copied)
+    with pytest.raises(UserError, match=f"episode_000000_1000.npz: {fault}.*--overwrite"):
+        load_episodes(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "not npz", "missing key", "objects", "folder", "absent"])
+def test_bad_files(damage, copied, tmp_path):
+    path = episode_path(tmp_path, 0)
+    write_episode(path, copied)
+    data = path.read_bytes()
+    words = "not a readable npz"
+    if damage == "cut":
+        path.write_bytes(data[:-100])
+        words = "cut short"
+    elif damage == "changed":
+        path.write_bytes(data[:3000] + bytes(50) + data[3050:])
+    elif damage == "not npz":
+        path.write_bytes(b"physics")
+        words = "not an npz archive"
+    elif damage == "missing key":
+        copied.pop("physics")
+        np.savez(path, **copied)
+        words = "no array 'physics'.*holds observation, action"
+    elif damage == "objects":
+        np.savez(path, **(copied | {"reward": np.array([{}] * 1001)}))
+    else:
+        path.unlink()
+        words = "no such file"
+        if damage == "folder":
+            path.mkdir()
+    with pytest.raises(UserError, match=words):
+        read_episode(path)
+
+
+@pytest.mark.parametrize(
+    "name, words", [("episode_000000_500.npz", "says 500 steps, the file has 1000"), ("walk_0.npz", "the name is not")]
+)
+def test_bad_names(name, words, episode, tmp_path):
+    with pytest.raises(UserError, match=words):
+        write_episode(tmp_path / name, episode)
+    write_episode(tmp_path / "episode_000000_1000.npz", episode)
+    (tmp_path / "episode_000000_1000.npz").rename(tmp_path / name)
+    with pytest.raises(UserError, match=words):
+        read_episode(tmp_path / name)
+
+
+def test_a_write_that_fails_leaves_nothing(episode, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.replace", lambda source, target: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        write_episode(episode_path(tmp_path, 0), episode)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_members_carry_no_date(episode, tmp_path):
+    write_episode(episode_path(tmp_path, 0), episode)
+    members = zipfile.ZipFile(episode_path(tmp_path, 0)).infolist()
+    assert {member.date_time for member in members} == {(1980, 1, 1, 0, 0, 0)} and len(members) == 5
+
+
+# --- ids and folders -------------------------------------------------------------------------------------------------
+
+
+def test_ids_and_folders(tmp_path):
+    assert OFFICIAL_IDS == (
+        "walker_walk-td3-medium",
+        "walker_walk-td3-medium-replay",
+        "walker_run-td3-medium",
+        "walker_run-td3-medium-replay",
+    )
+    name = OFFICIAL_IDS[1]
+    assert dataset_folder(name, tmp_path) == tmp_path / "collected_data" / name
+    # --data_dir <dataset_dir>/local finds a collected_data of its own.
+    assert dataset_folder(f"local/{name}", tmp_path) == tmp_path / "local" / "collected_data" / name
+    assert manifest_path(GENERATED_IDS[0], tmp_path).name == "walker_walk-td3-medium.json"
+    assert dataset_folder(name).parent.parent == Path(dmc_utils.__file__).parent.parent / "datasets"
+    with pytest.raises(UserError, match="did you mean 'local/walker_run-td3-medium'"):
+        dataset_folder("local/walker_run-td3-medum")
+
+
+def test_datasets_that_are_not_there(tmp_path, episode):
+    official, local = OFFICIAL_IDS[0], GENERATED_IDS[0]
+    with pytest.raises(UserError, match=f"put the study's.*local/{official}"):
+        ensure_dataset(official, tmp_path)
+    write_episode(episode_path(dataset_folder(official, tmp_path), 0), episode)
+    assert ensure_dataset(official, tmp_path) == tmp_path / "collected_data" / official
+    # A generation that was cut leaves episodes, but no manifest.
+    write_episode(episode_path(dataset_folder(local, tmp_path), 0), episode)
+    with pytest.raises(UserError, match=f"no complete dataset.*make_dataset.py --dataset {local} --dataset_dir"):
+        ensure_dataset(local, tmp_path)

@@ -1,0 +1,202 @@
+"""Walker episodes made on this machine: who plays them, the files, the manifest. The policies here are tiny ones."""
+
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+
+from benchmark_data import experts, generation, walker
+from benchmark_data.walker import RECIPES, WalkerFamily, play_episode, snapshot_steps
+from utils import UserError
+from walker.dmc_utils import GENERATED_IDS, TASKS, ensure_dataset, load_episodes, make_env, replay_episode
+
+FAMILY = WalkerFamily()
+REPLAY = "local/walker_run-td3-medium-replay"
+MEDIUM = "local/walker_run-td3-medium"
+
+
+def tiny_policy(task, step, stochastic=True):
+    rng = np.random.default_rng(step)
+    shapes = {"hidden.0": (24, 8), "mean": (8, 6)} | ({"log_std": (8, 6)} if stochastic else {})
+    weights = {f"{name}.weight": rng.normal(0, 0.1, shape) for name, shape in shapes.items()}
+    weights |= {f"{name}.bias": np.zeros(shape[1]) for name, shape in shapes.items()}
+    weights = {name: array.astype(np.float32) for name, array in weights.items()}
+    return experts.Policy(f"walker_{task}", step, weights, "relu", -5.0, 2.0)
+
+
+def write_tiny(folder, task, step, algorithm="SAC"):
+    path = experts.policy_path(folder, f"walker_{task}", step)
+    experts.write_policy(path, tiny_policy(task, step))
+    if algorithm:
+        experts.card_path(path).write_text(json.dumps({"algorithm": algorithm}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def experts_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    for recipe in RECIPES.values():
+        for step in recipe.shares:
+            write_tiny(folder, recipe.task, step)
+    return folder
+
+
+def make(dataset_id, folder, experts_dir, size=3, seed=0, jobs=1):
+    plan = generation.Plan(dataset_id, size, seed, experts_dir, jobs, progress=False)
+    return generation.make(FAMILY, plan, folder)
+
+
+def read_manifest(dataset_id, folder):
+    return json.loads(FAMILY.manifest_path(dataset_id, folder).read_text())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, experts_dir):
+    """A dataset folder with three episodes of run's medium-replay."""
+    folder = tmp_path_factory.mktemp("datasets")
+    make(REPLAY, folder, experts_dir)
+    return folder
+
+
+def test_the_files_are_where_the_study_looks(made):
+    folder = ensure_dataset(REPLAY, made)
+    assert folder == FAMILY.target(REPLAY, made) == made / "local" / "collected_data" / "walker_run-td3-medium-replay"
+    names = [f"data/episode_{index:06d}_1000.npz" for index in range(3)]
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.npz")) == names
+    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.json"]
+    assert len(load_episodes(folder)) == 3
+
+
+def test_bytes_depend_on_the_seed_and_not_on_jobs(made, tmp_path, experts_dir):
+    make(REPLAY, tmp_path / "two", experts_dir, jobs=2)
+    make(REPLAY, tmp_path / "other", experts_dir, size=1, seed=1)
+    files = read_manifest(REPLAY, made)["files"]
+    assert read_manifest(REPLAY, tmp_path / "two")["files"] == files
+    for name in files:
+        mine, theirs = (folder / "local" / "collected_data" / name for folder in (made, tmp_path / "two"))
+        assert mine.read_bytes() == theirs.read_bytes()
+    first = [load_episodes(FAMILY.target(REPLAY, folder))[0]["physics"][0] for folder in (made, tmp_path / "other")]
+    assert not np.array_equal(*first)
+
+
+def test_no_two_episodes_start_alike(made, experts_dir, tmp_path):
+    """Neither within a dataset nor in two of one task: they share snapshots."""
+    make(MEDIUM, tmp_path, experts_dir, size=1)
+    episodes = load_episodes(FAMILY.target(REPLAY, made)) + load_episodes(FAMILY.target(MEDIUM, tmp_path))
+    assert len({episode["physics"][0].tobytes() for episode in episodes}) == len(episodes)
+
+
+def test_rows_agree_with_the_simulator_and_the_policy():
+    env, policy = make_env("walk"), tiny_policy("walk", 1, stochastic=False)
+    episode = play_episode(env, policy, np.random.SeedSequence(0))
+    np.testing.assert_array_equal(episode["action"][0], np.zeros(6))
+    for t in range(1, 1001):
+        np.testing.assert_array_equal(episode["action"][t], policy.act(episode["observation"][t - 1]))
+    assert (episode["discount"] == 1.0).all() and episode["reward"][0] == 0.0
+    np.testing.assert_array_equal(episode["physics"][:, 9:], episode["observation"][:, 15:])
+    observations, rewards = replay_episode(env, episode)
+    assert (np.abs(observations - episode["observation"][1:]).max(axis=1) > 1e-4).sum() <= 2
+    assert (np.abs(rewards - episode["reward"][1:, 0]) > 1e-4).sum() <= 2
+
+
+def test_actions_are_sampled():
+    policy = tiny_policy("walk", 1)
+    episode = play_episode(make_env("walk"), policy, np.random.SeedSequence(0))
+    away = np.abs(episode["action"][1:] - policy.act(episode["observation"][:-1]))
+    assert np.median(away) > 0.05
+
+
+def test_manifest(made, experts_dir):
+    manifest = read_manifest(REPLAY, made)
+    folder = FAMILY.target(REPLAY, made)
+    returns = [episode["reward"].sum(dtype=np.float64) for episode in load_episodes(folder)]
+    assert (manifest["id"], manifest["seed"], manifest["num_episodes"]) == (REPLAY, 0, 3)
+    assert (manifest["episodes"], manifest["transitions"]) == (3, 3000)
+    assert manifest["returns"] == pytest.approx(generation.describe_returns(returns))
+    for index, (name, entry) in enumerate(sorted(manifest["files"].items())):
+        content = (folder.parent / name).read_bytes()
+        assert (entry["sha256"], entry["bytes"]) == (hashlib.sha256(content).hexdigest(), len(content))
+        assert entry["return"] == pytest.approx(returns[index], abs=1e-3)
+    assert set(manifest["policies"]) == {path.name for path in FAMILY.policies(REPLAY, experts_dir)}
+    players = manifest["played_by"]
+    assert list(players) == [f"walker_run_{step}.safetensors" for step in (70_000, 80_000, 90_000)]
+    for player, value in zip(players.values(), returns, strict=True):
+        assert player == {"trained_with": "SAC", "episodes": 1, "mean_return": pytest.approx(value, abs=0.06)}
+    assert "trained with SAC" in manifest["recipe"] and "td3" in manifest["recipe"]
+    assert manifest["replay"]["transitions"] == 1000 and manifest["replay"]["beyond_0.0001"] <= 2
+
+
+@pytest.mark.parametrize(
+    "algorithm, words", [("TD3", "with TD3"), (None, r"with an unknown algorithm \(it has no card")]
+)
+def test_the_manifest_says_what_the_cards_say(algorithm, words, tmp_path):
+    name = "local/walker_walk-td3-medium"
+    (step,) = RECIPES[name].shares
+    write_tiny(tmp_path / "experts", "walk", step, algorithm)
+    make(name, tmp_path, tmp_path / "experts", size=1)
+    assert re.search(f"trained {words}", read_manifest(name, tmp_path)["recipe"])
+
+
+@pytest.mark.parametrize("dataset_id", GENERATED_IDS)
+def test_snapshots_play_in_the_order_of_training_in_their_shares(dataset_id):
+    recipe = RECIPES[dataset_id]
+    assert sum(recipe.shares.values()) == pytest.approx(1.0)
+    assert list(recipe.shares) == sorted(recipe.shares)
+    for size in (1, 2, 3, 7, 100, 1000):
+        steps = snapshot_steps(recipe, size)
+        assert len(steps) == size and steps == sorted(steps)
+    for step, share in recipe.shares.items():
+        assert steps.count(step) / 1000 == pytest.approx(share, abs=0.002)
+
+
+def test_every_id_has_a_recipe():
+    assert set(RECIPES) == set(GENERATED_IDS) == set(FAMILY.ids)
+    assert {recipe.task for recipe in RECIPES.values()} == set(TASKS)
+    for dataset_id, recipe in RECIPES.items():
+        assert f"walker_{recipe.task}-" in dataset_id and FAMILY.default_size(dataset_id) >= 30
+
+
+def test_a_missing_policy_is_named(experts_dir, tmp_path):
+    folder = tmp_path / "experts"
+    folder.mkdir()
+    first, second = FAMILY.policies(MEDIUM, folder)
+    first.write_bytes((experts_dir / first.name).read_bytes())
+    with pytest.raises(UserError, match=f"{second.name}.*python train_expert.py --env walker_run"):
+        make(MEDIUM, tmp_path / "data", folder)
+    second.write_bytes(b"not a policy")
+    with pytest.raises(UserError, match=f"{second.name}: not a policy file"):
+        make(MEDIUM, tmp_path / "data", folder)
+    assert not list((tmp_path / "data").rglob("*.npz"))
+
+
+def test_a_run_that_stops_early_leaves_no_dataset(experts_dir, tmp_path, monkeypatch):
+    written = []
+
+    def write(path, episode):
+        if written:
+            raise OSError(28, "No space left on device", str(path))
+        written.append(path)
+
+    monkeypatch.setattr(walker, "write_episode", write)
+    with pytest.raises(OSError, match="No space left"):
+        make(MEDIUM, tmp_path, experts_dir)
+    assert written and not list(tmp_path.rglob("*.npz"))
+    with pytest.raises(UserError, match="no complete dataset"):
+        ensure_dataset(MEDIUM, tmp_path)
+
+
+@pytest.mark.parametrize("dataset_id", GENERATED_IDS)
+def test_the_shipped_policies_play_at_the_studys_level(dataset_id):
+    recipe, total = RECIPES[dataset_id], 0.0
+    env = make_env(recipe.task)
+    for path, share in zip(
+        FAMILY.policies(dataset_id, experts.DEFAULT_EXPERTS_DIR), recipe.shares.values(), strict=True
+    ):
+        if not path.is_file():
+            pytest.skip(f"{path.name} is not in datasets/experts")
+        policy = experts.read_policy(path)
+        seeds = np.random.SeedSequence(0).spawn(2)
+        total += share * np.mean([play_episode(env, policy, seed)["reward"].sum() for seed in seeds])
+    assert total == pytest.approx(recipe.study_return, rel=0.1)

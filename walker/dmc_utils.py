@@ -1,0 +1,345 @@
+"""dm_control's planar walker as a Gymnasium environment, and the study's episode files.
+
+An episode file has 1001 rows. Row t holds what step t led to, beside the action that led there; row 0 is the reset:
+
+    row             0      1      2     ...  1000
+    observation    o_0    o_1    o_2    ...  o_1000
+    action          0     a_1    a_2    ...  a_1000       a_t was chosen at o_{t-1}
+    reward          0     r_1    r_2    ...  r_1000       r_t and discount d_t came with o_t
+    physics        s_0    s_1    s_2    ...  s_1000       s_t is the state that o_t was observed in
+
+so that a transition takes the observation of the row before: (o_{t-1}, a_t, r_t, d_t, o_t), t = 1 ... 1000.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import math
+import os
+import re
+import struct
+import types
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+
+import utils
+from utils import UserError, one_line
+
+TASKS = ("walk", "run")
+OBSERVATION_DIM = 24
+ACTION_DIM = 6
+PHYSICS_DIM = 18
+EPISODE_STEPS = 1000
+
+# Columns of each array of an episode file; all have EPISODE_STEPS + 1 rows of float32.
+EPISODE_COLUMNS = {"observation": OBSERVATION_DIM, "action": ACTION_DIM, "reward": 1, "discount": 1}
+EPISODE_COLUMNS |= {"physics": PHYSICS_DIM}
+_LIMITS = {"action": (-1.0, 1.0), "reward": (0.0, 1.0), "discount": (0.0, 1.0)}
+_EPISODE_NAME = re.compile(r"episode_(\d{6,})_(\d+)\.npz")
+
+# The study's names say td3 because its collectors were TD3; who collected a local one, its manifest says.
+OFFICIAL_IDS = tuple(f"walker_{task}-td3-{level}" for task in TASKS for level in ("medium", "medium-replay"))
+GENERATED_IDS = tuple(f"local/{name}" for name in OFFICIAL_IDS)
+
+# ----------------------------------------------------------------------------------------------------------------
+# Environment
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def _suite_walker() -> types.ModuleType:
+    """dm_control.suite.walker; raises UserError where dm_control cannot load the renderer that MUJOCO_GL names.
+
+    With MUJOCO_GL unset dm_control takes the first renderer that loads, and does without one where none does; all that
+    a machine without a display notices is GLFW's warning, which is no concern of an environment that draws nothing.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from dm_control.suite import walker
+        except Exception as error:  # a named renderer fails in its own library's ways
+            raise UserError(
+                f"dm_control cannot be imported ({type(error).__name__}: {one_line(error)}); "
+                "unset MUJOCO_GL, or install dm_control"
+            ) from None
+    return walker
+
+
+class WalkerEnv(gymnasium.Env):
+    """walker-walk or walker-run of the DeepMind Control Suite, 1000 steps of 25 ms.
+
+    Observation, float32 [24]: 14 orientations (xx and xz of the 7 bodies' rotations), torso height, 9 velocities.
+    Action, float32 [6]: torques in [-1, 1]; the simulator clips what lies outside.
+    Reward in [0, 1] a step. Nothing terminates; after 1000 steps the episode is truncated.
+    info["physics"], float64 [18]: positions and velocities, which physics.set_state takes.
+
+    Physics, task and their random resets are dm_control's. One step goes to the simulator directly, and reads
+    observation and reward from its arrays: dm_control's named arrays cost as much as half of the simulation.
+    """
+
+    metadata = {"render_modes": []}
+
+    def __init__(self, task: str):
+        if task not in TASKS:
+            raise UserError(f"walker task {task!r}: it is one of {', '.join(TASKS)}")
+        import mujoco
+
+        self.suite_env = getattr(_suite_walker(), task)()
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBSERVATION_DIM,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+        self.move_speed = self.suite_env.task._move_speed
+        self._steps = EPISODE_STEPS
+        self._mujoco = mujoco
+        physics = self.suite_env.physics
+        self._model, self._data = physics.model.ptr, physics.data.ptr
+        self._sub_steps = round(self.suite_env.control_timestep() / physics.timestep())
+        # Views of the simulator's memory, made once.
+        self._control, self._qpos, self._qvel = self._data.ctrl, self._data.qpos, self._data.qvel
+        self._orientations = self._data.xmat[1:, 0:3:2]
+        self._torso_xmat, self._torso_xpos = self._data.xmat[1], self._data.xpos[1]
+        self._velocity, self._warnings = self._data.sensordata, self._data.warning.number
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        """Start an episode; the same seed gives the same state, whatever was done before."""
+        super().reset(seed=seed)
+        if seed is not None:
+            self.suite_env.task.random.seed(self.np_random.integers(2**32, dtype=np.uint32))
+        self.suite_env.reset()
+        self._steps = 0
+        return self._observation(), {"physics": self._physics()}
+
+    def set_physics(self, physics: np.ndarray) -> np.ndarray:
+        """Put the simulator into a state [18] as info["physics"] reports it; returns its observation [24].
+
+        Steps count from here. What the state leaves out, the solver's warm start, changes the next step by less than
+        1e-14; rounding the state to float32, as episode files do, by about 1e-5.
+        """
+        self._mujoco.mj_resetData(self._model, self._data)
+        self._qpos[:], self._qvel[:] = np.split(np.asarray(physics, np.float64), [len(self._qpos)])
+        self._mujoco.mj_step1(self._model, self._data)
+        self._steps = 0
+        return self._observation()
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """One step of 25 ms; raises RuntimeError when the episode is over or the physics diverged."""
+        if self._steps >= EPISODE_STEPS:
+            raise RuntimeError("call reset before the first step and after the last")
+        self._control[:] = action
+        # As dm_control steps: the first half of a simulator step was done at the end of the last call, so that
+        # everything derived from positions and velocities belongs to the state that the observation reports.
+        self._mujoco.mj_step2(self._model, self._data)
+        self._mujoco.mj_step(self._model, self._data, self._sub_steps - 1)
+        self._mujoco.mj_step1(self._model, self._data)
+        if self._warnings.any():
+            raise RuntimeError("the simulation diverged: the action was not finite, or the state has become so")
+        self._steps += 1
+        truncated = self._steps >= EPISODE_STEPS
+        return self._observation(), self._reward(), False, truncated, {"physics": self._physics()}
+
+    def _observation(self) -> np.ndarray:
+        observation = np.empty(OBSERVATION_DIM, np.float32)
+        observation[:14].reshape(7, 2)[:] = self._orientations
+        observation[14] = self._torso_xpos[2]
+        observation[15:] = self._qvel
+        return observation
+
+    def _physics(self) -> np.ndarray:
+        return np.concatenate([self._qpos, self._qvel])
+
+    def _reward(self) -> float:
+        """dm_control's PlanarWalker.get_reward, which a test compares: how well it stands times how fast it moves."""
+        height, upright, speed = self._torso_xpos.item(2), self._torso_xmat.item(8), self._velocity.item(0)
+        # 1 from a height of 1.2 m on, and below it a Gaussian that is 0.1 at 0.6 m.
+        standing = 1.0 if height >= 1.2 else math.exp(math.log(0.1) * ((1.2 - height) / 0.6) ** 2)
+        moving = min(max(speed / self.move_speed, 0.0), 1.0)
+        return (3 * standing + (1 + upright) / 2) / 4 * (5 * moving + 1) / 6
+
+    def close(self) -> None:
+        self.suite_env.close()
+
+
+def make_env(task: str) -> WalkerEnv:
+    """The environment of `walk` or `run`; see WalkerEnv. Raises UserError for another task."""
+    return WalkerEnv(task)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Where datasets are
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def resolve_dataset_dir(dataset_dir: str | os.PathLike | None = None) -> Path:
+    """The dataset folder: the argument, else `datasets` at the top of the repository."""
+    return Path(dataset_dir or Path(__file__).resolve().parent.parent / "datasets").expanduser()
+
+
+def dataset_folder(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> Path:
+    """Folder of a dataset, there or not: `<dataset_dir>/collected_data/<name>`; the episodes lie in its data/.
+
+    Local datasets have a collected_data of their own, `<dataset_dir>/local/collected_data/<name>`. Raises UserError,
+    naming the nearest id that exists.
+    """
+    known = OFFICIAL_IDS + GENERATED_IDS
+    if dataset_id not in known:
+        nearest = difflib.get_close_matches(str(dataset_id), known, n=1, cutoff=0.0)[0]
+        raise UserError(f"--dataset {dataset_id!r} is not a walker dataset; did you mean {nearest!r}?")
+    local, _, name = dataset_id.rpartition("/")
+    return resolve_dataset_dir(dataset_dir) / local / "collected_data" / name
+
+
+def manifest_path(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> Path:
+    """The JSON file beside a local dataset's folder; it is written last."""
+    folder = dataset_folder(dataset_id, dataset_dir)
+    return folder.with_name(f"{folder.name}.json")
+
+
+def ensure_dataset(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> Path:
+    """Folder of a dataset that is there. Raises UserError that says how to get one that is missing or incomplete."""
+    folder = dataset_folder(dataset_id, dataset_dir)
+    if dataset_id in OFFICIAL_IDS:
+        if not (folder / "data").is_dir():
+            raise UserError(
+                f"{dataset_id}: no folder {folder / 'data'}; put the study's collected_data folder into "
+                f"{folder.parent.parent}, or use local/{dataset_id}, which make_dataset.py makes"
+            )
+        return folder
+    if utils.read_manifest(manifest_path(dataset_id, dataset_dir), dataset_id) is None:
+        flag = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
+        raise UserError(
+            f"{dataset_id}: no complete dataset at {folder}; make it with "
+            f"`python make_dataset.py --dataset {dataset_id}{flag}`"
+        )
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Episode files
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class Transitions(NamedTuple):
+    """Rows of one or more episodes, float32: (o, a, r, discount, o')."""
+
+    observations: np.ndarray  # [N, 24]
+    actions: np.ndarray  # [N, 6]
+    rewards: np.ndarray  # [N]
+    discounts: np.ndarray  # [N], 1 throughout where nothing terminates
+    next_observations: np.ndarray  # [N, 24]
+
+
+def episode_transitions(episode: dict[str, np.ndarray]) -> Transitions:
+    """The 1000 transitions of an episode: row i pairs its action with the observation of row i - 1."""
+    return Transitions(
+        observations=episode["observation"][:-1],
+        actions=episode["action"][1:],
+        rewards=episode["reward"][1:, 0],
+        discounts=episode["discount"][1:, 0],
+        next_observations=episode["observation"][1:],
+    )
+
+
+def episode_path(folder: str | os.PathLike, index: int) -> Path:
+    """`<folder>/data/episode_<index>_<steps>.npz`, the folder being a dataset's."""
+    return Path(folder) / "data" / f"episode_{index:06d}_{EPISODE_STEPS}.npz"
+
+
+def write_episode(path: str | os.PathLike, episode: dict[str, np.ndarray]) -> None:
+    """Check an episode and write it, whole or not at all; equal arrays give equal bytes. See `read_episode`."""
+    _check_episode(Path(path), episode)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{key: episode[key] for key in EPISODE_COLUMNS})  # it dates the members 1980
+    utils.write_bytes_atomic(path, buffer.getvalue())
+
+
+def read_episode(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Read and check an episode file: float32 arrays of 1001 rows, with the columns of EPISODE_COLUMNS.
+
+    Raises UserError naming the file and the fault: a name of another kind, a length in the name that is not that of
+    the rows, an unreadable file, a key missing, another shape or type, NaN, actions outside [-1, 1], rewards or
+    discounts outside [0, 1], a first row that is not a reset's.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; check --data_dir")
+        with open(path, "rb"):  # is_zipfile would take a file without read permission for a damaged one
+            pass
+        if not zipfile.is_zipfile(path):
+            raise _bad_episode(path, "not an npz archive, or cut short")
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in EPISODE_COLUMNS if key not in archive.files]
+            if missing:
+                raise _bad_episode(path, f"no array {missing[0]!r} (it holds {', '.join(archive.files) or 'nothing'})")
+            episode = {key: archive[key] for key in EPISODE_COLUMNS}
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it; change that, or --data_dir") from None
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, struct.error) as error:
+        fault = f"not a readable npz of plain arrays ({one_line(error) or type(error).__name__})"
+        raise _bad_episode(path, fault) from None
+    _check_episode(path, episode)
+    return episode
+
+
+def _check_episode(path: Path, episode: dict[str, np.ndarray]) -> None:
+    """Raise UserError for the first fault; see `read_episode`."""
+    name = _EPISODE_NAME.fullmatch(path.name)
+    if name is None:
+        raise _bad_episode(path, "the name is not episode_<index>_<steps>.npz, the index of six digits")
+    for key, columns in EPISODE_COLUMNS.items():
+        array = episode[key]
+        if array.dtype != np.float32:
+            raise _bad_episode(path, f"{key} has type {array.dtype}, expected float32")
+        if array.shape != (EPISODE_STEPS + 1, columns):
+            raise _bad_episode(path, f"{key} has shape {array.shape}, expected {(EPISODE_STEPS + 1, columns)}")
+        finite = np.isfinite(array).all(axis=1)
+        if not finite.all():
+            raise _bad_episode(path, f"{key} row {int(np.argmin(finite))} holds NaN or infinity")
+        low, high = _LIMITS.get(key, (-np.inf, np.inf))
+        inside = ((array >= low - 1e-5) & (array <= high + 1e-5)).all(axis=1)
+        if not inside.all():
+            raise _bad_episode(path, f"{key} row {int(np.argmin(inside))} lies outside [{low:g}, {high:g}]")
+    if int(name[2]) != EPISODE_STEPS:
+        raise _bad_episode(path, f"the name says {name[2]} steps, the file has {EPISODE_STEPS}")
+    if episode["action"][0].any() or episode["reward"][0].any():
+        raise _bad_episode(path, "row 0 has an action or a reward, but nothing led to the reset: rows are out of line")
+
+
+def _bad_episode(path: Path, fault: str) -> UserError:
+    return UserError(f"{path}: {fault}; delete or replace the file (a local/ dataset: make_dataset.py --overwrite)")
+
+
+def load_episodes(folder: str | os.PathLike) -> list[dict[str, np.ndarray]]:
+    """Every episode of a dataset's folder, in the order of their indices; see `read_episode`.
+
+    Raises UserError for a folder without episodes and for the first bad file.
+    """
+    data = Path(folder) / "data"
+    try:
+        paths = [path for path in data.iterdir() if path.suffix == ".npz"]
+    except OSError as error:
+        raise UserError(f"{data}: cannot list the episodes ({error.strerror}); check --data_dir") from None
+    if not paths:
+        raise UserError(f"{data}: no episode_<index>_<steps>.npz in it; check --data_dir")
+    return [read_episode(path) for path in sorted(paths, key=lambda path: (len(path.name), path.name))]
+
+
+def replay_episode(env: WalkerEnv, episode: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """What the simulator makes of each transition: from physics row t - 1, action row t.
+
+    Returns observations [1000, 24] and rewards [1000], float32, to compare with rows 1 to 1000 of the episode. They
+    agree to 1e-4, but for about one row in ten thousand where float32 rounding decides whether a foot touches down
+    within the step or after it.
+    """
+    observations, rewards = [], []
+    for physics, action in zip(episode["physics"][:-1], episode["action"][1:], strict=True):
+        env.set_physics(physics)
+        observation, reward, *_ = env.step(action)
+        observations.append(observation)
+        rewards.append(reward)
+    return np.stack(observations), np.array(rewards, np.float32)
