@@ -1,0 +1,520 @@
+"""Expert policies: small files of MLP weights with a card each, their environments, and how their returns are measured.
+
+A policy file `<env>_<step>.safetensors` holds float32 matrices [in, out] and biases [out] under the names
+
+    hidden.0.weight, hidden.0.bias, hidden.1.weight, ...    mean.weight, mean.bias    log_std.weight, log_std.bias
+
+and one metadata entry, "policy", a JSON object of the other fields of `Policy`. A deterministic policy (TD3) has no
+log_std; its exploration noise is added to the action. The card `<env>_<step>.json` beside it says where the policy
+came from and what it returns.
+
+Acting takes NumPy alone, because data generation asks for one action at a time: torch would spend more on the call
+than on the arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+import d4rl_utils
+from utils import UserError, one_line, progress, write_bytes_atomic, write_text_atomic
+from walker import dmc_utils
+
+DEFAULT_EXPERTS_DIR = Path(__file__).resolve().parent.parent / "datasets" / "experts"
+CARD_EPISODES = 100  # episodes behind the returns of a card
+CARD_SEED = 0  # of those episodes
+
+# ----------------------------------------------------------------------------------------------------------------
+# Environments
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class DirectionalEnv(gymnasium.Wrapper):
+    """Walk along a direction that changes: OGBench's protocol for training locomotion policies.
+
+    The observation is the robot's, without its position, followed by a unit vector [2]. A new direction comes with
+    each episode and every `interval` steps; the step after which it changes is still paid for the old one. The reward
+    is the displacement along the direction in metres, unless `reward` makes another of it.
+
+    OGBench's own wrapper (ogbench.online_locomotion.wrappers) draws the directions from NumPy's global generator;
+    here they come from the environment's, so that a seed fixes them.
+    """
+
+    def __init__(self, env: gymnasium.Env, interval: int, reward: Callable[[Any, float], float] | None = None):
+        super().__init__(env)
+        self.interval, self.scaled_reward = interval, reward
+        self.direction, self.steps = np.zeros(2), 0
+        size = env.observation_space.shape[0] + 2
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float64)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        self.steps = 0
+        self._turn()
+        return np.concatenate([observation, self.direction]), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        robot = self.unwrapped
+        before = robot.data.qpos[:2].copy()
+        observation, _, terminated, truncated, info = self.env.step(action)
+        reward = float((robot.data.qpos[:2] - before) @ self.direction)
+        if self.scaled_reward is not None:
+            reward = self.scaled_reward(robot, reward)
+        self.steps += 1
+        if self.steps % self.interval == 0:
+            self._turn()
+        return np.concatenate([observation, self.direction]), reward, terminated, truncated, info
+
+    def _turn(self) -> None:
+        direction = self.np_random.standard_normal(2)
+        self.direction = direction / np.linalg.norm(direction)
+
+
+def _standing_reward(robot: Any, displacement: float) -> float:
+    """OGBench's reward of the directional humanoid: how well it stands, times 1 + 100 * displacement."""
+    from ogbench.online_locomotion.humanoid import tolerance
+
+    height, upright = robot.data.xpos[2, 2], robot.data.xmat[1, 8]  # of the head; of the torso, its zz entry
+    standing = tolerance(height, bounds=(1.4, math.inf), margin=1.4 / 4)
+    vertical = tolerance(upright, bounds=(0.9, math.inf), margin=1.9, sigmoid="linear", value_at_margin=0)
+    return float(standing * vertical * (1 + 100 * displacement))
+
+
+def _directional(env_id: str, interval: int, reward: Callable[[Any, float], float] | None = None) -> gymnasium.Env:
+    import ogbench.online_locomotion  # noqa: F401  (registers the robots)
+
+    return DirectionalEnv(gymnasium.make(env_id, disable_env_checker=True), interval, reward)
+
+
+def _d4rl(robot: str) -> gymnasium.Env:
+    return d4rl_utils.make_env(f"{robot}-medium-v2")  # the same environment for every level
+
+
+@dataclass(frozen=True)
+class ExpertEnv:
+    """An environment that a policy can be trained in."""
+
+    simulator: str  # whose environment it is
+    packages: tuple[str, ...]  # whose versions the returns depend on
+    observation: str  # what the policy sees, in its order
+    observation_dim: int
+    action_dim: int
+    reward: str  # what a step pays
+    factory: Callable[[], gymnasium.Env]
+
+
+_GYM = ("gymnasium", "mujoco")
+_GYM_REWARD = "forward velocity and a bonus for being healthy, minus the control cost"
+_CHEETAH_REWARD = "forward velocity minus the control cost"
+_PLANAR = "qpos[1:], qvel"
+_WALKER = "orientations [14], height, qvel [9]"
+_WALKER_REWARD = "dm_control's, in [0, 1]"
+
+ENVIRONMENTS: dict[str, ExpertEnv] = {
+    "ant-xy": ExpertEnv(
+        "OGBench online-ant-v0, a new direction every 100 steps",
+        (*_GYM, "ogbench"),
+        "qpos[2:15], qvel[0:14], unit direction [2]",
+        29,
+        8,
+        "displacement along the direction in metres",
+        functools.partial(_directional, "online-ant-v0", 100),
+    ),
+    "humanoid-xy": ExpertEnv(
+        "OGBench online-humanoid-v0, a new direction every 200 steps",
+        (*_GYM, "ogbench"),
+        "joint angles [21], head height, extremities [12], torso vertical [3], centre-of-mass velocity [3], qvel [27], "
+        "unit direction [2]",
+        69,
+        21,
+        "how well it stands, times 1 + 100 * the displacement along the direction in metres",
+        functools.partial(_directional, "online-humanoid-v0", 200, _standing_reward),
+    ),
+    "hopper": ExpertEnv(
+        "Gymnasium Hopper-v4",
+        _GYM,
+        f"{_PLANAR} clipped to [-10, 10]",
+        11,
+        3,
+        _GYM_REWARD,
+        functools.partial(_d4rl, "hopper"),
+    ),
+    "halfcheetah": ExpertEnv(
+        "Gymnasium HalfCheetah-v4",
+        _GYM,
+        _PLANAR,
+        17,
+        6,
+        _CHEETAH_REWARD,
+        functools.partial(_d4rl, "halfcheetah"),
+    ),
+    "walker2d": ExpertEnv(
+        "Gymnasium Walker2d-v4",
+        _GYM,
+        f"{_PLANAR} clipped to [-10, 10]",
+        17,
+        6,
+        _GYM_REWARD,
+        functools.partial(_d4rl, "walker2d"),
+    ),
+    "walker_walk": ExpertEnv(
+        "dm_control walker-walk",
+        ("dm_control", "mujoco"),
+        _WALKER,
+        24,
+        6,
+        _WALKER_REWARD,
+        functools.partial(dmc_utils.make_env, "walk"),
+    ),
+    "walker_run": ExpertEnv(
+        "dm_control walker-run",
+        ("dm_control", "mujoco"),
+        _WALKER,
+        24,
+        6,
+        _WALKER_REWARD,
+        functools.partial(dmc_utils.make_env, "run"),
+    ),
+}
+
+
+def expert_env(env: str) -> ExpertEnv:
+    """The registered environment of that name. Raises UserError for a name that is not there."""
+    if env not in ENVIRONMENTS:
+        raise UserError(f"--env {env}: no such environment; choose one of {', '.join(ENVIRONMENTS)}")
+    return ENVIRONMENTS[env]
+
+
+def make_expert_env(env: str) -> gymnasium.Env:
+    """The environment that `env`'s policies were trained in, 1000 steps an episode at most.
+
+    Raises UserError for a name that is not in ENVIRONMENTS.
+    """
+    return expert_env(env).factory()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Policies
+# ----------------------------------------------------------------------------------------------------------------
+
+_GELU_SCALE = np.float32(math.sqrt(2 / math.pi))
+
+
+def _gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), the form that JAX takes by default."""
+    inner = x * x
+    inner *= np.float32(0.044715)
+    inner += np.float32(1)
+    inner *= x
+    inner *= _GELU_SCALE
+    np.tanh(inner, out=inner)
+    inner += np.float32(1)
+    inner *= x
+    inner *= np.float32(0.5)
+    return inner
+
+
+def _relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, np.float32(0))
+
+
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"gelu_tanh": _gelu_tanh, "relu": _relu, "tanh": np.tanh}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An MLP whose output goes through tanh: a squashed Gaussian (SAC), or a mean with noise added to it (TD3).
+
+    `weights` maps the names of the module's docstring to float32 arrays, matrices [in, out]. Raises ValueError where
+    they do not form a network.
+    """
+
+    env: str  # name in ENVIRONMENTS
+    step: int  # environment steps it was trained for
+    weights: dict[str, np.ndarray]
+    activation: str = "relu"  # of the hidden layers, a name in ACTIVATIONS
+    log_std_min: float = -20.0  # bounds of the Gaussian's log standard deviation
+    log_std_max: float = 2.0
+    noise: float = 0.0  # standard deviation of the noise on the action of a policy without log_std
+    observation: str = ""  # layout of what it sees, in words
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if not self.log_std_min < self.log_std_max or not self.noise >= 0:
+            raise ValueError("log_std_min must lie below log_std_max, and noise must not be negative")
+        layers = [_layer(self.weights, f"hidden.{index}") for index in range(self.depth)]
+        mean = _layer(self.weights, "mean")
+        sizes = [(weight.shape[0], weight.shape[1]) for weight, _ in (*layers, mean)]
+        if any(before[1] != after[0] for before, after in zip(sizes[:-1], sizes[1:], strict=True)):
+            raise ValueError(f"layers of {sizes} do not follow one another")
+        log_std = _layer(self.weights, "log_std") if self.stochastic else None
+        if log_std is not None and log_std[0].shape != mean[0].shape:
+            raise ValueError(f"log_std is {log_std[0].shape}, mean is {mean[0].shape}")
+        known = {f"{name}.{part}" for name in self.layer_names for part in ("weight", "bias")}
+        unknown = sorted(set(self.weights) - known)
+        if unknown:
+            raise ValueError(f"array {unknown[0]!r} has no place in the network")
+        # The dataclass is frozen; this is what `act` reads.
+        object.__setattr__(self, "_network", (tuple(layers), mean, log_std, ACTIVATIONS[self.activation]))
+
+    @property
+    def depth(self) -> int:
+        """Number of hidden layers."""
+        return sum(name.startswith("hidden.") and name.endswith(".weight") for name in self.weights)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it is a Gaussian (SAC), not a mean alone (TD3)."""
+        return "log_std.weight" in self.weights
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Layers from the input to the outputs."""
+        return [f"hidden.{index}" for index in range(self.depth)] + ["mean"] + ["log_std"] * self.stochastic
+
+    @property
+    def observation_dim(self) -> int:
+        return self.weights[f"{self.layer_names[0]}.weight"].shape[0]
+
+    @property
+    def action_dim(self) -> int:
+        return self.weights["mean.bias"].shape[0]
+
+    def act(self, observation: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Actions in [-1, 1], float32: [action_dim] for [observation_dim], [n, action_dim] for [n, observation_dim].
+
+        The mean's when `rng` is None, else a sample. In float32, so a row of a batch may differ from the same
+        observation alone in the last bit.
+        """
+        layers, mean, log_std, activation = self._network
+        hidden = np.asarray(observation, dtype=np.float32)
+        for weight, bias in layers:
+            hidden = hidden @ weight
+            hidden += bias
+            hidden = activation(hidden)
+        action = hidden @ mean[0]
+        action += mean[1]
+        if rng is None:
+            return np.tanh(action, out=action)
+        noise = rng.standard_normal(action.shape)
+        if log_std is None:
+            return np.clip(np.tanh(action) + self.noise * noise, -1.0, 1.0).astype(np.float32)
+        scale = hidden @ log_std[0]
+        scale += log_std[1]
+        np.exp(np.clip(scale, self.log_std_min, self.log_std_max, out=scale), out=scale)
+        scale *= noise.astype(np.float32)
+        action += scale
+        return np.tanh(action, out=action)
+
+
+def _layer(weights: dict[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Weight [in, out] and bias [out] of a layer, or ValueError."""
+    for part, ndim in (("weight", 2), ("bias", 1)):
+        array = weights.get(f"{name}.{part}")
+        if array is None:
+            raise ValueError(f"no array {name}.{part}")
+        if array.dtype != np.float32 or array.ndim != ndim or 0 in array.shape:
+            raise ValueError(
+                f"{name}.{part} is {array.dtype} {list(array.shape)}, expected float32, {ndim}-dimensional"
+            )
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name}.{part} holds NaN or infinity")
+    weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+    if weight.shape[1] != len(bias):
+        raise ValueError(f"{name}.weight is {list(weight.shape)}, {name}.bias {list(bias.shape)}")
+    return weight, bias
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def policy_path(experts_dir: str | Path, env: str, step: int) -> Path:
+    """`<experts_dir>/<env>_<step>.safetensors`, whether or not it is there."""
+    return Path(experts_dir) / f"{env}_{step}.safetensors"
+
+
+def card_path(policy_file: str | Path) -> Path:
+    """The card beside a policy file."""
+    return Path(policy_file).with_suffix(".json")
+
+
+def _settings(policy: Policy) -> dict[str, Any]:
+    return {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy) if field.name != "weights"}
+
+
+def write_policy(path: str | Path, policy: Policy) -> None:
+    """Write a policy file as a whole; equal policies give equal bytes. Raises OSError that names the file."""
+    from safetensors.numpy import save
+
+    weights = {name: np.ascontiguousarray(array) for name, array in policy.weights.items()}
+    # safetensors keeps no order among metadata entries, so there is one.
+    write_bytes_atomic(path, save(weights, {"policy": json.dumps(_settings(policy), sort_keys=True)}))
+
+
+def read_policy(path: str | Path) -> Policy:
+    """Read and check a policy file. Raises UserError in one line where it is missing, damaged or of another kind."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this policy file ({error.strerror}); check --experts_dir") from None
+    try:
+        weights, settings = _parse(data)
+        policy = Policy(weights=weights, **settings)
+        sizes = [policy.observation_dim, policy.action_dim]
+        known = ENVIRONMENTS.get(policy.env)
+        if known is None:
+            raise ValueError(f"its environment is {policy.env!r}")
+        if sizes != [known.observation_dim, known.action_dim]:
+            raise ValueError(f"observations and actions of {sizes} numbers are not {policy.env}'s")
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise UserError(
+            f"{path}: not a policy file of this program ({one_line(error)}); delete it, and copy or train it again"
+        ) from None
+    return policy
+
+
+def _parse(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and settings of a policy file's bytes, or ValueError."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        weights = load(data)
+    except SafetensorError as error:
+        raise ValueError(error) from None
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    settings = json.loads(header.get("__metadata__", {}).get("policy", "null"))
+    if not isinstance(settings, dict):
+        raise ValueError("no metadata entry 'policy'")
+    kinds = {"env": str, "step": int, "activation": str, "observation": str}
+    for name, kind in kinds.items():
+        if type(settings.get(name)) is not kind:
+            raise ValueError(f"{name} is {settings.get(name)!r}")
+    for name in ("log_std_min", "log_std_max", "noise"):
+        settings[name] = float(settings[name])
+    return weights, settings
+
+
+def read_card(policy_file: str | Path) -> dict[str, Any]:
+    """The card beside a policy file. Raises UserError where it is missing or not JSON."""
+    path = card_path(policy_file)
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read the card of {Path(policy_file).name} ({error.strerror}); write it with "
+            f"`python train_expert.py --evaluate {policy_file}`"
+        ) from None
+    except ValueError:
+        card = None
+    if not isinstance(card, dict):
+        raise UserError(f"{path}: not a policy's card; delete it and run `python train_expert.py --evaluate`")
+    return card
+
+
+def write_card(policy_file: str | Path, facts: dict[str, Any], returns: dict[str, Any]) -> dict[str, Any]:
+    """Write the card beside a policy file and return it.
+
+    Args:
+        facts: algorithm, recipe, seed and what else only the one who trained it knows.
+        returns: "deterministic" and "stochastic" -> what `evaluate_policy` returned.
+    """
+    policy = read_policy(policy_file)
+    registered = ENVIRONMENTS[policy.env]
+    hidden = [policy.weights[f"hidden.{index}.bias"].shape[0] for index in range(policy.depth)]
+    card = {
+        "policy": Path(policy_file).name,
+        "sha256": hashlib.sha256(Path(policy_file).read_bytes()).hexdigest(),
+        "environment": policy.env,
+        "simulator": registered.simulator,
+        "reward": registered.reward,
+        "observation": policy.observation or registered.observation,
+        "steps": policy.step,
+        **facts,
+        "hidden": hidden,
+        "activation": policy.activation,
+        "log_std": [policy.log_std_min, policy.log_std_max] if policy.stochastic else None,
+        "returns": {kind: {key: round(value, 4) for key, value in result.items()} for kind, result in returns.items()},
+        "measured_with": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("numpy", *registered.packages)},
+        },
+    }
+    write_text_atomic(card_path(policy_file), json.dumps(card, indent=2) + "\n")
+    return card
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_policy(
+    policy: Policy,
+    episodes: int = CARD_EPISODES,
+    seed: int = CARD_SEED,
+    stochastic: bool = False,
+    env: gymnasium.Env | None = None,
+    show: bool = False,
+) -> dict[str, Any]:
+    """Returns of `episodes` episodes in the policy's own environment (or `env`), as the card shows them.
+
+    Episode i has the seed (seed, i), whatever the policy, so that policies meet the same starts. Nothing is drawn
+    from a global generator. `show` shows a bar.
+    """
+    own = make_expert_env(policy.env) if env is None else env
+    indices: Iterable[int] = range(episodes)
+    if show:
+        kind = "stochastic" if stochastic else "deterministic"
+        indices = progress(indices, f"{policy.env}_{policy.step} {kind}", unit="episode")
+    try:
+        results = [_episode(policy, own, np.random.SeedSequence(seed, spawn_key=(i,)), stochastic) for i in indices]
+    finally:
+        if env is None:
+            own.close()
+    returns, lengths = (np.array(column) for column in zip(*results, strict=True))
+    return {
+        "episodes": episodes,
+        "seed": seed,
+        **quantiles(returns),
+        "mean_length": float(lengths.mean()),
+        "reward_per_step": float(returns.sum() / lengths.sum()),
+    }
+
+
+def quantiles(values: np.ndarray) -> dict[str, float]:
+    """Mean, standard deviation (of the sample as it is, ddof 0), minimum, quartiles and maximum."""
+    low, first, median, third, high = np.percentile(values, (0, 25, 50, 75, 100)).tolist()
+    spread = {"min": low, "25%": first, "50%": median, "75%": third, "max": high}
+    return {"mean": float(np.mean(values)), "std": float(np.std(values)), **spread}
+
+
+def _episode(policy: Policy, env: gymnasium.Env, seed: np.random.SeedSequence, stochastic: bool) -> tuple[float, int]:
+    """Return and number of steps of one episode."""
+    start, noise = seed.spawn(2)
+    rng = np.random.default_rng(noise) if stochastic else None
+    observation, _ = env.reset(seed=int(start.generate_state(1)[0]))
+    total, steps, done = 0.0, 0, False
+    while not done:
+        observation, reward, terminated, truncated, _ = env.step(policy.act(observation, rng))
+        total += float(reward)
+        steps += 1
+        done = terminated or truncated
+    return total, steps

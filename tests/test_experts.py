@@ -1,0 +1,307 @@
+"""Policy files and their environments: what is written is read back and acts as the network does; cards are true."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save
+
+from benchmark_data import experts
+from benchmark_data.experts import ENVIRONMENTS, Policy, evaluate_policy, make_expert_env, read_policy, write_policy
+from utils import UserError
+
+SHIPPED = sorted(experts.DEFAULT_EXPERTS_DIR.glob("*.safetensors"))
+MAX_SHIPPED_BYTES = 8_000_000
+
+
+def network(sizes=(11, 32, 32, 3), gaussian=True, seed=0):
+    """Random float32 weights of an MLP; the log standard deviations go beyond any bounds."""
+    rng = np.random.default_rng(seed)
+    names = [f"hidden.{index}" for index in range(len(sizes) - 2)] + ["mean"]
+    shapes = dict(zip(names, zip(sizes[:-1], sizes[1:], strict=True), strict=True))
+    weights = {}
+    for name, shape in (shapes | ({"log_std": shapes["mean"]} if gaussian else {})).items():
+        scale = 30.0 if name == "log_std" else 1.0
+        weights[f"{name}.weight"] = (scale * rng.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
+        weights[f"{name}.bias"] = (0.1 * rng.standard_normal(shape[1])).astype(np.float32)
+    return weights
+
+
+def hopper_policy(**settings):
+    return Policy("hopper", 7, **{"weights": network(), "activation": "gelu_tanh", "log_std_min": -5.0} | settings)
+
+
+def reference(policy, observation):
+    """Mean before tanh and log standard deviation in float64, from the formulas."""
+    activations = {
+        "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+        "relu": lambda x: np.where(x > 0, x, 0),
+        "tanh": np.tanh,
+    }
+    weights = {name: array.astype(np.float64) for name, array in policy.weights.items()}
+    x = observation.astype(np.float64)
+    for index in range(policy.depth):
+        x = activations[policy.activation](x @ weights[f"hidden.{index}.weight"] + weights[f"hidden.{index}.bias"])
+    mean = x @ weights["mean.weight"] + weights["mean.bias"]
+    log_std = x @ weights["log_std.weight"] + weights["log_std.bias"] if policy.stochastic else None
+    return mean, log_std
+
+
+# --- acting ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", sorted(experts.ACTIVATIONS))
+def test_act_is_the_network(activation):
+    policy = hopper_policy(activation=activation)
+    observations = np.random.default_rng(1).standard_normal((50, 11)).astype(np.float32)
+    mean, log_std = reference(policy, observations)
+    assert log_std.min() < -5 and log_std.max() > 2, "the bounds are to be tried"
+    batch = policy.act(observations)
+    assert batch.dtype == np.float32 and batch.shape == (50, 3)
+    np.testing.assert_allclose(batch, np.tanh(mean), atol=1e-5)
+    samples = policy.act(observations, np.random.default_rng(2))
+    noise = np.random.default_rng(2).standard_normal((50, 3))
+    expected = np.tanh(mean + np.exp(np.clip(log_std, -5, 2)) * noise)
+    # A standard deviation of e^2 amplifies the rounding of log_std.
+    np.testing.assert_allclose(samples, expected, atol=1e-4)
+    one = policy.act(observations[0].astype(np.float64))  # as an environment gives it
+    assert one.shape == (3,) and one.dtype == np.float32
+    np.testing.assert_allclose(one, batch[0], atol=1e-6)
+
+
+def test_act_leaves_its_input_alone():
+    policy, observation = hopper_policy(), np.ones(11, np.float32)
+    policy.act(observation, np.random.default_rng(0))
+    np.testing.assert_array_equal(observation, 1)
+
+
+def test_a_deterministic_policy_adds_its_noise_to_the_action():
+    policy = hopper_policy(weights=network(gaussian=False), noise=0.5)
+    observations = np.random.default_rng(1).standard_normal((200, 11)).astype(np.float32)
+    mean = policy.act(observations)
+    np.testing.assert_allclose(mean, np.tanh(reference(policy, observations)[0]), atol=1e-5)
+    noise = np.random.default_rng(3).standard_normal((200, 3))
+    samples = policy.act(observations, np.random.default_rng(3))
+    np.testing.assert_allclose(samples, np.clip(mean + 0.5 * noise, -1, 1), atol=1e-6)
+    assert samples.dtype == np.float32 and np.abs(samples).max() == 1
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path):
+    policy = hopper_policy(noise=0.25, observation="what it sees")
+    path = experts.policy_path(tmp_path, "hopper", 7)
+    assert path.name == "hopper_7.safetensors"
+    write_policy(path, policy)
+    again = read_policy(path)
+    assert {name: getattr(again, name) for name in ("env", "step", "activation", "observation", "noise")} == {
+        "env": "hopper",
+        "step": 7,
+        "activation": "gelu_tanh",
+        "observation": "what it sees",
+        "noise": 0.25,
+    }
+    assert (again.log_std_min, again.log_std_max, again.observation_dim, again.action_dim) == (-5, 2, 11, 3)
+    assert set(again.weights) == set(policy.weights)
+    for name, array in policy.weights.items():
+        np.testing.assert_array_equal(again.weights[name], array)
+    write_policy(tmp_path / "again.safetensors", again)
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["again.safetensors", "hopper_7.safetensors"]
+
+
+def damaged_files():
+    """What is wrong -> bytes of a policy file with that fault, and words of the message."""
+    good, settings = network(), {"env": "hopper", "step": 1, "activation": "relu", "observation": "", "noise": 0.0}
+    settings |= {"log_std_min": -20.0, "log_std_max": 2.0}
+
+    def file(changes=None, left_out=(), **other):
+        weights = {name: array for name, array in (good | (changes or {})).items() if name not in left_out}
+        return save(weights, {"policy": json.dumps(settings | other)})
+
+    bias = good["mean.bias"]
+    return {
+        "empty": (b"", "not a policy file"),
+        "text": (b"hello, this is no policy at all", "not a policy file"),
+        "cut": (file()[:-40], "not a policy file"),
+        "no metadata": (save(good), "'policy'"),
+        "no settings": (save(good, {"policy": "[1]"}), "'policy'"),
+        "NaN": (file({"mean.bias": bias * np.float32(np.nan)}), "NaN"),
+        "float64": (file({"mean.bias": bias.astype(np.float64)}), "float64"),
+        "missing": (file(left_out=["mean.bias"]), "no array mean.bias"),
+        "half a head": (file(left_out=["log_std.bias"]), "no array log_std.bias"),
+        "extra": (file({"other": bias}), "'other'"),
+        "chain": (file({"hidden.1.weight": np.ones((31, 32), np.float32)}), "follow"),
+        "bias": (file({"mean.bias": np.ones(4, np.float32)}), "mean.bias"),
+        "activation": (file(activation="swish"), "swish"),
+        "environment": (file(env="cartpole"), "cartpole"),
+        "sizes": (file(env="walker2d"), "walker2d"),
+        "bounds": (file(log_std_min=3.0), "log_std_min"),
+        "not a number": (file(log_std_min=float("nan")), "log_std_min"),
+        "step": (file(step="many"), "step"),
+        "unknown setting": (file(colour="red"), "colour"),
+    }
+
+
+@pytest.mark.parametrize("fault", sorted(damaged_files()))
+def test_a_wrong_file_is_refused_in_one_line(tmp_path, fault):
+    data, words = damaged_files()[fault]
+    path = tmp_path / "hopper_1.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(UserError) as error:
+        read_policy(path)
+    assert str(path) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="hopper_1.safetensors.*--experts_dir"):
+        read_policy(tmp_path / "hopper_1.safetensors")
+
+
+def test_cards(tmp_path):
+    path = tmp_path / "hopper_7.safetensors"
+    write_policy(path, hopper_policy())
+    with pytest.raises(UserError, match="hopper_7.json.*train_expert.py --evaluate"):
+        experts.read_card(path)
+    result = {"episodes": 2, "seed": 0, "mean": 1 / 3}
+    written = experts.write_card(path, {"algorithm": "none", "seed": 5}, {"deterministic": result})
+    assert experts.read_card(path) == written
+    assert written["returns"] == {"deterministic": {"episodes": 2, "seed": 0, "mean": 0.3333}}
+    assert (written["environment"], written["steps"], written["algorithm"], written["seed"]) == ("hopper", 7, "none", 5)
+    assert written["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (written["hidden"], written["log_std"]) == ([32, 32], [-5, 2])
+    assert {"python", "numpy", "gymnasium", "mujoco"} == set(written["measured_with"])
+    experts.card_path(path).write_text("[1")
+    with pytest.raises(UserError, match="hopper_7.json"):
+        experts.read_card(path)
+
+
+# --- environments ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(ENVIRONMENTS))
+def test_environments_are_as_registered(name):
+    env, registered = make_expert_env(name), ENVIRONMENTS[name]
+    observation, _ = env.reset(seed=3)
+    again, _ = env.reset(seed=3)
+    np.testing.assert_array_equal(observation, again)
+    assert observation.shape == env.observation_space.shape == (registered.observation_dim,)
+    assert env.action_space.shape == (registered.action_dim,)
+    assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
+    env.close()
+
+
+def test_an_unknown_environment_is_refused():
+    with pytest.raises(UserError, match="--env cartpole.*hopper"):
+        make_expert_env("cartpole")
+
+
+@pytest.mark.parametrize(("name", "interval"), [("ant-xy", 100), ("humanoid-xy", 200)])
+def test_directions_follow_ogbench(name, interval):
+    """The same robot, actions and directions in OGBench's wrapper give the same observations and rewards."""
+    from ogbench.online_locomotion.wrappers import DMCHumanoidXYWrapper, GymXYWrapper
+
+    kind = {"ant-xy": GymXYWrapper, "humanoid-xy": DMCHumanoidXYWrapper}[name]
+    ours, rng = make_expert_env(name), np.random.default_rng(0)
+    theirs = kind(make_expert_env(name).env, resample_interval=interval)
+    observation, _ = ours.reset(seed=4)
+    theirs.reset(seed=4)
+    directions = [observation[-2:]]
+    for _ in range(interval + 20):
+        action = rng.uniform(-0.3, 0.3, ours.action_space.shape)
+        theirs.z = directions[-1]
+        observation, reward, terminated, truncated, _ = ours.step(action)
+        expected, expected_reward, *_ = theirs.step(action)
+        np.testing.assert_array_equal(observation[:-2], expected[:-2])
+        assert reward == pytest.approx(expected_reward, abs=1e-12)
+        assert not terminated and not truncated
+        directions.append(observation[-2:])
+    changes = [index for index in range(1, len(directions)) if (directions[index] != directions[index - 1]).any()]
+    assert changes == [interval]
+    np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1)
+
+
+def test_directions_come_from_the_seed_alone():
+    env, starts = make_expert_env("ant-xy"), []
+    for seed in (1, 1, 2):
+        np.random.seed(len(starts))
+        observation, _ = env.reset(seed=seed)
+        starts.append(observation)
+        np.testing.assert_array_equal(observation[:13], env.unwrapped.data.qpos[2:])
+    np.testing.assert_array_equal(starts[0], starts[1])
+    assert (starts[0][-2:] != starts[2][-2:]).all()
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_is_reproducible_and_draws_nothing_global():
+    policy = hopper_policy()
+    before = np.random.get_state()[1].copy()
+    results = [evaluate_policy(policy, 4, seed=1, stochastic=stochastic) for stochastic in (True, True, False)]
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
+    assert results[0] == results[1] != results[2]
+    assert results[0]["episodes"] == 4 and results[0]["std"] > 0
+    # Episodes do not depend on how many there are.
+    assert results[2]["min"] <= evaluate_policy(policy, 1, seed=1)["mean"] <= results[2]["max"]
+    assert evaluate_policy(policy, 4, seed=2) != results[2]
+
+
+def test_evaluation_counts_rewards_and_steps():
+    import gymnasium
+
+    class Counter(gymnasium.Env):
+        """Episode n (from 1) pays 2 a step for n steps; every other one is cut, not ended."""
+
+        episode = 0
+
+        def reset(self, *, seed=None, options=None):
+            self.episode, self.left = self.episode + 1, self.episode + 1
+            return np.zeros(11), {}
+
+        def step(self, action):
+            self.left -= 1
+            over, cut = self.left == 0, self.episode % 2 == 0
+            return np.zeros(11), 2.0, over and not cut, over and cut, {}
+
+    result = evaluate_policy(hopper_policy(), 4, env=Counter())
+    assert (result["min"], result["mean"], result["max"], result["50%"]) == (2, 5, 8, 5)
+    assert result["mean_length"] == 2.5 and result["reward_per_step"] == 2
+    assert result["std"] == pytest.approx(np.std([2, 4, 6, 8]))
+
+
+# --- what is shipped -------------------------------------------------------------------------------------------------
+
+
+def test_shipped_policies_are_small_and_there():
+    files = list(experts.DEFAULT_EXPERTS_DIR.iterdir())
+    assert sum(file.stat().st_size for file in files) <= MAX_SHIPPED_BYTES
+    assert {path.stem.rpartition("_")[0] for path in SHIPPED} == set(ENVIRONMENTS) - {"humanoid-xy"}
+    assert {file.stem for file in files} == {path.stem for path in SHIPPED}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_policies_have_true_cards(path):
+    policy, card = read_policy(path), experts.read_card(path)
+    assert path.stem == f"{policy.env}_{policy.step}" == f"{card['environment']}_{card['steps']}"
+    assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert card["observation"] == policy.observation == ENVIRONMENTS[policy.env].observation
+    assert {"algorithm", "recipe", "seed", "measured_with", "activation", "hidden"} <= set(card)
+    for kind in ("deterministic", "stochastic"):
+        returns = card["returns"][kind]
+        assert returns["episodes"] == experts.CARD_EPISODES
+        assert returns["min"] <= returns["25%"] <= returns["50%"] <= returns["75%"] <= returns["max"]
+        assert returns["min"] <= returns["mean"] <= returns["max"] and returns["mean_length"] <= 1000
+    assert sum(array.size for array in load_file(path).values()) < 100_000
+
+
+@pytest.mark.parametrize("stem", ["ant-xy_400000", "hopper_270000", "walker_run_90000"])
+def test_a_card_is_measured_again(stem):
+    path = experts.DEFAULT_EXPERTS_DIR / f"{stem}.safetensors"
+    returns = experts.read_card(path)["returns"]["deterministic"]
+    # One of the card's own episodes, so it lies among them wherever the simulator computes alike.
+    first = evaluate_policy(read_policy(path), 1, returns["seed"])["mean"]
+    slack = 0.02 * returns["mean"]
+    assert returns["min"] - slack <= first <= returns["max"] + slack
