@@ -21,7 +21,9 @@ MAX_LINES = 60
 ENTRY_POINTS = {"offline_trainer", "online_trainer", "pogo_main", "run_comparison", "make_dataset", "train_expert"}
 AGENTS = {"offline_agent", "online_agent", "pogo_agent"}
 BENCHMARK_TOOLS = {"ogbench_utils", "d4rl_utils"}
-BELOW_ENTRY_POINTS = AGENTS | BENCHMARK_TOOLS | {"visualize", "model", "transport", "utils", "algorithms", "walker"}
+BELOW_ENTRY_POINTS = (
+    AGENTS | BENCHMARK_TOOLS | {"benchmark_data", "visualize", "model", "transport", "utils", "algorithms", "walker"}
+)
 # What each module may import of this project; a package name stands for all that is in it.
 MAY_IMPORT = {
     # An entry point may have make_dataset make what is missing; no other imports one.
@@ -29,6 +31,7 @@ MAY_IMPORT = {
     "make_dataset": BELOW_ENTRY_POINTS,
     **dict.fromkeys(AGENTS, {"model", "transport", "utils"}),
     **dict.fromkeys(BENCHMARK_TOOLS, {"utils"}),
+    "benchmark_data": {"benchmark_data", *BENCHMARK_TOOLS, "walker", "utils"},
     "visualize": {"utils"},
     "model": set(),
     "transport": set(),

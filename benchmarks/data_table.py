@@ -1,0 +1,54 @@
+"""The table of docs/data.md: makes every local dataset at its default size, and prints what its manifest says.
+
+    python benchmarks/data_table.py --jobs 2
+
+Seconds are those of the generation, on the machine that made the file. What is there already is not made again.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import make_dataset
+from utils import UserError, parse_config, read_manifest, run_cli
+
+
+@dataclass
+class DataTableConfig:
+    ids: tuple[str, ...] = ()  # rows of the table; default every id that can be made
+    dataset_dir: str | None = None  # where datasets are kept; else the benchmark's own variable, else datasets/
+    jobs: int = 1  # processes
+
+
+def outcome(manifest: dict) -> str:
+    """Mean return, or how often goals were reached."""
+    if manifest["returns"]:
+        return f"return {manifest['returns']['mean']:.0f} ± {manifest['returns']['std']:.0f}"
+    if "goals_reached_per_1000_steps" in manifest:
+        return f"{manifest['goals_reached_per_1000_steps']:.1f} goals in 1000 steps"
+    if "goal_reached" in manifest:
+        return f"{100 * manifest['goal_reached']:.0f}% reach their goal"
+    return "random directions"
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(DataTableConfig, argv, __doc__)
+    if config.jobs < 1:
+        raise UserError(f"--jobs {config.jobs}: at least 1 is needed")
+    print("| id | episodes | transitions | outcome | MB | seconds |\n|---|---|---|---|---|---|")
+    for dataset_id in config.ids or [known for family in make_dataset.FAMILIES for known in family.ids]:
+        make_dataset.generate_if_missing(dataset_id, config.dataset_dir, config.jobs)
+        path = make_dataset.find_family(dataset_id).manifest_path(dataset_id, config.dataset_dir)
+        manifest = read_manifest(path, dataset_id)
+        size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
+        print(
+            f"| `{dataset_id}` | {manifest['episodes']:,} | {manifest['transitions']:,} | {outcome(manifest)} "
+            f"| {size:.1f} | {manifest['seconds']:.0f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    run_cli(main)
