@@ -17,9 +17,6 @@ import difflib
 import functools
 import math
 import os
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +27,7 @@ import numpy as np
 import torch
 
 import utils
-from utils import UserError, exclusive_folder, one_line, progress
+from utils import UserError, exclusive_folder, progress
 
 DATASET_URL = "https://rail.eecs.berkeley.edu/datasets/ogbench"
 NUM_TASKS = 5  # evaluation goals an environment
@@ -133,35 +130,6 @@ def _bad_file(path: Path, fault: str) -> UserError:
     )
 
 
-def _read_members(path: Path) -> dict[str, np.ndarray]:
-    """The three arrays of an npz file as they are stored. Raises UserError when the file cannot be read."""
-    unreadable = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, struct.error)
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; check --dataset_dir")
-        with open(path, "rb"):  # is_zipfile would take a file without read permission for a damaged one
-            pass
-        if not zipfile.is_zipfile(path):
-            raise _bad_file(path, "not an npz archive, or cut short")
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [key for key in ("observations", "actions", "terminals") if key not in archive.files]
-            if missing:
-                raise _bad_file(path, f"no array {missing[0]!r} (it holds {', '.join(archive.files) or 'nothing'})")
-            return {key: archive[key] for key in ("observations", "actions", "terminals")}
-    except UserError:
-        raise
-    except MemoryError:
-        raise UserError(f"{path}: does not fit in memory; use a smaller dataset") from None
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read it; change that, or --dataset_dir") from None
-    except OSError as error:
-        raise _bad_file(path, f"cannot be read ({error})") from None
-    except unreadable as error:
-        raise _bad_file(
-            path, f"not a readable npz of plain arrays ({one_line(error) or type(error).__name__})"
-        ) from None
-
-
 def _check_rows(path: Path, key: str, array: np.ndarray, limit: float | None = None) -> None:
     """Raise UserError at the first row that is not finite, or goes beyond +-limit."""
     for start in range(0, len(array), _CHECK_ROWS):
@@ -184,7 +152,7 @@ def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     one row.
     """
     path = Path(path)
-    arrays = _read_members(path)
+    arrays = utils.read_npz(path, ("observations", "actions", "terminals"), "--dataset_dir", _bad_file)
     for key in ("observations", "actions"):
         array = arrays[key]
         if array.ndim != 2 or array.shape[1] == 0:

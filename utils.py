@@ -16,12 +16,15 @@ import math
 import os
 import platform
 import re
+import struct
 import subprocess
 import sys
+import tokenize
 import types
 import typing
 import uuid
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -434,6 +437,36 @@ def write_bytes_atomic(path: str | Path, data: bytes | memoryview) -> None:
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Replace a text file (UTF-8) as a whole; raises OSError that names it and leaves the old file on failure."""
     write_bytes_atomic(path, text.encode())
+
+
+def read_npz(path: Path, keys: Iterable[str], flag: str, bad_file: Callable[[Path, str], UserError]) -> dict[str, Any]:
+    """Arrays of an npz file by name, nothing pickled, as they are stored.
+
+    Raises `bad_file(path, fault)` for a file that is damaged, no archive or lacks a key, and UserError that names the
+    flag of its folder for one that is not there, may not be read or does not fit in memory.
+    """
+    damaged = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, struct.error, tokenize.TokenError)
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; check {flag}")
+        with open(path, "rb"):  # is_zipfile would take a file without read permission for a damaged one
+            pass
+        if not zipfile.is_zipfile(path):
+            raise bad_file(path, "not an npz archive, or cut short")
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in keys if key not in archive.files]
+            if missing:
+                raise bad_file(path, f"no array {missing[0]!r} (it holds {', '.join(archive.files) or 'nothing'})")
+            return {key: archive[key] for key in keys}
+    except MemoryError:
+        raise UserError(f"{path}: does not fit in memory; use a smaller dataset") from None
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it; change that, or {flag}") from None
+    except OSError as error:
+        raise bad_file(path, f"cannot be read ({error})") from None
+    except (*damaged, SyntaxError) as error:  # the last two: NumPy parses an array's header as Python
+        text = one_line(error) or type(error).__name__
+        raise bad_file(path, f"not a readable npz of plain arrays ({text})") from None
 
 
 def read_manifest(path: str | Path, dataset_id: str) -> dict[str, Any] | None:

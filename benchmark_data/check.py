@@ -287,7 +287,8 @@ def check(path: str | Path, picture: str | Path | None = None) -> Report:
 
     Args:
         path: in one of the three layouts, see above.
-        picture: the PNG to write; None writes none. Nothing is drawn of a file without readable observations.
+        picture: the PNG to write; None writes none. Nothing is drawn of a file without readable observations, and a
+            picture that cannot be written is said so in the report.
 
     Raises UserError for a path that is not there, or not a dataset of a known layout. Faults of a dataset do not raise.
     """
@@ -303,8 +304,11 @@ def check(path: str | Path, picture: str | Path | None = None) -> Report:
     except MemoryError:
         raise UserError(f"{path}: does not fit in memory; check it on a larger machine") from None
     if picture is not None and data.rows:
-        draw(data, Path(picture), report.verdict)
-        report.picture = Path(picture)
+        try:
+            draw(data, Path(picture), report.verdict)
+            report.picture = Path(picture)
+        except OSError as error:  # the report is worth more than its picture
+            report.facts.append(("picture", f"cannot write {picture} ({error.strerror}); choose another --picture"))
     return report
 
 

@@ -567,6 +567,12 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert "fault position jump" in capsys.readouterr().out
 
 
+def test_the_report_comes_without_a_picture_too(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run_check(made(tmp_path, "point"), tmp_path / "file" / "x.png") == 0
+    assert "cannot write" in capsys.readouterr().out
+
+
 def test_pictures_of_different_datasets_have_different_names(tmp_path):
     made(tmp_path / "a" / "collected_data", "walker")
     folder = tmp_path / "a" / "collected_data" / "walker_walk-td3-medium"

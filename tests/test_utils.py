@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import types
+import zipfile
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -141,6 +142,18 @@ def test_counts_below_one_are_named():
     utils.check_counts(SmallConfig(seed=1, limit=1))
     with pytest.raises(UserError, match="--seed 0: at least 1"):
         utils.check_counts(SmallConfig(seed=0))
+
+
+@pytest.mark.parametrize("damage", [b"'shape': (2,", b"'shape': )2,)"])
+def test_a_damaged_array_header_is_one_line(tmp_path, damage):
+    """NumPy parses the header as Python, and lets that parser's errors through."""
+    whole, path = io.BytesIO(), tmp_path / "data.npz"
+    np.save(whole, np.zeros(2, dtype=np.float32))
+    content = whole.getvalue().replace(b"'shape': (2,)", damage.ljust(13))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("observations.npy", content)
+    with pytest.raises(UserError, match="data.npz: not a readable npz"):
+        utils.read_npz(path, ("observations",), "--dataset_dir", lambda file, fault: UserError(f"{file}: {fault}"))
 
 
 def test_missing_config_file_is_named(tmp_path):

@@ -18,11 +18,8 @@ import io
 import math
 import os
 import re
-import struct
 import types
 import warnings
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -265,23 +262,7 @@ def read_episode(path: str | os.PathLike) -> dict[str, np.ndarray]:
     discounts outside [0, 1], a first row that is not a reset's.
     """
     path = Path(path)
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; check --data_dir")
-        with open(path, "rb"):  # is_zipfile would take a file without read permission for a damaged one
-            pass
-        if not zipfile.is_zipfile(path):
-            raise _bad_episode(path, "not an npz archive, or cut short")
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [key for key in EPISODE_COLUMNS if key not in archive.files]
-            if missing:
-                raise _bad_episode(path, f"no array {missing[0]!r} (it holds {', '.join(archive.files) or 'nothing'})")
-            episode = {key: archive[key] for key in EPISODE_COLUMNS}
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read it; change that, or --data_dir") from None
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, struct.error) as error:
-        fault = f"not a readable npz of plain arrays ({one_line(error) or type(error).__name__})"
-        raise _bad_episode(path, fault) from None
+    episode = utils.read_npz(path, tuple(EPISODE_COLUMNS), "--data_dir", _bad_episode)
     _check_episode(path, episode)
     return episode
 
