@@ -349,6 +349,12 @@ def policy_path(experts_dir: str | Path, env: str, step: int) -> Path:
     return Path(experts_dir) / f"{env}_{step}.safetensors"
 
 
+def latest_policy(experts_dir: str | Path, env: str, step: int) -> Path:
+    """The policy of the most training steps in a folder; where there is none, the path that `step` would have."""
+    steps = [path.stem.removeprefix(f"{env}_") for path in Path(experts_dir).glob(f"{env}_*.safetensors")]
+    return policy_path(experts_dir, env, max((int(text) for text in steps if text.isdecimal()), default=step))
+
+
 def card_path(policy_file: str | Path) -> Path:
     """The card beside a policy file."""
     return Path(policy_file).with_suffix(".json")

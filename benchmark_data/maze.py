@@ -48,7 +48,7 @@ Walker = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (observation, unit di
 class Recipe:
     """How the data of one robot and task type are made."""
 
-    policy: tuple[str, int] | None  # environment and training step of the locomotion policy; None: none is needed
+    policy: tuple[str, int] | None  # environment and training steps of the locomotion policy; None: none is needed
     noise: float  # standard deviation of the Gaussian added to each action
     rows: int  # rows an episode
 
@@ -89,7 +89,7 @@ def locomotion(recipe: Recipe, experts_dir: Path) -> Walker:
     """What the robot does to move in a direction."""
     if recipe.policy is None:
         return lambda observation, direction: direction
-    policy = experts.read_policy(experts.policy_path(experts_dir, *recipe.policy))
+    policy = experts.read_policy(experts.latest_policy(experts_dir, *recipe.policy))
     # The policy has never seen positions; the direction stands where OGBench's directional ant has it, at the end.
     return lambda observation, direction: policy.act(np.concatenate([observation[2:], direction]))
 
@@ -272,7 +272,7 @@ class MazeFamily:
 
     def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
         policy = find_recipe(dataset_id).policy
-        return [experts.policy_path(experts_dir, *policy)] if policy else []
+        return [experts.latest_policy(experts_dir, *policy)] if policy else []
 
     def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
         """Make the episodes of both splits and write one npz each."""

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,6 +292,14 @@ def test_missing_policy(tmp_path):
     with pytest.raises(UserError, match="ant-xy_400000.safetensors.*train_expert.py --env ant-xy"):
         generate("local/antmaze-medium-stitch-v0", 1, 0, tmp_path, progress=False, experts_dir=tmp_path)
     assert names(tmp_path) == []
+
+
+def test_ones_own_policy_of_the_most_steps_walks(tmp_path):
+    for step in (400_000, 9_000, 1_000_000):
+        shutil.copy(EXPERTS / "ant-xy_400000.safetensors", tmp_path / f"ant-xy_{step}.safetensors")
+    (tmp_path / "ant-xy_best.safetensors").write_text("not a step")
+    (path,) = maze.MazeFamily().policies("local/antmaze-medium-stitch-v0", tmp_path)
+    assert path == tmp_path / "ant-xy_1000000.safetensors"
 
 
 def test_another_policy_makes_another_dataset(tmp_path):
