@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -437,6 +438,15 @@ def write_bytes_atomic(path: str | Path, data: bytes | memoryview) -> None:
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Replace a text file (UTF-8) as a whole; raises OSError that names it and leaves the old file on failure."""
     write_bytes_atomic(path, text.encode())
+
+
+def sha256(path: str | Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_npz(path: Path, keys: Iterable[str], flag: str, bad_file: Callable[[Path, str], UserError]) -> dict[str, Any]:

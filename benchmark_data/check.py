@@ -21,7 +21,6 @@ beside each.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import textwrap
@@ -32,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+import utils
 from benchmark_data import check_moves, check_rows
 from benchmark_data.check_files import EPISODE_NAME, FAULT, LAYOUT_NAMES, Data, Finding, open_data
 from utils import UserError, write_bytes_atomic
@@ -130,7 +130,7 @@ def check_manifest(data: Data) -> Iterator[Finding]:
     for file, (size, digest) in inside.items():
         if not file.is_file():
             yield Finding(FAULT, f"a file that the manifest {path.name} lists is missing", file.name)
-        elif file.stat().st_size != size or _sha256(file) != digest:
+        elif file.stat().st_size != size or utils.sha256(file) != digest:
             yield Finding(FAULT, f"size or SHA-256 is not what the manifest {path.name} says", file.name)
 
 
@@ -144,14 +144,6 @@ def _manifest_path(path: Path) -> Path | None:
     name = path.name if path.is_dir() else path.stem.removesuffix("-val")
     beside = path.with_name(f"{name}.json")
     return beside if beside.is_file() else None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------

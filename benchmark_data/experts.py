@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -30,7 +29,7 @@ import gymnasium
 import numpy as np
 
 import d4rl_utils
-from utils import UserError, one_line, progress, write_bytes_atomic, write_text_atomic
+from utils import UserError, one_line, progress, sha256, write_bytes_atomic, write_text_atomic
 from walker import dmc_utils
 
 DEFAULT_EXPERTS_DIR = Path(__file__).resolve().parent.parent / "datasets" / "experts"
@@ -447,7 +446,7 @@ def write_card(policy_file: str | Path, facts: dict[str, Any], returns: dict[str
     hidden = [policy.weights[f"hidden.{index}.bias"].shape[0] for index in range(policy.depth)]
     card = {
         "policy": Path(policy_file).name,
-        "sha256": hashlib.sha256(Path(policy_file).read_bytes()).hexdigest(),
+        "sha256": sha256(policy_file),
         "environment": policy.env,
         "simulator": registered.simulator,
         "reward": registered.reward,

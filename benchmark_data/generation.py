@@ -11,7 +11,6 @@ Files without their manifest do not count as a dataset, so whatever a kill leave
 from __future__ import annotations
 
 import collections
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -207,7 +206,7 @@ def _describe(path: Path) -> dict[str, Any]:
     """Size and hash of a file, which is on the disk when this returns."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": utils.sha256(path)}
 
 
 def _hash_policy(path: Path) -> str:
@@ -217,15 +216,7 @@ def _hash_policy(path: Path) -> str:
             f"{path}: no such policy; train one with `python train_expert.py --env {env}` and give its folder as "
             "--experts_dir, or take the shipped ones of datasets/experts/"
         )
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return utils.sha256(path)
 
 
 def _versions() -> dict[str, str]:
