@@ -496,7 +496,7 @@ class InverseDynamics(nn.Module):
         self.net = mlp(3 * d_model, hidden_dim, action_dim)
 
     def forward(self, z: Tensor, z_next: Tensor, z_goal: Tensor) -> Tensor:
-        return torch.tanh(self.net(torch.cat([z, z_next, z_goal], dim=-1)))
+        return torch.tanh(self.net(torch.cat([z, z_next - z, z_goal - z], dim=-1)))
 
 
 class OfflineModel(nn.Module):

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import MambaEncoder, OfflineModel
+from utils import expectile_loss
 
 ABSENT = -1e4  # added to a logit that must not count; finite, so that no gradient becomes nan
 
@@ -82,12 +83,6 @@ class OfflineAgentConfig:
     p_future: float = 0.5  # share drawn ahead on the trajectory, geometrically
     p_random: float = 0.4  # share drawn from the whole dataset
     goal_discount: float = 0.99  # of the geometric draw
-
-
-def expectile_loss(prediction: Tensor, target: Tensor, expectile: float) -> Tensor:
-    """Squared error, weighted `expectile` where the target is above the prediction and 1 - expectile below."""
-    error = target - prediction
-    return torch.where(error > 0, expectile, 1 - expectile) * error.square()
 
 
 def masked_mean(x: Tensor, valid: Tensor) -> Tensor:

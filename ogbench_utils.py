@@ -543,16 +543,38 @@ class TrajectoryDataset:
             raise UserError(f"goal shares self {p_self}, future {p_future}, random {p_random} must be >= 0, sum to 1")
         if not 0 <= goal_discount < 1:
             raise UserError(f"goal_discount {goal_discount} must lie in [0, 1)")
-        kind, uniform = torch.rand(2, *rows.shape, generator=generator, device=self.device)
-        log_discount = math.log(goal_discount) if goal_discount > 0 else -math.inf
-        # Inverse of the geometric distribution; capped before the cast so that no number overflows.
-        ahead = 1 + (torch.log1p(-uniform) / log_discount).clamp(max=NEVER).long()
-        end = self.episode_end[rows]
-        random_rows = torch.randint(len(self.observations), rows.shape, generator=generator, device=self.device)
-        goal_rows = torch.minimum(rows + torch.where(kind < p_self, torch.ones_like(ahead), ahead), end)
-        goal_rows = torch.where(kind < p_self + p_future, goal_rows, random_rows)
-        is_ahead = (goal_rows > rows) & (goal_rows <= end)
-        return goal_rows, torch.where(is_ahead, goal_rows - rows, torch.full_like(rows, NEVER))
+        random_rows = len(self.observations)
+        shares = p_self, p_future, goal_discount
+        return hindsight_goals(rows, self.episode_end, random_rows, *shares, generator)
+
+
+def hindsight_goals(
+    rows: torch.Tensor,
+    episode_end: torch.Tensor,
+    random_rows: int | torch.Tensor,
+    p_self: float,
+    p_future: float,
+    goal_discount: float,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The draw of `TrajectoryDataset.sample_goals`, for any rows of episodes.
+
+    rows: [...] int64; episode_end: [N] int64; random_rows: the rows that a random goal may be, [M] int64, or their
+    number where these are the first ones. Returns goal_rows and steps_to_goal, shaped as rows.
+    """
+    device = rows.device
+    kind, uniform = torch.rand(2, *rows.shape, generator=generator, device=device)
+    log_discount = math.log(goal_discount) if goal_discount > 0 else -math.inf
+    # Inverse of the geometric distribution; capped before the cast so that no number overflows.
+    ahead = 1 + (torch.log1p(-uniform) / log_discount).clamp(max=NEVER).long()
+    end = episode_end[rows]
+    count = random_rows if isinstance(random_rows, int) else len(random_rows)
+    drawn = torch.randint(count, rows.shape, generator=generator, device=device)
+    drawn = drawn if isinstance(random_rows, int) else random_rows[drawn]
+    goal_rows = torch.minimum(rows + torch.where(kind < p_self, torch.ones_like(ahead), ahead), end)
+    goal_rows = torch.where(kind < p_self + p_future, goal_rows, drawn)
+    is_ahead = (goal_rows > rows) & (goal_rows <= end)
+    return goal_rows, torch.where(is_ahead, goal_rows - rows, torch.full_like(rows, NEVER))
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -640,6 +640,84 @@ class ReplayBuffer:
         self.size, self.position = size, state["position"]
 
 
+class EpisodeReplay:
+    """The last episodes of an agent: a ring of slots of `max_steps` transitions, in float32 on one device.
+
+    An episode of T transitions holds T + 1 states; slot k starts at row k * (max_steps + 1):
+
+        row                0   1   2   3  | 4   5   6   7       max_steps = 3, episodes of 2 and 3 transitions
+        states            s0  s1  s2   .  | s0  s1  s2  s3
+        actions           a0  a1   .   .  | a0  a1  a2   .
+        episode_end        2   2   2   .  | 7   7   7   7       inclusive: the row of the last state
+        transitions       [0, 1, 4, 5, 6]                       rows that start a transition
+
+    Attributes: states [rows, state_dim], actions [rows, action_dim], episode_end [rows] int64, transitions [M] int64.
+    """
+
+    def __init__(self, num_episodes: int, max_steps: int, state_dim: int, action_dim: int, device="cpu"):
+        self.num_episodes, self.width, self.device = num_episodes, max_steps + 1, torch.device(device)
+        rows = num_episodes * self.width
+        self.states = torch.zeros(rows, state_dim, device=self.device)
+        self.actions = torch.zeros(rows, action_dim, device=self.device)
+        self.episode_end = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.lengths = [0] * num_episodes  # transitions in each slot
+        self.added = 0  # episodes so far
+        self._index()
+
+    def _index(self) -> None:
+        starts = [torch.arange(n, device=self.device) + k * self.width for k, n in enumerate(self.lengths)]
+        self.transitions = torch.cat(starts)
+
+    def __len__(self) -> int:
+        return len(self.transitions)
+
+    def add(self, states: torch.Tensor, actions: torch.Tensor) -> None:
+        """One episode, over the oldest: states [T + 1, state_dim], actions [T, action_dim], 1 <= T <= max_steps."""
+        steps = len(actions)
+        if len(states) != steps + 1 or not 1 <= steps < self.width:
+            raise ValueError(f"{len(states)} states and {steps} actions are no episode of 1 to {self.width - 1} steps")
+        slot = self.added % self.num_episodes
+        first = slot * self.width
+        self.states[first : first + steps + 1] = states
+        self.actions[first : first + steps] = actions
+        self.episode_end[first : first + steps + 1] = first + steps
+        self.lengths[slot] = steps
+        self.added += 1
+        self._index()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The filled rows, slot by slot, and where the ring stands."""
+        filled = self._filled()
+        kept = {name: getattr(self, name)[filled] for name in ("states", "actions")}
+        return {"added": self.added, "lengths": torch.tensor(self.lengths), **kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the episodes; raises ValueError for another capacity or other row shapes."""
+        if len(state["lengths"]) != self.num_episodes or state["states"].shape[1] != self.states.shape[1]:
+            raise ValueError("the stored episodes have another number of slots or other row shapes")
+        self.added, self.lengths = int(state["added"]), [int(length) for length in state["lengths"]]
+        for slot, length in enumerate(self.lengths):
+            self.episode_end[slot * self.width : slot * self.width + length + 1] = slot * self.width + length
+        filled = self._filled()
+        for name in ("states", "actions"):
+            getattr(self, name)[filled] = state[name].to(self.device)
+        self._index()
+
+    def _filled(self) -> torch.Tensor:
+        rows = [
+            torch.arange(length + 1, device=self.device) + slot * self.width
+            for slot, length in enumerate(self.lengths)
+            if length
+        ]
+        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64, device=self.device)
+
+
+def expectile_loss(prediction: torch.Tensor, target: torch.Tensor, expectile: float) -> torch.Tensor:
+    """Squared error, weighted `expectile` where the target is above the prediction and 1 - expectile below."""
+    error = target - prediction
+    return torch.where(error > 0, expectile, 1 - expectile) * error.square()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
 # ---------------------------------------------------------------------------------------------------------------------

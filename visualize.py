@@ -122,3 +122,65 @@ def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, ti
         axis.set_yticks([])
     figure.legend(*axis.get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(0.9, 0.2), fontsize=14)
     _save(figure, path)
+
+
+ONLINE_CURVES = {  # column of metrics.csv -> name of the curve
+    "train_loss": "Train loss (inverse dynamics)",
+    "success_rate": "Success rate",
+    "episode_reward": "Episode reward",
+    "epsilon": "Epsilon",
+    "action_noise": "Action noise",
+    "goal_biased_share": "Goal-biased exploration",
+    "v_loss": "V loss",
+    "critic_loss": "Critic loss",
+}
+
+
+def plot_online_curves(metrics: dict[str, list[float]], path: str | Path, title: str) -> None:
+    """What the online stage logs, against episodes; the evaluated success beside that of the acting episodes.
+
+    Args: as in `plot_training_curves`.
+    """
+    figure = Figure(figsize=(14, 6.4), layout="constrained")
+    figure.suptitle(title)
+    episodes = np.asarray(metrics["step"], dtype=float)
+    for axis, (column, name) in zip(figure.subplots(2, 4).ravel(), ONLINE_CURVES.items(), strict=True):
+        _curve(axis, episodes, metrics.get(column, []), color="tab:blue", marker=".", label="acting, with exploration")
+        if column == "success_rate":
+            evaluated = metrics.get("eval/success_rate", [])
+            _curve(axis, episodes, evaluated, color="tab:green", marker="o", label="evaluation, five tasks")
+            axis.set_ylim(-0.02, 1.02)
+            axis.legend(fontsize=8)
+        axis.set_title(name)
+        axis.set_xlabel("episode")
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def plot_paths(maze, panels: list[dict], path: str | Path, title: str) -> None:
+    """Evaluation episodes over the maze, a panel a task, and the subgoals that the first of them aimed at.
+
+    Args:
+        maze: `ogbench_utils.Maze`.
+        panels: for each task `name`, `paths` (of [T, 2] positions), `success` (of bool), `goal_xy`, `subgoals` [S, 2].
+        path, title: as in `plot_training_curves`.
+    """
+    figure = Figure(figsize=(14, 9.2), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(2, 3).ravel()
+    axes[-1].axis("off")
+    walls = np.where(maze.maze_map == 1, 1.0, np.nan)
+    for axis, panel in zip(axes, panels, strict=False):
+        axis.imshow(walls, origin="lower", extent=maze.extent, cmap="gray", vmin=0, vmax=2)
+        for xy, reached in zip(panel["paths"], panel["success"], strict=True):
+            axis.plot(*xy.T, color="tab:green" if reached else "tab:red", linewidth=0.8, alpha=0.6)
+        axis.scatter(*panel["subgoals"].T, s=14, color="tab:blue", zorder=3, label="subgoals of one episode")
+        axis.plot(*panel["paths"][0][0], "o", color="tab:cyan", markeredgecolor="black", markersize=9, label="start")
+        axis.plot(*panel["goal_xy"], "*", color="red", markeredgecolor="black", markersize=15, label="goal")
+        axis.plot([], [], color="tab:green", label="reached the goal")
+        axis.plot([], [], color="tab:red", label="did not")
+        axis.set_title(panel["name"])
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(0.9, 0.2), fontsize=14)
+    _save(figure, path)

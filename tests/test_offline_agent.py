@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 
-from offline_agent import OfflineAgent, OfflineAgentConfig, effective_rank, expectile_loss
+from offline_agent import OfflineAgent, OfflineAgentConfig, effective_rank
 from offline_trainer import mean_of, sample_batch
 from ogbench_utils import NEVER, TrajectoryDataset
+from utils import expectile_loss
 
 SMALL = {"context_length": 12, "d_model": 16, "hidden_dim": 32, "d_state": 8, "horizon": 5, "bank_size": 50}
 LOSSES = ("critic", "v", "state", "reward", "infonce", "alignment")

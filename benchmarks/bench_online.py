@@ -1,0 +1,95 @@
+"""Environment steps a second while acting: codes of single states, against encoding the window anew at each step.
+
+    python benchmarks/bench_online.py
+    python benchmarks/bench_online.py --num_envs 32
+
+Both act with the same networks by search over the same landmarks, in OGBench's antmaze-medium, which is simulated by
+both and counts in the time. The peer encodes each environment's last `context_length` states at every step. The
+networks are untrained: what an action does to the time is nothing. The two take turns; medians are printed.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model import OfflineModel
+from ogbench_utils import make_env, seeded_reset
+from online_agent import LandmarkGraph, Navigator, OnlineAgent, OnlineAgentConfig
+from utils import check_counts, parse_config, run_cli
+
+DATASET = "antmaze-medium-navigate-v0"
+
+
+@dataclass
+class BenchOnlineConfig:
+    num_envs: int = 8  # environments at once, beside one alone
+    context_length: int = 100  # states in the peer's window
+    num_landmarks: int = 500  # of the search
+    steps: int = 100  # of each environment in a turn
+    repeats: int = 5  # turns of each; the median is printed
+    threads: int = 1  # CPU threads
+
+
+class WindowNavigator(Navigator):
+    """Encodes the window anew at each step, as the original does."""
+
+    def __init__(self, *arguments, context_length: int):
+        super().__init__(*arguments)
+        self.length, self.past = context_length, [[] for _ in self.goals]
+
+    def codes(self, observations: np.ndarray, live: np.ndarray) -> torch.Tensor:
+        for env, observation in zip(live, observations, strict=True):
+            self.past[env].append(observation)
+        windows = np.stack([np.stack(self.past[env][-self.length :]) for env in live])
+        return self.agent.encoder(torch.as_tensor(windows, dtype=torch.float32))[:, -1]
+
+
+def turn(navigator: Navigator, envs: list, steps: int) -> tuple[float, float]:
+    """Seconds that acting takes, and acting with the simulator, over `steps` steps of every environment."""
+    observations = np.stack([seeded_reset(env, number)[0] for number, env in enumerate(envs)])
+    live, acting, began = np.arange(len(envs)), 0.0, time.perf_counter()
+    for _ in range(steps):
+        before = time.perf_counter()
+        actions = navigator.act(observations, live)
+        acting += time.perf_counter() - before
+        observations = np.stack([env.step(action)[0] for env, action in zip(envs, actions, strict=True)])
+    return acting, time.perf_counter() - began
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(BenchOnlineConfig, argv, __doc__)
+    check_counts(config)
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(0)
+    envs = [make_env(DATASET) for _ in range(config.num_envs)]
+    dim, actions = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
+    agent = OnlineAgent(OnlineAgentConfig(), OfflineModel(dim), actions, hidden_dim=256, discount=0.99)
+    graph = LandmarkGraph(agent, agent.encode(torch.randn(config.num_landmarks, dim)))
+    for count in sorted({1, config.num_envs}):
+        goals = np.random.default_rng(0).standard_normal((count, dim))
+        times: dict[str, list[tuple[float, float]]] = {"ours": [], "peer": []}
+        for round_ in range(config.repeats + 1):
+            for name in times:
+                if name == "ours":
+                    navigator = Navigator(agent, graph, goals)
+                else:
+                    navigator = WindowNavigator(agent, graph, goals, context_length=config.context_length)
+                taken = turn(navigator, envs[:count], config.steps)
+                if round_:  # the first one warms up
+                    times[name].append(taken)
+        for number, what in enumerate(("acting", "acting_and_simulation")):
+            rate = {name: count * config.steps / np.median([t[number] for t in taken]) for name, taken in times.items()}
+            print(
+                f"{what}_steps_per_second_{count}_envs: ours {rate['ours']:.0f}, peer {rate['peer']:.0f}, "
+                f"ratio {rate['ours'] / rate['peer']:.1f}"
+            )
+
+
+if __name__ == "__main__":
+    run_cli(main)

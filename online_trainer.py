@@ -1,0 +1,660 @@
+"""Imitate from states alone: reach goals in a maze with a pretrained OPSO model, through inverse dynamics.
+
+Needs the model that offline_trainer.py leaves for the same dataset. With no flag: local/pointmaze-medium-navigate-v0,
+strict state-only (actions come from the agent's own episodes), minutes on two cores. A run's directory holds
+config.yaml, metrics.csv, TensorBoard events, best_model.pth (highest success rate), checkpoints/last.pth,
+online_training_curves.png and paths.png.
+
+    python online_trainer.py --inverse_dynamics_data offline --max_episodes 0    # the offline-only policy
+"""
+
+import contextlib
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import make_dataset
+from model import OfflineModel
+from ogbench_utils import (
+    NUM_TASKS,
+    Maze,
+    TrajectoryDataset,
+    hindsight_goals,
+    make_env,
+    max_episode_steps,
+    parse_dataset_id,
+    seeded_reset,
+)
+from online_agent import LandmarkGraph, Navigator, OnlineAgent, OnlineAgentConfig
+from utils import (
+    EpisodeReplay,
+    MetricLogger,
+    RandomStreams,
+    UserError,
+    hold_run,
+    load_checkpoint,
+    mark_finished,
+    parse_config,
+    plain_config,
+    prepare_run,
+    progress,
+    read_metrics,
+    resolve_device,
+    run_cli,
+    save_checkpoint,
+)
+from visualize import plot_online_curves, plot_paths
+
+TRAIN_SEED_OFFSET = 10**6  # training episodes are reset with seeds from here on, evaluation with those below
+
+
+@dataclass
+class OnlineTrainerConfig(OnlineAgentConfig):
+    dataset: str = "local/pointmaze-medium-navigate-v0"  # OGBench id, or local/<id> for one generated here
+    dataset_dir: str | None = None  # folder of the data; default OGBENCH_DATASET_DIR, else datasets/ beside the code
+    offline_run_dir: str | None = None  # run of offline_trainer.py; default logs/offline/<dataset>/seed_<seed>
+    offline_checkpoint: str = "last"  # which of its models: last, or best (lowest validation loss)
+    inverse_dynamics_data: str = "online"  # online: own actions alone; offline: the dataset's actions too
+    max_trajectories: int | None = 100  # use the dataset's first so many episodes
+    max_episodes: int = 64  # episodes to act in; 0 fits on the dataset and evaluates
+    num_envs: int = 8  # environments at once; a round is one episode in each
+    batch_size: int = 8  # an update draws batch_size x transitions_per_window transitions from each source
+    transitions_per_window: int = 64  # see batch_size
+    fit_updates: int = 1500  # updates on the dataset before the first episode
+    updates_per_round: int = 250  # updates after each round of episodes
+    random_steps: int = 2000  # first environment steps, of uniformly random actions (online regime)
+    replay_episodes: int = 200  # own episodes kept
+    epsilon_start: float = 0.30  # probability of exploring straight towards the goal, in the first round
+    epsilon_end: float = 0.05  # and in the last
+    action_noise_start: float = 0.20  # standard deviation of the noise on actions, in the first round
+    action_noise_end: float = 0.05  # and in the last
+    eval_freq: int = 4  # rounds between evaluations; each one writes a checkpoint
+    eval_episodes: int = 20  # episodes of each of the five tasks at the end
+    eval_episodes_between: int = 4  # and in the evaluations on the way
+    seed: int = 0  # of initialisation, sampling, acting and evaluation, each its own stream
+    device: str = "auto"  # auto, cpu or cuda
+    run_dir: str | None = None  # default logs/online/<dataset>/<inverse_dynamics_data>/seed_<seed>
+    resume: bool = False  # continue the run in run_dir from its last checkpoint
+    tensorboard: bool = True  # write TensorBoard events
+    wandb_project: str | None = None  # also log to Weights & Biases (requirements-tracking.txt)
+    record_video: bool = False  # write evaluation.mp4, an episode of each task (needs EGL or OSMesa)
+
+
+CHOICES = {
+    "acting": ("search", "proposer"),
+    "inverse_dynamics_data": ("online", "offline"),
+    "offline_checkpoint": ("last", "best"),
+}
+# What each number may be: smallest and largest value, ends included.
+BOUNDS = {
+    **dict.fromkeys(("horizon", "subgoal_steps", "replan_every", "patience", "batch_size"), (1, 10**9)),
+    **dict.fromkeys(("transitions_per_window", "num_envs", "replay_episodes", "eval_freq"), (1, 10**9)),
+    **dict.fromkeys(("eval_episodes", "eval_episodes_between", "max_trajectories"), (1, 10**9)),
+    **dict.fromkeys(("max_episodes", "fit_updates", "updates_per_round", "random_steps", "seed"), (0, 2**53)),
+    **dict.fromkeys(("num_landmarks",), (2, 20_000)),
+    **dict.fromkeys(("lr", "max_weight", "aim_steps", "trusted_steps"), (1e-9, 1e9)),
+    **dict.fromkeys(("state_temperature", "action_temperature", "action_noise_start", "action_noise_end"), (0.0, 1e3)),
+    **dict.fromkeys(("expectile", "epsilon_start", "epsilon_end", "p_self", "p_future", "p_random"), (0.0, 1.0)),
+    "tau": (1e-9, 1.0),
+    "goal_discount": (0.0, 1 - 1e-9),
+}
+MAY_CHANGE_ON_RESUME = {"dataset_dir", "offline_run_dir", "device", "tensorboard", "wandb_project", "record_video"}
+NOT_THE_MODEL = {"resume", "run_dir", *MAY_CHANGE_ON_RESUME}
+EVAL_ENVS = 20  # evaluation episodes at once
+VIDEO_SKIP = 3  # environment steps a frame
+
+
+def check(config: OnlineTrainerConfig) -> None:
+    """One line for a setting that cannot work, before anything is loaded."""
+    parse_dataset_id(config.dataset)
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise UserError(f"--{name} {getattr(config, name)}: choose one of {', '.join(choices)}")
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:  # nan is not either
+            raise UserError(f"--{name} {value}: must be at least {least:g} and at most {most:g}")
+    if abs(config.p_self + config.p_future + config.p_random - 1) > 1e-6:
+        raise UserError(f"--p_self {config.p_self} --p_future {config.p_future} --p_random {config.p_random}: sum to 1")
+    if config.inverse_dynamics_data == "online" and config.max_episodes == 0:
+        raise UserError(
+            "--max_episodes 0 --inverse_dynamics_data online: no action is ever seen; use --inverse_dynamics_data "
+            "offline for the policy without interaction, or --max_episodes above 0"
+        )
+
+
+# -- the pretrained model ------------------------------------------------------------------------------------------
+
+
+def offline_command(config: OnlineTrainerConfig) -> str:
+    """The command that makes the pretrained model this run asks for."""
+    flags = [f" --dataset {config.dataset}"] if config.dataset != OnlineTrainerConfig.dataset else []
+    flags += [f" --dataset_dir {config.dataset_dir}"] if config.dataset_dir else []
+    flags += [f" --seed {config.seed}"] if config.seed else []
+    flags += [f" --run_dir {config.offline_run_dir}"] if config.offline_run_dir else []
+    return "python offline_trainer.py" + "".join(flags)
+
+
+def load_pretrained(config: OnlineTrainerConfig) -> tuple[OfflineModel, dict[str, Any]]:
+    """The EMA model of a run of offline_trainer.py, and that run's settings.
+
+    Raises UserError, naming the command that makes the right one, where there is none, where it is another dataset's
+    or not a model of ours, and where it lacks its normaliser.
+    """
+    folder = Path(config.offline_run_dir or Path("logs") / "offline" / config.dataset / f"seed_{config.seed}")
+    path = folder / ("checkpoints/last.pth" if config.offline_checkpoint == "last" else "best_model.pth")
+    remedy = f"make it with `{offline_command(config)}`"
+    if not path.exists():
+        raise UserError(f"{path}: no pretrained model; {remedy}")
+    state = load_checkpoint(path)
+    if state.get("dataset") != config.dataset:
+        raise UserError(f"{path}: pretrained on {state.get('dataset')}, not on {config.dataset}; {remedy}")
+    try:
+        weights = state["agent"]["target"] if config.offline_checkpoint == "last" else state["target"]
+        settings = state["config"]
+        shape = {name: settings[name] for name in ("n_layers", "d_state", "d_conv", "expand", "backend")}
+        model = OfflineModel(state["observation_dim"], settings["d_model"], settings["hidden_dim"], **shape)
+        absent = [f"encoder.{name}" for name in ("mean", "std") if f"encoder.{name}" not in weights]
+        if absent:
+            raise UserError(f"{path}: holds no normaliser ({', '.join(absent)} absent); {remedy}")
+        model.load_state_dict(weights)
+        settings["discount"], settings["hidden_dim"]  # noqa: B018  the agent needs both
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a model of offline_trainer.py ({reason}); {remedy}") from None
+    return model, settings
+
+
+# -- data: codes of single states, encoded once -----------------------------------------------------------------------
+
+
+@dataclass
+class CodeSet:
+    """The dataset as codes; the same attributes as `EpisodeReplay`, whose states are codes too."""
+
+    states: torch.Tensor  # [N, d_model]
+    actions: torch.Tensor  # [N, A]
+    episode_end: torch.Tensor  # [N] int64, inclusive
+    transitions: torch.Tensor  # [M] int64, rows that start a transition
+
+    @classmethod
+    def from_dataset(cls, data: TrajectoryDataset, agent: OnlineAgent) -> "CodeSet":
+        rows = torch.arange(len(data.observations), device=data.device)
+        starts = rows[rows < data.episode_end]
+        return cls(agent.encode(data.observations), data.actions, data.episode_end, starts)
+
+
+def sample_batch(
+    source: CodeSet | EpisodeReplay,
+    config: OnlineAgentConfig,
+    count: int,
+    acted: bool,
+    generator: torch.Generator,
+) -> dict[str, torch.Tensor]:
+    """`count` transitions with hindsight goals, horizons and subgoals, as `OnlineAgent.update` takes them.
+
+    The inverse dynamics aims 1..subgoal_steps ahead, drawn; the proposer exactly subgoal_steps, or at the goal where
+    that comes first. Nothing crosses an episode's end. `acted` says whether the actions may be read.
+    """
+    device = source.states.device
+
+    def draw(low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high, (count,), generator=generator, device=device)
+
+    rows = source.transitions[draw(0, len(source.transitions))]
+    goals, steps_to_goal = hindsight_goals(
+        rows, source.episode_end, source.transitions, config.p_self, config.p_future, config.goal_discount, generator
+    )
+    remaining = source.episode_end[rows] - rows
+    n = torch.minimum(draw(1, config.horizon + 1), remaining)
+    sub = torch.minimum(draw(1, config.subgoal_steps + 1), remaining)
+    far = torch.minimum(remaining, steps_to_goal).clamp(max=config.subgoal_steps)
+    at = torch.stack([rows, rows + 1, rows + n - 1, rows + n, rows + sub, rows + far, goals])
+    names = ("z", "z_next", "z_before", "z_ahead", "z_sub", "z_far", "z_goal")
+    batch = dict(zip(names, source.states[at], strict=True))
+    actions = source.actions[rows] if acted else torch.zeros_like(source.actions[rows])
+    known = torch.full((count,), float(acted), device=device)
+    return batch | {"actions": actions, "acted": known, "steps_to_goal": steps_to_goal, "n": n, "far_steps": far}
+
+
+# -- episodes ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Episode:
+    """What one episode left."""
+
+    observations: np.ndarray  # [T + 1, D] float32
+    actions: np.ndarray  # [T, A] float32
+    goal: np.ndarray  # [D] float32
+    subgoals: np.ndarray  # [T] int, the landmark aimed at
+    reward: float  # sum over the episode
+    success: bool
+
+
+class EnvPool:
+    """Several environments of one dataset, stepped in turn; built at first use and kept."""
+
+    def __init__(self, dataset: str):
+        self.dataset, self.envs = dataset, []
+
+    def play(self, seeds: list[int], tasks: list[int | None], policy_for, tick=lambda: None) -> list[Episode]:
+        """One episode in each of len(seeds) environments, to success or the time limit.
+
+        policy_for(goals [E, D]) returns the policy: (observations [m, D], live [m]) -> actions [m, A], chosen [m].
+        tick() is called after every environment step.
+        """
+        while len(self.envs) < len(seeds):
+            self.envs.append(make_env(self.dataset))
+        resets = [
+            seeded_reset(env, seed, {} if task is None else {"task_id": task})
+            for env, seed, task in zip(self.envs, seeds, tasks, strict=False)
+        ]
+        goals = np.stack([np.asarray(info["goal"], np.float32) for _, info in resets])
+        policy = policy_for(goals)
+        seen: list[list[np.ndarray]] = [[observation] for observation, _ in resets]
+        done: list[list[tuple]] = [[] for _ in seeds]
+        success = np.zeros(len(seeds), dtype=bool)
+        live = np.arange(len(seeds))
+        while len(live):
+            actions, chosen = policy(np.stack([seen[env][-1] for env in live]), live)
+            ended = []
+            for env, action, subgoal in zip(live, actions, chosen, strict=True):
+                observation, reward, terminated, truncated, info = self.envs[env].step(action)
+                seen[env].append(np.asarray(observation, dtype=np.float32))
+                done[env].append((action, float(reward), subgoal))
+                success[env] |= bool(info.get("success", False))
+                ended.append(terminated or truncated or success[env])
+                tick()
+            live = live[~np.array(ended)]
+        return [
+            Episode(
+                np.stack(states),
+                np.stack([action for action, _, _ in steps]),
+                goal,
+                np.array([subgoal for _, _, subgoal in steps]),
+                sum(reward for _, reward, _ in steps),
+                bool(reached),
+            )
+            for states, steps, goal, reached in zip(seen, done, goals, success, strict=True)
+        ]
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+        self.envs.clear()
+
+
+class OnlineRun:
+    """One run: the pretrained model, the data, the agent, its environments, its random streams and its directory."""
+
+    def __init__(self, config: OnlineTrainerConfig):
+        check(config)
+        self.config = config
+        self.device = resolve_device(config.device)
+        self.model, self.pretrained = load_pretrained(config)
+        stem = Path("logs") / "online" / config.dataset / config.inverse_dynamics_data / f"seed_{config.seed}"
+        self.run_dir = Path(config.run_dir or stem)
+        self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
+        make_dataset.generate_if_missing(config.dataset, config.dataset_dir)
+        self.data = TrajectoryDataset.load(
+            config.dataset, "train", config.dataset_dir, config.max_trajectories, self.device
+        )
+        takes, has = self.model.encoder.observation_dim, self.data.observation_dim
+        if takes != has:
+            raise UserError(
+                f"the pretrained model takes {takes} numbers a state, {config.dataset} has {has}; make the right one "
+                f"with `{offline_command(config)}`"
+            )
+        checkpoint = prepare_run(self.run_dir, config, config.resume, may_change=MAY_CHANGE_ON_RESUME)
+        try:
+            self.resources.enter_context(hold_run(self.run_dir))
+            self.open(checkpoint)
+        except BaseException:
+            self.close()
+            raise
+
+    def open(self, checkpoint: Path | None) -> None:
+        """Build the agent, its codes and replay; continue from the checkpoint if there is one."""
+        config = self.config
+        with self.streams.initialising():
+            self.agent = OnlineAgent(
+                config,
+                self.model,
+                self.data.action_dim,
+                self.pretrained["hidden_dim"],
+                self.pretrained["discount"],
+                self.device,
+            )
+        self.codes = CodeSet.from_dataset(self.data, self.agent)
+        generator = torch.Generator(self.device).manual_seed(self.streams.evaluation_seed)
+        picked = torch.randperm(len(self.codes.states), generator=generator, device=self.device)
+        self.landmark_rows = picked[: config.num_landmarks]
+        self.limit = max_episode_steps(config.dataset)
+        self.replay = EpisodeReplay(
+            min(config.replay_episodes, max(config.max_episodes, 1)),
+            self.limit,
+            self.codes.states.shape[1],
+            self.data.action_dim,
+            self.device,
+        )
+        # Acting draws on the CPU, whatever the device.
+        self.acting = torch.Generator().manual_seed(self.streams.evaluation_seed + 1)
+        self.episodes = self.env_steps = 0
+        self.best_success, self.fitted = -1.0, False
+        self.evaluation: dict[str, float] = {}
+        if checkpoint is not None:
+            self.load(checkpoint)
+        else:
+            (self.run_dir / "best_model.pth").unlink(missing_ok=True)
+        self.train_envs, self.eval_envs = EnvPool(config.dataset), EnvPool(config.dataset)
+        for pool in (self.train_envs, self.eval_envs):
+            self.resources.callback(pool.close)
+        self.logger = MetricLogger(
+            self.run_dir, self.episodes if checkpoint else None, config.tensorboard, config.wandb_project, config
+        )
+        self.resources.callback(self.logger.close)
+
+    def close(self) -> None:
+        """Release the directory, the environments and the log; closing twice is harmless."""
+        self.resources.close()
+
+    # -- learning ----------------------------------------------------------------------------------------------------
+
+    def learn(self, updates: int, desc: str, anneal: bool = False) -> dict[str, float]:
+        """So many updates, on the dataset's states and, where there are any, the agent's own episodes.
+
+        anneal: cosine decay of the learning rate to a tenth over these updates. Returns mean figures.
+        """
+        config, infos = self.config, []
+        count = config.batch_size * config.transitions_per_window
+        offline = config.inverse_dynamics_data == "offline"
+        for number in progress(range(updates), desc, unit="update", leave=False):
+            parts = [sample_batch(self.codes, config, count, offline, self.streams.sampling)]
+            if len(self.replay):
+                parts.append(sample_batch(self.replay, config, count, True, self.streams.sampling))
+            batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            scale = 0.55 + 0.45 * math.cos(math.pi * number / updates) if anneal else 1.0
+            infos.append(self.agent.update(batch, scale))
+        return mean_of(infos) if infos else {}
+
+    def share(self) -> float:
+        """How much of the run is behind, 0 in the first round and 1 in the last."""
+        last = max(self.config.max_episodes - self.config.num_envs, 1)
+        return min(self.episodes / last, 1.0)
+
+    def between(self, start: float, end: float) -> float:
+        """A figure of the coming round that goes linearly from start to end over the run."""
+        return start + (end - start) * self.share()
+
+    def graph(self) -> LandmarkGraph | None:
+        """The landmarks joined by today's values, or None where the proposer acts."""
+        if self.config.acting == "proposer":
+            return None
+        return LandmarkGraph(self.agent, self.codes.states[self.landmark_rows])
+
+    def collect(self) -> dict[str, float]:
+        """A round: one episode in each environment, into the replay. Returns its figures."""
+        config = self.config
+        count = min(config.num_envs, config.max_episodes - self.episodes)
+        epsilon = self.between(config.epsilon_start, config.epsilon_end)
+        noise = self.between(config.action_noise_start, config.action_noise_end)
+        random = config.inverse_dynamics_data == "online" and self.env_steps < config.random_steps
+        graph = None if random else self.graph()
+        navigators: list[Navigator] = []
+
+        def policy_for(goals: np.ndarray):
+            if random:
+                return random_policy(count, self.data.action_dim, self.acting)
+            navigators.append(Navigator(self.agent, graph, goals, epsilon, noise, self.acting))
+            return navigator_policy(navigators[0])
+
+        seeds = [TRAIN_SEED_OFFSET + self.config.seed * 10**6 + self.episodes + i for i in range(count)]
+        played = self.train_envs.play(seeds, [None] * count, policy_for)
+        for episode in played:
+            observations = torch.as_tensor(episode.observations, device=self.device)
+            self.replay.add(self.agent.encode(observations), torch.as_tensor(episode.actions, device=self.device))
+        self.episodes += count
+        self.env_steps += sum(len(episode.actions) for episode in played)
+        return {
+            "success_rate": float(np.mean([episode.success for episode in played])),
+            "episode_reward": float(np.mean([episode.reward for episode in played])),
+            "epsilon": 1.0 if random else epsilon,
+            "action_noise": 1.0 if random else noise,
+            "goal_biased_share": navigators[0].exploring_share() if navigators else 0.0,
+            "env_steps": float(self.env_steps),
+        }
+
+    def train(self) -> dict[str, float]:
+        """Fit on the dataset, then rounds of episodes and updates, evaluating and saving every eval_freq rounds."""
+        config = self.config
+        metrics: dict[str, float] = {}
+        if not self.fitted:
+            metrics = self.learn(config.fit_updates, "fit on the dataset", anneal=True)
+            self.fitted = True
+            self.evaluate_and_save(metrics | {"env_steps": 0.0})
+        with progress(config.max_episodes, "episodes", initial=self.episodes, unit="episode") as bar:
+            while self.episodes < config.max_episodes:
+                before = self.episodes
+                metrics = self.collect()
+                metrics |= self.learn(config.updates_per_round, "learn")
+                bar.update(self.episodes - before)
+                bar.set_postfix(success=f"{metrics['success_rate']:.2f}", steps=self.env_steps)
+                round_number = math.ceil(self.episodes / config.num_envs)
+                if round_number % config.eval_freq == 0 or self.episodes >= config.max_episodes:
+                    metrics = self.evaluate_and_save(metrics)
+                else:
+                    self.logger.log(self.episodes, metrics)
+        return self.evaluation or self.evaluate(config.eval_episodes)  # empty: cut after the last checkpoint
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, episodes: int) -> dict[str, float]:
+        """Success of `episodes` episodes of each task, without exploration or noise; keeps them for the pictures.
+
+        The same episodes every time: resets depend on the seed, the task and the episode's number alone.
+        """
+        graph = self.graph()
+        jobs = [(task, number) for number in range(episodes) for task in range(1, NUM_TASKS + 1)]
+        self.evaluated: list[tuple[int, Episode]] = []
+
+        def policy_for(goals: np.ndarray):
+            return navigator_policy(Navigator(self.agent, graph, goals))
+
+        with progress(len(jobs), "evaluate", unit="episode", leave=False) as bar:
+            for start in range(0, len(jobs), EVAL_ENVS):
+                part = jobs[start : start + EVAL_ENVS]
+                seeds = [self.evaluation_seed(number) for _, number in part]
+                tasks = [task for task, _ in part]
+                played = self.eval_envs.play(seeds, tasks, policy_for)
+                self.evaluated += zip(tasks, played, strict=True)
+                bar.update(len(part))
+        by_task = {
+            f"eval/success_task{task}": float(np.mean([episode.success for t, episode in self.evaluated if t == task]))
+            for task in range(1, NUM_TASKS + 1)
+        }
+        steps = float(np.mean([len(episode.actions) for _, episode in self.evaluated]))
+        return {"eval/success_rate": float(np.mean(list(by_task.values()))), **by_task, "eval/episode_steps": steps}
+
+    def evaluate_and_save(self, metrics: dict[str, float]) -> None:
+        """Evaluate, log the row, then write best_model.pth if this is the best so far and checkpoints/last.pth."""
+        config = self.config
+        last = self.episodes >= config.max_episodes
+        self.evaluation = self.evaluate(config.eval_episodes if last else config.eval_episodes_between)
+        loss = metrics.get("train_loss", 0.0)
+        if not math.isfinite(loss):
+            raise UserError(f"{self.run_dir}: the loss is {loss} after {self.episodes} episodes; lower --lr")
+        self.logger.log(self.episodes, metrics | self.evaluation)
+        success = self.evaluation["eval/success_rate"]
+        if success > self.best_success:
+            self.best_success = success
+            save_checkpoint(self.run_dir / "best_model.pth", self.model_state() | {"success_rate": success})
+        state = {
+            "episodes": self.episodes,
+            "env_steps": self.env_steps,
+            "best_success": self.best_success,
+            "agent": self.agent.state_dict(),
+            "replay": self.replay.state_dict(),
+            "streams": self.streams.state_dict(),
+            "acting": self.acting.get_state(),
+            "dataset": config.dataset,
+        }
+        save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def model_state(self) -> dict[str, Any]:
+        """What acting needs: encoder, heads, landmarks, their sizes and the dataset."""
+        return {
+            "dataset": self.config.dataset,
+            "config": {key: value for key, value in plain_config(self.config).items() if key not in NOT_THE_MODEL},
+            "pretrained": self.pretrained,
+            "agent": self.agent.state_dict(),
+            "landmarks": self.codes.states[self.landmark_rows],
+            "episodes": self.episodes,
+        }
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint; UserError where it is another model's."""
+        state = load_checkpoint(path, self.device)
+        try:
+            self.agent.load_state_dict(state["agent"])
+            self.replay.load_state_dict(state["replay"])
+            self.streams.load_state_dict(state["streams"])
+            self.acting.set_state(state["acting"].cpu())
+            self.episodes, self.env_steps = state["episodes"], state["env_steps"]
+            self.best_success, self.fitted = state["best_success"], True
+        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a checkpoint of this model ({error}); choose another --run_dir") from None
+
+    def record_video(self) -> None:
+        """evaluation.mp4: the first evaluation episode of each task, its actions replayed from the same reset."""
+        env = renderer(self.config.dataset)
+        first = {task: episode for task, episode in reversed(self.evaluated)}
+        path, part = self.run_dir / "evaluation.mp4", self.run_dir / "evaluation.part.mp4"
+        with contextlib.closing(env), find_video_writer().get_writer(part, fps=30) as writer:
+            for task in progress(sorted(first), "video", unit="episode"):
+                seeded_reset(env, self.evaluation_seed(0), {"task_id": task})
+                for step, action in enumerate(first[task].actions):
+                    env.step(action)
+                    if step % VIDEO_SKIP == 0:
+                        writer.append_data(env.render())
+        part.replace(path)
+
+    def evaluation_seed(self, number: int) -> int:
+        """Of the number-th evaluation episode of each task."""
+        return (self.streams.evaluation_seed + number) % TRAIN_SEED_OFFSET
+
+    def plot(self) -> None:
+        """online_training_curves.png, and paths.png of the last evaluation."""
+        config = self.config
+        title = f"{config.dataset}, {config.inverse_dynamics_data} actions, seed {config.seed}"
+        plot_online_curves(read_metrics(self.run_dir), self.run_dir / "online_training_curves.png", title)
+        maze = Maze.from_env(self.eval_envs.envs[0])
+        landmarks = self.data.observations[self.landmark_rows, :2].cpu().numpy()
+        panels = []
+        for task in range(1, NUM_TASKS + 1):
+            played = [episode for t, episode in self.evaluated if t == task]
+            chosen = played[0].subgoals
+            chosen = chosen[(chosen >= 0) & (chosen < len(landmarks))]
+            panels.append(
+                {
+                    "name": f"task {task}: {np.mean([episode.success for episode in played]):.0%}",
+                    "paths": [episode.observations[:, :2] for episode in played],
+                    "success": [episode.success for episode in played],
+                    "goal_xy": played[0].goal[:2],
+                    "subgoals": landmarks[chosen],
+                }
+            )
+        plot_paths(maze, panels, self.run_dir / "paths.png", f"{title}, {self.episodes} episodes")
+
+
+def navigator_policy(navigator: Navigator):
+    """A policy for `EnvPool.play`: actions, and the landmarks aimed at."""
+    return lambda observations, live: (navigator.act(observations, live), navigator.chosen[live])
+
+
+def random_policy(count: int, action_dim: int, generator: torch.Generator):
+    """Uniform actions in [-1, 1], each held for ten steps in the mean, aimed at nothing.
+
+    Held, because the inverse dynamics aims several steps ahead: actions drawn anew at each step cancel out by then.
+    """
+    actions = 2 * torch.rand(count, action_dim, generator=generator) - 1
+
+    def policy(observations: np.ndarray, live: np.ndarray):
+        new = 2 * torch.rand(count, action_dim, generator=generator) - 1
+        redraw = torch.rand(count, 1, generator=generator) < 0.1
+        actions.copy_(torch.where(redraw, new, actions))
+        return actions[live].numpy(), np.full(len(live), -2)
+
+    return policy
+
+
+def renderer(dataset: str):
+    """An environment that renders without a display. Raises UserError where nothing here can."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    chosen = os.environ["MUJOCO_GL"]
+    try:
+        env = make_env(dataset, render_mode="rgb_array", width=320, height=320)
+        seeded_reset(env, 0)
+        env.render()
+    except Exception as error:  # each OpenGL library fails in its own way
+        raise UserError(
+            f"--record_video: cannot render with MUJOCO_GL={chosen} ({type(error).__name__}); it needs EGL (a GPU's "
+            "driver) or OSMesa (libosmesa6 and MUJOCO_GL=osmesa); leave --record_video out where there is neither"
+        ) from None
+    return env
+
+
+def find_video_writer():
+    """imageio with its MP4 writer; raises UserError without the package."""
+    try:
+        import imageio.v2 as imageio
+        import imageio_ffmpeg  # noqa: F401
+    except ImportError:
+        raise UserError("--record_video needs imageio-ffmpeg: pip install -r requirements-video.txt") from None
+    return imageio
+
+
+def mean_of(infos: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Means over updates, brought to the host in one transfer."""
+    names = list(infos[0])
+    means = torch.stack([torch.stack([info[name].float() for name in names]) for info in infos]).mean(0)
+    return dict(zip(names, means.tolist(), strict=True))
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(OnlineTrainerConfig, argv, __doc__)
+    began = time.perf_counter()
+    if config.record_video:  # say now what would fail after hours
+        renderer(parse_dataset_id(config.dataset).id).close()
+        find_video_writer()
+    run = OnlineRun(config)
+    print(
+        f"{config.dataset}, seed {config.seed}, {run.device}; actions: {config.inverse_dynamics_data}; "
+        f"pretrained in {config.offline_run_dir or 'logs/offline'}"
+    )
+    with contextlib.closing(run):
+        metrics = run.train()
+        run.plot()
+        if config.record_video:
+            run.record_video()
+    summary = {key: value for key, value in metrics.items() if key.startswith("eval/")}
+    mark_finished(run.run_dir, {"dataset": config.dataset, "env_steps": run.env_steps, **summary})
+    print(
+        f"{config.dataset}, {config.inverse_dynamics_data} actions, seed {config.seed}: last checkpoint after "
+        f"{run.episodes} episodes, {run.env_steps} environment steps, {time.perf_counter() - began:.0f} seconds"
+    )
+    for name, value in summary.items():
+        print(f"  {name}: {value:.3f}")
+    print(f"outputs in {run.run_dir}: best_model.pth, checkpoints/last.pth, metrics.csv, *.png")
+
+
+if __name__ == "__main__":
+    run_cli(main)
