@@ -573,8 +573,13 @@ def hindsight_goals(
     drawn = drawn if isinstance(random_rows, int) else random_rows[drawn]
     goal_rows = torch.minimum(rows + torch.where(kind < p_self, torch.ones_like(ahead), ahead), end)
     goal_rows = torch.where(kind < p_self + p_future, goal_rows, drawn)
-    is_ahead = (goal_rows > rows) & (goal_rows <= end)
-    return goal_rows, torch.where(is_ahead, goal_rows - rows, torch.full_like(rows, NEVER))
+    return goal_rows, steps_ahead(rows, goal_rows, episode_end)
+
+
+def steps_ahead(rows: torch.Tensor, goal_rows: torch.Tensor, episode_end: torch.Tensor) -> torch.Tensor:
+    """Steps from each row to its goal row where that is a later row of the same episode, else NEVER. int64, as rows."""
+    is_ahead = (goal_rows > rows) & (goal_rows <= episode_end[rows])
+    return torch.where(is_ahead, goal_rows - rows, torch.full_like(rows, NEVER))
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -47,14 +47,17 @@ class OnlineAgentConfig:
     max_weight: float = 20.0  # cap of these weights
     acting: str = "search"  # how z' is chosen: search (over landmarks) or proposer (next_state)
     num_landmarks: int = 500  # dataset states that the search joins
-    trusted_steps: float = 15.0  # where the cost of an edge of the search begins to grow faster than its length
+    trusted_steps: float = 8.0  # where the cost of an edge of the search begins to grow faster than its length
     aim_steps: float = 15.0  # how far ahead on the way found z' is taken
     replan_every: int = 5  # environment steps between two choices of z'
     patience: int = 40  # steps without progress after which a way is barred for the episode
+    wander_steps: int = 20  # steps of one random action that follow where the agent explores: the unknown is there
     p_self: float = 0.1  # share of hindsight goals that are the state the transition arrives at
     p_future: float = 0.5  # share drawn ahead on the trajectory, geometrically
     p_random: float = 0.4  # share drawn from all states
     goal_discount: float = 0.99  # of the geometric draw
+    p_hard: float = 0.0  # share of transitions whose goal is the nearest, by V, of hard_candidates random states
+    hard_candidates: int = 8  # see p_hard
 
 
 class OnlineAgent:
@@ -81,6 +84,7 @@ class OnlineAgent:
         device: str | torch.device = "cpu",
     ):
         self.config, self.discount, self.device = config, discount, torch.device(device)
+        self.action_dim = action_dim
         self.encoder = model.encoder.to(self.device).eval().requires_grad_(False)
         self.heads = nn.ModuleDict({name: copy.deepcopy(getattr(model, name)) for name in self.HEADS[:3]})
         self.heads["inverse_dynamics"] = InverseDynamics(self.encoder.d_model, hidden_dim, action_dim)
@@ -162,6 +166,15 @@ class OnlineAgent:
         value = self.target["v"](z, z_goal).clamp(LEAST_VALUE, 1)
         return value.log() / math.log(self.discount)
 
+    @torch.no_grad()
+    def hardest(self, z: Tensor, candidates: Tensor) -> Tensor:
+        """Which candidate is the nearest by V: [n, d_model] and [n, c, d_model] -> [n] int64.
+
+        As goals these show V where it is wrong: states that it takes for near and that trajectories do not reach,
+        such as those beyond the corner of a wall.
+        """
+        return self.target["v"](z.unsqueeze(1).expand_as(candidates), candidates).argmax(1)
+
     # -- update ---------------------------------------------------------------------------------------------------
 
     def update(self, batch: dict[str, Tensor], lr_scale: float = 1.0) -> dict[str, Tensor]:
@@ -226,7 +239,7 @@ class LandmarkGraph:
 
     V is right about short ways and vague about long ones, so a way of x steps costs x (1 + x / trusted_steps): a chain
     of short edges is preferred to a long one. x is V's number of steps there, or half of those back if that is more,
-    which catches ways that V sees in one direction alone. Above 4 trusted_steps there is no edge.
+    which catches ways that V sees in one direction alone. Above 10 trusted_steps there is no edge.
 
     Args:
         agent: whose V measures the ways.
@@ -250,7 +263,7 @@ class LandmarkGraph:
         """Costs of the edges from each z [m, d_model] to each z_to [k, d_model]: [m, k], inf where there is none."""
         trusted = self.agent.config.trusted_steps
         steps = np.maximum(self.steps(z, z_to), self.steps(z_to, z).T / 2)
-        return np.where(steps <= 4 * trusted, 1 + steps * (1 + steps / trusted), np.inf)
+        return np.where(steps <= 10 * trusted, 1 + steps * (1 + steps / trusted), np.inf)
 
     def near(self, z: Tensor) -> np.ndarray:
         """Landmarks [n] bool that lie within the trusted steps of z [d_model]."""
@@ -285,7 +298,7 @@ class Navigator:
         epsilon: probability, at each choice of z', of exploring straight towards the goal:
             z' = z + a (z_g - z), a uniform in [0.2, 1].
         action_noise: standard deviation of the Gaussian noise on actions.
-        generator: of epsilon, a and the noise; on the CPU.
+        generator: of epsilon, a, the noise and the wandering; on the CPU. None: act without exploration.
     """
 
     def __init__(
@@ -307,6 +320,8 @@ class Navigator:
         self.chosen = np.full(count, -2)  # landmark that z' is the code of; n for the goal, -2 for neither
         self.nearest = np.full(count, np.inf)  # fewest steps to the goal so far
         self.nearest_at = np.zeros(count, dtype=int)  # when that was
+        self.wandering = np.zeros(count, dtype=int)  # steps left of the random action
+        self.wander_actions = torch.zeros(count, agent.action_dim)
         if graph is not None:
             self.to_goal = graph.edges_between(graph.landmarks, self.goals).T  # [E, n]
             self.barred: list[list] = [[] for _ in range(count)]  # ways that led nowhere: landmarks here, and there
@@ -322,6 +337,9 @@ class Navigator:
         actions = agent.act(z, self.subgoals[live], self.goals[live]).cpu()
         if self.action_noise > 0:
             actions = actions + self.action_noise * torch.randn(actions.shape, generator=self.generator)
+        lost = self.wandering[live] > 0
+        actions[torch.from_numpy(lost)] = self.wander_actions[live[lost]]
+        self.wandering[live[lost]] -= 1
         return actions.clamp(-1, 1).numpy()
 
     def codes(self, observations: np.ndarray, live: np.ndarray) -> Tensor:
@@ -378,6 +396,9 @@ class Navigator:
     def _bar(self, env: int, z: Tensor, node: int) -> None:
         """V says that a way leads from here to `node`, and it led nowhere: bar it for the rest of the episode."""
         self.nearest[env], self.nearest_at[env] = np.inf, self.clock
+        if self.generator is not None:
+            self.wandering[env] = self.agent.config.wander_steps
+            self.wander_actions[env] = 2 * torch.rand(self.agent.action_dim, generator=self.generator) - 1
         if node < len(self.graph.landmarks):
             here, there = self.graph.near(z), self.graph.near(self.graph.landmarks[node])
             there[node] = True

@@ -12,7 +12,7 @@ import contextlib
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ogbench_utils import (
     max_episode_steps,
     parse_dataset_id,
     seeded_reset,
+    steps_ahead,
 )
 from online_agent import LandmarkGraph, Navigator, OnlineAgent, OnlineAgentConfig
 from utils import (
@@ -66,7 +67,8 @@ class OnlineTrainerConfig(OnlineAgentConfig):
     num_envs: int = 8  # environments at once; a round is one episode in each
     batch_size: int = 8  # an update draws batch_size x transitions_per_window transitions from each source
     transitions_per_window: int = 64  # see batch_size
-    fit_updates: int = 1500  # updates on the dataset before the first episode
+    subgoal_steps: int | None = None  # how far ahead z' lies; default 10 for the point, 25 for ants and humanoids
+    fit_updates: int | None = None  # updates on the dataset before the first episode; default 1500, or 4000
     updates_per_round: int = 250  # updates after each round of episodes
     random_steps: int = 2000  # first environment steps, of uniformly random actions (online regime)
     replay_episodes: int = 200  # own episodes kept
@@ -94,15 +96,27 @@ CHOICES = {
 # What each number may be: smallest and largest value, ends included.
 BOUNDS = {
     **dict.fromkeys(("horizon", "subgoal_steps", "replan_every", "patience", "batch_size"), (1, 10**9)),
-    **dict.fromkeys(("transitions_per_window", "num_envs", "replay_episodes", "eval_freq"), (1, 10**9)),
+    **dict.fromkeys(
+        ("transitions_per_window", "num_envs", "replay_episodes", "eval_freq", "hard_candidates"), (1, 10**9)
+    ),
     **dict.fromkeys(("eval_episodes", "eval_episodes_between", "max_trajectories"), (1, 10**9)),
-    **dict.fromkeys(("max_episodes", "fit_updates", "updates_per_round", "random_steps", "seed"), (0, 2**53)),
+    **dict.fromkeys(
+        ("max_episodes", "fit_updates", "updates_per_round", "random_steps", "wander_steps", "seed"), (0, 2**53)
+    ),
     **dict.fromkeys(("num_landmarks",), (2, 20_000)),
     **dict.fromkeys(("lr", "max_weight", "aim_steps", "trusted_steps"), (1e-9, 1e9)),
     **dict.fromkeys(("state_temperature", "action_temperature", "action_noise_start", "action_noise_end"), (0.0, 1e3)),
-    **dict.fromkeys(("expectile", "epsilon_start", "epsilon_end", "p_self", "p_future", "p_random"), (0.0, 1.0)),
+    **dict.fromkeys(
+        ("expectile", "epsilon_start", "epsilon_end", "p_self", "p_future", "p_random", "p_hard"), (0.0, 1.0)
+    ),
     "tau": (1e-9, 1.0),
     "goal_discount": (0.0, 1 - 1e-9),
+}
+# What None stands for, by robot: a step of the point goes farther than an ant's.
+BY_ROBOT = {
+    "pointmaze": {"subgoal_steps": 10, "fit_updates": 1500},
+    "antmaze": {"subgoal_steps": 25, "fit_updates": 4000},
+    "humanoidmaze": {"subgoal_steps": 25, "fit_updates": 4000},
 }
 MAY_CHANGE_ON_RESUME = {"dataset_dir", "offline_run_dir", "device", "tensorboard", "wandb_project", "record_video"}
 NOT_THE_MODEL = {"resume", "run_dir", *MAY_CHANGE_ON_RESUME}
@@ -127,6 +141,12 @@ def check(config: OnlineTrainerConfig) -> None:
             "--max_episodes 0 --inverse_dynamics_data online: no action is ever seen; use --inverse_dynamics_data "
             "offline for the policy without interaction, or --max_episodes above 0"
         )
+
+
+def resolve(config: OnlineTrainerConfig) -> OnlineTrainerConfig:
+    """The settings with every None that depends on the robot filled in."""
+    chosen = BY_ROBOT[parse_dataset_id(config.dataset).maze_env]
+    return replace(config, **{name: value for name, value in chosen.items() if getattr(config, name) is None})
 
 
 # -- the pretrained model ------------------------------------------------------------------------------------------
@@ -192,7 +212,7 @@ class CodeSet:
 
 def sample_batch(
     source: CodeSet | EpisodeReplay,
-    config: OnlineAgentConfig,
+    agent: OnlineAgent,
     count: int,
     acted: bool,
     generator: torch.Generator,
@@ -202,7 +222,7 @@ def sample_batch(
     The inverse dynamics aims 1..subgoal_steps ahead, drawn; the proposer exactly subgoal_steps, or at the goal where
     that comes first. Nothing crosses an episode's end. `acted` says whether the actions may be read.
     """
-    device = source.states.device
+    config, device = agent.config, source.states.device
 
     def draw(low: int, high: int) -> torch.Tensor:
         return torch.randint(low, high, (count,), generator=generator, device=device)
@@ -211,6 +231,15 @@ def sample_batch(
     goals, steps_to_goal = hindsight_goals(
         rows, source.episode_end, source.transitions, config.p_self, config.p_future, config.goal_discount, generator
     )
+    hard = round(config.p_hard * count)
+    if hard:
+        numbers = torch.randint(
+            len(source.transitions), (hard, config.hard_candidates), generator=generator, device=device
+        )
+        candidates = source.transitions[numbers]
+        picked = agent.hardest(source.states[rows[:hard]], source.states[candidates])
+        chosen = candidates.gather(1, picked.unsqueeze(1)).squeeze(1)
+        goals[:hard], steps_to_goal[:hard] = chosen, steps_ahead(rows[:hard], chosen, source.episode_end)
     remaining = source.episode_end[rows] - rows
     n = torch.minimum(draw(1, config.horizon + 1), remaining)
     sub = torch.minimum(draw(1, config.subgoal_steps + 1), remaining)
@@ -296,7 +325,7 @@ class OnlineRun:
 
     def __init__(self, config: OnlineTrainerConfig):
         check(config)
-        self.config = config
+        config = self.config = resolve(config)
         self.device = resolve_device(config.device)
         self.model, self.pretrained = load_pretrained(config)
         stem = Path("logs") / "online" / config.dataset / config.inverse_dynamics_data / f"seed_{config.seed}"
@@ -376,9 +405,9 @@ class OnlineRun:
         count = config.batch_size * config.transitions_per_window
         offline = config.inverse_dynamics_data == "offline"
         for number in progress(range(updates), desc, unit="update", leave=False):
-            parts = [sample_batch(self.codes, config, count, offline, self.streams.sampling)]
+            parts = [sample_batch(self.codes, self.agent, count, offline, self.streams.sampling)]
             if len(self.replay):
-                parts.append(sample_batch(self.replay, config, count, True, self.streams.sampling))
+                parts.append(sample_batch(self.replay, self.agent, count, True, self.streams.sampling))
             batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             scale = 0.55 + 0.45 * math.cos(math.pi * number / updates) if anneal else 1.0
             infos.append(self.agent.update(batch, scale))

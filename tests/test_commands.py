@@ -9,16 +9,26 @@ from pathlib import Path
 import pytest
 
 import make_dataset
+import offline_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASET = "local/pointmaze-medium-stitch-v0"
+OFFLINE = (
+    f"--dataset {DATASET} --dataset_dir datasets --context_length 16 --d_model 16 --d_state 8 --hidden_dim 16 "
+    "--batch_size 4 --updates_per_epoch 2 --num_epochs 1 --eval_batches 1 --eval_states 32 --eval_goals 16"
+)
 EXPERT = "--max_timesteps 60 --start_steps 20 --snapshot_every 60 --eval_episodes 1 --card_episodes 1 --hidden_dims 8"
 # By the longest beginning of the command that is listed: what to add, and what it prints when it has done its work.
 SMALLER = {
-    "offline_trainer.py": (
-        f"--dataset {DATASET} --dataset_dir datasets --context_length 16 --d_model 16 --d_state 8 --hidden_dim 16 "
-        "--batch_size 4 --updates_per_epoch 2 --num_epochs 1 --eval_batches 1 --eval_states 32 --eval_goals 16",
-        "value_distance_spearman",
+    "offline_trainer.py": (OFFLINE, "value_distance_spearman"),
+    "online_trainer.py": (
+        f"--dataset {DATASET} --dataset_dir datasets --offline_run_dir pretrained --inverse_dynamics_data offline "
+        "--max_episodes 0 --fit_updates 2 --batch_size 1 --num_landmarks 8 --eval_episodes 1",
+        "eval/success_rate",
+    ),
+    "benchmarks/bench_online.py": (
+        "--num_envs 2 --num_landmarks 4 --context_length 4 --steps 2 --repeats 1",
+        "acting_steps_per_second_2_envs: ours",
     ),
     "make_dataset.py --list": ("", "local/hopper-medium-v2"),
     "make_dataset.py --check": ("", "good"),
@@ -83,6 +93,8 @@ def test_command_runs_in_a_small_form(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     script, *words = shlex.split(command)
     prepare(words)
+    if script == "online_trainer.py":
+        offline_trainer.main(shlex.split(f"{OFFLINE} --run_dir pretrained --no_plot_maps"))
     spec = importlib.util.spec_from_file_location("command", ROOT / script)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(__import__("sys").modules, "command", module)  # dataclasses look their module up

@@ -1,0 +1,563 @@
+"""The online command: what it writes, how it resumes, whose actions it reads, and what it says about bad input."""
+
+import ctypes.util
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.envs.registration import EnvSpec
+
+import make_dataset
+import offline_trainer
+import online_trainer
+from model import OfflineModel
+from ogbench_utils import TrajectoryDataset
+from ogbench_utils import make_env as make_full_env
+from online_agent import LandmarkGraph, Navigator, OnlineAgent, OnlineAgentConfig
+from online_trainer import EnvPool, OnlineRun, OnlineTrainerConfig, navigator_policy
+from utils import hold_run, load_checkpoint, parse_config, read_metrics, run_cli, save_checkpoint
+
+DATASET = "local/pointmaze-medium-stitch-v0"
+STEPS = 12  # of an episode
+PRETRAINING = {
+    **{"context_length": 16, "d_model": 16, "hidden_dim": 16, "d_state": 8, "batch_size": 4, "bank_size": 100},
+    **{"updates_per_epoch": 2, "num_epochs": 1, "eval_freq": 1, "eval_batches": 1, "eval_states": 32, "eval_goals": 16},
+}
+TINY = {
+    **{"max_trajectories": 6, "max_episodes": 6, "num_envs": 2, "batch_size": 2, "transitions_per_window": 8},
+    **{"fit_updates": 3, "updates_per_round": 2, "random_steps": 0, "replay_episodes": 4, "epsilon_start": 0.4},
+    **{"epsilon_end": 0.1, "action_noise_start": 0.3, "action_noise_end": 0.05, "eval_freq": 1, "eval_episodes": 2},
+    **{"eval_episodes_between": 1, "horizon": 5, "subgoal_steps": 4, "num_landmarks": 30, "replan_every": 3},
+    **{"p_hard": 0.25, "hard_candidates": 4, "device": "cpu", "seed": 0, "lr": 1e-3},
+    **{"trusted_steps": 200.0, "aim_steps": 5.0, "patience": 4, "wander_steps": 2},  # V knows nothing: trust it far
+}
+NO_INTERACTION = {"inverse_dynamics_data": "offline", "max_episodes": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_episodes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online_trainer, "max_episode_steps", lambda dataset: STEPS)
+        patch.setattr(
+            online_trainer, "make_env", lambda dataset, **more: make_full_env(dataset, max_episode_steps=STEPS, **more)
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def dataset_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("datasets")
+    make_dataset.generate(DATASET, size=8, seed=0, dataset_dir=folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(dataset_dir, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "pretrained"
+    flags = ["--no_plot_maps", "--no_tensorboard", "--dataset", DATASET, "--dataset_dir", str(dataset_dir)]
+    offline_trainer.main([*flags, "--run_dir", str(run_dir), *words(PRETRAINING)])
+    return run_dir
+
+
+def words(settings: dict) -> list[str]:
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def arguments(dataset_dir, pretrained):
+    """Builds a command line: a run's directory, switches, and settings other than TINY."""
+
+    def build(run_dir, *switches, **settings) -> list[str]:
+        places = {"dataset": DATASET, "dataset_dir": dataset_dir, "offline_run_dir": pretrained, "run_dir": run_dir}
+        return [*words(places | TINY | settings), *switches]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    online_trainer.main(arguments(run_dir))
+    return run_dir
+
+
+def train(flags: list[str]) -> None:
+    """A run without its pictures, which take longer than it does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnlineRun, "plot", lambda run: None)
+        online_trainer.main([*flags, "--no_tensorboard"])
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def last(run_dir: Path) -> dict:
+    return load_checkpoint(run_dir / "checkpoints/last.pth")
+
+
+def tensors(state, name="") -> dict[str, torch.Tensor]:
+    """All tensors of nested dicts and lists by their path."""
+    if isinstance(state, torch.Tensor):
+        return {name: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return {key: value for part, item in items for key, value in tensors(item, f"{name}/{part}").items()}
+
+
+def differing(first: dict, second: dict) -> set[str]:
+    """The paths of the tensors that are not the same bits."""
+    first, second = tensors(first), tensors(second)
+    assert set(first) == set(second)
+    return {name for name, value in first.items() if not torch.equal(value, second[name])}
+
+
+# -- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_all_its_outputs(finished):
+    names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    assert {
+        "config.yaml", "versions.json", "metrics.csv", "best_model.pth", "checkpoints/last.pth",
+        "online_training_curves.png", "paths.png", "finished.json",
+    } <= names  # fmt: skip
+    assert any("tfevents" in name for name in names)
+    assert not any(name.endswith(".tmp") or "part" in name for name in names)
+    for picture in ("online_training_curves.png", "paths.png"):
+        assert (finished / picture).read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((finished / "finished.json").read_text())
+    assert summary["dataset"] == DATASET and summary["env_steps"] == 6 * STEPS
+    assert summary["eval/success_rate"] == read_metrics(finished)["eval/success_rate"][-1]
+
+
+def test_metrics_hold_what_the_readme_names(finished):
+    metrics = read_metrics(finished)
+    assert metrics["step"] == [0, 2, 4, 6]
+    assert metrics["env_steps"] == [0, 2 * STEPS, 4 * STEPS, 6 * STEPS]
+    for column in ("train_loss", "critic_loss", "v_loss", "state_loss"):
+        assert np.isfinite(metrics[column]).all(), column
+    for column in ("success_rate", "goal_biased_share"):
+        assert np.isnan(metrics[column][0]) and all(0 <= value <= 1 for value in metrics[column][1:]), column
+    assert np.isfinite(metrics["episode_reward"][1:]).all()
+    by_task = [metrics[f"eval/success_task{task}"] for task in range(1, 6)]
+    assert np.allclose(metrics["eval/success_rate"], np.mean(by_task, axis=0))
+
+
+def test_exploration_goes_from_start_to_end(finished):
+    metrics = read_metrics(finished)
+    assert metrics["epsilon"][1:] == pytest.approx([0.4, 0.25, 0.1])
+    assert metrics["action_noise"][1:] == pytest.approx([0.3, 0.175, 0.05])
+
+
+def test_the_first_steps_are_random_where_no_action_is_known(arguments, tmp_path):
+    """Three rounds, the first two begin before random_steps; with the dataset's actions none is random."""
+    for data, epsilon in (("online", [1.0, 1.0, 0.1]), ("offline", [0.4, 0.25, 0.1])):
+        run = tmp_path / data
+        settings = {"inverse_dynamics_data": data, "random_steps": 2 * STEPS + 1, "eval_freq": 3}
+        train(arguments(run, **settings))
+        assert read_metrics(run)["epsilon"][1:] == pytest.approx(epsilon)
+        actions = last(run)["replay"]["actions"]
+        assert actions.abs().max() <= 1 and (actions.abs().mean() > 0.3) == (data == "online")
+
+
+# -- the same bits ----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, arguments, pretrained, tmp_path):
+    train(arguments(tmp_path / "again"))
+    for name in ("checkpoints/last.pth", "best_model.pth", "metrics.csv", "finished.json"):
+        assert digest(finished / name) == digest(tmp_path / "again" / name), name
+    train(arguments(tmp_path / "other", seed=1))
+    first, other = last(finished), last(tmp_path / "other")
+    assert differing(first["agent"]["encoder"], other["agent"]["encoder"]) == set()
+    assert not torch.equal(first["replay"]["states"], other["replay"]["states"])
+    names = differing(first["agent"]["heads"], other["agent"]["heads"])
+    assert names == set(tensors(first["agent"]["heads"]))
+
+
+def test_how_often_a_run_evaluates_changes_no_training_number(finished, arguments, tmp_path):
+    train(arguments(tmp_path / "run", eval_freq=2, eval_episodes=1))
+    first, second = last(finished), last(tmp_path / "run")
+    assert differing(first, second) == set()
+    rows, fewer = read_metrics(finished), read_metrics(tmp_path / "run")
+    assert [np.isnan(value) for value in fewer["eval/success_rate"]] == [False, True, False, False]
+    for column in ("train_loss", "v_loss", "episode_reward", "goal_biased_share"):
+        assert np.array_equal(rows[column], fewer[column], equal_nan=True), column
+
+
+@pytest.mark.parametrize("stop_at", [0, 6])
+def test_a_resumed_run_equals_the_uninterrupted_one(stop_at, arguments, tmp_path, monkeypatch):
+    """Cut before the first episode, and a round past the checkpoint with the replay wrapped round."""
+    settings = {"max_episodes": 8, "eval_freq": 2, "replay_episodes": 3, "random_steps": STEPS}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(arguments(whole, **settings))
+    collect = OnlineRun.collect
+
+    def interrupted(run):
+        if run.episodes == stop_at:
+            raise KeyboardInterrupt
+        return collect(run)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(OnlineRun, "collect", interrupted)
+        train(arguments(cut, **settings))
+    assert last(cut)["episodes"] == {0: 0, 6: 4}[stop_at] and not (cut / "finished.json").exists()
+    train(arguments(cut, "--resume", **settings))
+    for name in ("checkpoints/last.pth", "best_model.pth", "metrics.csv", "finished.json"):
+        assert digest(whole / name) == digest(cut / name), name
+
+
+def test_a_run_cut_after_its_last_checkpoint_evaluates_the_same(finished, arguments, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("finished.json", "paths.png"):
+        (run / name).unlink()
+    online_trainer.main(arguments(run, "--resume"))
+    assert (run / "finished.json").read_text() == (finished / "finished.json").read_text()
+    assert (run / "paths.png").exists() and digest(run / "metrics.csv") == digest(finished / "metrics.csv")
+
+
+def test_the_best_model_acts_by_itself(arguments, tmp_path):
+    """From best_model.pth alone come the actions that the run's own evaluation took, episode by episode."""
+    settings = NO_INTERACTION | {"eval_episodes": 1}
+    config = parse_config(OnlineTrainerConfig, arguments(tmp_path / "run", "--no_tensorboard", **settings))
+    run = OnlineRun(config)
+    run.train()
+    run.close()
+    state = load_checkpoint(tmp_path / "run/best_model.pth")
+    assert state["dataset"] == DATASET and state["landmarks"].shape == (30, 16)
+    kept = OnlineAgentConfig(**{key: state["config"][key] for key in vars(OnlineAgentConfig())})
+    before = state["pretrained"]
+    shape = {name: before[name] for name in ("n_layers", "d_state", "d_conv", "expand", "backend")}
+    model = OfflineModel(2, before["d_model"], before["hidden_dim"], **shape)
+    agent = OnlineAgent(kept, model, 2, before["hidden_dim"], before["discount"])
+    agent.load_state_dict(state["agent"])
+    graph, pool = LandmarkGraph(agent, state["landmarks"]), EnvPool(DATASET)
+    played = pool.play(
+        [run.evaluation_seed(0)] * 5, [1, 2, 3, 4, 5], lambda goals: navigator_policy(Navigator(agent, graph, goals))
+    )
+    pool.close()
+    assert [task for task, _ in run.evaluated] == [1, 2, 3, 4, 5]
+    for (_, episode), again in zip(run.evaluated, played, strict=True):
+        assert episode.actions.shape == (STEPS, 2) and np.abs(episode.actions).max() > 0
+        assert (episode.subgoals < 30).any()  # not the goal all the time
+        assert np.array_equal(episode.actions, again.actions)
+        assert np.array_equal(episode.observations, again.observations)
+
+
+# -- whose actions ----------------------------------------------------------------------------------------------------
+
+
+def with_actions(change):
+    """TrajectoryDataset.load with actions that `change` has rewritten."""
+    load = TrajectoryDataset.load
+
+    def changed(*arguments, **options):
+        data = load(*arguments, **options)
+        change(data.actions)
+        return data
+
+    return changed
+
+
+def test_the_strict_regime_never_reads_the_datasets_actions(finished, arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrajectoryDataset, "load", with_actions(lambda actions: actions.fill_(torch.nan)))
+    train(arguments(tmp_path / "run"))
+    for name in ("checkpoints/last.pth", "best_model.pth", "metrics.csv"):
+        assert digest(finished / name) == digest(tmp_path / "run" / name), name
+
+
+def test_the_offline_regime_reads_them_for_the_inverse_dynamics_alone(arguments, tmp_path, monkeypatch, capsys):
+    train(arguments(tmp_path / "run", **NO_INTERACTION))
+    with monkeypatch.context() as patch:
+        patch.setattr(TrajectoryDataset, "load", with_actions(lambda actions: actions.mul_(-1)))
+        train(arguments(tmp_path / "other", **NO_INTERACTION))
+    first, other = last(tmp_path / "run")["agent"], last(tmp_path / "other")["agent"]
+    names = differing(first["heads"], other["heads"])
+    assert names == {name for name in tensors(first["heads"]) if "inverse_dynamics" in name}
+    assert differing(first["target"], other["target"]) == set()
+    with monkeypatch.context() as patch:
+        patch.setattr(TrajectoryDataset, "load", with_actions(lambda actions: actions.fill_(torch.nan)))
+        line = exits(capsys, *arguments(tmp_path / "nan", "--no_tensorboard", **NO_INTERACTION))
+    assert "loss is nan" in line and "--lr" in line and not (tmp_path / "nan/best_model.pth").exists()
+
+
+def test_the_proposer_acts_and_the_best_pretrained_model_serves(arguments, tmp_path):
+    flags = {"acting": "proposer", "offline_checkpoint": "best", "max_episodes": 3, "random_steps": 0}
+    train(arguments(tmp_path / "run", **flags))
+    state = last(tmp_path / "run")
+    assert state["episodes"] == 3 and state["replay"]["lengths"].tolist() == [STEPS] * 3
+
+
+# -- episodes ---------------------------------------------------------------------------------------------------------
+
+
+class Counter(gymnasium.Env):
+    """Counts its steps; succeeds, ends or is cut where it is told to, and may not be stepped after that."""
+
+    spec = EnvSpec("Counter-v0")
+
+    def __init__(self, event: str, at: int):
+        self.event, self.at = event, at
+        self.action_space = gymnasium.spaces.Box(-1, 1, (1,))
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        self.time, self.options = 0, options
+        self.first = np.random.random()  # as OGBench draws
+        return np.array([self.first, 0.0]), {"goal": np.array([9.0, 9.0])}
+
+    def step(self, action):
+        assert self.time < self.at
+        self.time += 1
+        now = self.time == self.at
+        happens = {event: now and self.event == event for event in ("success", "terminated", "truncated")}
+        info = {"success": happens["success"]}
+        return np.array([self.first, self.time]), float(action[0]), happens["terminated"], happens["truncated"], info
+
+
+def test_a_pool_plays_each_environment_to_its_own_end(monkeypatch):
+    built = iter([Counter("truncated", 3), Counter("success", 1), Counter("terminated", 2)])
+    monkeypatch.setattr(online_trainer, "make_env", lambda dataset: next(built))
+    seen = []
+
+    def policy_for(goals):
+        assert goals.tolist() == [[9.0, 9.0]] * 3
+
+        def policy(observations, live):
+            seen.append((live.tolist(), observations[:, 1].tolist()))
+            return np.array([[10.0 * env + 1] for env in live], dtype=np.float32), 100 + live
+
+        return policy
+
+    pool = EnvPool(DATASET)
+    played = pool.play([5, 6, 5], [None, 2, None], policy_for)
+    assert seen == [([0, 1, 2], [0, 0, 0]), ([0, 2], [1, 1]), ([0], [2])]
+    assert [episode.success for episode in played] == [False, True, False]
+    assert [episode.reward for episode in played] == [3.0, 11.0, 42.0]
+    for env, (episode, steps) in enumerate(zip(played, (3, 1, 2), strict=True)):
+        assert episode.observations[:, 1].tolist() == list(range(steps + 1))
+        assert episode.actions.tolist() == [[10.0 * env + 1]] * steps and len(episode.subgoals) == steps
+        assert set(episode.subgoals) == {100 + env} and pool.envs[env].options == ({"task_id": 2} if env == 1 else {})
+    first = [episode.observations[0, 0] for episode in played]
+    assert first[0] == first[2] != first[1]  # the seed alone decides
+
+
+class Filmed(gymnasium.Wrapper):
+    """Keeps what it sees since the last reset; its picture is the number of steps so far."""
+
+    def __init__(self, env, films):
+        super().__init__(env)
+        self.films = films
+
+    def reset(self, **options):
+        observation, info = self.env.reset(**options)
+        self.films.append([observation])
+        return observation, info
+
+    def step(self, action):
+        result = self.env.step(action)
+        self.films[-1].append(result[0])
+        return result
+
+    def render(self):
+        return len(self.films[-1]) - 1
+
+
+class Writer:
+    """Stands for imageio and its writer: keeps the pictures, and writes a file as it closes."""
+
+    def __init__(self):
+        self.frames = []
+
+    def get_writer(self, path, fps):
+        self.path = Path(path)
+        return self
+
+    def append_data(self, frame):
+        self.frames.append(frame)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.path.write_bytes(b"film")
+
+
+def test_the_video_replays_the_evaluated_actions(arguments, tmp_path, monkeypatch):
+    films, writer, runs = [], Writer(), []
+    record = OnlineRun.record_video
+    monkeypatch.setattr(online_trainer, "renderer", lambda dataset: Filmed(online_trainer.make_env(dataset), films))
+    monkeypatch.setattr(online_trainer, "find_video_writer", lambda: writer)
+    monkeypatch.setattr(OnlineRun, "record_video", lambda run: (runs.append(run), record(run)))
+    train(arguments(tmp_path / "run", "--record_video", **NO_INTERACTION))
+    first = {}
+    for task, episode in runs[0].evaluated:
+        first.setdefault(task, episode)
+    assert len(films) == 5 == len(first) < len(runs[0].evaluated)
+    for task, film in enumerate(films, 1):
+        assert np.array_equal(np.asarray(film, dtype=np.float32), first[task].observations)
+    skip = online_trainer.VIDEO_SKIP
+    assert writer.frames == list(range(1, STEPS + 1, skip)) * 5
+    assert (tmp_path / "run/evaluation.mp4").read_bytes() == b"film"
+    assert not (tmp_path / "run/evaluation.part.mp4").exists()
+
+
+def test_where_nothing_can_render_the_variable_is_named(arguments, tmp_path):
+    lacking = [
+        name for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")) if not ctypes.util.find_library(library)
+    ]
+    if not lacking:
+        pytest.skip("EGL and OSMesa are both installed here")
+    script, flags = online_trainer.__file__, arguments(tmp_path / "run", "--record_video")
+    environment = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
+    environment |= {} if lacking[0] == "egl" else {"MUJOCO_GL": lacking[0]}
+    done = subprocess.run([sys.executable, script, *flags], env=environment, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert f"MUJOCO_GL={lacking[0]}" in lines[0] and "--record_video" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def exits(capsys, *flags) -> str:
+    """Run the command in this process; it must exit 2 with one line on stderr, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda _: online_trainer.main(list(flags)))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", sorted(online_trainer.BOUNDS))
+def test_a_number_out_of_bounds_names_its_flag(name, tmp_path, capsys):
+    least, most = online_trainer.BOUNDS[name]
+    floats = isinstance(getattr(OnlineTrainerConfig(), name), float)
+    for value in (least - 1, most + 1) + ((float("nan"),) if floats else ()):
+        line = exits(capsys, "--dataset", DATASET, "--run_dir", str(tmp_path / "run"), f"--{name}={value}")
+        assert f"--{name}" in line, line
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_number_has_bounds():
+    numbers = {name for name, value in vars(OnlineTrainerConfig()).items() if type(value) in (int, float)}
+    assert numbers <= set(online_trainer.BOUNDS)
+
+
+def test_bad_settings_name_the_flag(arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert "--acting walk" in exits(capsys, *arguments(run, acting="walk"))
+    assert "search, proposer" in exits(capsys, *arguments(run, acting="walk"))
+    assert "--offline_checkpoint first" in exits(capsys, *arguments(run, offline_checkpoint="first"))
+    assert "--inverse_dynamics_data both" in exits(capsys, *arguments(run, inverse_dynamics_data="both"))
+    line = exits(capsys, *arguments(run, max_episodes=0, inverse_dynamics_data="online"))
+    assert "--max_episodes 0" in line and "--inverse_dynamics_data" in line
+    assert "sum to 1" in exits(capsys, *arguments(run, p_self=0.1, p_future=0.1, p_random=0.1))
+    assert "--horizn" in exits(capsys, *arguments(run, horizn=3))
+    assert "pointmaze-medium-stitch-v0" in exits(capsys, *arguments(run, dataset="pointmaze-medium-stich-v0"))
+    typo = tmp_path / "typo.yaml"
+    typo.write_text("max_episode: 4\n")
+    line = exits(capsys, *arguments(run, config=typo))
+    assert "max_episode" in line and "typo.yaml" in line and "max_episodes" in line
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("kind", ["last", "best"])
+def test_a_missing_pretrained_model_names_the_command_that_makes_it(kind, arguments, tmp_path, capsys):
+    absent, run = tmp_path / "absent", tmp_path / "run"
+    line = exits(capsys, *arguments(run, offline_run_dir=absent, seed=3, offline_checkpoint=kind))
+    assert str(absent / {"last": "checkpoints/last.pth", "best": "best_model.pth"}[kind]) in line
+    program, script, *flags = shlex.split(line.split("`")[1])
+    assert (program, script) == ("python", "offline_trainer.py")
+    command = parse_config(offline_trainer.OfflineTrainerConfig, flags)
+    assert (command.dataset, command.run_dir, command.seed) == (DATASET, str(absent), 3)
+    assert not run.exists()
+
+
+def faulty(state: dict) -> dict[str, dict]:
+    """Checkpoints that are no use, by what is wrong with them."""
+
+    def changed(change) -> dict:
+        copy = {**state, "config": dict(state["config"]), "agent": {**state["agent"]}}
+        copy["agent"]["target"] = dict(state["agent"]["target"])
+        change(copy)
+        return copy
+
+    wide = OfflineModel(3, 16, 16, d_state=8).state_dict()
+    return {
+        "another dataset": changed(lambda copy: copy.update(dataset="local/pointmaze-medium-navigate-v0")),
+        "no mean": changed(lambda copy: copy["agent"]["target"].pop("encoder.mean")),
+        "no std": changed(lambda copy: copy["agent"]["target"].pop("encoder.std")),
+        "no head": changed(lambda copy: copy["agent"]["target"].pop("v.net.0.weight")),
+        "no discount": changed(lambda copy: copy["config"].pop("discount")),
+        "no config": changed(lambda copy: copy.pop("config")),
+        "no agent": changed(lambda copy: copy.pop("agent")),
+        "other widths": changed(lambda copy: copy["config"].update(hidden_dim=32)),
+        "other observations": changed(lambda copy: copy["agent"].update(target=wide) or copy.update(observation_dim=3)),
+    }
+
+
+def test_a_wrong_pretrained_model_is_named(pretrained, arguments, tmp_path, capsys):
+    run, folder = tmp_path / "run", tmp_path / "wrong"
+    path = folder / "checkpoints/last.pth"
+    told = {
+        "another dataset": "local/pointmaze-medium-navigate-v0",
+        "no mean": "normaliser (encoder.mean absent)",
+        "no std": "normaliser (encoder.std absent)",
+        "other observations": "takes 3 numbers a state",
+    }
+    for fault, state in faulty(last(pretrained)).items():
+        save_checkpoint(path, state)
+        line = exits(capsys, *arguments(run, offline_run_dir=folder))
+        assert "python offline_trainer.py" in line and told.get(fault, str(path)) in line, (fault, line)
+    path.write_bytes(b"not a checkpoint")
+    assert str(path) in exits(capsys, *arguments(run, offline_run_dir=folder))
+    shutil.copytree(pretrained, folder, dirs_exist_ok=True)
+    shutil.copy(path, folder / "best_model.pth")  # the one is not the other
+    line = exits(capsys, *arguments(run, offline_run_dir=folder, offline_checkpoint="best"))
+    assert str(folder / "best_model.pth") in line
+    assert not run.exists()
+
+
+def test_an_online_checkpoint_is_no_pretrained_model(finished, arguments, tmp_path, capsys):
+    for kind in ("last", "best"):
+        line = exits(capsys, *arguments(tmp_path / "run", offline_run_dir=finished, offline_checkpoint=kind))
+        assert "not a model of offline_trainer.py" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_says_so_and_stops(finished, arguments, capsys):
+    before = digest(finished / "checkpoints/last.pth")
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda _: online_trainer.main(arguments(finished, "--resume")))
+    assert stop.value.code == 0 and "finished" in capsys.readouterr().out
+    assert digest(finished / "checkpoints/last.pth") == before
+
+
+def test_what_cannot_be_resumed_is_refused(finished, arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "finished.json").unlink()
+    assert "--resume" in exits(capsys, *arguments(run))
+    assert "horizon" in exits(capsys, *arguments(run, "--resume", horizon=6))
+    with hold_run(run):
+        assert "another process" in exits(capsys, *arguments(run, "--resume"))
+    state = last(run)
+    state["agent"]["heads"].popitem()
+    save_checkpoint(run / "checkpoints/last.pth", state)
+    line = exits(capsys, *arguments(run, "--resume"))
+    assert str(run / "checkpoints/last.pth") in line and "--run_dir" in line
+    (run / "checkpoints/last.pth").write_bytes(b"not a checkpoint")
+    assert str(run / "checkpoints/last.pth") in exits(capsys, *arguments(run, "--resume"))
+    assert digest(run / "best_model.pth") == digest(finished / "best_model.pth")
