@@ -7,7 +7,8 @@
 
 A `local/` dataset has the layout, names and protocol of the official one and is made by policies of known quality
 (datasets/experts/); the id keeps the two apart. A manifest beside the files tells recipe, seed, policies, versions and
-SHA-256. The same id, size, seed and policies give the same bytes, whatever --jobs.
+SHA-256. On one machine with the same versions, the same id, size, seed and policies give the same bytes, whatever
+--jobs.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ class MakeDatasetConfig:
     dataset: str = "local/pointmaze-medium-navigate-v0"  # id of the dataset, local/<the benchmark's id>; see --list
     num_episodes: int | None = None  # mazes: training episodes (a tenth more for validation); walker study: episodes
     num_transitions: int | None = None  # D4RL: transitions
-    seed: int = 0  # the files depend on the id, the size, the policies and this alone
+    seed: int = 0  # on one machine the files depend on the id, the size, the policies and this alone
     dataset_dir: str | None = None  # where datasets are kept; else the benchmark's own variable, else datasets/
     experts_dir: str | None = None  # policies to use in place of datasets/experts/, as train_expert.py writes them
     jobs: int = 1  # processes that make episodes side by side; changes no byte of the files
-    overwrite: bool = False  # replace a dataset of another seed, size or policies
+    overwrite: bool = False  # replace a dataset of another seed, size or policies, or files without a manifest
     list: bool = False  # show every id: size, where it is, or how to get it; makes nothing
     check: str | None = None  # check this file or folder, generated or official, instead; makes nothing
     picture: str | None = None  # --check: where its picture goes; default logs/checks/<name>.png
@@ -75,8 +76,8 @@ def generate(
     """Make a local dataset and return its main file or folder; one that is there already is kept.
 
     `size` counts what the benchmark counts, episodes or transitions. Raises UserError for an id without a recipe,
-    numbers out of range, missing policies, a folder that cannot be written, and, unless `overwrite`, a dataset of the
-    same id but another seed, size or policies.
+    numbers out of range, policies that are missing or another robot's, a folder that cannot be written, and, unless
+    `overwrite`, a dataset of the same id but another seed, size or policies, or files in its place without a manifest.
     """
     family = find_family(dataset_id)
     size = family.default_size(dataset_id) if size is None else size

@@ -178,10 +178,9 @@ class OfflineRun:
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
         # With decay the learning rate depends on the run's length, so that cannot change on the way.
         may_change = MAY_CHANGE_ON_RESUME - ({"num_epochs"} if config.lr_decay else set())
-        checkpoint = prepare_run(self.run_dir, config, config.resume, may_change=may_change)
         try:
             self.resources.enter_context(hold_run(self.run_dir))
-            self.open(checkpoint)
+            self.open(prepare_run(self.run_dir, config, config.resume, may_change=may_change))
         except BaseException:
             self.close()
             raise

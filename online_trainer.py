@@ -341,10 +341,9 @@ class OnlineRun:
                 f"the pretrained model takes {takes} numbers a state, {config.dataset} has {has}; make the right one "
                 f"with `{offline_command(config)}`"
             )
-        checkpoint = prepare_run(self.run_dir, config, config.resume, may_change=MAY_CHANGE_ON_RESUME)
         try:
             self.resources.enter_context(hold_run(self.run_dir))
-            self.open(checkpoint)
+            self.open(prepare_run(self.run_dir, config, config.resume, may_change=MAY_CHANGE_ON_RESUME))
         except BaseException:
             self.close()
             raise

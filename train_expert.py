@@ -242,12 +242,12 @@ def total_steps(config: TrainExpertConfig) -> int:
     return config.max_timesteps or RECIPES[config.env].steps
 
 
-def extract_policy(model: Any, env: str, step: int, noise: float = 0.0) -> Policy:
-    """The acting part of a stable-baselines3 SAC or TD3 model with an MLP actor."""
+def extract_policy(model: Any, config: TrainExpertConfig, step: int) -> Policy:
+    """The acting part of the model that `build_model` made for `config`."""
     from stable_baselines3.sac import policies as sac_policies
 
     actor = model.policy.actor
-    gaussian = hasattr(actor, "latent_pi")
+    gaussian = config.algorithm == "sac"
     body = list(actor.latent_pi if gaussian else actor.mu)
     linear = [module for module in body if isinstance(module, nn.Linear)]
     named = {} if gaussian else {"mean": linear.pop()}
@@ -259,14 +259,14 @@ def extract_policy(model: Any, env: str, step: int, noise: float = 0.0) -> Polic
         weights[f"{name}.weight"] = layer.weight.detach().numpy().T.copy()
         weights[f"{name}.bias"] = layer.bias.detach().numpy().copy()
     return Policy(
-        env,
+        config.env,
         step,
         weights,
         ACTIVATION_NAMES[type(body[1])],
         float(sac_policies.LOG_STD_MIN),
         float(sac_policies.LOG_STD_MAX),
-        0.0 if gaussian else noise,
-        ENVIRONMENTS[env].observation,
+        0.0 if gaussian else config.exploration_noise,
+        ENVIRONMENTS[config.env].observation,
     )
 
 
@@ -297,33 +297,33 @@ def between_updates(visit: Any) -> Any:
 _BUFFER_FIELDS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 
-def model_state(model: Any) -> dict[str, Any]:
+def model_state(model: Any, algorithm: str) -> dict[str, Any]:
     """Everything that the next update depends on but the environment: tensors, numbers and text."""
     buffer = model.replay_buffer
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     state = {
         "counters": [model.num_timesteps, model._n_updates, model._episode_num],
         "policy": model.policy.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in _optimizers(model)],
+        "optimizers": [optimizer.state_dict() for optimizer in _optimizers(model, algorithm)],
         "buffer": {name: torch.from_numpy(getattr(buffer, name)[: buffer.size()]) for name in _BUFFER_FIELDS},
         "buffer_position": [buffer.pos, buffer.full],
         "torch": torch.get_rng_state(),
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
         "actions": json.dumps(model.action_space.np_random.bit_generator.state),
     }
-    if hasattr(model, "log_ent_coef"):
+    if algorithm == "sac":
         state["log_ent_coef"] = model.log_ent_coef
     return state
 
 
-def load_model_state(model: Any, state: dict[str, Any]) -> None:
+def load_model_state(model: Any, algorithm: str, state: dict[str, Any]) -> None:
     """Continue from `model_state`; raises one of KeyError, ValueError, RuntimeError where it is another model's."""
     model.num_timesteps, model._n_updates, model._episode_num = state["counters"]
     model.policy.load_state_dict(state["policy"])
-    if hasattr(model, "log_ent_coef"):
+    if algorithm == "sac":
         with torch.no_grad():
             model.log_ent_coef.copy_(state["log_ent_coef"])
-    for optimizer, stored in zip(_optimizers(model), state["optimizers"], strict=True):
+    for optimizer, stored in zip(_optimizers(model, algorithm), state["optimizers"], strict=True):
         optimizer.load_state_dict(stored)
     buffer = model.replay_buffer
     size = len(state["buffer"]["rewards"])
@@ -341,9 +341,16 @@ def load_model_state(model: Any, state: dict[str, Any]) -> None:
     model.action_space.np_random.bit_generator.state = json.loads(state["actions"])
 
 
-def _optimizers(model: Any) -> list[torch.optim.Optimizer]:
-    temperature = getattr(model, "ent_coef_optimizer", None)
-    return [model.actor.optimizer, model.critic.optimizer, *([temperature] if temperature else [])]
+def _optimizers(model: Any, algorithm: str) -> list[torch.optim.Optimizer]:
+    temperature = [model.ent_coef_optimizer] if algorithm == "sac" else []
+    return [model.actor.optimizer, model.critic.optimizer, *temperature]
+
+
+def remove_policies(run_dir: Path) -> None:
+    """Remove the policies of a run that ended before its first checkpoint: a new run's must not stand among them."""
+    for path in (run_dir / "policies").glob("*"):
+        if not path.is_dir():
+            path.unlink()
 
 
 class ExpertRun:
@@ -357,10 +364,9 @@ class ExpertRun:
             config.run_dir or Path("logs", "expert", config.env, config.algorithm, f"seed_{config.seed}")
         )
         self.streams, self.resources = RandomStreams(config.seed), contextlib.ExitStack()
-        checkpoint = prepare_run(self.run_dir, config, config.resume, may_change=MAY_CHANGE_ON_RESUME)
         try:
             self.resources.enter_context(hold_run(self.run_dir))
-            self.open(checkpoint)
+            self.open(prepare_run(self.run_dir, config, config.resume, may_change=MAY_CHANGE_ON_RESUME))
         except BaseException:
             self.close()
             raise
@@ -377,7 +383,9 @@ class ExpertRun:
         self.evaluations: dict[int, float] = {}  # step -> mean return of the snapshot
         self.step, self.saved_at = 0, 0
         self.recent: list[tuple[float, int]] = []  # episodes since the last row
-        if checkpoint is not None:
+        if checkpoint is None:
+            remove_policies(self.run_dir)
+        else:
             self.load(checkpoint)
         self.logger = MetricLogger(self.run_dir, self.step if checkpoint else None, config.tensorboard)
         self.resources.callback(self.logger.close)
@@ -408,8 +416,7 @@ class ExpertRun:
         self.step = step
         config, env = self.config, self.train_env
         last = step == self.total
-        ended = bool(env.finished)
-        if ended:
+        if env.finished:
             self.recent += env.finished
             env.finished.clear()
             self.bar.set_postfix(self.figures(), refresh=False)
@@ -420,7 +427,10 @@ class ExpertRun:
             self.log(step, row)
         if row:
             plot_learning_curve(self.run_dir, self.title())
-        if ended and step - self.saved_at >= config.checkpoint_every or last:
+        # A continued run begins an episode. With several steps an update, one may have begun already: a checkpoint
+        # would repeat its transitions.
+        between_episodes = env.length == 0
+        if between_episodes and step - self.saved_at >= config.checkpoint_every or last:
             self.save()
 
     def figures(self) -> dict[str, str]:
@@ -436,7 +446,7 @@ class ExpertRun:
         The evaluation has an environment, seeds and generators of its own, so that it changes nothing in the training.
         """
         config = self.config
-        policy = extract_policy(self.model, config.env, step, config.exploration_noise)
+        policy = extract_policy(self.model, config, step)
         path = policy_path(self.run_dir / "policies", config.env, step)
         write_policy(path, policy)
         result = evaluate_policy(policy, config.eval_episodes, self.streams.evaluation_seed, env=self.eval_env)
@@ -457,7 +467,7 @@ class ExpertRun:
     def save(self) -> None:
         """checkpoints/last.pth: everything that the rest of the run depends on, written as a whole."""
         state = {
-            "model": model_state(self.model),
+            "model": model_state(self.model, self.config.algorithm),
             "step": self.step,
             "next_episode": self.train_env.next_episode,
             "recent": [list(episode) for episode in self.recent],
@@ -474,7 +484,7 @@ class ExpertRun:
                 f"--max_timesteps {self.total}: the run in {self.run_dir} is at step {state['step']} already"
             )
         try:
-            load_model_state(self.model, state["model"])
+            load_model_state(self.model, self.config.algorithm, state["model"])
             self.step = self.saved_at = state["step"]
             # The episode that had just begun begins again, from the same seed.
             self.train_env.next_episode = state["next_episode"] - 1
@@ -487,10 +497,12 @@ class ExpertRun:
         """Full cards for the last policy and the best one; returns the summary of finished.json."""
         best = max(self.evaluations, key=self.evaluations.__getitem__)
         summary: dict[str, Any] = {"env": self.config.env, "steps": self.step, "best_step": best}
-        for name, step in {"last": self.step, "best": best}.items():
+        measured = {}
+        for step in {self.step, best}:
             path = policy_path(self.run_dir / "policies", self.config.env, step)
             card = measure(path, self.config.card_episodes, facts(self.config))
-            summary[f"{name}_return"] = card["returns"]["deterministic"]["mean"]
+            measured[step] = card["returns"]["deterministic"]["mean"]
+        summary |= {"last_return": measured[self.step], "best_return": measured[best]}
         plot_learning_curve(self.run_dir, self.title())
         mark_finished(self.run_dir, summary)
         return summary
@@ -520,23 +532,35 @@ def facts(config: TrainExpertConfig) -> dict[str, Any]:
 
 def measure(path: Path, episodes: int, origin: dict[str, Any]) -> dict[str, Any]:
     """Evaluate a policy file, deterministic and stochastic, and write its card."""
+    return write_card(path, origin, returns_of(path, episodes))
+
+
+def returns_of(path: Path, episodes: int) -> dict[str, Any]:
+    """Returns of a policy file, deterministic and stochastic."""
     policy = read_policy(path)
-    returns = {
+    return {
         kind: evaluate_policy(policy, episodes, CARD_SEED, stochastic=kind == "stochastic", show=True)
         for kind in ("deterministic", "stochastic")
     }
-    return write_card(path, origin, returns)
 
 
 def evaluate_file(path: Path, episodes: int) -> None:
     """`--evaluate`: measure a policy again, keeping what its card says of its origin."""
     origin = {"algorithm": "not recorded", "recipe": "not recorded", "seed": "not recorded"}
+    measured: dict[str, Any] = {}
     if card_path(path).exists():
         card = read_card(path)
         origin = {name: card.get(name, value) for name, value in origin.items()}
-    card = measure(path, episodes, origin)
-    for kind, result in card["returns"].items():
+        measured = card.get("returns", {})
+    returns = returns_of(path, episodes)
+    for kind, result in returns.items():
         print(f"{path.stem}, {kind}: {describe(result)}")
+    known = max((int(old["episodes"]) for old in measured.values()), default=0)
+    if episodes < known:
+        print(f"{card_path(path)} keeps its returns over {known} episodes; --card_episodes {known} replaces them")
+    else:
+        write_card(path, origin, returns)
+        print(f"wrote {card_path(path)}")
 
 
 def describe(result: dict[str, Any]) -> str:

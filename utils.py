@@ -482,19 +482,21 @@ def read_npz(path: Path, keys: Iterable[str], flag: str, bad_file: Callable[[Pat
 def read_manifest(path: str | Path, dataset_id: str) -> dict[str, Any] | None:
     """The manifest of a complete generated dataset, else None.
 
-    Complete means: the manifest is there, names this id, and every file it lists is there with the size it says. A
-    manifest is written after its files, so a generation that was cut leaves none.
+    Complete means: the manifest is there, names this id, lists the dataset's own file or folder (the manifest's name
+    but for the suffix), nothing outside its folder, and every file it lists is there with the size it says. A manifest
+    is written after its files, so a generation that was cut leaves none.
     """
     path = Path(path)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = manifest["files"]
-        complete = manifest["id"] == dataset_id and all(
-            (path.parent / name).stat().st_size == entry["bytes"] for name, entry in files.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = {Path(name): entry["bytes"] for name, entry in manifest["files"].items()}
+        inside = not any(name.is_absolute() or ".." in name.parts for name in files)
+        own = any(name.parts[0] in (path.stem, f"{path.stem}.npz", f"{path.stem}.hdf5") for name in files)
+        complete = manifest["id"] == dataset_id and inside and own
+        complete = complete and all((path.parent / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    return manifest if complete and files else None
+    return manifest if complete else None
 
 
 @contextlib.contextmanager
@@ -909,6 +911,8 @@ def prepare_run(
 ) -> Path | None:
     """Open a run's directory; returns the checkpoint to continue from, or None for a new run.
 
+    Call it inside `hold_run`: a second start must not change the settings of a run that goes on.
+
     Writes config.yaml and versions.json. Keys in may_change, and resume and run_dir, may differ from the stored
     config.yaml. Raises RunFinished for a finished run of these settings, and UserError where continuing would mix
     two runs: other settings, or a checkpoint without `--resume`.
@@ -924,25 +928,36 @@ def prepare_run(
     if started and not resume:
         raise UserError(f"{run_dir}: holds an unfinished run; continue it with --resume or choose another --run_dir")
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(_stored_config(config), sort_keys=False))
         write_text_atomic(run_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
     except OSError as error:
-        if error.errno in DISK_FULL:
-            raise
-        raise UserError(f"--run_dir {run_dir}: cannot write there ({error.strerror}); choose another") from None
+        raise _no_run_dir(run_dir, error) from None
     if resume and not started:
         print(f"{run_dir}: nothing to resume, starting anew", file=sys.stderr)
     return checkpoint if started else None
 
 
+def _no_run_dir(run_dir: Path, error: OSError) -> Exception:
+    """What to raise for a directory that cannot be written: a full disk is no reason to choose another name."""
+    if error.errno in DISK_FULL:
+        return error
+    return UserError(f"--run_dir {run_dir}: cannot write there ({error.strerror}); choose another")
+
+
 @contextlib.contextmanager
 def hold_run(run_dir: str | Path) -> Iterator[None]:
-    """Keep a run's directory to one process; raises UserError where another one trains in it.
+    """Make a run's directory and keep it to one process.
 
-    The lock goes with the process, so that a killed run leaves none behind.
+    Raises UserError where there can be no such directory and where another process trains in it. The lock goes with the
+    process, so that a killed run leaves none behind.
     """
     import fcntl
 
+    try:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_run_dir(Path(run_dir), error) from None
     folder = os.open(run_dir, os.O_RDONLY)
     try:
         try:

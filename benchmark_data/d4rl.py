@@ -1,8 +1,8 @@
-"""Local D4RL datasets: snapshots of a SAC run act in Gymnasium's robots, recorded in D4RL's HDF5 layout.
+"""Local D4RL datasets: snapshots of a training run act in Gymnasium's robots, recorded in D4RL's HDF5 layout.
 
 D4RL's recipe (Fu et al. 2020, section 5), with the training steps of the snapshots in SNAPSHOTS:
 
-    medium         a policy stopped at a third to a half of the expert's return, sampling its actions
+    medium         a policy stopped at about half of the expert's return, sampling its actions
     medium-replay  the replay buffer of the training that led to it
     medium-expert  half the transitions as medium, then half by the expert
 
@@ -10,6 +10,9 @@ As D4RL does it: actions are samples, an episode has at most 1000 steps, and one
 timeout and no terminal. The last episode of a file is cut where the number of transitions is reached.
 
 Deviations from D4RL:
+- D4RL's medium stops at about a third of the expert. Here medium, sampling, returns 0.455 (hopper), 0.524
+  (halfcheetah) and 0.493 (walker2d) of the expert's mean action; of the expert that samples too, as it does in
+  medium-expert, 0.55, 0.585 and 0.535.
 - hopper's medium takes two snapshots in turn: its return swings between them from about 1700 to 1200 of the expert's
   3250 (walker2d's is about 1800 of 3650, halfcheetah's 4600 of 8700).
 - medium-replay has no buffer to copy. The first 10,000 steps are uniform random actions, as SAC's warm-up is; every
@@ -17,6 +20,7 @@ Deviations from D4RL:
 - The cut at the end is marked as a timeout; D4RL leaves it unmarked.
 - infos/qpos and infos/qvel are float64, so that a recorded action from a recorded state gives the recorded next one;
   rounded to float32 they miss it by more than 1e-4 where a contact begins or ends. infos/action_log_probs is left out.
+- Medium and the first half of medium-expert hold the same episodes at the same seed, as D4RL's own do.
 - 100,000 transitions unless asked for otherwise; the official files hold up to two million.
 """
 
@@ -112,13 +116,47 @@ def recipe_parts(dataset: DatasetId) -> tuple[Part, ...]:
     return (Part((), WARM_UP_STEPS / steps[-1]), *(Part((step,), end) for step, end in shares))
 
 
-def _describe_recipe(dataset: DatasetId) -> str:
+def _algorithms(paths: list[Path]) -> str:
+    return ", ".join(sorted({experts.algorithm(path) for path in paths}))
+
+
+def _describe_recipe(dataset: DatasetId, experts_dir: Path, algorithms: str) -> str:
+    run = f"of a policy trained with {algorithms}"
     texts = {
-        "medium": "snapshots of a SAC run at a third to a half of the expert's return",
-        "medium-replay": "uniform random actions, then snapshots of a SAC run up to the medium level in their order",
-        "medium-expert": "half by the medium snapshots of a SAC run, then half by its expert",
+        "medium": f"snapshots {run}",
+        "medium-replay": f"uniform random actions, then snapshots {run}, up to the medium level in their order",
+        "medium-expert": f"half by the medium snapshots {run}, then half by its expert",
     }
-    return f"D4RL {dataset.level}: {texts[dataset.level]}; actions sampled, whole episodes of at most 1000 steps"
+    share = _medium_share(dataset.robot, experts_dir)
+    return f"D4RL {dataset.level}: {texts[dataset.level]}{share}; whole episodes of at most 1000 steps"
+
+
+def _medium_share(robot: str, experts_dir: Path) -> str:
+    """How the medium snapshots' return compares with the expert's by their cards; empty where a card does not tell."""
+
+    def mean(step: int, kind: str) -> float:
+        card = experts.read_card(experts.policy_path(experts_dir, robot, step))
+        return float(card["returns"][kind]["mean"])
+
+    snapshots = SNAPSHOTS[robot]
+    try:
+        medium = float(np.mean([mean(step, "stochastic") for step in snapshots.medium]))
+        expert, sampled = (mean(snapshots.expert, kind) for kind in ("deterministic", "stochastic"))
+    except (UserError, LookupError, TypeError, ValueError):
+        return ""
+    if not min(expert, sampled) > 0:
+        return ""
+    return (
+        f"; by the cards medium's actions, sampled, return {medium / expert:.3f} of the expert's mean action "
+        f"and {medium / sampled:.3f} of the expert's sampled ones"
+    )
+
+
+def _describe_actions(policy: experts.Policy) -> str:
+    """The distribution a policy's actions come from, by D4RL's name where it has one."""
+    if policy.stochastic:
+        return "tanh_gaussian"
+    return f"tanh of the mean, plus Gaussian noise of standard deviation {policy.noise:g}, clipped to [-1, 1]"
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -175,7 +213,7 @@ def record_episode(
 def make_block(block: Block) -> dict[str, np.ndarray]:
     """The COLUMNS of a block's episodes, end to end. Every episode has a random stream of its own."""
     env = _env(block.dataset_id)
-    policies = [experts.read_policy(path) for path in block.policies] or [None]
+    policies = [experts.read_named_policy(path) for path in block.policies] or [None]
     episodes, rows = [], 0
     while rows < block.rows:
         stream = np.random.SeedSequence(block.seed, spawn_key=(block.part, block.index, len(episodes)))
@@ -220,15 +258,18 @@ def _blocks_in_order(plan: Plan) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
                 yield block.part, {key: column[:rows] for key, column in made.items()}
 
 
-def make_columns(plan: Plan) -> tuple[dict[str, np.ndarray], list[tuple[int, int]]]:
-    """The dataset's COLUMNS [plan.size, ...], and of each part (transitions, episodes)."""
+def make_columns(plan: Plan) -> tuple[dict[str, np.ndarray], list[tuple[int, int]], bool]:
+    """The dataset's COLUMNS [plan.size, ...], of each part (transitions, episodes), and whether the size cut the last
+    episode.
+    """
     pieces: list[dict[str, np.ndarray]] = []
     counts = [[0, 0] for _ in recipe_parts(parse_dataset_id(plan.dataset_id))]
-    done = 0
+    done, cut = 0, False
     with utils.progress(plan.size, plan.dataset_id, unit="transition", disable=not plan.progress) as bar:
         for part, piece in _blocks_in_order(plan):
             keep = min(len(piece["rewards"]), plan.size - done)
             piece = {key: column[:keep] for key, column in piece.items()}
+            cut = not (piece["terminals"][-1] or piece["timeouts"][-1])
             piece["timeouts"] = piece["timeouts"].copy()
             piece["timeouts"][-1] = not piece["terminals"][-1]  # where the file ends, the episode is cut
             pieces.append(piece)
@@ -237,7 +278,7 @@ def make_columns(plan: Plan) -> tuple[dict[str, np.ndarray], list[tuple[int, int
             counts[part][1] += int((piece["terminals"] | piece["timeouts"]).sum())
             bar.update(keep)
     columns = {key: np.concatenate([piece[key] for piece in pieces]) for key in COLUMNS}
-    return columns, [(rows, episodes) for rows, episodes in counts]
+    return columns, [(rows, episodes) for rows, episodes in counts], cut
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -254,23 +295,36 @@ def policy_arrays(policy: experts.Policy) -> dict[str, np.ndarray]:
     return weights | {f"{to}/bias": policy.weights[f"{name}.bias"] for name, to in layers.items()}
 
 
-def write_file(path: Path, columns: dict[str, np.ndarray], recipe: str, policy: experts.Policy | None) -> None:
+def write_file(
+    path: Path, columns: dict[str, np.ndarray], recipe: str, algorithms: str, policy: experts.Policy | None
+) -> None:
     """Write one D4RL file. metadata/policy is there where one policy alone made it, as in D4RL's own."""
     # Built in memory first: HDF5 crashes the process when the disk fills up under it.
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         for key, column in columns.items():
             file.create_dataset(key, data=column, compression="gzip", shuffle=True)
-        file["metadata/algorithm"] = np.bytes_("SAC")
+        file["metadata/algorithm"] = np.bytes_(algorithms.encode())
         file["metadata/note"] = np.bytes_("generated locally by make_dataset.py; not the official file")
-        file["metadata/recipe"] = np.bytes_(recipe)
+        file["metadata/recipe"] = np.bytes_(recipe.encode())
         if policy is not None:
             file["metadata/iteration"] = np.int32(policy.step // 1000)  # D4RL counts epochs of 1000 steps
             file["metadata/policy/nonlinearity"] = np.bytes_(policy.activation)
-            file["metadata/policy/output_distribution"] = np.bytes_("tanh_gaussian")
+            file["metadata/policy/output_distribution"] = np.bytes_(_describe_actions(policy))
             for name, weights in policy_arrays(policy).items():
                 file[f"metadata/policy/{name}"] = weights
     utils.write_bytes_atomic(path, buffer.getbuffer())
+
+
+def _return_facts(arrays: dict[str, np.ndarray], cut: bool) -> dict[str, Any]:
+    """Episodes and their returns, for the manifest. A last episode that the size cut counts as no return."""
+    ends = episode_ends(arrays)
+    returns = episode_returns(arrays["rewards"], ends)
+    of = "all episodes"
+    if cut:
+        of = "the whole episodes, without the last, which the size cut" if len(returns) > 1 else "one episode, cut"
+        returns = returns[:-1] if len(returns) > 1 else returns
+    return {"episodes": len(ends), "returns": describe_returns(returns), "returns_of": of}
 
 
 class D4RLFamily:
@@ -303,17 +357,13 @@ class D4RLFamily:
 
     def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
         dataset = parse_dataset_id(plan.dataset_id)
-        policies = {}
-        for path in self.policies(plan.dataset_id, plan.experts_dir):
-            policies[path.name] = policy = experts.read_policy(path)
-            if policy.env != dataset.robot:
-                raise UserError(f"{path}: a policy of {policy.env}, not of {dataset.robot}; copy or train it again")
-        columns, counts = make_columns(plan)
+        paths = self.policies(plan.dataset_id, plan.experts_dir)
+        policies = [experts.read_named_policy(path) for path in paths]
+        algorithms = _algorithms(paths)
+        recipe = _describe_recipe(dataset, plan.experts_dir, algorithms)
+        columns, counts, cut = make_columns(plan)
         path = stage / dataset.file_name
-        alone = next(iter(policies.values())) if len(policies) == 1 else None
-        write_file(path, columns, _describe_recipe(dataset), alone)
-        arrays = load_arrays(path)
-        ends = episode_ends(arrays)
+        write_file(path, columns, recipe, algorithms, policies[0] if len(policies) == 1 else None)
         parts = [
             {
                 "policies": [experts.policy_path("", dataset.robot, step).name for step in part.steps] or "random",
@@ -323,10 +373,10 @@ class D4RLFamily:
             for part, (transitions, episodes) in zip(recipe_parts(dataset), counts, strict=True)
         ]
         return {
-            "recipe": _describe_recipe(dataset),
-            "noise": "each policy's own: actions are sampled from it",
+            "recipe": recipe,
+            "noise": f"each policy's own: {'; '.join(sorted({_describe_actions(policy) for policy in policies}))}",
+            "trained_with": {path.name: experts.algorithm(path) for path in paths},
             "parts": parts,
             "transitions": plan.size,
-            "episodes": len(ends),
-            "returns": describe_returns(episode_returns(arrays["rewards"], ends)),
+            **_return_facts(load_arrays(path), cut),
         }

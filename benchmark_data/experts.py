@@ -388,10 +388,24 @@ def read_policy(path: str | Path) -> Policy:
             raise ValueError(f"its environment is {policy.env!r}")
         if sizes != [known.observation_dim, known.action_dim]:
             raise ValueError(f"observations and actions of {sizes} numbers are not {policy.env}'s")
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path}: not a policy file of this program ({one_line(error)}); delete it, and copy or train it again"
         ) from None
+    return policy
+
+
+def read_named_policy(path: str | Path) -> Policy:
+    """`read_policy` of a file whose name, see `policy_path`, must be true of what it holds.
+
+    Raises UserError also where the environment or the training steps are others.
+    """
+    policy = read_policy(path)
+    env, _, step = Path(path).stem.rpartition("_")
+    if policy.env != env:
+        raise UserError(f"{path}: a policy of {policy.env}, not of {env}; copy or train it again")
+    if str(policy.step) != step:
+        raise UserError(f"{path}: a policy of {policy.step} training steps, not of {step}; copy or train it again")
     return policy
 
 
@@ -427,11 +441,19 @@ def read_card(policy_file: str | Path) -> dict[str, Any]:
             f"{path}: cannot read the card of {Path(policy_file).name} ({error.strerror}); write it with "
             f"`python train_expert.py --evaluate {policy_file}`"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         card = None
     if not isinstance(card, dict):
         raise UserError(f"{path}: not a policy's card; delete it and run `python train_expert.py --evaluate`")
     return card
+
+
+def algorithm(policy_file: str | Path) -> str:
+    """What a policy was trained with, as its card tells."""
+    try:
+        return str(read_card(policy_file).get("algorithm") or "an algorithm that its card does not name")
+    except UserError:
+        return "an unknown algorithm (it has no card)"
 
 
 def write_card(policy_file: str | Path, facts: dict[str, Any], returns: dict[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,16 @@ of them is here:
 
     family.write(plan, stage)  ->  hash the files  ->  move them into place  ->  write the manifest
 
-Files without their manifest do not count as a dataset, so whatever a kill leaves behind is never taken for one.
+Files without their manifest do not count as a dataset, so whatever a kill leaves behind is never taken for one. While
+files are moved, a hidden list beside the manifest names those that are this program's to replace; files without a
+manifest that it does not name may be someone's own, and are left alone.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import dataclasses
 import importlib.metadata
 import itertools
 import json
@@ -24,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -31,6 +36,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 import utils
+from benchmark_data import experts
 from utils import UserError
 
 Task = TypeVar("Task")
@@ -40,7 +46,11 @@ _AHEAD = 8  # tasks in flight for each process
 
 @dataclass(frozen=True)
 class Plan:
-    """One dataset to make. Its bytes depend on the id, the size, the seed and the policies alone."""
+    """One dataset to make.
+
+    On one machine with the same versions its bytes depend on the id, the size, the seed and the policies (with their
+    cards) alone.
+    """
 
     dataset_id: str  # local/...
     size: int  # how many of the family's unit
@@ -48,6 +58,7 @@ class Plan:
     experts_dir: Path  # folder of the policy files
     jobs: int = 1  # processes
     progress: bool = True  # show a bar
+    policies: tuple[tuple[str, str], ...] = ()  # (file name, SHA-256) of each policy, which `make` fills in
 
 
 class Family(Protocol):
@@ -85,7 +96,7 @@ def run_tasks(function: Callable[[Task], Result], tasks: Iterable[Task], jobs: i
     """function(task) for each task, in order, computed by `jobs` processes.
 
     Only a few tasks are in flight, so `tasks` may be endless; closing the iterator stops the work. With more than
-    one process, function and tasks must be picklable.
+    one process, function and tasks must be picklable. Raises UserError where a process was killed.
     """
     if jobs == 1:
         yield from map(function, tasks)
@@ -98,6 +109,8 @@ def run_tasks(function: Callable[[Task], Result], tasks: Iterable[Task], jobs: i
             while waiting:
                 yield waiting.popleft().result()
                 waiting.extend(pool.submit(function, task) for task in itertools.islice(source, 1))
+        except BrokenProcessPool:
+            raise UserError("a worker was killed, probably out of memory; use fewer --jobs") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -130,14 +143,16 @@ def describe_returns(returns: Iterable[float]) -> dict[str, float]:
 def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, overwrite: bool = False) -> Path:
     """Make a dataset and return its main file or folder; one that is there already is kept.
 
-    Raises UserError for numbers out of range, policies that are missing, a folder that cannot be written, and, unless
-    `overwrite`, for another dataset of the same id (seed, size or policies differ).
+    Raises UserError for numbers out of range, policies that are missing or another robot's, a folder that cannot be
+    written, and, unless `overwrite`, for another dataset of the same id (seed, size or policies differ) and for files
+    in its place that have no manifest.
     """
     for name, value, least in ((f"num_{family.unit}", plan.size, 1), ("seed", plan.seed, 0), ("jobs", plan.jobs, 1)):
         if value < least:
             raise UserError(f"--{name} {value}: at least {least} is needed")
     target, manifest_path = (where(plan.dataset_id, dataset_dir) for where in (family.target, family.manifest_path))
     policies = {path.name: _hash_policy(path) for path in family.policies(plan.dataset_id, plan.experts_dir)}
+    plan = dataclasses.replace(plan, policies=tuple(policies.items()))
     if _already_made(family, plan, policies, manifest_path, overwrite):
         if plan.progress:
             print(f"{plan.dataset_id}: already at {target}", file=sys.stderr)
@@ -147,7 +162,7 @@ def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, over
         with utils.exclusive_folder(manifest_path.parent):
             # Another run may have made it while this one waited.
             if not _already_made(family, plan, policies, manifest_path, overwrite):
-                _write_dataset(family, plan, policies, target, manifest_path)
+                _write_dataset(family, plan, target, manifest_path, overwrite)
     except OSError as error:
         if error.errno in utils.DISK_FULL:
             raise
@@ -174,32 +189,74 @@ def _already_made(family: Family, plan: Plan, policies: dict[str, str], manifest
     )
 
 
-def _write_dataset(family: Family, plan: Plan, policies: dict[str, str], target: Path, manifest_path: Path) -> None:
+def _write_dataset(family: Family, plan: Plan, target: Path, manifest_path: Path, overwrite: bool) -> None:
     """Make the files in a folder of their own, move them into place, write the manifest."""
     stage = manifest_path.with_name(f".{manifest_path.stem}.tmp")
     shutil.rmtree(stage, ignore_errors=True)  # a run that was killed may have left it
+    if not overwrite:
+        _refuse_unknown_files(target, [], manifest_path)  # before the work
     began = time.perf_counter()
     try:
         stage.mkdir()
         facts = family.write(plan, stage)
         about = facts.pop("files", {})
         paths = sorted(path for path in stage.rglob("*") if path.is_file())
-        files = {str(path.relative_to(stage)): _describe(path) for path in paths}
+        files = {path.relative_to(stage).as_posix(): _describe(path) for path in paths}
         for name, more in about.items():
             files[name] = more | files[name]
-        manifest_path.unlink(missing_ok=True)  # from here to the end there is no complete dataset
-        if target.is_dir():
-            shutil.rmtree(target)
-        for name in files:
-            final = manifest_path.parent / name
-            final.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(stage / name, final)
+        if not overwrite:
+            _refuse_unknown_files(target, files, manifest_path)
+        _move_files(stage, files, target, manifest_path)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     manifest = {"id": plan.dataset_id, "seed": plan.seed, f"num_{family.unit}": plan.size, **facts}
-    manifest |= {"policies": policies, "files": files, "versions": _versions()}
+    manifest |= {"policies": dict(plan.policies), "files": files, "versions": _versions()}
     manifest["seconds"] = round(time.perf_counter() - began, 2)
     utils.write_text_atomic(manifest_path, json.dumps(manifest, indent=2) + "\n")
+    _move_list(manifest_path).unlink(missing_ok=True)
+
+
+def _move_files(stage: Path, files: Iterable[str], target: Path, manifest_path: Path) -> None:
+    """Put the files of `stage` in the place of what is there.
+
+    Until the manifest is written, a list beside it names what is there by leave: a run that is killed in between can
+    so be told from files that someone put there.
+    """
+    folder = manifest_path.parent
+    names = sorted({*files, *_names_in_place(target, files, folder)})
+    utils.write_text_atomic(_move_list(manifest_path), json.dumps(names) + "\n")
+    manifest_path.unlink(missing_ok=True)  # from here to the end there is no complete dataset
+    if target.is_dir():
+        shutil.rmtree(target)
+    for name in files:
+        final = folder / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(stage / name, final)
+
+
+def _move_list(manifest_path: Path) -> Path:
+    return manifest_path.with_name(f".{manifest_path.stem}.moving")
+
+
+def _names_in_place(target: Path, files: Iterable[str], folder: Path) -> set[str]:
+    """Files below `folder` that moving `files` there, in the place of `target`, would delete or replace."""
+    paths = {target, *target.rglob("*"), *(folder / name for name in files)}
+    return {path.relative_to(folder).as_posix() for path in paths if path.is_symlink() or path.is_file()}
+
+
+def _refuse_unknown_files(target: Path, files: Iterable[str], manifest_path: Path) -> None:
+    """Raise UserError where files would be lost that no run of this program is known to have put there."""
+    try:
+        known = json.loads(_move_list(manifest_path).read_text(encoding="utf-8"))
+        known = {name for name in known if isinstance(name, str)}
+    except (OSError, ValueError, TypeError, RecursionError):
+        known = set()
+    unknown = sorted(_names_in_place(target, files, manifest_path.parent) - known)
+    if unknown:
+        raise UserError(
+            f"{manifest_path.parent / unknown[0]} is there without a complete dataset's manifest; move it away, "
+            "replace it with --overwrite or choose another --dataset_dir"
+        )
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -210,15 +267,29 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _hash_policy(path: Path) -> str:
+    """SHA-256 of a policy file. Raises UserError for one that is missing, damaged or not what its name says."""
     if not path.is_file():
         env = path.stem.rpartition("_")[0]
         raise UserError(
             f"{path}: no such policy; train one with `python train_expert.py --env {env}` and give its folder as "
             "--experts_dir, or take the shipped ones of datasets/experts/"
         )
+    experts.read_named_policy(path)
     return utils.sha256(path)
 
 
 def _versions() -> dict[str, str]:
+    """What the bytes depend on beside the plan: packages, and the processor, for which BLAS chooses its arithmetic."""
     packages = ("numpy", "mujoco", "gymnasium", "ogbench", "dm_control", "h5py")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
+    versions["blas"] = f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip()
+    return versions | {"cpu": _cpu_name()}
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

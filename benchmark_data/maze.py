@@ -89,7 +89,7 @@ def locomotion(recipe: Recipe, experts_dir: Path) -> Walker:
     """What the robot does to move in a direction."""
     if recipe.policy is None:
         return lambda observation, direction: direction
-    policy = experts.read_policy(experts.latest_policy(experts_dir, *recipe.policy))
+    policy = experts.read_named_policy(experts.latest_policy(experts_dir, *recipe.policy))
     # The policy has never seen positions; the direction stands where OGBench's directional ant has it, at the end.
     return lambda observation, direction: policy.act(np.concatenate([observation[2:], direction]))
 
@@ -240,14 +240,15 @@ def _draw(rng: np.random.Generator, cells: list[Cell]) -> Cell:
 
 
 @functools.lru_cache(maxsize=1)
-def _maker(dataset_id: str, experts_dir: Path) -> EpisodeMaker:
-    """One environment a process, however many episodes it makes."""
+def _maker(dataset_id: str, experts_dir: Path, policies: tuple[tuple[str, str], ...]) -> EpisodeMaker:
+    """One environment a process, however many episodes it makes. `policies`, Plan's, so that a new file is read."""
     return EpisodeMaker(dataset_id, experts_dir)
 
 
 def _make_episode(task: tuple[Plan, int, int]) -> tuple[dict[str, np.ndarray], int]:
     plan, split, index = task
-    return _maker(plan.dataset_id, plan.experts_dir).make(np.random.SeedSequence(plan.seed, spawn_key=(split, index)))
+    maker = _maker(plan.dataset_id, plan.experts_dir, plan.policies)
+    return maker.make(np.random.SeedSequence(plan.seed, spawn_key=(split, index)))
 
 
 # ----------------------------------------------------------------------------------------------------------------

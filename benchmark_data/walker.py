@@ -26,7 +26,6 @@ import numpy as np
 import utils
 from benchmark_data import experts
 from benchmark_data.generation import Plan, describe_returns, run_tasks
-from utils import UserError
 from walker.dmc_utils import (
     EPISODE_STEPS,
     GENERATED_IDS,
@@ -80,8 +79,9 @@ def _env(task: str) -> WalkerEnv:
 
 
 @functools.lru_cache(maxsize=1)
-def _policy(path: Path) -> experts.Policy:
-    return experts.read_policy(path)
+def _policy(path: Path, policies: tuple[tuple[str, str], ...]) -> experts.Policy:
+    """A policy is read once, but for a file that changed: `policies`, Plan's, has its hash."""
+    return experts.read_named_policy(path)
 
 
 def play_episode(env: WalkerEnv, policy: experts.Policy, seed: np.random.SeedSequence) -> dict[str, np.ndarray]:
@@ -104,7 +104,7 @@ def _make_episode(task: tuple[Plan, int, int, Path]) -> float:
     """Play and write episode `index` with the snapshot of `step`; returns its return."""
     plan, index, step, folder = task
     recipe = RECIPES[plan.dataset_id]
-    policy = _policy(experts.policy_path(plan.experts_dir, f"walker_{recipe.task}", step))
+    policy = _policy(experts.policy_path(plan.experts_dir, f"walker_{recipe.task}", step), plan.policies)
     # The dataset is in the key, because two of a task share snapshots and would share episodes.
     seed = np.random.SeedSequence(plan.seed, spawn_key=(GENERATED_IDS.index(plan.dataset_id), index))
     episode = play_episode(_env(recipe.task), policy, seed)
@@ -157,7 +157,7 @@ def _facts(plan: Plan, folder: Path, steps: list[int], returns: list[float]) -> 
     for step, values in by_step.items():
         path = experts.policy_path(plan.experts_dir, f"walker_{recipe.task}", step)
         mean = round(float(np.mean(values)), 1)
-        players[path.name] = {"trained_with": _algorithm(path), "episodes": len(values), "mean_return": mean}
+        players[path.name] = {"trained_with": experts.algorithm(path), "episodes": len(values), "mean_return": mean}
     algorithms = sorted({player["trained_with"] for player in players.values()})
     who = f"{len(players)} snapshots, in the order of training," if len(players) > 1 else "one snapshot"
     return {
@@ -175,14 +175,6 @@ def _facts(plan: Plan, folder: Path, steps: list[int], returns: list[float]) -> 
             for path, value in ((episode_path(folder, index), value) for index, value in enumerate(returns))
         },
     }
-
-
-def _algorithm(policy_file: Path) -> str:
-    """What a policy was trained with, as its card tells."""
-    try:
-        return str(experts.read_card(policy_file).get("algorithm", "an algorithm that its card does not name"))
-    except UserError:
-        return "an unknown algorithm (it has no card)"
 
 
 def _replay_facts(task: str, path: Path) -> dict[str, Any]:

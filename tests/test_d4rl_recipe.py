@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import h5py
 import numpy as np
@@ -41,7 +42,9 @@ def experts_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
     for robot, snapshots in SNAPSHOTS.items():
         for step in (*snapshots.earlier, *snapshots.medium, snapshots.expert):
-            experts.write_policy(experts.policy_path(folder, robot, step), random_policy(robot, step))
+            path = experts.policy_path(folder, robot, step)
+            experts.write_policy(path, random_policy(robot, step))
+            experts.card_path(path).write_text('{"algorithm": "SAC"}')
     return folder
 
 
@@ -108,16 +111,64 @@ def test_the_manifest_tells_how_it_was_made(replay_file, experts_dir):
     arrays = load_arrays(replay_file)
     returns = episode_returns(arrays["rewards"], episode_ends(arrays))
     assert (manifest["transitions"], manifest["episodes"]) == (1500, len(returns))
-    assert manifest["returns"]["mean"] == pytest.approx(returns.mean())
-    assert manifest["returns"]["50%"] == pytest.approx(np.median(returns))
+    assert {"blas", "cpu"} <= set(manifest["versions"]) and all(manifest["versions"].values())
     parts = manifest["parts"]
     assert sum(part["transitions"] for part in parts) == 1500
     assert sum(part["episodes"] for part in parts) == len(returns)
     assert [part["policies"] for part in parts[:2]] == ["random", ["hopper_10000.safetensors"]]
     for name, digest in manifest["policies"].items():
         assert hashlib.sha256((experts_dir / name).read_bytes()).hexdigest() == digest
-    assert "medium-replay" in manifest["recipe"] and "sampled" in manifest["noise"]
+    assert "medium-replay" in manifest["recipe"] and "tanh_gaussian" in manifest["noise"]
     json.dumps(manifest)
+
+
+@pytest.mark.parametrize(
+    "level, size, left_out, of",
+    [("medium", 1500, 1, "without the last"), ("medium", 50, 0, "one episode, cut"), ("medium", 2000, 0, "all")],
+)
+def test_an_episode_that_the_size_cut_counts_as_no_return(generate, level, size, left_out, of):
+    path = generate(f"local/halfcheetah-{level}-v2", size)  # its episodes have 1000 steps
+    manifest, arrays = json.loads(path.with_suffix(".json").read_text()), load_arrays(path)
+    returns = episode_returns(arrays["rewards"], episode_ends(arrays))
+    whole = returns[: len(returns) - left_out]
+    assert manifest["episodes"] == len(returns) and of in manifest["returns_of"]
+    for name, value in (("mean", whole.mean()), ("std", whole.std()), ("min", whole.min()), ("50%", np.median(whole))):
+        assert manifest["returns"][name] == pytest.approx(value)
+
+
+def test_the_file_says_what_the_cards_say(experts_dir, tmp_path):
+    """Of policies of one's own: the algorithm, how they act, and the share of the expert's return."""
+    dataset_id, snapshots = "local/halfcheetah-medium-v2", SNAPSHOTS["halfcheetah"]
+    for step, mean in ((snapshots.medium[0], 30.0), (snapshots.expert, 50.0)):
+        policy = random_policy("halfcheetah", step)
+        weights = {name: array for name, array in policy.weights.items() if not name.startswith("log_std")}
+        path = experts.policy_path(tmp_path, "halfcheetah", step)
+        experts.write_policy(path, experts.Policy("halfcheetah", step, weights, noise=0.125))
+        returns = {"deterministic": {"mean": 2 * mean}, "stochastic": {"mean": mean}}
+        experts.card_path(path).write_text(json.dumps({"algorithm": "TD3 of Zoë", "returns": returns}))
+    path = make(D4RLFamily(), Plan(dataset_id, 20, 0, tmp_path, progress=False), tmp_path)
+    with h5py.File(path) as file:
+        assert file["metadata/algorithm"][()].decode() == "TD3 of Zoë"
+        recipe = file["metadata/recipe"][()].decode()
+        assert "noise of standard deviation 0.125" in file["metadata/policy/output_distribution"][()].decode()
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    assert manifest["recipe"] == recipe and "TD3 of Zoë" in recipe and "SAC" not in json.dumps(manifest)
+    assert "return 0.300 of the expert's mean action and 0.600 of the expert's sampled ones" in recipe
+    assert "0.125" in manifest["noise"]
+
+
+@pytest.mark.parametrize(
+    "robot, shares", [("hopper", (455, 550)), ("halfcheetah", (524, 585)), ("walker2d", (493, 535))]
+)
+def test_the_documented_shares_are_those_of_the_shipped_cards(robot, shares):
+    text = d4rl._medium_share(robot, experts.DEFAULT_EXPERTS_DIR)
+    assert [int(number) for number in re.findall(r"0\.(\d{3})", text)] == list(shares)
+
+
+def test_medium_is_the_first_half_of_medium_expert(generate):
+    medium, both = (load_arrays(generate(f"local/hopper-{level}-v2", 400)) for level in ("medium", "medium-expert"))
+    for key in ("observations", "actions", "rewards"):
+        np.testing.assert_array_equal(medium[key][:200], both[key][:200])
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -261,4 +312,18 @@ def test_a_policy_of_another_robot_is_refused(experts_dir, tmp_path):
         experts.write_policy(experts.policy_path(tmp_path, "hopper", step), random_policy("walker2d", step))
     with pytest.raises(UserError, match="hopper_110000.safetensors: a policy of walker2d, not of hopper"):
         make(D4RLFamily(), Plan(MEDIUM, 10, 0, tmp_path, progress=False), tmp_path / "data")
-    assert not list((tmp_path / "data/local").iterdir())
+    assert not dataset_path(MEDIUM, tmp_path / "data").exists()
+    for step in SNAPSHOTS["hopper"].medium:
+        experts.write_policy(experts.policy_path(tmp_path, "hopper", step), random_policy("hopper", 7))
+    with pytest.raises(UserError, match="hopper_110000.safetensors: a policy of 7 training steps, not of 110000"):
+        make(D4RLFamily(), Plan(MEDIUM, 10, 0, tmp_path, progress=False), tmp_path / "data")
+
+
+def test_a_manifest_that_does_not_list_the_datasets_file_is_none(generate):
+    path = generate(MEDIUM, 10)
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    assert read_manifest(path.with_suffix(".json"), MEDIUM)
+    path.rename(path.with_name("else.hdf5"))
+    manifest["files"] = {"else.hdf5": manifest["files"][path.name]}
+    path.with_suffix(".json").write_text(json.dumps(manifest))
+    assert read_manifest(path.with_suffix(".json"), MEDIUM) is None

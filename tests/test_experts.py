@@ -142,6 +142,7 @@ def damaged_files():
         "not a number": (file(log_std_min=float("nan")), "log_std_min"),
         "step": (file(step="many"), "step"),
         "unknown setting": (file(colour="red"), "colour"),
+        "nested": (save(good, {"policy": "[" * 200_000}), "not a policy file"),
     }
 
 
@@ -173,9 +174,24 @@ def test_cards(tmp_path):
     assert written["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (written["hidden"], written["log_std"]) == ([32, 32], [-5, 2])
     assert {"python", "numpy", "gymnasium", "mujoco"} == set(written["measured_with"])
-    experts.card_path(path).write_text("[1")
-    with pytest.raises(UserError, match="hopper_7.json"):
-        experts.read_card(path)
+    assert experts.algorithm(path) == "none"
+    for text in ("[1", "[" * 200_000):
+        experts.card_path(path).write_text(text)
+        with pytest.raises(UserError, match="hopper_7.json: not a policy's card"):
+            experts.read_card(path)
+    assert "unknown algorithm" in experts.algorithm(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("hopper_8", "a policy of 7 training steps, not of 8"), ("ant-xy_7", "a policy of hopper, not of ant-xy")],
+)
+def test_a_file_whose_name_is_not_true_is_refused(tmp_path, name, message):
+    write_policy(tmp_path / "hopper_7.safetensors", hopper_policy())
+    assert experts.read_named_policy(tmp_path / "hopper_7.safetensors").step == 7
+    path = (tmp_path / "hopper_7.safetensors").rename(tmp_path / f"{name}.safetensors")
+    with pytest.raises(UserError, match=f"{name}.safetensors: {message}"):
+        experts.read_named_policy(path)
 
 
 # --- environments ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Datasets generated on this machine: the recipe, the files, and what happens when they are there already."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -19,7 +20,8 @@ import pytest
 import d4rl_utils
 import make_dataset
 import ogbench_utils
-from benchmark_data import generation, maze
+import utils
+from benchmark_data import experts, generation, maze
 from benchmark_data.maze import OracleWaypoints, cell_distances, vertex_cells
 from make_dataset import generate, generate_if_missing
 from ogbench_utils import Maze, TrajectoryDataset, ensure_dataset, load_arrays, make_env, read_manifest, seeded_reset
@@ -205,6 +207,64 @@ def test_an_incomplete_dataset_does_not_pass(stitch_dir, tmp_path, damage):
         ensure_dataset(STITCH, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["{folder}/else.npz", "../else.npz", "local/../../else.npz"])
+def test_a_manifest_names_no_file_outside_its_folder(stitch_dir, tmp_path, name):
+    folder = tmp_path / "local"
+    shutil.copytree(stitch_dir / "local", folder)
+    manifest = json.loads((folder / FILES[1]).read_text())
+    (folder / "local").mkdir()
+    (tmp_path / "else.npz").write_bytes(b"1")
+    manifest["files"][name.format(folder=tmp_path)] = {"bytes": 1}
+    (folder / FILES[1]).write_text(json.dumps(manifest))
+    assert utils.read_manifest(folder / FILES[1], STITCH) is None
+
+
+def test_a_manifest_nested_too_deeply_is_none(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    assert utils.read_manifest(tmp_path / "deep.json", STITCH) is None
+
+
+@pytest.mark.parametrize("name", [FILES[0], FILES[2]])
+def test_files_that_nobody_here_made_are_kept_unless_asked(tmp_path, name):
+    mine = tmp_path / "local" / name
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    with pytest.raises(UserError, match=f"{name} is there without a complete dataset's manifest.*--overwrite"):
+        generate(STITCH, 1, 0, tmp_path, progress=False)
+    assert names(mine.parent) == [name] and mine.read_text() == "precious"
+    generate(STITCH, 1, 0, tmp_path, progress=False, overwrite=True)
+    assert names(mine.parent) == FILES and read_manifest(STITCH, tmp_path)
+
+
+KILLED_AT_THE_SECOND_MOVE = """
+import os, signal, sys
+import make_dataset
+real, moved = os.replace, []
+def replace(source, target):
+    if ".tmp/" in str(source):
+        moved.append(source)
+        if len(moved) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+os.replace = replace
+make_dataset.generate(sys.argv[1], 2, 1, sys.argv[2], progress=False, overwrite=True)
+"""
+
+
+def test_an_overwrite_that_is_killed_between_two_files_is_made_good_by_the_next_run(tmp_path):
+    generate(STITCH, 1, 0, tmp_path / "data", progress=False)
+    command = [sys.executable, "-c", KILLED_AT_THE_SECOND_MOVE, STITCH, str(tmp_path / "data")]
+    killed = subprocess.run(command, cwd=Path(make_dataset.__file__).parent, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert read_manifest(STITCH, tmp_path / "data") is None
+    generate(STITCH, 2, 1, tmp_path / "data", progress=False)
+    generate(STITCH, 2, 1, tmp_path / "fresh", progress=False)
+    assert names(tmp_path / "data" / "local") == FILES and read_manifest(STITCH, tmp_path / "data")
+    for name in (FILES[0], FILES[2]):
+        made, fresh = (tmp_path / folder / "local" / name for folder in ("data", "fresh"))
+        assert made.read_bytes() == fresh.read_bytes()
+
+
 @pytest.mark.parametrize(
     "dataset_id, message",
     [
@@ -294,6 +354,25 @@ def test_missing_policy(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_policy_file_that_changed_is_read_again(tmp_path):
+    """Within one process, too: what the manifest's hash names is what walked."""
+    dataset_id, path = "local/antmaze-medium-stitch-v0", tmp_path / "ant-xy_400000.safetensors"
+    policy = experts.read_policy(EXPERTS / path.name)
+    actions = []
+    for scale in (1.0, 0.5):
+        weights = {name: array * np.float32(scale) for name, array in policy.weights.items()}
+        experts.write_policy(path, dataclasses.replace(policy, weights=weights))
+        made = generate(dataset_id, 1, 0, tmp_path / str(scale), progress=False, experts_dir=tmp_path)
+        actions.append(load_arrays(made)["actions"])
+    assert not np.array_equal(*actions)
+
+
+def test_a_policy_of_another_robot_is_refused(tmp_path):
+    shutil.copy(EXPERTS / "hopper_270000.safetensors", tmp_path / "ant-xy_400000.safetensors")
+    with pytest.raises(UserError, match="ant-xy_400000.safetensors: a policy of hopper, not of ant-xy"):
+        generate("local/antmaze-medium-stitch-v0", 1, 0, tmp_path, progress=False, experts_dir=tmp_path)
+
+
 def test_ones_own_policy_of_the_most_steps_walks(tmp_path):
     for step in (400_000, 9_000, 1_000_000):
         shutil.copy(EXPERTS / "ant-xy_400000.safetensors", tmp_path / f"ant-xy_{step}.safetensors")
@@ -326,6 +405,15 @@ def test_tasks_may_be_endless(jobs):
     results = generation.run_tasks(_square, itertools.count(), jobs)
     assert [next(results) for _ in range(40)] == [n * n for n in range(40)]
     results.close()
+
+
+def _die(value):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_told_in_one_line():
+    with pytest.raises(UserError, match="a worker was killed, probably out of memory; use fewer --jobs"):
+        list(generation.run_tasks(_die, range(3), 2))
 
 
 def test_what_a_killed_run_left_is_swept(tmp_path):

@@ -551,8 +551,10 @@ def test_what_cannot_be_resumed_is_refused(finished, arguments, tmp_path, capsys
     (run / "finished.json").unlink()
     assert "--resume" in exits(capsys, *arguments(run))
     assert "horizon" in exits(capsys, *arguments(run, "--resume", horizon=6))
+    settings = (run / "config.yaml").read_bytes()
     with hold_run(run):
-        assert "another process" in exits(capsys, *arguments(run, "--resume"))
+        assert "another process" in exits(capsys, *arguments(run, "--resume", device="auto"))
+    assert (run / "config.yaml").read_bytes() == settings
     state = last(run)
     state["agent"]["heads"].popitem()
     save_checkpoint(run / "checkpoints/last.pth", state)

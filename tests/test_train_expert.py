@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import gymnasium
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 import train_expert
 from benchmark_data.experts import evaluate_policy, make_expert_env, read_card, read_policy
 from train_expert import ExpertRun, SeededEpisodes, TrainExpertConfig, build_model, extract_policy
-from utils import RunFinished, UserError, load_checkpoint, read_metrics
+from utils import RunFinished, UserError, hold_run, load_checkpoint, read_metrics
 
 needs_sb3 = pytest.mark.skipif(importlib.util.find_spec("stable_baselines3") is None, reason="needs stable-baselines3")
 TINY = {
@@ -120,6 +121,8 @@ def test_evaluating_again_keeps_the_origin(finished, tmp_path, capsys):
     assert after["returns"]["stochastic"]["episodes"] == 5
     assert all(after[key] == before[key] for key in ("algorithm", "recipe", "seed", "sha256"))
     assert "hopper_250, stochastic: return" in capsys.readouterr().out
+    train_expert.main(["--evaluate", str(path), "--card_episodes", "1"])  # a quick look replaces no better measurement
+    assert read_card(path) == after and "keeps its returns over 5 episodes" in capsys.readouterr().out
     path.with_suffix(".json").unlink()
     train_expert.main(["--evaluate", str(path), "--card_episodes", "1"])
     assert read_card(path)["seed"] == "not recorded"
@@ -144,6 +147,41 @@ def test_a_killed_run_continues_exactly(finished, tmp_path, repository):
         train(tmp_path, resume=True, max_timesteps=10)
     train(tmp_path, resume=True)
     assert run_files(tmp_path) == run_files(finished)
+
+
+@needs_sb3
+def test_several_steps_an_update_continue_exactly(tmp_path, monkeypatch):
+    """An episode can end and the next begin between two updates: no checkpoint may fall there."""
+    recipe = replace(train_expert.RECIPES["hopper"], interval=4)
+    monkeypatch.setitem(train_expert.RECIPES, "hopper", recipe)
+    whole = train(tmp_path / "whole", snapshot_every=200)
+    save = ExpertRun.save
+    stops = iter(range(100))
+
+    def save_and_stop(self):
+        save(self)
+        if next(stops) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ExpertRun, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", snapshot_every=200)
+    monkeypatch.setattr(ExpertRun, "save", save)
+    train(tmp_path / "stopped", snapshot_every=200, resume=True)
+    assert run_files(tmp_path / "stopped") == run_files(whole)
+
+
+@needs_sb3
+def test_a_run_holds_its_directory_and_its_policies_alone(tmp_path):
+    run = tmp_path / "run"
+    left = run / "policies" / "hopper_9.safetensors"  # of a run that ended before its first checkpoint
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"another policy")
+    with hold_run(run), pytest.raises(UserError, match="another process"):
+        train(run)
+    assert [path.name for path in run.iterdir()] == ["policies"] and left.exists()
+    train(run, max_timesteps=250)
+    assert {path.name for path in left.parent.iterdir()} == {"hopper_250.safetensors", "hopper_250.json"}
 
 
 @needs_sb3
@@ -209,7 +247,7 @@ def test_a_policy_acts_as_the_model_does(env, algorithm):
     config = TrainExpertConfig(env=env, algorithm=algorithm, hidden_dims=(32, 16), max_timesteps=100)
     environment = SeededEpisodes(make_expert_env(env), 0)
     model = build_model(config, environment, 0)
-    policy = extract_policy(model, env, 0)
+    policy = extract_policy(model, config, 0)
     observations = np.random.default_rng(0).standard_normal((20, policy.observation_dim)).astype(np.float32)
     expected, _ = model.predict(observations, deterministic=True)
     np.testing.assert_allclose(policy.act(observations), expected, atol=1e-5)
