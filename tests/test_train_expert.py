@@ -160,7 +160,7 @@ def test_several_steps_an_update_continue_exactly(tmp_path, monkeypatch):
 
     def save_and_stop(self):
         save(self)
-        if next(stops) == 1:
+        if next(stops) == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(ExpertRun, "save", save_and_stop)
