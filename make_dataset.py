@@ -5,6 +5,15 @@
     python make_dataset.py --dataset local/hopper-medium-v2 --num_transitions 200000
     python make_dataset.py --check datasets/local/hopper_medium-v2.hdf5
 
+Without --list or --check it makes --dataset. Flags that each of the three reads:
+
+    make      --dataset, --num_episodes or --num_transitions, --seed, --dataset_dir, --experts_dir, --jobs, --overwrite
+    --list    --dataset_dir
+    --check   --picture
+
+Sizes where none is given: 100 episodes (mazes' navigate, walker study), 300 (stitch), 120 (explore), 100,000
+transitions (D4RL).
+
 A `local/` dataset has the layout, names and protocol of the official one and is made by policies of known quality
 (datasets/experts/); the id keeps the two apart. A manifest beside the files tells recipe, seed, policies, versions and
 SHA-256. On one machine with the same versions, the same id, size, seed and policies give the same bytes, whatever
@@ -13,6 +22,7 @@ SHA-256. On one machine with the same versions, the same id, size, seed and poli
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import sys
@@ -37,16 +47,19 @@ class MakeDatasetConfig:
     """Settings of one generated dataset."""
 
     dataset: str = "local/pointmaze-medium-navigate-v0"  # id of the dataset, local/<the benchmark's id>; see --list
-    num_episodes: int | None = None  # mazes: training episodes (a tenth more for validation); walker study: episodes
-    num_transitions: int | None = None  # D4RL: transitions
+    num_episodes: int | None = None  # of a maze dataset (a tenth more to validate) or the walker study; default above
+    num_transitions: int | None = None  # of a D4RL dataset; 100,000 where it is not given
     seed: int = 0  # on one machine the files depend on the id, the size, the policies and this alone
     dataset_dir: str | None = None  # where datasets are kept; else the benchmark's own variable, else datasets/
-    experts_dir: str | None = None  # policies to use in place of datasets/experts/, as train_expert.py writes them
+    experts_dir: str | None = None  # folder of policies that train_expert.py wrote; else datasets/experts/
     jobs: int = 1  # processes that make episodes side by side; changes no byte of the files
     overwrite: bool = False  # replace a dataset of another seed, size or policies, or files without a manifest
-    list: bool = False  # show every id: size, where it is, or how to get it; makes nothing
-    check: str | None = None  # check this file or folder, generated or official, instead; makes nothing
-    picture: str | None = None  # --check: where its picture goes; default logs/checks/<name>.png
+    list: bool = False  # instead, show every id: size, where it is, or how to get it
+    check: str | None = None  # instead, check this file or folder, generated or official
+    picture: str | None = None  # with --check: where its picture goes; else logs/checks/<name>.png
+
+
+READ_WITH = {"list": ("dataset_dir",), "check": ("picture",)}  # flags that the two read; all others make data
 
 
 def find_family(dataset_id: str) -> Family:
@@ -59,8 +72,9 @@ def find_family(dataset_id: str) -> Family:
         raise UserError(f"--dataset {dataset_id} names the official file; what is made here is local/{dataset_id}")
     if dataset_id.split("/")[-1].startswith("humanoidmaze-"):
         raise UserError(f"--dataset {dataset_id}: {HUMANOID_MESSAGE}")
-    nearest = difflib.get_close_matches(dataset_id, ids, n=1, cutoff=0.0)[0]
-    raise UserError(f"--dataset {dataset_id!r} cannot be made here; the nearest that can is {nearest!r}; see --list")
+    nearest = difflib.get_close_matches(dataset_id, ids, n=1, cutoff=0.6)
+    hint = f"the nearest that can is {nearest[0]!r}; " if nearest else ""
+    raise UserError(f"--dataset {dataset_id!r} cannot be made here; {hint}see `python make_dataset.py --list`")
 
 
 def generate(
@@ -76,10 +90,13 @@ def generate(
     """Make a local dataset and return its main file or folder; one that is there already is kept.
 
     `size` counts what the benchmark counts, episodes or transitions. Raises UserError for an id without a recipe,
-    numbers out of range, policies that are missing or another robot's, a folder that cannot be written, and, unless
-    `overwrite`, a dataset of the same id but another seed, size or policies, or files in its place without a manifest.
+    numbers out of range, policies that are missing or another robot's, a folder that is missing or cannot be written,
+    and, unless `overwrite`, a dataset of the same id but another seed, size or policies, or files in its place without
+    a manifest.
     """
     family = find_family(dataset_id)
+    if experts_dir is not None and not Path(experts_dir).is_dir():
+        raise UserError(f"--experts_dir {experts_dir}: no such folder")
     size = family.default_size(dataset_id) if size is None else size
     plan = Plan(dataset_id, size, seed, Path(experts_dir or EXPERTS_DIR), jobs, progress)
     return generation.make(family, plan, dataset_dir, overwrite)
@@ -96,10 +113,10 @@ def generate_if_missing(dataset_id: str, dataset_dir: str | os.PathLike | None =
 
 def print_list(dataset_dir: str | None) -> None:
     print("Made on this machine:")
-    print(overview.table(overview.local_rows(FAMILIES, dataset_dir)))
+    print(overview.table(overview.local_rows(FAMILIES, dataset_dir), "where it is, or the command that makes it"))
     print(f"\nlocal/humanoidmaze-*: {HUMANOID_MESSAGE}.")
     print("\nOfficial files:")
-    print(overview.table(overview.official_rows(dataset_dir)))
+    print(overview.table(overview.official_rows(dataset_dir), "where it is, or where it comes from"))
 
 
 def requested_size(config: MakeDatasetConfig) -> int | None:
@@ -113,8 +130,21 @@ def requested_size(config: MakeDatasetConfig) -> int | None:
     return size
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = utils.parse_config(MakeDatasetConfig, argv, __doc__)
+def refuse_unread_flags(config: MakeDatasetConfig) -> None:
+    """Raise UserError for a flag that was given and that nothing would read."""
+    given = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default}
+    modes = [name for name in READ_WITH if name in given]
+    if len(modes) > 1:
+        raise UserError("--list and --check are two commands; give one of them")
+    for name in sorted(given):
+        if modes and name not in (modes[0], *READ_WITH[modes[0]]):
+            raise UserError(f"--{name} does nothing with --{modes[0]}; leave one of the two out")
+        if not modes and name == "picture":
+            raise UserError(f"--picture {config.picture}: a picture is drawn with --check only")
+
+
+def run(config: MakeDatasetConfig) -> None:
+    """List, check or make, as the settings say."""
     if config.list:
         print_list(config.dataset_dir)
     elif config.check is not None:
@@ -132,6 +162,21 @@ def main(argv: list[str] | None = None) -> None:
                 experts_dir=config.experts_dir,
             )
         )
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = utils.parse_config(MakeDatasetConfig, argv, __doc__)
+    refuse_unread_flags(config)
+    try:
+        run(config)
+    except KeyboardInterrupt:  # run_cli would speak of checkpoints
+        print("interrupted: nothing was written; the same command starts again", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in utils.DISK_FULL:
+            raise
+        name = error.filename or "a file"
+        raise UserError(f"{name}: the disk is full; nothing was written; free some space and start again") from None
 
 
 if __name__ == "__main__":

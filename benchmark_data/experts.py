@@ -35,6 +35,7 @@ from walker import dmc_utils
 DEFAULT_EXPERTS_DIR = Path(__file__).resolve().parent.parent / "datasets" / "experts"
 CARD_EPISODES = 100  # episodes behind the returns of a card
 CARD_SEED = 0  # of those episodes
+MAX_NAMED = 8  # files that a message lists
 
 # ----------------------------------------------------------------------------------------------------------------
 # Environments
@@ -349,9 +350,29 @@ def policy_path(experts_dir: str | Path, env: str, step: int) -> Path:
 
 
 def latest_policy(experts_dir: str | Path, env: str, step: int) -> Path:
-    """The policy of the most training steps in a folder; where there is none, the path that `step` would have."""
+    """The policy of the most training steps in a folder, which need not be the one of the highest return.
+
+    Where there is none, the path that `step` would have.
+    """
     steps = [path.stem.removeprefix(f"{env}_") for path in Path(experts_dir).glob(f"{env}_*.safetensors")]
     return policy_path(experts_dir, env, max((int(text) for text in steps if text.isdecimal()), default=step))
+
+
+def missing_policy(path: Path) -> UserError:
+    """What to say of a policy file that is not there: what its folder holds, and where to get it."""
+    folder, env = path.parent, path.stem.rpartition("_")[0]
+    if not folder.is_dir():
+        return UserError(f"{folder}: no such folder; --experts_dir names the one that holds {path.name}")
+    there = sorted(file.name for file in folder.glob("*.safetensors"))
+    named = ", ".join(there[:MAX_NAMED]) + f" and {len(there) - MAX_NAMED} more" * (len(there) > MAX_NAMED)
+    holds = f"this folder holds {named or 'no policy'}"
+    if not there and any((folder / "policies").glob("*.safetensors")):
+        holds += f", {folder / 'policies'} does: give that as --experts_dir"
+    return UserError(
+        f"{path}: no such policy; {holds}; a snapshot carries its training steps in its name, "
+        f"<env>_<steps>.safetensors; train with `python train_expert.py --env {env}`, or leave out --experts_dir to "
+        "take the shipped ones"
+    )
 
 
 def card_path(policy_file: str | Path) -> Path:
@@ -390,7 +411,7 @@ def read_policy(path: str | Path) -> Policy:
             raise ValueError(f"observations and actions of {sizes} numbers are not {policy.env}'s")
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(
-            f"{path}: not a policy file of this program ({one_line(error)}); delete it, and copy or train it again"
+            f"{path}: not a policy file of this program ({one_line(error)}); copy it again, or train one"
         ) from None
     return policy
 
@@ -444,7 +465,7 @@ def read_card(policy_file: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         card = None
     if not isinstance(card, dict):
-        raise UserError(f"{path}: not a policy's card; delete it and run `python train_expert.py --evaluate`")
+        raise UserError(f"{path}: not a policy's card; write it with `python train_expert.py --evaluate {policy_file}`")
     return card
 
 
@@ -520,17 +541,18 @@ def evaluate_policy(
     return {
         "episodes": episodes,
         "seed": seed,
-        **quantiles(returns),
+        **describe_returns(returns),
         "mean_length": float(lengths.mean()),
         "reward_per_step": float(returns.sum() / lengths.sum()),
     }
 
 
-def quantiles(values: np.ndarray) -> dict[str, float]:
+def describe_returns(returns: Iterable[float]) -> dict[str, float]:
     """Mean, standard deviation (of the sample as it is, ddof 0), minimum, quartiles and maximum."""
-    low, first, median, third, high = np.percentile(values, (0, 25, 50, 75, 100)).tolist()
-    spread = {"min": low, "25%": first, "50%": median, "75%": third, "max": high}
-    return {"mean": float(np.mean(values)), "std": float(np.std(values)), **spread}
+    values = np.asarray(list(returns), dtype=np.float64)
+    spread = np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist()
+    named = dict(zip(("min", "25%", "50%", "75%", "max"), spread, strict=True))
+    return {"mean": float(values.mean()), "std": float(values.std()), **named}
 
 
 def _episode(policy: Policy, env: gymnasium.Env, seed: np.random.SeedSequence, stochastic: bool) -> tuple[float, int]:

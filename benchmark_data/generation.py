@@ -37,6 +37,7 @@ import numpy as np
 
 import utils
 from benchmark_data import experts
+from benchmark_data.experts import describe_returns as describe_returns  # families take it from here
 from utils import UserError
 
 Task = TypeVar("Task")
@@ -127,12 +128,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def describe_returns(returns: Iterable[float]) -> dict[str, float]:
-    """Mean, standard deviation and quantiles of returns over episodes, for the manifest."""
-    values = np.asarray(list(returns), dtype=np.float64)
-    quantiles = np.quantile(values, [0, 0.25, 0.5, 0.75, 1])
-    named = dict(zip(("min", "25%", "50%", "75%", "max"), quantiles.tolist(), strict=True))
-    return {"mean": float(values.mean()), "std": float(values.std()), **named}
+def warn_unplayed(plan: Plan, unit: str, names: Iterable[str]) -> None:
+    """Say which of a recipe's actors a dataset of this size had no room for."""
+    if names := list(names):
+        utils.warn(
+            f"{plan.dataset_id}: {plan.size} {unit} are too few for the whole recipe; without {', '.join(names)}; "
+            f"ask for more with --num_{unit}"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -153,15 +155,15 @@ def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, over
     target, manifest_path = (where(plan.dataset_id, dataset_dir) for where in (family.target, family.manifest_path))
     policies = {path.name: _hash_policy(path) for path in family.policies(plan.dataset_id, plan.experts_dir)}
     plan = dataclasses.replace(plan, policies=tuple(policies.items()))
-    if _already_made(family, plan, policies, manifest_path, overwrite):
+    if _already_made(family, plan, policies, target, manifest_path, overwrite):
         if plan.progress:
             print(f"{plan.dataset_id}: already at {target}", file=sys.stderr)
         return target
     try:
         manifest_path.parent.mkdir(parents=True, exist_ok=True)
-        with utils.exclusive_folder(manifest_path.parent):
+        with hold_dataset(plan.dataset_id, manifest_path):
             # Another run may have made it while this one waited.
-            if not _already_made(family, plan, policies, manifest_path, overwrite):
+            if not _already_made(family, plan, policies, target, manifest_path, overwrite):
                 _write_dataset(family, plan, target, manifest_path, overwrite)
     except OSError as error:
         if error.errno in utils.DISK_FULL:
@@ -172,7 +174,52 @@ def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, over
     return target
 
 
-def _already_made(family: Family, plan: Plan, policies: dict[str, str], manifest_path: Path, overwrite: bool) -> bool:
+@contextlib.contextmanager
+def hold_dataset(dataset_id: str, manifest_path: Path) -> Iterator[None]:
+    """Keep one dataset's place to this process; wait for another that has it, and say so.
+
+    The lock is on a hidden file beside the manifest, which names its holder. It goes with the process, so a killed
+    one blocks nobody.
+    """
+    path = manifest_path.with_name(f".{manifest_path.stem}.lock")
+    descriptor = _lock(path, dataset_id)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()}".encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(path: Path, dataset_id: str) -> int:
+    """A descriptor of the locked file."""
+    import fcntl
+
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(descriptor, 100, 0).decode(errors="replace") or "another process"
+                print(f"{dataset_id}: waiting for {holder}, which makes it", file=sys.stderr, flush=True)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError:  # some network file systems have no locks
+                return descriptor
+            # Who held it deletes it at the end: the lock counts only on the file that still has the name.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _already_made(
+    family: Family, plan: Plan, policies: dict[str, str], target: Path, manifest_path: Path, overwrite: bool
+) -> bool:
     """Whether this very dataset is there. Raises UserError when another one is, unless it may be replaced."""
     manifest = utils.read_manifest(manifest_path, plan.dataset_id)
     if manifest is None:
@@ -184,7 +231,7 @@ def _already_made(family: Family, plan: Plan, policies: dict[str, str], manifest
         return False
     others = "" if manifest.get("policies") == policies else " and made by other policies"
     raise UserError(
-        f"{manifest_path.with_suffix('')} holds {manifest.get(count)} {family.unit} of seed {manifest.get('seed')}"
+        f"{target} holds {manifest.get(count)} {family.unit} of seed {manifest.get('seed')}"
         f"{others}, not {plan.size} of seed {plan.seed}; replace it with --overwrite or choose another --dataset_dir"
     )
 
@@ -269,11 +316,7 @@ def _describe(path: Path) -> dict[str, Any]:
 def _hash_policy(path: Path) -> str:
     """SHA-256 of a policy file. Raises UserError for one that is missing, damaged or not what its name says."""
     if not path.is_file():
-        env = path.stem.rpartition("_")[0]
-        raise UserError(
-            f"{path}: no such policy; train one with `python train_expert.py --env {env}` and give its folder as "
-            "--experts_dir, or take the shipped ones of datasets/experts/"
-        )
+        raise experts.missing_policy(path)
     experts.read_named_policy(path)
     return utils.sha256(path)
 

@@ -64,8 +64,8 @@ RECIPES = {
 # Training episodes where none are asked for: of the order of 100,000 rows in navigate, 60,000 in the others.
 DEFAULT_EPISODES = {"navigate": 100, "stitch": 300, "explore": 120}
 HUMANOID_MESSAGE = (
-    "its recipe needs a humanoid that walks in a given direction, which is not shipped (OGBench's took 40 million "
-    "steps); train one with `python train_expert.py --env humanoid-xy`, or take the official files"
+    "not made here, take the official files: the recipe needs a humanoid that walks in a given direction, which is not "
+    "shipped (`python train_expert.py --env humanoid-xy` would train one, in OGBench's 40 million steps)"
 )
 
 

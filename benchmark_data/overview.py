@@ -63,11 +63,16 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def table(rows: Iterable[Row]) -> str:
-    """Aligned columns; the last one is as long as it is."""
+def table(rows: Iterable[Row], where: str) -> str:
+    """Aligned columns below their headings; `where` heads the last one, which is as long as it is.
+
+    A column that is empty in every row is left out.
+    """
     lines = [(row.dataset_id, row.size, row.content, row.where) for row in rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    headings = ("id", "size", "content", where)
+    kept = [column for column in range(4) if any(line[column] for line in lines)]
+    widths = [max(len(line[column]) for line in (headings, *lines)) for column in kept[:-1]] + [0]
+    aligned = [(column, f"{'>' if column == 1 else '<'}{width}") for column, width in zip(kept, widths, strict=True)]
     return "\n".join(
-        f"  {name:<{widths[0]}}  {size:>{widths[1]}}  {content:<{widths[2]}}  {where}".rstrip()
-        for name, size, content, where in lines
+        "  ".join(["", *(f"{line[column]:{form}}" for column, form in aligned)]).rstrip() for line in (headings, *lines)
     )

@@ -25,7 +25,7 @@ import numpy as np
 
 import utils
 from benchmark_data import experts
-from benchmark_data.generation import Plan, describe_returns, run_tasks
+from benchmark_data.generation import Plan, describe_returns, run_tasks, warn_unplayed
 from walker.dmc_utils import (
     EPISODE_STEPS,
     GENERATED_IDS,
@@ -144,7 +144,10 @@ class WalkerFamily:
         made = run_tasks(_make_episode, [(plan, index, step, folder) for index, step in enumerate(steps)], plan.jobs)
         if plan.progress:
             made = utils.progress(made, plan.dataset_id, total=plan.size, unit="episode")
-        return _facts(plan, folder, steps, list(made))
+        facts = _facts(plan, folder, steps, list(made))
+        names = (path.name for path in self.policies(plan.dataset_id, plan.experts_dir))
+        warn_unplayed(plan, self.unit, (name for name in names if name not in facts["played_by"]))
+        return facts
 
 
 def _facts(plan: Plan, folder: Path, steps: list[int], returns: list[float]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     python benchmarks/data_table.py --jobs 2
 
-Seconds are those of the generation, on the machine that made the file. What is there already is not made again.
+Seconds are those of the generation, on the machine that made the file. What is there already is not made again; a row
+of another size or seed than the default says so.
 """
 
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import make_dataset
+from benchmark_data.generation import Family
 from utils import UserError, parse_config, read_manifest, run_cli
 
 
@@ -33,6 +35,14 @@ def outcome(manifest: dict) -> str:
     return "random directions"
 
 
+def deviation(family: Family, manifest: dict) -> str:
+    """How a dataset was asked for where that is not the default: its size, its seed; empty where it is."""
+    size, default = manifest.get(f"num_{family.unit}"), family.default_size(manifest["id"])
+    found = [f"{size:,} {family.unit}, not {default:,}"] if size != default else []
+    found += [f"seed {manifest['seed']}"] if manifest["seed"] != make_dataset.MakeDatasetConfig.seed else []
+    return f" (not the default: {'; '.join(found)})" if found else ""
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(DataTableConfig, argv, __doc__)
     if config.jobs < 1:
@@ -40,11 +50,12 @@ def main(argv: list[str] | None = None) -> None:
     print("| id | episodes | transitions | outcome | MB | seconds |\n|---|---|---|---|---|---|")
     for dataset_id in config.ids or [known for family in make_dataset.FAMILIES for known in family.ids]:
         make_dataset.generate_if_missing(dataset_id, config.dataset_dir, config.jobs)
-        path = make_dataset.find_family(dataset_id).manifest_path(dataset_id, config.dataset_dir)
-        manifest = read_manifest(path, dataset_id)
+        family = make_dataset.find_family(dataset_id)
+        manifest = read_manifest(family.manifest_path(dataset_id, config.dataset_dir), dataset_id)
         size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
+        name = f"`{dataset_id}`{deviation(family, manifest)}"
         print(
-            f"| `{dataset_id}` | {manifest['episodes']:,} | {manifest['transitions']:,} | {outcome(manifest)} "
+            f"| {name} | {manifest['episodes']:,} | {manifest['transitions']:,} | {outcome(manifest)} "
             f"| {size:.1f} | {manifest['seconds']:.0f} |",
             flush=True,
         )

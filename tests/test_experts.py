@@ -154,11 +154,26 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, fault):
     with pytest.raises(UserError) as error:
         read_policy(path)
     assert str(path) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+    assert "delete" not in str(error.value)  # the path may name anything
 
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="hopper_1.safetensors.*--experts_dir"):
         read_policy(tmp_path / "hopper_1.safetensors")
+
+
+def test_what_is_said_of_a_missing_policy(tmp_path):
+    path = tmp_path / "run" / "hopper_110000.safetensors"
+    assert f"{path.parent}: no such folder; --experts_dir" in str(experts.missing_policy(path))
+    write_policy(path.parent / "policies" / "hopper_7.safetensors", hopper_policy())
+    said = str(experts.missing_policy(path))
+    assert "holds no policy" in said and f"{path.parent / 'policies'} does" in said
+    said = str(experts.missing_policy(path.parent / "policies" / path.name))
+    assert "holds hopper_7.safetensors;" in said and "<env>_<steps>" in said and "--env hopper`" in said
+    for step in range(20):
+        (path.parent / f"ant-xy_{step}.safetensors").write_text("")
+    assert str(experts.missing_policy(path)).count("ant-xy_") == experts.MAX_NAMED
+    assert "and 12 more" in str(experts.missing_policy(path))
 
 
 def test_cards(tmp_path):
@@ -177,7 +192,7 @@ def test_cards(tmp_path):
     assert experts.algorithm(path) == "none"
     for text in ("[1", "[" * 200_000):
         experts.card_path(path).write_text(text)
-        with pytest.raises(UserError, match="hopper_7.json: not a policy's card"):
+        with pytest.raises(UserError, match=f"hopper_7.json: not a policy's card.*--evaluate {path}"):
             experts.read_card(path)
     assert "unknown algorithm" in experts.algorithm(path)
 

@@ -1,10 +1,12 @@
 """Datasets generated on this machine: the recipe, the files, and what happens when they are there already."""
 
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +25,7 @@ import ogbench_utils
 import utils
 from benchmark_data import experts, generation, maze
 from benchmark_data.maze import OracleWaypoints, cell_distances, vertex_cells
+from benchmarks import data_table
 from make_dataset import generate, generate_if_missing
 from ogbench_utils import Maze, TrajectoryDataset, ensure_dataset, load_arrays, make_env, read_manifest, seeded_reset
 from utils import UserError
@@ -145,6 +148,8 @@ def test_existing_dataset_is_kept_or_replaced_on_request(tmp_path, capsys):
     assert (tmp_path / "local" / FILES[2]).stat().st_mtime_ns == before
     with pytest.raises(UserError, match="2 episodes of seed 0, not 2 of seed 1.*--overwrite"):
         make_dataset.main([*arguments, "--seed", "1"])
+    with pytest.raises(UserError, match=f"{FILES[2]} holds 2 episodes of seed 0, not 3"):
+        generate(STITCH, 3, 0, tmp_path, progress=False)
     assert read_manifest(STITCH, tmp_path)["seed"] == 0
     make_dataset.main([*arguments, "--seed", "1", "--overwrite"])
     assert read_manifest(STITCH, tmp_path)["seed"] == 1 and names(tmp_path / "local") == FILES
@@ -275,6 +280,7 @@ def test_an_overwrite_that_is_killed_between_two_files_is_made_good_by_the_next_
         ("hopper-medium-v2", "official file.*local/hopper-medium-v2"),
         ("local/pointmaze-medium-navigat", "nearest that can is 'local/pointmaze-medium-navigate-v0'"),
         ("../../etc/local/hopper-medium-v2", "cannot be made here"),
+        ("cartpole", "^--dataset 'cartpole' cannot be made here; see .*--list"),
     ],
 )
 def test_ids_that_cannot_be_made(dataset_id, message, tmp_path):
@@ -295,6 +301,47 @@ def test_numbers_out_of_range(flag, tmp_path):
     with pytest.raises(UserError, match=f"--{flag} -1"):
         make_dataset.main(["--dataset_dir", str(tmp_path), f"--{flag}", "-1"])
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--list --check x", "two commands"),
+        ("--picture x.png", "--picture x.png: .*--check only"),
+        ("--list --picture x.png", "--picture does nothing with --list"),
+        ("--check x --overwrite", "--overwrite does nothing with --check"),
+    ],
+)
+def test_a_flag_that_nothing_would_read_is_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        make_dataset.main(flags.split())
+
+
+def test_an_interrupted_run_says_that_nothing_was_written(tmp_path, monkeypatch, capsys):
+    made = maze._make_episode
+
+    def interrupted(task):
+        if task[1] == 1:
+            raise KeyboardInterrupt
+        return made(task)
+
+    monkeypatch.setattr(maze, "_make_episode", interrupted)
+    with pytest.raises(SystemExit) as end:
+        make_dataset.main(["--dataset", STITCH, "--num_episodes", "2", "--dataset_dir", str(tmp_path)])
+    assert end.value.code == 130 and names(tmp_path / "local") == []
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "interrupted: nothing was written; the same command starts again"
+    )
+
+
+def test_a_full_disk_says_that_nothing_was_written(tmp_path, monkeypatch):
+    def full(*arguments, **named):
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(maze.np, "savez_compressed", full)
+    with pytest.raises(UserError, match="^somewhere: the disk is full; nothing was written"):
+        make_dataset.main(["--dataset", STITCH, "--num_episodes", "1", "--dataset_dir", str(tmp_path)])
+    assert names(tmp_path / "local") == []
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -351,6 +398,13 @@ def test_rows_of_an_ant_episode_follow_from_state_and_action(tmp_path):
 def test_missing_policy(tmp_path):
     with pytest.raises(UserError, match="ant-xy_400000.safetensors.*train_expert.py --env ant-xy"):
         generate("local/antmaze-medium-stitch-v0", 1, 0, tmp_path, progress=False, experts_dir=tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_missing_folder_of_policies(tmp_path):
+    for dataset_id in (STITCH, "local/hopper-medium-v2"):  # whether or not it needs a policy
+        with pytest.raises(UserError, match=f"^--experts_dir {tmp_path}/none: no such folder"):
+            generate(dataset_id, 1, 0, tmp_path / "data", progress=False, experts_dir=tmp_path / "none")
     assert names(tmp_path) == []
 
 
@@ -420,14 +474,56 @@ def test_what_a_killed_run_left_is_swept(tmp_path):
     stage = tmp_path / "local" / ".pointmaze-medium-stitch-v0.tmp"
     stage.mkdir(parents=True)
     (stage / "junk").write_text("half")
+    stage.with_suffix(".lock").write_text("process 1")
     generate(STITCH, 1, 0, tmp_path, progress=False)
     assert names(tmp_path / "local") == FILES
+
+
+def test_a_dataset_waits_for_its_own_maker_alone_and_says_so(tmp_path, capsys):
+    inside = []
+
+    def hold(number):
+        with generation.hold_dataset(STITCH, tmp_path / "stitch.json"):
+            inside.append(number)
+            time.sleep(0.05)
+            inside.append(number)
+
+    waiting = [threading.Thread(target=hold, args=(number,), daemon=True) for number in range(3)]
+    with generation.hold_dataset(STITCH, tmp_path / "stitch.json"):
+        for thread in waiting:
+            thread.start()
+        with generation.hold_dataset(NAVIGATE, tmp_path / "navigate.json"):
+            time.sleep(0.2)
+            assert inside == []
+    for thread in waiting:
+        thread.join(timeout=20)
+    assert inside[::2] == inside[1::2] and sorted(inside[::2]) == [0, 1, 2]  # one after another
+    assert capsys.readouterr().err.count(f"{STITCH}: waiting for process {os.getpid()}, which makes it") >= 3
+    assert names(tmp_path) == []
+
+
+def test_a_size_too_small_for_the_recipe_is_told(tmp_path, capsys):
+    path = generate("local/hopper-medium-expert-v2", 10, 0, tmp_path, progress=False)
+    assert re.search(r"10 transitions are too few .*without hopper_270000.safetensors;", capsys.readouterr().err)
+    parts = json.loads(path.with_suffix(".json").read_text())["parts"]
+    assert [part["transitions"] for part in parts] == [10, 0]
+    generate("local/walker_walk-td3-medium-replay", 1, 0, tmp_path, progress=False)
+    told = capsys.readouterr().err
+    assert "1 episodes are too few" in told and "walker_walk_130000" in told and "walker_walk_200000" in told
+
+
+def test_the_table_marks_what_is_not_the_default():
+    family, manifest = make_dataset.find_family(STITCH), {"id": STITCH, "num_episodes": 300, "seed": 0}
+    assert data_table.deviation(family, manifest) == ""
+    assert "not the default: 2 episodes, not 300" in data_table.deviation(family, manifest | {"num_episodes": 2})
+    assert "not the default: seed 3" in data_table.deviation(family, manifest | {"seed": 3})
 
 
 def test_the_list_tells_what_is_there_and_how_to_get_the_rest(tmp_path, capsys):
     generate(STITCH, 2, 3, tmp_path, progress=False)
     make_dataset.main(["--list", "--dataset_dir", str(tmp_path)])
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    assert "size" in lines["id"] and "where it is" in lines["id"]
     assert "2 episodes, seed 3" in lines[STITCH] and str(tmp_path / "local") in lines[STITCH]
     assert (
         f"python make_dataset.py --dataset local/hopper-medium-v2 --dataset_dir {tmp_path}"
