@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -38,7 +39,11 @@ GENERATED_LEVELS = ("medium", "medium-replay", "medium-expert")
 # What make_dataset.py can generate; its recipes must cover exactly these.
 GENERATED_IDS = tuple(f"local/{robot}-{level}-v2" for robot in ENVIRONMENTS for level in GENERATED_LEVELS)
 
+_FLAGS, _STATES = ("terminals", "timeouts"), ("infos/qpos", "infos/qvel")
 _CHECK_ROWS = 1 << 16  # rows checked at a time, so that checks need no second copy of the data
+# Deflate makes at most 1032 bytes of one. Beyond a size that does no harm, an array that declares more than that holds
+# less than it says, and is not given the memory.
+_MOST_EXPANSION, _HARMLESS_BYTES = 1032, 1 << 26
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -151,19 +156,92 @@ def _opened(path: Path) -> Iterator[h5py.File]:
         raise _bad_file(path, f"not a readable HDF5 file, or cut short ({one_line(error)})") from None
 
 
-def _read_floats(path: Path, file: h5py.File, key: str, ndim: int, dtype: type = np.float32) -> np.ndarray:
-    """One array of real numbers as [rows] or [rows, numbers]. Raises UserError for other types and shapes."""
-    item = file[key]
-    if not isinstance(item, h5py.Dataset) or item.dtype.kind != "f":
-        kind = getattr(item, "dtype", "a group")
-        raise _bad_file(path, f"{key} has type {kind}, expected {np.dtype(dtype).name}")
-    shape = item.shape or ()
-    column = ndim == 1 and len(shape) == 2 and shape[1] == 1  # D4RL's loader takes [rows, 1] for [rows] too
-    if not column and (len(shape) != ndim or 0 in shape[1:]):
-        raise _bad_file(path, f"{key} has shape {shape}, expected [rows{', numbers' * (ndim - 1)}]")
+def outside_fault(file: h5py.File, key: str) -> str | None:
+    """Why an array that is there is not read: the file says to look elsewhere, maybe in another file. None if it is.
+
+    Nothing is followed to find out. A file from the internet must not make this process open other files.
+    """
+    place = file
+    for name in key.split("/"):
+        if not isinstance(place.get(name, getlink=True), h5py.HardLink):
+            return "is a link, which is not followed"
+        place = place[name]
+    # Asked before its shape, which a virtual array may look up in the files that it names.
+    if isinstance(place, h5py.Dataset) and (place.is_virtual or place.external):
+        return "keeps its numbers in another file, which is not read"
+    return None
+
+
+def holds_too_little(shape: tuple[int, ...], item_bytes: int, stored_bytes: int) -> bool:
+    """Whether an array declares more numbers than its bytes in the file can hold, and so many that they do harm."""
+    return math.prod(shape) * item_bytes > max(_HARMLESS_BYTES, _MOST_EXPANSION * stored_bytes)
+
+
+def _declared(path: Path, file: h5py.File, states: bool) -> dict[str, h5py.Dataset]:
+    """The arrays to read by key, and whatever else lies in infos/: none of them is read yet, or outside the file.
+
+    Raises UserError for a key missing, links and arrays kept elsewhere.
+    """
+    needed = ["observations", "actions", "rewards", "terminals", *(_STATES if states else ())]
+    held = {name for name in file if isinstance(name, str)}  # damaged names are bytes
+    if "infos" in held:
+        fault = outside_fault(file, "infos")
+        if fault:
+            raise _bad_file(path, f"infos {fault}")
+        infos = file["infos"]
+        held |= {f"infos/{name}" for name in infos if isinstance(name, str)} if isinstance(infos, h5py.Group) else set()
+    missing = [key for key in needed if key not in held]
+    if missing:
+        raise _bad_file(path, f"no array {missing[0]!r} (it holds {', '.join(sorted(held)) or 'nothing'})")
+    optional = [key for key in ("next_observations", "timeouts") if key in held]
+    rest = sorted(key for key in held if key.startswith("infos/") and key not in needed)
+    for key in needed + optional + rest:
+        fault = outside_fault(file, key)
+        if fault:
+            raise _bad_file(path, f"{key} {fault}")
+    return {key: file[key] for key in needed + optional + rest}
+
+
+def _check_declared(path: Path, items: dict[str, h5py.Dataset]) -> None:
+    """Types, shapes and sizes of arrays that are not read yet. Raises UserError."""
+    for key, item in items.items():
+        if key.startswith("infos/") and key not in _STATES:
+            continue
+        flags = key in _FLAGS
+        if not isinstance(item, h5py.Dataset) or item.dtype.kind not in ("biuf" if flags else "f"):
+            expected = "bool" if flags else "float64" if key.startswith("infos/") else "float32"
+            raise _bad_file(path, f"{key} has type {getattr(item, 'dtype', 'a group')}, expected {expected}")
+        ndim, shape = 1 if flags or key == "rewards" else 2, item.shape or ()
+        column = ndim == 1 and len(shape) == 2 and shape[1] == 1  # D4RL's loader takes [rows, 1] for [rows] too
+        if not column and (len(shape) != ndim or 0 in shape[1:]):
+            raise _bad_file(path, f"{key} has shape {shape}, expected [rows{', numbers' * (ndim - 1)}]")
+    shapes = {key: getattr(item, "shape", None) or (None,) for key, item in items.items()}
+    if len({shape[0] for shape in shapes.values()}) != 1 or shapes["observations"][0] == 0:
+        listed = ", ".join(f"{key} {shape}" for key, shape in shapes.items())
+        raise _bad_file(path, f"arrays do not have the same number of rows: {listed}")
+    if shapes.get("next_observations", shapes["observations"]) != shapes["observations"]:
+        raise _bad_file(path, f"next_observations {shapes['next_observations']} is not shaped as the observations")
+
+
+def _check_sizes(path: Path, items: dict[str, h5py.Dataset]) -> None:
+    """Raise UserError for arrays whose bytes are not in the file, and for more than this machine's memory holds."""
+    total, file_bytes = 0, path.stat().st_size
+    for key, item in items.items():
+        stored = min(item.id.get_storage_size(), file_bytes)
+        if holds_too_little(item.shape, item.dtype.itemsize, stored):
+            raise _bad_file(path, f"{key} declares {item.shape}, which the {stored:,} bytes in the file cannot hold")
+        total += math.prod(item.shape) * item.dtype.itemsize
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if total > memory:
+        gigabytes = f"its arrays take {total / 1e9:,.1f} GB, more than the {memory / 1e9:,.1f} GB here"
+        raise UserError(f"{path}: {gigabytes}; use a smaller dataset")
+
+
+def _read_floats(path: Path, item: h5py.Dataset, key: str) -> np.ndarray:
+    """One array of real numbers as [rows] or [rows, numbers]. Raises UserError for NaN and infinity."""
     with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is found below
-        array = np.ascontiguousarray(item[()], dtype=dtype)
-    array = array.reshape(-1) if ndim == 1 else array
+        array = np.ascontiguousarray(item[()], dtype=np.float64 if key.startswith("infos/") else np.float32)
+    array = array.reshape(-1) if key == "rewards" else array
     for start in range(0, len(array), _CHECK_ROWS):
         good = np.isfinite(array[start : start + _CHECK_ROWS]).reshape(-1, array[:1].size).all(axis=1)
         if not good.all():
@@ -171,14 +249,8 @@ def _read_floats(path: Path, file: h5py.File, key: str, ndim: int, dtype: type =
     return array
 
 
-def _read_flags(path: Path, file: h5py.File, key: str) -> np.ndarray:
+def _read_flags(path: Path, item: h5py.Dataset, key: str) -> np.ndarray:
     """One array of booleans [rows]; numbers that are 0 or 1 pass for them."""
-    item = file[key]
-    if not isinstance(item, h5py.Dataset) or item.dtype.kind not in "biuf":
-        raise _bad_file(path, f"{key} has type {getattr(item, 'dtype', 'a group')}, expected bool")
-    shape = item.shape or ()
-    if len(shape) != 1 and not (len(shape) == 2 and shape[1] == 1):
-        raise _bad_file(path, f"{key} has shape {shape}, expected [rows]")
     flags = item[()].reshape(-1)
     if flags.dtype != bool and not np.isin(flags, (0, 1)).all():
         raise _bad_file(path, f"{key} holds something other than 0 and 1")
@@ -194,30 +266,17 @@ def load_arrays(path: str | os.PathLike, states: bool = False) -> dict[str, np.n
     infos/qvel float64, the simulator's state before the step. metadata/ is not read.
 
     Raises UserError naming the file and the fault: unreadable or cut short, a key missing, wrong shapes or types, NaN,
-    actions outside [-1, 1]. The last row need not end an episode: in official files it often does not.
+    actions outside [-1, 1]; links, arrays that the file keeps in other files, and arrays that declare more numbers than
+    their bytes hold or this machine's memory does. All that is declared is looked at before an array is read. The last
+    row need not end an episode: in official files it often does not.
     """
     path = Path(path)
-    arrays = {}
     with _opened(path) as file:
-        needed = ["observations", "actions", "rewards", "terminals"] + ["infos/qpos", "infos/qvel"] * states
-        missing = [key for key in needed if key not in file]
-        if missing:
-            raise _bad_file(path, f"no array {missing[0]!r} (it holds {', '.join(file) or 'nothing'})")
-        for key in needed + [key for key in ("next_observations", "timeouts") if key in file]:
-            if key in ("terminals", "timeouts"):
-                arrays[key] = _read_flags(path, file, key)
-            else:
-                kind = np.float64 if key.startswith("infos/") else np.float32
-                arrays[key] = _read_floats(path, file, key, 1 if key == "rewards" else 2, kind)
-        rows = {key: array.shape for key, array in arrays.items()}
-        infos = file.get("infos", {})
-        for name in infos if hasattr(infos, "keys") else ():
-            rows[f"infos/{name}"] = getattr(infos[name], "shape", None) or (None,)
-    if len({shape[0] for shape in rows.values()}) != 1 or len(arrays["observations"]) == 0:
-        shapes = ", ".join(f"{key} {shape}" for key, shape in rows.items())
-        raise _bad_file(path, f"arrays do not have the same number of rows: {shapes}")
-    if arrays.get("next_observations", arrays["observations"]).shape != arrays["observations"].shape:
-        raise _bad_file(path, f"next_observations {rows['next_observations']} is not shaped as the observations")
+        items = _declared(path, file, states)
+        _check_declared(path, items)
+        items = {key: item for key, item in items.items() if not key.startswith("infos/") or states and key in _STATES}
+        _check_sizes(path, items)
+        arrays = {key: (_read_flags if key in _FLAGS else _read_floats)(path, item, key) for key, item in items.items()}
     # Squashed policies stay within 1 in float32; the tolerance is for rounding alone.
     beyond = np.flatnonzero(np.abs(arrays["actions"]).max(axis=1) > 1.0 + 1e-5)
     if len(beyond):

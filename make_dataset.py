@@ -9,7 +9,7 @@ Without --list or --check it makes --dataset. Flags that each of the three reads
 
     make      --dataset, --num_episodes or --num_transitions, --seed, --dataset_dir, --experts_dir, --jobs, --overwrite
     --list    --dataset_dir
-    --check   --picture
+    --check   --picture, --dataset_dir
 
 Sizes where none is given: 100 episodes (mazes' navigate, walker study), 300 (stitch), 120 (explore), 100,000
 transitions (D4RL).
@@ -55,11 +55,12 @@ class MakeDatasetConfig:
     jobs: int = 1  # processes that make episodes side by side; changes no byte of the files
     overwrite: bool = False  # replace a dataset of another seed, size or policies, or files without a manifest
     list: bool = False  # instead, show every id: size, where it is, or how to get it
-    check: str | None = None  # instead, check this file or folder, generated or official
-    picture: str | None = None  # with --check: where its picture goes; else logs/checks/<name>.png
+    check: str | None = None  # instead, check this file, folder or dataset id, generated or official
+    picture: str | None = None  # with --check: where its picture goes; else logs/checks/<name>-<8 digits>.png
 
 
-READ_WITH = {"list": ("dataset_dir",), "check": ("picture",)}  # flags that the two read; all others make data
+# Flags that the two other commands read; all others make data.
+READ_WITH = {"list": ("dataset_dir",), "check": ("picture", "dataset_dir")}
 
 
 def find_family(dataset_id: str) -> Family:
@@ -148,7 +149,7 @@ def run(config: MakeDatasetConfig) -> None:
     if config.list:
         print_list(config.dataset_dir)
     elif config.check is not None:
-        sys.exit(run_check(Path(config.check), config.picture))
+        sys.exit(run_check(config.check, config.picture, config.dataset_dir))
     else:
         size = requested_size(config)
         print(

@@ -499,6 +499,22 @@ class InverseDynamics(nn.Module):
         return torch.tanh(self.net(torch.cat([z, z_next - z, z_goal - z], dim=-1)))
 
 
+class StateMetric(nn.Module):
+    """An embedding of states in which squared distance counts steps. Normalised states [..., D] -> [..., dim].
+
+    `steps_per_square` is what a squared distance of 1 is worth, as `OnlineAgent.fit_metric` measures it.
+    """
+
+    def __init__(self, observation_dim: int, hidden_dim: int, dim: int):
+        super().__init__()
+        self.net = mlp(observation_dim, hidden_dim, dim)
+        self.log_scale = nn.Parameter(torch.zeros(()))  # the temperature of its InfoNCE
+        self.register_buffer("steps_per_square", torch.ones(()))
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.net(states) * self.log_scale.exp()
+
+
 class OfflineModel(nn.Module):
     """What the offline stage trains: `encoder`, `q`, `v`, `next_state` and `reward`. No action is read."""
 

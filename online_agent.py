@@ -2,17 +2,20 @@
 
 What it takes from the offline stage: the encoder f, frozen, so that every state is encoded once; Q(z, z', z_g),
 V(z, z_g) and the proposer, which keep learning here. What it adds: inverse_dynamics(z, z', z_g), the action that
-leads towards z'. All codes here are codes of single states, z = f(s), as the offline stage's target codes are.
+leads towards z', and a metric of steps between states, which makes a graph of the dataset. Codes are those of single
+states, z = f(s), as the offline stage's target codes are; the inverse dynamics sees the state beside its code.
 
-    states of the dataset ---f---> landmarks ---V---> graph of short ways ---Dijkstra---> way to the goal
-                                                                                             |
-    s_t ---f---> z_t -------------------------------------> inverse_dynamics <--- z', some steps ahead on it
+    states of the dataset ---> graph: along trajectories, and short links between them ---Dijkstra---> way to the goal
+                                                                                                            |
+    s_t ---f---> z_t, s_t --------------------------------------> inverse_dynamics <--- z', some steps ahead on it
 
 Deviations from the original OPSO code, each with its reason (docs/opso.md has the measurements):
 - z' lies up to `subgoal_steps` ahead, not one: a step of an ant says little about where it goes. `subgoal_steps 1`
   is the original.
-- Acting searches (`acting search`): V is right about short ways and vague about long ones, so short ways are joined
-  (Eysenbach et al., 2019). `acting proposer` asks next_state(z, z_g), as the original does.
+- Acting searches (`acting search`) among dataset states (Savinov et al., 2018; Eysenbach et al., 2019). `acting
+  proposer` asks next_state(z, z_g), as the original does, and takes the dataset state whose code is nearest.
+- The graph's links are short by a metric that InfoNCE trains on states a few steps apart. V is vague there: it takes
+  states on both sides of a corner for near.
 - The proposer is fitted by advantage-weighted regression to codes subgoal_steps ahead (HIQL; Park et al., 2023), and
   the inverse dynamics by a capped exp(advantage) of its step towards z'. Advantages are counted in steps saved.
 - Targets of Q and V span many steps, as offline.
@@ -20,6 +23,7 @@ Deviations from the original OPSO code, each with its reason (docs/opso.md has t
 
 import copy
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +33,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import dijkstra
 from torch import Tensor, nn
 
-from model import InverseDynamics, OfflineModel
+from model import InverseDynamics, OfflineModel, StateMetric
 from utils import expectile_loss
 
 LEAST_VALUE = 1e-3  # values are clipped here before their logarithm is taken
@@ -45,19 +49,23 @@ class OnlineAgentConfig:
     state_temperature: float = 0.3  # of the proposer: a subgoal weighs exp(temperature * steps it saves)
     action_temperature: float = 0.0  # of the inverse dynamics, likewise; 0 weighs all actions alike
     max_weight: float = 20.0  # cap of these weights
-    acting: str = "search"  # how z' is chosen: search (over landmarks) or proposer (next_state)
-    num_landmarks: int = 500  # dataset states that the search joins
-    trusted_steps: float = 8.0  # where the cost of an edge of the search begins to grow faster than its length
+    acting: str = "search"  # how z' is chosen: search (over dataset states) or proposer (next_state)
+    graph_nodes: int = 20_000  # dataset states in the graph, evenly spaced in time
+    num_links: int = 10  # nearest states by the metric that each state is linked to
+    link_cost: float = 3.0  # steps that a link costs beside its length: a change of trajectory
+    trusted_steps: float = 8.0  # where the cost of a link begins to grow faster than its length
     aim_steps: float = 15.0  # how far ahead on the way found z' is taken
     replan_every: int = 5  # environment steps between two choices of z'
-    patience: int = 40  # steps without progress after which a way is barred for the episode
-    wander_steps: int = 20  # steps of one random action that follow where the agent explores: the unknown is there
+    patience: int = 30  # steps without progress after which a way is barred for the episode
+    bar_steps: float = 20.0  # what lies this near to either end of a barred way is barred with it
+    wander_steps: int = 10  # steps of one random action that follow: whatever held it there may let go
+    metric_steps: int = 25  # the metric learns from states 1..metric_steps apart
+    metric_dim: int = 32  # of its embedding
+    metric_lr: float = 1e-3  # Adam, decaying to 0
     p_self: float = 0.1  # share of hindsight goals that are the state the transition arrives at
     p_future: float = 0.5  # share drawn ahead on the trajectory, geometrically
     p_random: float = 0.4  # share drawn from all states
     goal_discount: float = 0.99  # of the geometric draw
-    p_hard: float = 0.0  # share of transitions whose goal is the nearest, by V, of hard_candidates random states
-    hard_candidates: int = 8  # see p_hard
 
 
 class OnlineAgent:
@@ -87,8 +95,11 @@ class OnlineAgent:
         self.action_dim = action_dim
         self.encoder = model.encoder.to(self.device).eval().requires_grad_(False)
         self.heads = nn.ModuleDict({name: copy.deepcopy(getattr(model, name)) for name in self.HEADS[:3]})
-        self.heads["inverse_dynamics"] = InverseDynamics(self.encoder.d_model, hidden_dim, action_dim)
+        self.code_dim = self.encoder.d_model
+        features = self.code_dim + self.encoder.observation_dim
+        self.heads["inverse_dynamics"] = InverseDynamics(features, hidden_dim, action_dim)
         self.heads.to(self.device).requires_grad_(True)
+        self.metric = StateMetric(self.encoder.observation_dim, hidden_dim, config.metric_dim).to(self.device)
         self.target = nn.ModuleDict({name: copy.deepcopy(self.heads[name]) for name in ("q", "v")})
         self.target.requires_grad_(False)
         self.learning = [p for name in ("q", "v") for p in self.heads[name].parameters()]
@@ -101,10 +112,56 @@ class OnlineAgent:
 
     @torch.no_grad()
     def encode(self, observations: Tensor, block: int = 4096) -> Tensor:
-        """Codes of single states, in blocks that bound the memory. [..., D] -> [..., d_model]."""
+        """Features of single states: the code and the normalised state, [..., D] -> [..., d_model + D].
+
+        In blocks that bound the memory.
+        """
         flat = observations.reshape(-1, observations.shape[-1])
+        states = (flat - self.encoder.mean) / self.encoder.std
         codes = torch.cat([self.encoder.encode_goal(part) for part in flat.split(block)])
-        return codes.view(*observations.shape[:-1], -1)
+        return torch.cat([codes, states], dim=-1).view(*observations.shape[:-1], -1)
+
+    def code(self, features: Tensor) -> Tensor:
+        """The code in features: [..., d_model + D] -> [..., d_model]."""
+        return features[..., : self.code_dim]
+
+    # -- metric ------------------------------------------------------------------------------------------------------
+
+    def fit_metric(
+        self, draw: Callable[[], tuple[Tensor, Tensor, Tensor]], updates: Iterable[int], total: int
+    ) -> float:
+        """Train the metric by InfoNCE, then learn how many steps a squared distance is worth. Returns the last loss.
+
+        draw() gives features [n, d_model + D], those of later states of the same trajectories and how many steps lie
+        between [n]. Each state must be found among the n later ones by its distance, and the other way round.
+        """
+        optimizer = torch.optim.Adam(self.metric.requires_grad_(True).parameters(), self.config.metric_lr)
+        loss = torch.zeros(())
+        for number in updates:
+            state, later, _ = draw()
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.metric_lr * (0.5 + 0.5 * math.cos(math.pi * number / total))
+            logits = -torch.cdist(self.embed(state), self.embed(later))
+            own = torch.arange(len(logits), device=self.device)
+            loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        self.metric.requires_grad_(False)
+        with torch.no_grad():
+            parts = [draw() for _ in range(20)]
+            squares = torch.cat([(self.embed(x) - self.embed(y)).square().sum(-1) for x, y, _ in parts])
+            self.metric.steps_per_square.copy_(torch.cat([n for *_, n in parts]).float().sum() / squares.sum())
+        return float(loss.detach())
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Points of states: [..., d_model + D] -> [..., metric_dim]."""
+        return self.metric(features[..., self.code_dim :])
+
+    @torch.no_grad()
+    def metric_steps(self, points: Tensor, others: Tensor) -> Tensor:
+        """Steps by the metric between all points: [m, metric_dim] and [k, metric_dim] -> [m, k]."""
+        return self.metric.steps_per_square * torch.cdist(points, others).square()
 
     # -- losses, in the order of the objective ------------------------------------------------------------------
 
@@ -149,7 +206,7 @@ class OnlineAgent:
         """Squared error of the inverse dynamics where the action is known, weighted by the step's advantage to z'."""
         saved = self.steps_between(batch["z"], batch["z_sub"]) - self.steps_between(batch["z_next"], batch["z_sub"])
         weight = self.weight(saved - 1, self.config.action_temperature) * batch["acted"]
-        action = self.heads["inverse_dynamics"](batch["z"], batch["z_sub"], batch["z_goal"])
+        action = self.heads["inverse_dynamics"](batch["x"], batch["x_sub"], batch["x_goal"])
         error = (action - batch["actions"]).square().mean(-1)
         known = batch["acted"].sum().clamp(min=1)
         info = {"action_error": (error * batch["acted"]).sum() / known, "action_weight": weight.sum() / known}
@@ -166,23 +223,14 @@ class OnlineAgent:
         value = self.target["v"](z, z_goal).clamp(LEAST_VALUE, 1)
         return value.log() / math.log(self.discount)
 
-    @torch.no_grad()
-    def hardest(self, z: Tensor, candidates: Tensor) -> Tensor:
-        """Which candidate is the nearest by V: [n, d_model] and [n, c, d_model] -> [n] int64.
-
-        As goals these show V where it is wrong: states that it takes for near and that trajectories do not reach,
-        such as those beyond the corner of a wall.
-        """
-        return self.target["v"](z.unsqueeze(1).expand_as(candidates), candidates).argmax(1)
-
     # -- update ---------------------------------------------------------------------------------------------------
 
     def update(self, batch: dict[str, Tensor], lr_scale: float = 1.0) -> dict[str, Tensor]:
         """One optimizer step on a batch of codes, then the EMA targets. Returns 0-d tensors, without a host sync.
 
         batch: z, z_next, z_before, z_ahead, z_sub, z_far, z_goal [n, d_model] (z_{t+n-1}, z_{t+n}, the codes the
-        inverse dynamics and the proposer aim at), actions [n, A], acted [n] 0/1 where the action is known,
-        steps_to_goal, n, far_steps [n] int64.
+        inverse dynamics and the proposer aim at), features x, x_sub, x_goal [n, d_model + D], actions [n, A], acted [n]
+        0/1 where the action is known, steps_to_goal, n, far_steps [n] int64.
         """
         for group in self.optimizer.param_groups:
             group["lr"].fill_(self.config.lr * lr_scale)
@@ -203,9 +251,9 @@ class OnlineAgent:
         return info | {key: value.detach() for _, extra in terms.values() for key, value in extra.items()}
 
     @torch.no_grad()
-    def act(self, z: Tensor, z_sub: Tensor, z_goal: Tensor) -> Tensor:
-        """The action that leads from z towards z_sub, in [-1, 1]. Codes [n, d_model] -> [n, A]."""
-        return self.heads["inverse_dynamics"](z, z_sub, z_goal)
+    def act(self, x: Tensor, x_sub: Tensor, x_goal: Tensor) -> Tensor:
+        """The action that leads from x towards x_sub, in [-1, 1]. Features [n, d_model + D] -> [n, A]."""
+        return self.heads["inverse_dynamics"](x, x_sub, x_goal)
 
     @torch.no_grad()
     def propose(self, z: Tensor, z_goal: Tensor) -> Tensor:
@@ -220,6 +268,7 @@ class OnlineAgent:
             "encoder": self.encoder.state_dict(),
             "heads": self.heads.state_dict(),
             "target": self.target.state_dict(),
+            "metric": self.metric.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
         }
@@ -229,61 +278,91 @@ class OnlineAgent:
         self.encoder.load_state_dict(state["encoder"])
         self.heads.load_state_dict(state["heads"])
         self.target.load_state_dict(state["target"])
+        self.metric.load_state_dict(state["metric"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
 
 
-class LandmarkGraph:
-    """Dataset states joined by the short ways between them, in steps by V (Eysenbach et al., 2019, "Search on the
-    Replay Buffer").
+class StateGraph:
+    """Dataset states, joined along their trajectories and by links to the nearest states of the others.
 
-    V is right about short ways and vague about long ones, so a way of x steps costs x (1 + x / trusted_steps): a chain
-    of short edges is preferred to a long one. x is V's number of steps there, or half of those back if that is more,
-    which catches ways that V sees in one direction alone. Above 10 trusted_steps there is no edge.
+    A trajectory's edge costs the steps it took. A link of x steps by the metric costs link_cost + x (1 + x /
+    trusted_steps), in both directions, so that a chain of short links is preferred to a long one: where no trajectory
+    passes, as through a wall, there is none.
 
     Args:
-        agent: whose V measures the ways.
-        landmarks: [n, d_model] codes of dataset states.
+        agent: whose metric measures the links.
+        features: [n, d_model + D] of the nodes, in the order of the dataset.
+        rows: [n] int64, increasing, their rows in the dataset.
+        episode_end: [n] int64, the last row of each node's episode.
     """
 
-    def __init__(self, agent: OnlineAgent, landmarks: Tensor):
-        self.agent, self.landmarks = agent, landmarks
-        self.edges = self.edges_between(landmarks, landmarks)  # [n, n] from row to column, inf where there is none
-        np.fill_diagonal(self.edges, np.inf)
+    def __init__(self, agent: OnlineAgent, features: Tensor, rows: Tensor, episode_end: Tensor):
+        self.agent, self.features = agent, features
+        self.points = agent.embed(features).detach()
+        here, there, cost = self._nearest()
+        rows, end = rows.cpu().numpy(), episode_end.cpu().numpy()
+        first = np.flatnonzero(end[:-1] == end[1:])
+        here, there = np.concatenate([here, there, first]), np.concatenate([there, here, first + 1])
+        cost = np.concatenate([cost, cost, (rows[first + 1] - rows[first]).astype(np.float64)])
+        # The cheapest of parallel edges: a sparse matrix would add them up.
+        order = np.lexsort((cost, there, here))
+        here, there, cost = here[order], there[order], cost[order]
+        keep = np.append(True, (here[1:] != here[:-1]) | (there[1:] != there[:-1]))
+        self.here, self.there, self.cost = here[keep], there[keep], cost[keep]
 
-    def steps(self, z: Tensor, z_to: Tensor) -> np.ndarray:
-        """Steps by V from each z [m, d_model] to each z_to [k, d_model]: [m, k] float32."""
-        rows = [
-            self.agent.steps_between(part[:, None].expand(-1, len(z_to), -1), z_to[None].expand(len(part), -1, -1))
-            for part in z.split(64)
-        ]
-        return torch.cat(rows).cpu().numpy()
+    def __len__(self) -> int:
+        return len(self.points)
 
-    def edges_between(self, z: Tensor, z_to: Tensor) -> np.ndarray:
-        """Costs of the edges from each z [m, d_model] to each z_to [k, d_model]: [m, k], inf where there is none."""
-        trusted = self.agent.config.trusted_steps
-        steps = np.maximum(self.steps(z, z_to), self.steps(z_to, z).T / 2)
-        return np.where(steps <= 10 * trusted, 1 + steps * (1 + steps / trusted), np.inf)
+    def link_cost(self, steps: Tensor) -> Tensor:
+        """Cost of a link of so many steps by the metric."""
+        return self.agent.config.link_cost + steps * (1 + steps / self.agent.config.trusted_steps)
 
-    def near(self, z: Tensor) -> np.ndarray:
-        """Landmarks [n] bool that lie within the trusted steps of z [d_model]."""
-        return self.steps(z[None], self.landmarks)[0] <= self.agent.config.trusted_steps
+    def _nearest(self, block: int = 512) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Links from each node to the num_links nearest others: from, to, cost."""
+        count = min(self.agent.config.num_links, len(self) - 1)
+        there, cost = [], []
+        for start in range(0, len(self), block):
+            steps = self.agent.metric_steps(self.points[start : start + block], self.points)
+            steps[torch.arange(len(steps)), start + torch.arange(len(steps))] = math.inf
+            near = steps.topk(count, largest=False)
+            there.append(near.indices)
+            cost.append(self.link_cost(near.values))
+        here = np.repeat(np.arange(len(self)), count)
+        return here, torch.cat(there).flatten().cpu().numpy(), torch.cat(cost).flatten().double().cpu().numpy()
+
+    def links(self, points: Tensor) -> np.ndarray:
+        """Cost of the links between points [m, metric_dim] and the nodes: [m, n], inf but for the num_links nearest."""
+        steps = self.agent.metric_steps(points, self.points)
+        near = steps.topk(min(self.agent.config.num_links, len(self)), largest=False)
+        cost = torch.full_like(steps, math.inf).scatter_(1, near.indices, self.link_cost(near.values))
+        return cost.double().cpu().numpy()
+
+    def ends(self, point: Tensor, node: int) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes within bar_steps of a point and of a node, each counted to the nearer one: [n] bool twice."""
+        steps = self.agent.metric_steps(torch.stack([point, self.points[node]]), self.points).cpu().numpy()
+        near, first = steps <= self.agent.config.bar_steps, steps[0] < steps[1]
+        first[node], near[1, node] = False, True
+        return near[0] & first, near[1] & ~first
+
+    def nearest_codes(self, codes: Tensor) -> np.ndarray:
+        """The node whose code is nearest to each code [m, d_model]: [m] int."""
+        return torch.cdist(codes, self.agent.code(self.features)).argmin(1).cpu().numpy()
 
     def routes(self, to_goal: np.ndarray, barred: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-        """Shortest ways of all landmarks to one goal.
+        """Shortest ways of all nodes to one goal.
 
-        to_goal: [n] cost of the edge from each landmark to the goal, inf where there is none; barred: pairs of [n]
-        bool, no edge from the first set to the second is taken. Returns the steps [n], inf where no way leads, and
-        the next node on it [n]: a landmark, n for the goal, or a negative number.
+        to_goal: [n] cost of the link from each node to the goal, inf where there is none; barred: pairs of [n] bool,
+        no edge from the first set to the second is taken. Returns the steps [n], inf where no way leads, and the next
+        node on it [n]: n for the goal, or a negative number.
         """
-        n = len(to_goal)
-        weights = np.full((n + 1, n + 1), np.inf)
-        weights[:n, :n], weights[:n, n] = self.edges, to_goal
-        for here, there in barred:
-            weights[np.ix_(np.append(here, False), np.append(there, False))] = np.inf
-        linked = np.isfinite(weights)
-        row, column = np.nonzero(linked)
-        backwards = csr_matrix((weights[linked], (column, row)), shape=weights.shape)
+        n, last = len(self), np.flatnonzero(np.isfinite(to_goal))
+        here, there = np.append(self.here, last), np.append(self.there, np.full(len(last), n))
+        cost = np.append(self.cost, to_goal[last])
+        keep = np.ones(len(cost), dtype=bool)
+        for start, end in barred:
+            keep &= ~(np.append(start, False)[here] & np.append(end, False)[there])
+        backwards = csr_matrix((cost[keep], (there[keep], here[keep])), shape=(n + 1, n + 1))
         steps, following = dijkstra(backwards, indices=n, return_predecessors=True)
         return steps[:n], following[:n]
 
@@ -293,22 +372,22 @@ class Navigator:
 
     Args:
         agent: the networks.
-        graph: the landmarks, or None to ask the proposer.
+        graph: the dataset's states.
         goals: [E, D] observations of the goals.
+        generator: of all that is random here, on the CPU.
         epsilon: probability, at each choice of z', of exploring straight towards the goal:
             z' = z + a (z_g - z), a uniform in [0.2, 1].
         action_noise: standard deviation of the Gaussian noise on actions.
-        generator: of epsilon, a, the noise and the wandering; on the CPU. None: act without exploration.
     """
 
     def __init__(
         self,
         agent: OnlineAgent,
-        graph: LandmarkGraph | None,
+        graph: StateGraph,
         goals: np.ndarray,
+        generator: torch.Generator,
         epsilon: float = 0.0,
         action_noise: float = 0.0,
-        generator: torch.Generator | None = None,
     ):
         self.agent, self.graph, self.generator = agent, graph, generator
         self.epsilon, self.action_noise = epsilon, action_noise
@@ -316,70 +395,79 @@ class Navigator:
         count = len(self.goals)
         self.clock = 0
         self.choices = self.explorations = 0  # how often z' was chosen, and how often by exploring
-        self.subgoals = self.goals.clone()  # [E, d_model]: z'
-        self.chosen = np.full(count, -2)  # landmark that z' is the code of; n for the goal, -2 for neither
-        self.nearest = np.full(count, np.inf)  # fewest steps to the goal so far
-        self.nearest_at = np.zeros(count, dtype=int)  # when that was
-        self.wandering = np.zeros(count, dtype=int)  # steps left of the random action
-        self.wander_actions = torch.zeros(count, agent.action_dim)
-        if graph is not None:
-            self.to_goal = graph.edges_between(graph.landmarks, self.goals).T  # [E, n]
-            self.barred: list[list] = [[] for _ in range(count)]  # ways that led nowhere: landmarks here, and there
+        self.subgoals = self.goals.clone()  # [E, d_model + D]: z' and its state
+        self.chosen = np.full(count, len(graph))  # the node that z' is; n for the goal
+        if agent.config.acting == "search":
+            self.nearest = np.full(count, np.inf)  # fewest steps to the goal so far
+            self.nearest_at = np.zeros(count, dtype=int)  # when that was
+            self.wandering = np.zeros(count, dtype=int)  # steps left of the random action
+            self.wander_actions = torch.zeros(count, agent.action_dim)
+            self.goal_points = agent.embed(self.goals)
+            self.to_goal = graph.links(self.goal_points)  # [E, n]
+            self.barred: list[list] = [[] for _ in range(count)]  # ways that led nowhere: nodes here, and there
             self.routes = [graph.routes(to_goal, []) for to_goal in self.to_goal]
 
     @torch.no_grad()
     def act(self, observations: np.ndarray, live: np.ndarray) -> np.ndarray:
         """Actions [m, A] float32 of the environments `live` [m], which show observations [m, D]."""
-        agent, z = self.agent, self.codes(observations, live)
+        agent, x = self.agent, self.features(observations, live)
         if self.clock % agent.config.replan_every == 0:
-            self.choose(z, live)
+            self.choose(x, live)
         self.clock += 1
-        actions = agent.act(z, self.subgoals[live], self.goals[live]).cpu()
+        actions = agent.act(x, self.subgoals[live], self.goals[live]).cpu()
         if self.action_noise > 0:
             actions = actions + self.action_noise * torch.randn(actions.shape, generator=self.generator)
-        lost = self.wandering[live] > 0
-        actions[torch.from_numpy(lost)] = self.wander_actions[live[lost]]
-        self.wandering[live[lost]] -= 1
+        if agent.config.acting == "search":
+            lost = self.wandering[live] > 0
+            actions[torch.from_numpy(lost)] = self.wander_actions[live[lost]]
+            self.wandering[live[lost]] -= 1
         return actions.clamp(-1, 1).numpy()
 
-    def codes(self, observations: np.ndarray, live: np.ndarray) -> Tensor:
-        """Codes [m, d_model] of the states that the environments `live` show: one position each, whatever the step."""
+    def features(self, observations: np.ndarray, live: np.ndarray) -> Tensor:
+        """Features [m, d_model + D] of the states that the environments `live` show: one position each, at any step."""
         return self.agent.encode(torch.as_tensor(np.asarray(observations, np.float32), device=self.agent.device))
 
     def exploring_share(self) -> float:
         """How many of the choices of z' so far were exploration."""
         return self.explorations / max(self.choices, 1)
 
-    def choose(self, z: Tensor, live: np.ndarray) -> None:
-        """Choose z' anew for the environments `live`, whose states have codes z [m, d_model]."""
-        if self.graph is None:
-            self.subgoals[live] = self.agent.propose(z, self.goals[live])
-        else:
-            to_landmarks = self.graph.edges_between(z, self.graph.landmarks)
-            to_goal = self.agent.steps_between(z, self.goals[live]).cpu().numpy()
+    def choose(self, x: Tensor, live: np.ndarray) -> None:
+        """Choose z' anew for the environments `live`, whose states have features x [m, d_model + D]."""
+        if self.agent.config.acting == "search":
+            points = self.agent.embed(x)
+            to_nodes = self.graph.links(points)
+            to_goal = self.agent.metric_steps(points, self.goal_points).cpu().numpy()
             for row, env in enumerate(live):
-                self._follow(env, z[row], to_landmarks[row], float(to_goal[row]))
+                self._follow(env, points[row], to_nodes[row], float(to_goal[row, env]))
+        else:
+            proposal = self.agent.propose(self.agent.code(x), self.agent.code(self.goals[live]))
+            self.chosen[live] = self.graph.nearest_codes(proposal)
+        own = np.flatnonzero(self.chosen[live] < len(self.graph))
+        self.subgoals[live] = self.goals[live]
+        self.subgoals[live[own]] = self.graph.features[self.chosen[live[own]]]
         self.choices += len(live)
         if self.epsilon > 0:
             explore, share = torch.rand(2, len(live), generator=self.generator).to(self.agent.device)
-            ahead = z + (0.2 + 0.8 * share).unsqueeze(-1) * (self.goals[live] - z)
+            ahead = x + (0.2 + 0.8 * share).unsqueeze(-1) * (self.goals[live] - x)
             explores = (explore < self.epsilon).unsqueeze(-1)
             self.subgoals[live] = torch.where(explores, ahead, self.subgoals[live])
             self.explorations += int(explores.sum())
 
-    def _follow(self, env: int, z: Tensor, to_landmarks: np.ndarray, to_goal: float) -> None:
-        """Set one environment's z': the goal if it is near, else the node `aim_steps` ahead on the shortest way."""
-        ahead, count = self.agent.config.aim_steps, len(to_landmarks)
+    def _follow(self, env: int, point: Tensor, to_nodes: np.ndarray, to_goal: float) -> None:
+        """Choose one environment's z': the goal if it is near, else the node `aim_steps` ahead on the shortest way."""
+        ahead, count = self.agent.config.aim_steps, len(self.graph)
         steps, following = self.routes[env]
-        reachable = to_landmarks.copy()
+        total = to_nodes + steps
         for here, there in self.barred[env]:
-            if to_landmarks[here].min(initial=np.inf) <= 2 * self.agent.config.trusted_steps:
-                reachable[there] = np.inf
-        total = reachable + steps
+            if np.isfinite(to_nodes[here]).any():  # it stands where the barred way begins
+                total[there] = np.inf
         node = int(total.argmin())
         if self.barred[env] and not np.isfinite(total[node]):  # barred too much: begin anew
             self.barred[env].clear()
-            self.routes[env] = self.graph.routes(self.to_goal[env], [])
+            self.nearest[env] = np.inf
+            steps, following = self.routes[env] = self.graph.routes(self.to_goal[env], [])
+            total = to_nodes + steps
+            node = int(total.argmin())
         if to_goal <= ahead or not np.isfinite(total[node]):
             node, left = count, to_goal
         else:
@@ -389,18 +477,14 @@ class Navigator:
         if left < self.nearest[env] - 1:
             self.nearest[env], self.nearest_at[env] = left, self.clock
         elif self.clock - self.nearest_at[env] >= self.agent.config.patience:
-            self._bar(env, z, node)
+            self._bar(env, point, node)
         self.chosen[env] = node
-        self.subgoals[env] = self.goals[env] if node == count else self.graph.landmarks[node]
 
-    def _bar(self, env: int, z: Tensor, node: int) -> None:
-        """V says that a way leads from here to `node`, and it led nowhere: bar it for the rest of the episode."""
+    def _bar(self, env: int, point: Tensor, node: int) -> None:
+        """The way from here to `node` led nowhere: bar it for the rest of the episode, and wander a little."""
         self.nearest[env], self.nearest_at[env] = np.inf, self.clock
-        if self.generator is not None:
-            self.wandering[env] = self.agent.config.wander_steps
-            self.wander_actions[env] = 2 * torch.rand(self.agent.action_dim, generator=self.generator) - 1
-        if node < len(self.graph.landmarks):
-            here, there = self.graph.near(z), self.graph.near(self.graph.landmarks[node])
-            there[node] = True
-            self.barred[env].append((here & ~there, there))
+        self.wandering[env] = self.agent.config.wander_steps
+        self.wander_actions[env] = 2 * torch.rand(self.agent.action_dim, generator=self.generator) - 1
+        if node < len(self.graph):
+            self.barred[env].append(self.graph.ends(point, node))
             self.routes[env] = self.graph.routes(self.to_goal[env], self.barred[env])

@@ -9,6 +9,7 @@ online_training_curves.png and paths.png.
 """
 
 import contextlib
+import functools
 import math
 import os
 import time
@@ -30,9 +31,8 @@ from ogbench_utils import (
     max_episode_steps,
     parse_dataset_id,
     seeded_reset,
-    steps_ahead,
 )
-from online_agent import LandmarkGraph, Navigator, OnlineAgent, OnlineAgentConfig
+from online_agent import Navigator, OnlineAgent, OnlineAgentConfig, StateGraph
 from utils import (
     EpisodeReplay,
     MetricLogger,
@@ -62,12 +62,14 @@ class OnlineTrainerConfig(OnlineAgentConfig):
     offline_run_dir: str | None = None  # run of offline_trainer.py; default logs/offline/<dataset>/seed_<seed>
     offline_checkpoint: str = "last"  # which of its models: last, or best (lowest validation loss)
     inverse_dynamics_data: str = "online"  # online: own actions alone; offline: the dataset's actions too
-    max_trajectories: int | None = 100  # use the dataset's first so many episodes
+    max_trajectories: int | None = None  # use the dataset's first so many episodes; default: those of the pretraining
     max_episodes: int = 64  # episodes to act in; 0 fits on the dataset and evaluates
     num_envs: int = 8  # environments at once; a round is one episode in each
     batch_size: int = 8  # an update draws batch_size x transitions_per_window transitions from each source
     transitions_per_window: int = 64  # see batch_size
     subgoal_steps: int | None = None  # how far ahead z' lies; default 10 for the point, 25 for ants and humanoids
+    metric_steps: int | None = None  # the metric learns from states 1..so many steps apart; default 10, or 25
+    metric_updates: int | None = None  # of 512 pairs each, before everything else; default 1500, or 3000
     fit_updates: int | None = None  # updates on the dataset before the first episode; default 1500, or 4000
     updates_per_round: int = 250  # updates after each round of episodes
     random_steps: int = 2000  # first environment steps, of uniformly random actions (online regime)
@@ -95,32 +97,33 @@ CHOICES = {
 }
 # What each number may be: smallest and largest value, ends included.
 BOUNDS = {
-    **dict.fromkeys(("horizon", "subgoal_steps", "replan_every", "patience", "batch_size"), (1, 10**9)),
+    **dict.fromkeys(("horizon", "subgoal_steps", "replan_every", "patience", "batch_size", "num_links"), (1, 10**9)),
     **dict.fromkeys(
-        ("transitions_per_window", "num_envs", "replay_episodes", "eval_freq", "hard_candidates"), (1, 10**9)
+        ("transitions_per_window", "num_envs", "replay_episodes", "eval_freq", "metric_steps", "metric_dim"), (1, 10**9)
     ),
     **dict.fromkeys(("eval_episodes", "eval_episodes_between", "max_trajectories"), (1, 10**9)),
     **dict.fromkeys(
         ("max_episodes", "fit_updates", "updates_per_round", "random_steps", "wander_steps", "seed"), (0, 2**53)
     ),
-    **dict.fromkeys(("num_landmarks",), (2, 20_000)),
-    **dict.fromkeys(("lr", "max_weight", "aim_steps", "trusted_steps"), (1e-9, 1e9)),
+    "graph_nodes": (2, 10**6),
+    "metric_updates": (1, 10**9),
+    **dict.fromkeys(("lr", "metric_lr", "max_weight", "aim_steps", "trusted_steps"), (1e-9, 1e9)),
+    **dict.fromkeys(("link_cost", "bar_steps"), (0.0, 1e9)),
     **dict.fromkeys(("state_temperature", "action_temperature", "action_noise_start", "action_noise_end"), (0.0, 1e3)),
-    **dict.fromkeys(
-        ("expectile", "epsilon_start", "epsilon_end", "p_self", "p_future", "p_random", "p_hard"), (0.0, 1.0)
-    ),
+    **dict.fromkeys(("expectile", "epsilon_start", "epsilon_end", "p_self", "p_future", "p_random"), (0.0, 1.0)),
     "tau": (1e-9, 1.0),
     "goal_discount": (0.0, 1 - 1e-9),
 }
 # What None stands for, by robot: a step of the point goes farther than an ant's.
 BY_ROBOT = {
-    "pointmaze": {"subgoal_steps": 10, "fit_updates": 1500},
-    "antmaze": {"subgoal_steps": 25, "fit_updates": 4000},
-    "humanoidmaze": {"subgoal_steps": 25, "fit_updates": 4000},
+    "pointmaze": {"subgoal_steps": 10, "metric_steps": 10, "metric_updates": 1500, "fit_updates": 1500},
+    "antmaze": {"subgoal_steps": 25, "metric_steps": 25, "metric_updates": 3000, "fit_updates": 4000},
+    "humanoidmaze": {"subgoal_steps": 25, "metric_steps": 25, "metric_updates": 3000, "fit_updates": 4000},
 }
 MAY_CHANGE_ON_RESUME = {"dataset_dir", "offline_run_dir", "device", "tensorboard", "wandb_project", "record_video"}
 NOT_THE_MODEL = {"resume", "run_dir", *MAY_CHANGE_ON_RESUME}
 EVAL_ENVS = 20  # evaluation episodes at once
+METRIC_PAIRS = 512  # in an update of the metric
 VIDEO_SKIP = 3  # environment steps a frame
 
 
@@ -184,21 +187,21 @@ def load_pretrained(config: OnlineTrainerConfig) -> tuple[OfflineModel, dict[str
         if absent:
             raise UserError(f"{path}: holds no normaliser ({', '.join(absent)} absent); {remedy}")
         model.load_state_dict(weights)
-        settings["discount"], settings["hidden_dim"]  # noqa: B018  the agent needs both
+        settings["discount"], settings["hidden_dim"], settings["max_trajectories"]  # noqa: B018  the run needs them
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a model of offline_trainer.py ({reason}); {remedy}") from None
     return model, settings
 
 
-# -- data: codes of single states, encoded once -----------------------------------------------------------------------
+# -- data: features of single states, encoded once --------------------------------------------------------------------
 
 
 @dataclass
 class CodeSet:
-    """The dataset as codes; the same attributes as `EpisodeReplay`, whose states are codes too."""
+    """The dataset as features; the same attributes as `EpisodeReplay`, whose states are features too."""
 
-    states: torch.Tensor  # [N, d_model]
+    states: torch.Tensor  # [N, d_model + D]
     actions: torch.Tensor  # [N, A]
     episode_end: torch.Tensor  # [N] int64, inclusive
     transitions: torch.Tensor  # [M] int64, rows that start a transition
@@ -231,25 +234,30 @@ def sample_batch(
     goals, steps_to_goal = hindsight_goals(
         rows, source.episode_end, source.transitions, config.p_self, config.p_future, config.goal_discount, generator
     )
-    hard = round(config.p_hard * count)
-    if hard:
-        numbers = torch.randint(
-            len(source.transitions), (hard, config.hard_candidates), generator=generator, device=device
-        )
-        candidates = source.transitions[numbers]
-        picked = agent.hardest(source.states[rows[:hard]], source.states[candidates])
-        chosen = candidates.gather(1, picked.unsqueeze(1)).squeeze(1)
-        goals[:hard], steps_to_goal[:hard] = chosen, steps_ahead(rows[:hard], chosen, source.episode_end)
     remaining = source.episode_end[rows] - rows
     n = torch.minimum(draw(1, config.horizon + 1), remaining)
     sub = torch.minimum(draw(1, config.subgoal_steps + 1), remaining)
     far = torch.minimum(remaining, steps_to_goal).clamp(max=config.subgoal_steps)
     at = torch.stack([rows, rows + 1, rows + n - 1, rows + n, rows + sub, rows + far, goals])
-    names = ("z", "z_next", "z_before", "z_ahead", "z_sub", "z_far", "z_goal")
-    batch = dict(zip(names, source.states[at], strict=True))
+    names = ("", "_next", "_before", "_ahead", "_sub", "_far", "_goal")
+    features = dict(zip(names, source.states[at], strict=True))
+    batch = {f"z{name}": agent.code(x) for name, x in features.items()}
+    batch |= {f"x{name}": features[name] for name in ("", "_sub", "_goal")}
     actions = source.actions[rows] if acted else torch.zeros_like(source.actions[rows])
     known = torch.full((count,), float(acted), device=device)
     return batch | {"actions": actions, "acted": known, "steps_to_goal": steps_to_goal, "n": n, "far_steps": far}
+
+
+def sample_pairs(
+    source: CodeSet, metric_steps: int, count: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features [count, F] of states and of those 1..metric_steps later, or at the episode's end; steps [count]."""
+    device = source.states.device
+    number = torch.randint(0, len(source.transitions), (count,), generator=generator, device=device)
+    rows = source.transitions[number]
+    steps = torch.randint(1, metric_steps + 1, (count,), generator=generator, device=device)
+    steps = torch.minimum(steps, source.episode_end[rows] - rows)
+    return source.states[rows], source.states[rows + steps], steps
 
 
 # -- episodes ------------------------------------------------------------------------------------------------------
@@ -262,7 +270,7 @@ class Episode:
     observations: np.ndarray  # [T + 1, D] float32
     actions: np.ndarray  # [T, A] float32
     goal: np.ndarray  # [D] float32
-    subgoals: np.ndarray  # [T] int, the landmark aimed at
+    subgoals: np.ndarray  # [T] int, the node aimed at
     reward: float  # sum over the episode
     success: bool
 
@@ -332,9 +340,8 @@ class OnlineRun:
         self.run_dir = Path(config.run_dir or stem)
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
         make_dataset.generate_if_missing(config.dataset, config.dataset_dir)
-        self.data = TrajectoryDataset.load(
-            config.dataset, "train", config.dataset_dir, config.max_trajectories, self.device
-        )
+        trajectories = config.max_trajectories or self.pretrained["max_trajectories"]
+        self.data = TrajectoryDataset.load(config.dataset, "train", config.dataset_dir, trajectories, self.device)
         takes, has = self.model.encoder.observation_dim, self.data.observation_dim
         if takes != has:
             raise UserError(
@@ -361,9 +368,8 @@ class OnlineRun:
                 self.device,
             )
         self.codes = CodeSet.from_dataset(self.data, self.agent)
-        generator = torch.Generator(self.device).manual_seed(self.streams.evaluation_seed)
-        picked = torch.randperm(len(self.codes.states), generator=generator, device=self.device)
-        self.landmark_rows = picked[: config.num_landmarks]
+        stride = math.ceil(len(self.codes.states) / config.graph_nodes)
+        self.node_rows = torch.arange(0, len(self.codes.states), stride, device=self.device)
         self.limit = max_episode_steps(config.dataset)
         self.replay = EpisodeReplay(
             min(config.replay_episodes, max(config.max_episodes, 1)),
@@ -421,11 +427,24 @@ class OnlineRun:
         """A figure of the coming round that goes linearly from start to end over the run."""
         return start + (end - start) * self.share()
 
-    def graph(self) -> LandmarkGraph | None:
-        """The landmarks joined by today's values, or None where the proposer acts."""
-        if self.config.acting == "proposer":
-            return None
-        return LandmarkGraph(self.agent, self.codes.states[self.landmark_rows])
+    @functools.cached_property
+    def graph(self) -> StateGraph:
+        """The dataset's states, joined by the metric as it stands at first use: after it is fitted."""
+        rows = self.node_rows
+        return StateGraph(self.agent, self.codes.states[rows], rows, self.codes.episode_end[rows])
+
+    def fit(self) -> dict[str, float]:
+        """What comes before the first episode: the metric, then everything else on the dataset."""
+        config = self.config
+
+        def draw() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return sample_pairs(self.codes, config.metric_steps, METRIC_PAIRS, self.streams.sampling)
+
+        updates = progress(range(config.metric_updates), "fit the metric", unit="update", leave=False)
+        loss = self.agent.fit_metric(draw, updates, config.metric_updates)
+        if not math.isfinite(loss):
+            raise UserError(f"{self.run_dir}: the loss of the metric is {loss}; lower --metric_lr")
+        return {"metric_loss": loss} | self.learn(config.fit_updates, "fit on the dataset", anneal=True)
 
     def collect(self) -> dict[str, float]:
         """A round: one episode in each environment, into the replay. Returns its figures."""
@@ -434,13 +453,12 @@ class OnlineRun:
         epsilon = self.between(config.epsilon_start, config.epsilon_end)
         noise = self.between(config.action_noise_start, config.action_noise_end)
         random = config.inverse_dynamics_data == "online" and self.env_steps < config.random_steps
-        graph = None if random else self.graph()
         navigators: list[Navigator] = []
 
         def policy_for(goals: np.ndarray):
             if random:
                 return random_policy(count, self.data.action_dim, self.acting)
-            navigators.append(Navigator(self.agent, graph, goals, epsilon, noise, self.acting))
+            navigators.append(Navigator(self.agent, self.graph, goals, self.acting, epsilon, noise))
             return navigator_policy(navigators[0])
 
         seeds = [TRAIN_SEED_OFFSET + self.config.seed * 10**6 + self.episodes + i for i in range(count)]
@@ -464,7 +482,7 @@ class OnlineRun:
         config = self.config
         metrics: dict[str, float] = {}
         if not self.fitted:
-            metrics = self.learn(config.fit_updates, "fit on the dataset", anneal=True)
+            metrics = self.fit()
             self.fitted = True
             self.evaluate_and_save(metrics | {"env_steps": 0.0})
         with progress(config.max_episodes, "episodes", initial=self.episodes, unit="episode") as bar:
@@ -486,14 +504,15 @@ class OnlineRun:
     def evaluate(self, episodes: int) -> dict[str, float]:
         """Success of `episodes` episodes of each task, without exploration or noise; keeps them for the pictures.
 
-        The same episodes every time: resets depend on the seed, the task and the episode's number alone.
+        The same episodes every time: resets depend on the seed, the task and the episode's number alone, and what is
+        random in acting (wandering where the agent is stuck) on the seed.
         """
-        graph = self.graph()
+        generator = torch.Generator().manual_seed(self.streams.evaluation_seed)
         jobs = [(task, number) for number in range(episodes) for task in range(1, NUM_TASKS + 1)]
         self.evaluated: list[tuple[int, Episode]] = []
 
         def policy_for(goals: np.ndarray):
-            return navigator_policy(Navigator(self.agent, graph, goals))
+            return navigator_policy(Navigator(self.agent, self.graph, goals, generator))
 
         with progress(len(jobs), "evaluate", unit="episode", leave=False) as bar:
             for start in range(0, len(jobs), EVAL_ENVS):
@@ -538,13 +557,15 @@ class OnlineRun:
     # -- files -------------------------------------------------------------------------------------------------------
 
     def model_state(self) -> dict[str, Any]:
-        """What acting needs: encoder, heads, landmarks, their sizes and the dataset."""
+        """What acting needs: encoder, heads, metric, the graph's nodes, their sizes and the dataset."""
         return {
             "dataset": self.config.dataset,
             "config": {key: value for key, value in plain_config(self.config).items() if key not in NOT_THE_MODEL},
             "pretrained": self.pretrained,
             "agent": self.agent.state_dict(),
-            "landmarks": self.codes.states[self.landmark_rows],
+            "nodes": self.data.observations[self.node_rows],
+            "node_rows": self.node_rows,
+            "node_episode_end": self.codes.episode_end[self.node_rows],
             "episodes": self.episodes,
         }
 
@@ -585,26 +606,26 @@ class OnlineRun:
         title = f"{config.dataset}, {config.inverse_dynamics_data} actions, seed {config.seed}"
         plot_online_curves(read_metrics(self.run_dir), self.run_dir / "online_training_curves.png", title)
         maze = Maze.from_env(self.eval_envs.envs[0])
-        landmarks = self.data.observations[self.landmark_rows, :2].cpu().numpy()
+        nodes = self.data.observations[self.node_rows, :2].cpu().numpy()
         panels = []
         for task in range(1, NUM_TASKS + 1):
             played = [episode for t, episode in self.evaluated if t == task]
             chosen = played[0].subgoals
-            chosen = chosen[(chosen >= 0) & (chosen < len(landmarks))]
+            chosen = chosen[(chosen >= 0) & (chosen < len(nodes))]
             panels.append(
                 {
                     "name": f"task {task}: {np.mean([episode.success for episode in played]):.0%}",
                     "paths": [episode.observations[:, :2] for episode in played],
                     "success": [episode.success for episode in played],
                     "goal_xy": played[0].goal[:2],
-                    "subgoals": landmarks[chosen],
+                    "subgoals": nodes[chosen],
                 }
             )
         plot_paths(maze, panels, self.run_dir / "paths.png", f"{title}, {self.episodes} episodes")
 
 
 def navigator_policy(navigator: Navigator):
-    """A policy for `EnvPool.play`: actions, and the landmarks aimed at."""
+    """A policy for `EnvPool.play`: actions, and the nodes aimed at."""
     return lambda observations, live: (navigator.act(observations, live), navigator.chosen[live])
 
 

@@ -1,6 +1,7 @@
-"""`python make_dataset.py --check PATH`: is this file what its layout says, and do its rows belong together?
+"""`python make_dataset.py --check DATASET`: is this file what its layout says, and do its rows belong together?
 
-PATH is a file or folder in one of three layouts, generated here, official, or anybody's:
+DATASET is the id of one that is here, or the path of a file or folder in one of three layouts, generated here,
+official, or anybody's:
 
     OGBench mazes   .npz    observations, actions, terminals, optional qpos, qvel
     D4RL            .hdf5   observations, actions, rewards, terminals, optional timeouts, next_observations, infos/*
@@ -13,6 +14,7 @@ Rows are compared with what bodies can do, so that a file shows its faults witho
 
     moves       from row t to t + 1 a coordinate moves by the time step times its velocity, or at most so far
     rewards     of a running robot follow its velocity; the walker's are recomputed from its physics
+    infos       of a running robot are the state that its observation shows
     actions     row t's action explains the change that follows it better than its neighbours' actions do
 
 Thresholds lie well above what 900,000 rows of good data show, and planted faults well beyond them; the figures stand
@@ -21,8 +23,10 @@ beside each.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -31,10 +35,13 @@ from typing import Any
 
 import numpy as np
 
+import d4rl_utils
+import ogbench_utils
 import utils
 from benchmark_data import check_moves, check_rows
 from benchmark_data.check_files import EPISODE_NAME, FAULT, LAYOUT_NAMES, Data, Finding, open_data
 from utils import UserError, write_bytes_atomic
+from walker import dmc_utils
 
 WIDTH = 100  # columns of the printed report
 
@@ -106,17 +113,20 @@ def _merged(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def check_manifest(data: Data) -> Iterator[Finding]:
-    """Size and SHA-256 of files that a manifest beside them lists."""
+    """Size and SHA-256 of files that a manifest beside them lists. Official files have none, local datasets all do."""
     path, place = _manifest_path(data.path), data.path.absolute()
     if path is None:
         if data.dataset_id.startswith("local/"):
-            yield data.note("no manifest beside it: commands take a local dataset without one for incomplete")
+            yield data.fault(
+                "incomplete: it lies in a folder local/ without the manifest that make_dataset.py writes last; loaders "
+                "refuse it, make it again"
+            )
         return
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         listed = {path.parent / name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         named = manifest["id"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         yield data.fault(f"the manifest {path.name} cannot be read")
         return
     if str(named).removeprefix("local/") == data.dataset_id.removeprefix("local/"):
@@ -127,10 +137,10 @@ def check_manifest(data: Data) -> Iterator[Finding]:
     inside = {file: entry for file, entry in listed.items() if place == file or place in file.parents}
     if not inside:
         yield data.fault(f"the manifest {path.name} does not list this file")
-    for file, (size, digest) in inside.items():
+    for file, (size, digest) in listed.items():
         if not file.is_file():
-            yield Finding(FAULT, f"a file that the manifest {path.name} lists is missing", file.name)
-        elif file.stat().st_size != size or utils.sha256(file) != digest:
+            yield Finding(FAULT, f"incomplete: a file that the manifest {path.name} lists is missing", file.name)
+        elif file in inside and file.stat().st_size != size or utils.sha256(file) != digest:
             yield Finding(FAULT, f"size or SHA-256 is not what the manifest {path.name} says", file.name)
 
 
@@ -263,15 +273,45 @@ def draw_paths(data: Data, axis: Any) -> None:
 
 
 def default_picture(path: Path) -> Path:
-    """Where the picture of a dataset goes when no place is given: logs/checks/ below the working folder."""
-    path = path.absolute()
-    parts = [part for part in path.parts[-3:] if part not in ("data", "collected_data", path.anchor)]
-    name = path.name if path.is_dir() else path.stem
-    if "local" in parts[:-1]:
-        name = f"local-{parts[-1] if path.is_dir() else path.stem}"
-    elif path.name == "data" or EPISODE_NAME.match(path.name):
-        name = "-".join(Path(part).stem for part in parts[-2:])
-    return Path("logs", "checks", f"{name}.png")
+    """Where the picture of a dataset goes when no place is given: logs/checks/<name>-<8 digits>.png.
+
+    The digits are of the SHA-256 of the dataset's full path, so that files of the same name in different folders keep
+    their own pictures, and a file that is checked again replaces its own.
+    """
+    path = path.resolve()
+    path = path.parent if path.name == "data" else path
+    digits = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
+    return Path("logs", "checks", f"{(path.name if path.is_dir() else path.stem)[:100]}-{digits}.png")
+
+
+def find_dataset(given: str | Path, dataset_dir: str | Path | None = None) -> Path:
+    """The file or folder to check: a path that is there, else a dataset id's place in `dataset_dir`.
+
+    A maze's id means its train file. Raises UserError where neither is there, and says how to get a known dataset.
+    """
+    path, name = Path(given), str(given)
+    if path.exists():
+        return path
+    places = (
+        (ogbench_utils.official_ids() + ogbench_utils.GENERATED_IDS, lambda: _maze_path(name, dataset_dir)),
+        (d4rl_utils.official_ids() + d4rl_utils.GENERATED_IDS, lambda: d4rl_utils.dataset_path(name, dataset_dir)),
+        (dmc_utils.OFFICIAL_IDS + dmc_utils.GENERATED_IDS, lambda: dmc_utils.dataset_folder(name, dataset_dir)),
+    )
+    place = next((place() for ids, place in places if name in ids), None)
+    if place is None:
+        raise UserError(f"{path}: no such file or folder, and no dataset id; give a dataset's path or id after --check")
+    if place.exists():
+        return place
+    folder = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
+    if name.startswith("local/"):
+        get = f"make it with `python make_dataset.py --dataset {name}{folder}`"
+    else:
+        get = "put the official file there; `python make_dataset.py --list` says where it comes from"
+    raise UserError(f"{name}: not at {place}; {get}, or give a path after --check")
+
+
+def _maze_path(name: str, dataset_dir: str | Path | None) -> Path:
+    return ogbench_utils.dataset_paths(name, dataset_dir)[0]
 
 
 def check(path: str | Path, picture: str | Path | None = None) -> Report:
@@ -304,8 +344,12 @@ def check(path: str | Path, picture: str | Path | None = None) -> Report:
     return report
 
 
-def run_check(path: Path, picture: str | Path | None = None) -> int:
-    """Check, print the report, write the picture; returns the exit code: 0 for a good file, 1 for one with faults."""
+def run_check(given: str | Path, picture: str | Path | None = None, dataset_dir: str | Path | None = None) -> int:
+    """Check a path or a dataset id, print the report, write the picture.
+
+    Returns the exit code: 0 for a good dataset, 1 for one with faults.
+    """
+    path = find_dataset(given, dataset_dir)
     report = check(path, picture or default_picture(path))
     print(report.text())
     return 0 if report.good else 1

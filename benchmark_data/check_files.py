@@ -21,6 +21,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+import d4rl_utils
 import ogbench_utils
 from benchmark_data.check_robots import ROBOTS, RUNNER_STEPS, Robot
 from ogbench_utils import Maze
@@ -102,9 +103,6 @@ LAYOUTS = {
     ),
 }
 LAYOUT_NAMES = {"ogbench": "OGBench maze", "d4rl": "D4RL", "walker": "walker study"}
-# Deflate makes at most 1032 bytes of one. Beyond a size that does no harm, an array that declares more than that holds
-# less than it says, and is not given the memory.
-_MOST_EXPANSION, _HARMLESS = 1032, 1 << 26
 _NPZ_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError, struct.error)
 _HDF5_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError)
 
@@ -113,8 +111,8 @@ def _check_type(shape: tuple[int, ...], dtype: np.dtype, stored_bytes: int) -> N
     """Raise Damaged for arrays that are not plain numbers, or that declare more than `stored_bytes` can hold."""
     if dtype.kind not in "biuf" or dtype.itemsize > 16:
         raise Damaged(f"holds {dtype}, not plain numbers; it is not read")
-    declared = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or declared > max(_HARMLESS, _MOST_EXPANSION * stored_bytes):
+    if min(shape, default=0) < 0 or d4rl_utils.holds_too_little(shape, dtype.itemsize, stored_bytes):
+        declared = math.prod(shape) * dtype.itemsize
         raise Damaged(f"declares {shape}, {declared:,} bytes, which the {stored_bytes:,} in the file cannot hold")
 
 
@@ -202,17 +200,16 @@ def _hdf5_array(path: Path, file: h5py.File, name: str) -> Stored | None:
 
     shape, dtype = (), np.dtype(bool)
     try:
-        if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-            raise Damaged("is a link, which is not followed")
+        outside = d4rl_utils.outside_fault(file, name)
+        if outside:
+            raise Damaged(outside)
         item = file[name]
         if not isinstance(item, h5py.Dataset):
             return None
-        if item.is_virtual or item.external:
-            raise Damaged("keeps its numbers in another file, which is not read")
         if item.shape is None:
             raise Damaged("holds no array")
         shape, dtype = item.shape, item.dtype
-        _check_type(shape, dtype, item.id.get_storage_size())
+        _check_type(shape, dtype, min(item.id.get_storage_size(), path.stat().st_size))
         return Stored(shape, dtype, read)
     except Damaged as error:
         problem = str(error)
@@ -336,7 +333,7 @@ def open_data(path: Path) -> Data:
         return _read_walker(path, _episode_files(path))
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give the path of a dataset after --check")
-    if not path.is_file() or path.suffix not in (".npz", ".hdf5", ".h5"):
+    if not path.is_file() or path.suffix not in SUFFIXES:
         raise UserError(f"{path}: not a dataset; --check takes an .npz, an .hdf5 or a folder of episode files")
     try:
         arrays = npz_arrays(path) if path.suffix == ".npz" else hdf5_arrays(path)
@@ -352,6 +349,7 @@ def open_data(path: Path) -> Data:
     return _read_flat(path, layout, arrays)
 
 
+SUFFIXES = (".npz", ".hdf5", ".h5")
 EPISODE_NAME = re.compile(r"episode_(\d+)_(\d+)\.npz$")
 
 
@@ -361,12 +359,17 @@ def _episode_files(folder: Path) -> list[Path]:
         files = sorted(path for path in place.glob("*.npz") if EPISODE_NAME.match(path.name))
         if files:
             return files
-    inside = sorted({path.parent.parent for path in folder.glob("*/data/episode_*.npz")})
-    inside += sorted({path.parent.parent for path in folder.glob("*/*/data/episode_*.npz")})
+    episodes = [*folder.glob("*/data/episode_*.npz"), *folder.glob("*/*/data/episode_*.npz")]
+    files = [path for place in ("*", "*/*") for end in SUFFIXES for path in folder.glob(place + end)]
+    inside = {path.parent.parent for path in episodes}
+    inside = sorted(inside | {path.parent if EPISODE_NAME.match(path.name) else path for path in files})
     if inside:
-        names = ", ".join(str(path) for path in inside[:6])
-        raise UserError(f"{folder}: holds several datasets; check one of them: {names}")
-    raise UserError(f"{folder}: not a dataset: no episode_<index>_<steps>.npz in it or in its data/ folder")
+        names = ", ".join(map(str, inside[:6])) + (f" and {len(inside) - 6} more" if len(inside) > 6 else "")
+        raise UserError(f"{folder}: holds {len(inside)} dataset{'s' * (len(inside) > 1)}; check one of them: {names}")
+    raise UserError(
+        f"{folder}: not a dataset: no episode_<index>_<steps>.npz in it or in its data/ folder; give such a folder, an "
+        ".npz or .hdf5 file, or a dataset id after --check"
+    )
 
 
 def _name_of(path: Path, layout: str) -> str:
@@ -429,8 +432,11 @@ def _type_findings(data: Data, column: Column, array: np.ndarray, place: str) ->
         relabelled = column.key == "rewards" and re.search("ant.?maze", data.dataset_id.lower())
         if array.dtype == np.float64 and (data.from_rlkit or relabelled):
             yield Finding(NOTE, f"{what}, as D4RL's own scripts leave it; loaders cast it", place)
+        elif data.layout == "walker":
+            yield Finding(FAULT, f"{what}: the study's loader here refuses it", place)
         else:
-            yield Finding(FAULT, f"{what}: the layout's loaders and sizes expect float32", place)
+            what = f"{what}, as the benchmark writes it: another program wrote this file"
+            yield Finding(FAULT, what, place)
 
 
 def _read_flat(path: Path, layout: str, arrays: dict[str, Stored]) -> Data:
@@ -441,6 +447,9 @@ def _read_flat(path: Path, layout: str, arrays: dict[str, Stored]) -> Data:
     if data.rows == 0:
         return data
     data.robot_key = _identify(data)
+    if layout == "ogbench" and data.maze_id is None:
+        what = "the name is no OGBench dataset's: neither walls nor the recipe's rows an episode are checked"
+        data.findings.append(Finding(NOTE, what))
     flags = [data.columns[name] == 1 for name in ("terminals", "timeouts") if name in data.columns]
     if data.robot_key in ("d4rl antmaze", "d4rl maze2d") and len(flags) == 2:
         flags = flags[1:]  # terminals marks rows at the goal there, and the episode goes on
@@ -484,6 +493,8 @@ def _identify(data: Data) -> str | None:
         expected = "{} observation and {} action numbers a row".format(*ROBOTS[named].dims)
         data.findings.append(Finding(FAULT, f"wrong shape: {named} has {expected}, the file {dims[0]} and {dims[1]}"))
         return None
+    if data.layout == "d4rl":
+        data.findings.append(Finding(NOTE, "the name tells no robot of D4RL's: it is taken from the numbers a row"))
     fitting = [key for key in choices if ROBOTS[key].dims == dims]
     if len(fitting) == 2:  # halfcheetah starts at height 0, walker2d at 1.25
         fitting = ["walker2d" if observations[0, 0] > 0.6 else "halfcheetah"]

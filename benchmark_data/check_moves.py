@@ -210,6 +210,13 @@ def _shifted_successors(data: Data) -> Iterator[Finding]:
 
 def _broken_transitions(data: Data, inside: np.ndarray, missing: np.ndarray) -> Iterator[Finding]:
     """Findings where next_observations tell what follows."""
+    if data.robot and data.robot.reward:  # a point at rest may stay where it is, a walking robot cannot
+        observations, following = data.columns["observations"], data.columns["next_observations"]
+        same = np.concatenate([(observations[rows] == following[rows]).all(axis=1) for rows in data.blocks()])
+        if same.any():
+            what = "next_observations repeat the observation of the same row: what the step led to is lost"
+            yield data.fault(what, np.flatnonzero(same))
+            inside = inside[~same[inside]]
     if len(inside):
         row = int(inside[0])
         before, after = data.columns["observations"][[row]], data.columns["next_observations"][[row]]

@@ -3,9 +3,10 @@
     python benchmarks/bench_online.py
     python benchmarks/bench_online.py --num_envs 32
 
-Both act with the same networks by search over the same landmarks, in OGBench's antmaze-medium, which is simulated by
-both and counts in the time. The peer encodes each environment's last `context_length` states at every step. The
-networks are untrained: what an action does to the time is nothing. The two take turns; medians are printed.
+Both act with the same networks and the same graph of states, in OGBench's antmaze-medium, which is simulated by both
+and counts in the second pair of figures; once by search, once by the proposer. The peer encodes each environment's
+last `context_length` states at every step. The networks are untrained: what an action does to the time is nothing. The
+two take turns; medians are printed.
 """
 
 import sys
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import OfflineModel
 from ogbench_utils import make_env, seeded_reset
-from online_agent import LandmarkGraph, Navigator, OnlineAgent, OnlineAgentConfig
+from online_agent import Navigator, OnlineAgent, OnlineAgentConfig, StateGraph
 from utils import check_counts, parse_config, run_cli
 
 DATASET = "antmaze-medium-navigate-v0"
@@ -30,8 +31,8 @@ DATASET = "antmaze-medium-navigate-v0"
 class BenchOnlineConfig:
     num_envs: int = 8  # environments at once, beside one alone
     context_length: int = 100  # states in the peer's window
-    num_landmarks: int = 500  # of the search
-    steps: int = 100  # of each environment in a turn
+    graph_nodes: int = 20_000  # of the graph, in episodes of 1001
+    steps: int = 200  # of each environment in a turn
     repeats: int = 5  # turns of each; the median is printed
     threads: int = 1  # CPU threads
 
@@ -43,11 +44,12 @@ class WindowNavigator(Navigator):
         super().__init__(*arguments)
         self.length, self.past = context_length, [[] for _ in self.goals]
 
-    def codes(self, observations: np.ndarray, live: np.ndarray) -> torch.Tensor:
+    def features(self, observations: np.ndarray, live: np.ndarray) -> torch.Tensor:
         for env, observation in zip(live, observations, strict=True):
             self.past[env].append(observation)
         windows = np.stack([np.stack(self.past[env][-self.length :]) for env in live])
-        return self.agent.encoder(torch.as_tensor(windows, dtype=torch.float32))[:, -1]
+        states = super().features(observations, live)[:, self.agent.code_dim :]
+        return torch.cat([self.agent.encoder(torch.as_tensor(windows, dtype=torch.float32))[:, -1], states], -1)
 
 
 def turn(navigator: Navigator, envs: list, steps: int) -> tuple[float, float]:
@@ -62,6 +64,23 @@ def turn(navigator: Navigator, envs: list, steps: int) -> tuple[float, float]:
     return acting, time.perf_counter() - began
 
 
+def compare(config: BenchOnlineConfig, agent: OnlineAgent, graph: StateGraph, envs: list) -> dict[str, list]:
+    """Seconds of each turn, acting alone and with the simulator, of ours and the peer."""
+    goals = np.random.default_rng(0).standard_normal((len(envs), agent.encoder.observation_dim))
+    times: dict[str, list[tuple[float, float]]] = {"ours": [], "peer": []}
+    for round_ in range(config.repeats + 1):
+        for name in times:
+            generator = torch.Generator().manual_seed(0)
+            if name == "ours":
+                navigator = Navigator(agent, graph, goals, generator)
+            else:
+                navigator = WindowNavigator(agent, graph, goals, generator, context_length=config.context_length)
+            taken = turn(navigator, envs, config.steps)
+            if round_:  # the first one warms up
+                times[name].append(taken)
+    return times
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchOnlineConfig, argv, __doc__)
     check_counts(config)
@@ -70,25 +89,18 @@ def main(argv: list[str] | None = None) -> None:
     envs = [make_env(DATASET) for _ in range(config.num_envs)]
     dim, actions = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
     agent = OnlineAgent(OnlineAgentConfig(), OfflineModel(dim), actions, hidden_dim=256, discount=0.99)
-    graph = LandmarkGraph(agent, agent.encode(torch.randn(config.num_landmarks, dim)))
-    for count in sorted({1, config.num_envs}):
-        goals = np.random.default_rng(0).standard_normal((count, dim))
-        times: dict[str, list[tuple[float, float]]] = {"ours": [], "peer": []}
-        for round_ in range(config.repeats + 1):
-            for name in times:
-                if name == "ours":
-                    navigator = Navigator(agent, graph, goals)
-                else:
-                    navigator = WindowNavigator(agent, graph, goals, context_length=config.context_length)
-                taken = turn(navigator, envs[:count], config.steps)
-                if round_:  # the first one warms up
-                    times[name].append(taken)
-        for number, what in enumerate(("acting", "acting_and_simulation")):
-            rate = {name: count * config.steps / np.median([t[number] for t in taken]) for name, taken in times.items()}
-            print(
-                f"{what}_steps_per_second_{count}_envs: ours {rate['ours']:.0f}, peer {rate['peer']:.0f}, "
-                f"ratio {rate['ours'] / rate['peer']:.1f}"
-            )
+    rows = torch.arange(config.graph_nodes)
+    graph = StateGraph(agent, agent.encode(torch.randn(len(rows), dim)), rows, rows // 1001 * 1001 + 1000)
+    for acting in ("search", "proposer"):
+        agent.config.acting = acting
+        for count in sorted({1, config.num_envs}):
+            times = compare(config, agent, graph, envs[:count])
+            for number, what in enumerate(("acting", "acting_and_simulation")):
+                rate = {n: count * config.steps / np.median([t[number] for t in taken]) for n, taken in times.items()}
+                print(
+                    f"{acting}_{what}_steps_per_second_{count}_envs: ours {rate['ours']:.0f}, "
+                    f"peer {rate['peer']:.0f}, ratio {rate['ours'] / rate['peer']:.1f}"
+                )
 
 
 if __name__ == "__main__":

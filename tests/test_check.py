@@ -13,8 +13,9 @@ import h5py
 import numpy as np
 import pytest
 
-from benchmark_data.check import check, default_picture, run_check
+from benchmark_data.check import check, default_picture, find_dataset, run_check
 from benchmark_data.check_files import open_data
+from benchmark_data.check_robots import ROBOTS
 from utils import UserError
 from walker import dmc_utils
 
@@ -25,11 +26,13 @@ CELLS = [(0.0, 0.0), (4.0, 4.0), (20.0, 0.0), (12.0, 8.0)]  # centres of free ce
 # --- tiny datasets: linear bodies that obey their velocities and are driven by their actions -------------------------
 
 
-def body(rng, rows, columns, q, v, dt, action_dim, driven, gain):
+def body(rng, rows, columns, q, v, dt, action_dim, driven, gain, turned=()):
     """Observations [rows + 1, columns] whose columns q integrate v, and the actions [rows, .] that drive them."""
     observations = np.zeros((rows + 1, columns))
     actions = rng.uniform(-1, 1, (rows, action_dim))
     force = gain * rng.normal(size=(action_dim, len(driven)))
+    for action, column in enumerate(turned):
+        force[action, list(driven).index(column)] = 2 * gain
     for t in range(rows):
         observations[t + 1] = observations[t]
         observations[t + 1, driven] = 0.8 * observations[t, driven] + actions[t] @ force
@@ -64,7 +67,7 @@ def ant_arrays():
     rng, parts = np.random.default_rng(1), []
     q, v = [0, 1, *range(7, 15)], [15, 16, *range(21, 29)]
     for centre in CELLS * 2:
-        o, actions = body(rng, 201, 29, q, v, 0.1, 8, v, 0.3)
+        o, actions = body(rng, 201, 29, q, v, 0.1, 8, v, 0.3, ROBOTS["antmaze"].turned)
         o[:, :2] += centre
         o[:, 7:15] += rng.uniform(-3, 3, 8)  # every episode begins in another posture
         o, actions = o[:201].astype(np.float32), actions.astype(np.float32)
@@ -75,13 +78,13 @@ def ant_arrays():
 def runner_episode(rng, name, rows, falls):
     """One episode in D4RL's layout; a hopper that falls does so some 50 rows after `rows`."""
     half, dt, cost, healthy = {"hopper": (5, 0.008, 1e-3, 1.0), "halfcheetah": (8, 0.05, 0.1, 0.0)}[name]
-    q, v = list(range(half)), list(range(half + 1, 2 * half + 1))
-    o, actions = body(rng, rows + 80 * falls, 2 * half + 1, q, v, dt, 3 if half == 5 else 6, [half, *v], 0.05)
+    q, v, turned = list(range(half)), list(range(half + 1, 2 * half + 1)), ROBOTS[name].turned
+    o, actions = body(rng, rows + 80 * falls, 2 * half + 1, q, v, dt, 3 if half == 5 else 6, [half, *v], 0.05, turned)
     if falls:
         sinking = 0.05 * np.maximum(np.arange(len(o)) - rows, 0)
         o[:, half + 1] -= sinking
         o[1:, 0] -= np.cumsum(dt / 2 * (sinking[1:] + sinking[:-1]))
-    o[:, half] += 1.0
+    o[:, half] += 1.0 + np.sin(np.arange(len(o)) / 50)
     if half == 5:
         o[:, 0] += 1.25
     end = int(np.argmax(o[:, 0] <= 0.7)) if falls else rows
@@ -89,6 +92,8 @@ def runner_episode(rng, name, rows, falls):
     speed = (o[1:, half] + o[:-1, half]) / 2
     rewards = (speed + healthy - cost * np.square(actions).sum(axis=1)).astype(np.float32)
     columns = {"observations": o[:-1], "next_observations": o[1:], "actions": actions, "rewards": rewards}
+    states = np.concatenate([np.zeros((end, 1)), o[:-1]], axis=1)  # x is not observed; velocities stay below 10
+    columns |= {"infos/qpos": states[:, : half + 1], "infos/qvel": states[:, half + 1 :]}
     return columns | {"terminals": flags(end, falls), "timeouts": flags(end, not falls)}
 
 
@@ -267,15 +272,39 @@ def fewer(key, rows):
     return lambda arrays: arrays.update({key: arrays[key][:-rows]})
 
 
+def ends_zeroed(arrays):
+    arrays["rewards"][arrays["terminals"] | arrays["timeouts"]] = 0
+
+
+def stuck_ends(arrays):
+    last = arrays["terminals"] | arrays["timeouts"]
+    arrays["next_observations"][last] = arrays["observations"][last]
+
+
 PLANTED = [
     # shifted rewards
     ("hopper", rolled("rewards", 1), "shifted rewards.*one row late.*5 of 5 episodes"),
     ("halfcheetah", rolled("rewards", -1), "shifted rewards.*one row early"),
     ("hopper", rolled("rewards", 2), "shifted rewards.*2 rows late"),
     ("hopper", set_rows("rewards", slice(0, 999), hopper_arrays()["rewards"][1:1000]), "shifted rewards.*1 of 5"),
-    ("hopper", add_rows("rewards", slice(None), 1.0), r"shifted rewards: they lie \+1 off"),
+    ("hopper", add_rows("rewards", slice(None), 1.0), r"offset rewards: they lie \+1 off"),
     ("halfcheetah", lambda a: a.update(rewards=a["rewards"] * 2), "rewards are scaled by about 2"),
+    ("halfcheetah", lambda a: a.update(rewards=a["rewards"] * 1.1), "rewards are scaled by about 1.1"),
+    ("hopper", add_rows("rewards", slice(None), -0.05), "offset rewards: they lie -0.05"),
+    ("hopper", set_rows("rewards", slice(-500, None), 0), "rewards in some rows .* they are 0 .*first: row 2,5"),
+    ("hopper", set_rows("rewards", slice(1100, 1200), 0.5), "rewards in some rows are not .* gives .*first: row 1,10"),
+    ("hopper", lambda a: ends_zeroed(a), "rewards in episodes' last rows .* they are 0 .5 places, first: row 999,"),
+    ("hopper", lambda a: a["rewards"].__imul__(-1), "rewards do not go with the robot's velocity"),
     ("hopper", lambda a: np.random.default_rng(0).shuffle(a["rewards"]), "rewards do not go with the robot's velocity"),
+    ("hopper", rolled("infos/qpos", 1), "shifted infos/qpos: the state of a row stands one row late"),
+    ("halfcheetah", rolled("infos/qvel", -1), "shifted infos/qvel: .* one row early"),
+    (
+        "hopper",
+        add_rows("infos/qpos", (700, 2), 0.1),
+        "infos/qpos and observations of a row are not one state .row 700",
+    ),
+    ("hopper", lambda a: a["infos/qvel"].__imul__(2), "infos/qvel and observations of a row are not one state"),
+    ("hopper", lambda a: a.update({"infos/qvel": a["infos/qvel"][:, 1:]}), "wrong shape: infos/qvel"),
     ("walker", rolled("reward", 1), "shifted rewards.*one row late.*2 of 2 episodes"),
     ("walker", one(rolled("reward", -2)), "shifted rewards.*2 rows early.*1 of 2 episodes"),
     ("walker", one(lambda a: a.update(reward=a["reward"] / 2)), "rewards are not those of walker-walk"),
@@ -336,11 +365,18 @@ PLANTED = [
     # shifted actions and observations
     ("ant", rolled("actions", 1), "shifted actions.*one row late"),
     ("hopper", rolled("actions", -1), "shifted actions.*one row early"),
+    ("ant", lambda a: a["actions"].__imul__(-1), "actions are negated"),
+    ("halfcheetah", lambda a: a["actions"].__imul__(-1), "actions are negated"),
+    ("hopper", lambda a: a["actions"][:, 1].__imul__(-1), "actions push joints the other way.*: columns 1"),
+    ("point", lambda a: a["actions"].__imul__(-1), "actions are negated"),
+    ("ant", lambda a: np.random.default_rng(0).shuffle(a["actions"]), "actions do not explain the changes"),
+    ("halfcheetah", lambda a: a["actions"].fill(0), "actions do not explain the changes"),
     ("walker", rolled("action", 1), "shifted actions.*2 of 2 episodes"),
     ("walker", one(rolled("action", -1)), "shifted actions: row t holds the action that leaves row t.*1 of 2"),
     ("walker", one(rolled("action", 3)), "the simulator does not reach physics"),
     ("walker", one(lambda a: a["action"][0].fill(0.5)), "row 0 is not a reset"),
     ("hopper", lambda a: a.update(next_observations=a["observations"]), "shifted next_observations.*row t itself"),
+    ("hopper", stuck_ends, "next_observations repeat the observation of the same row.*5 places, first: row 999,"),
     # keys, shapes, types
     ("hopper", lambda a: a.pop("rewards"), "key missing: no array 'rewards'"),
     ("walker", one(lambda a: a.pop("physics")), "key missing: no array 'physics'"),
@@ -522,7 +558,7 @@ def manifest(path, dataset_id, files):
 def test_manifest_must_agree(layout, tmp_path, monkeypatch):
     folder = tmp_path / "local" / ("collected_data" if layout == "walker" else "")
     path = made(folder, layout)
-    assert "no manifest beside it" in notes(path)
+    assert any("incomplete: it lies in a folder local/ without the manifest" in line for line in faults(path))
     files = sorted(path.glob("data/*")) or [path]
     dataset_id = "local/" + (path.name if layout == "walker" else path.stem.replace("_", "-"))
     beside = folder / f"{path.name if path.is_dir() else path.stem}.json"
@@ -539,8 +575,14 @@ def test_manifest_must_agree(layout, tmp_path, monkeypatch):
     next(iter(entries["files"].values()))["sha256"] = "0" * 64
     beside.write_text(json.dumps(entries))
     assert any("SHA-256 is not what the manifest" in line for line in faults(path))
-    beside.write_text("{}")
-    assert any("cannot be read" in line for line in faults(path))
+    for content in ("{}", "[" * 100_000, '{"files": ' * 100_000):
+        beside.write_text(content)
+        assert any("cannot be read" in line for line in faults(path))
+    manifest(beside, dataset_id, files)
+    entries = json.loads(beside.read_text())
+    entries["files"]["other.npz"] = {"bytes": 3, "sha256": ""}
+    beside.write_text(json.dumps(entries))
+    assert any("incomplete: a file that the manifest" in line and "other.npz" in line for line in faults(path))
 
 
 def test_single_episodes_and_their_names(tmp_path):
@@ -557,14 +599,48 @@ def test_single_episodes_and_their_names(tmp_path):
 
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run_check(made(tmp_path / "local", "point")) == 0
+    path = made(tmp_path / "data", "point")
+    assert run_check(path) == 0
     shown = capsys.readouterr().out
     assert "good" in shown and "8, 201 rows each" in shown and "free cells visited" in shown
-    picture = tmp_path / "logs" / "checks" / "local-pointmaze-medium-stitch-v0.png"
-    assert picture.is_file() and str(picture.relative_to(tmp_path)) in shown
+    picture = default_picture(path)
+    assert picture.is_file() and str(picture) in " ".join(shown.split())
     bad = made(tmp_path, "ant", add_rows("observations", (slice(700, 804), 0), 9.0))
     assert run_check(bad, "jump.png") == 1 and (tmp_path / "jump.png").is_file()
     assert "fault position jump" in capsys.readouterr().out
+
+
+def test_an_id_stands_for_its_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    hopper = made(tmp_path / "local", "hopper")
+    manifest(hopper.with_suffix(".json"), "local/hopper-medium-v2", [hopper])
+    assert run_check("local/hopper-medium-v2", dataset_dir=tmp_path) == 0
+    assert "local/hopper-medium-v2, by its manifest" in capsys.readouterr().out
+    point = made(tmp_path, "point")
+    assert find_dataset("pointmaze-medium-stitch-v0", tmp_path) == point
+    assert find_dataset(str(point)) == point
+    walker = made(tmp_path / "collected_data", "walker")
+    assert find_dataset("walker_walk-td3-medium", tmp_path) == walker
+    for name, words in (
+        (
+            "local/halfcheetah-medium-v2",
+            "make it with `python make_dataset.py --dataset local/halfcheetah-medium-v2 --dataset_dir .*`, or give a",
+        ),
+        ("hopper-expert-v2", "hopper-expert-v2: not at .*hopper_expert-v2.hdf5; put the official file there"),
+        ("hopper-experts-v2", "no such file or folder, and no dataset id"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            run_check(name, dataset_dir=tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_names_that_are_no_datasets_are_noted(tmp_path):
+    """What a name does not tell is not checked, or taken from the numbers; the report says so."""
+    point = save(tmp_path / "mine.npz", point_arrays())
+    assert "neither walls nor the recipe's rows an episode are checked" in notes(point)
+    hopper = save(tmp_path / "mine.hdf5", hopper_arrays())
+    assert "the name tells no robot" in notes(hopper) and dict(check(hopper).facts)["layout"] == "D4RL, hopper"
+    assert "the name tells no task" in notes(save(tmp_path / "mine", walker_arrays()))
 
 
 def test_the_report_comes_without_a_picture_too(tmp_path, capsys):
@@ -577,9 +653,12 @@ def test_pictures_of_different_datasets_have_different_names(tmp_path):
     made(tmp_path / "a" / "collected_data", "walker")
     folder = tmp_path / "a" / "collected_data" / "walker_walk-td3-medium"
     episode = folder / "data" / "episode_000001_1000.npz"
-    paths = [folder, episode, tmp_path / "x.npz", tmp_path / "x-val.npz", tmp_path / "local" / "x.npz"]
+    names = ("x.npz", "x.hdf5", "x-val.npz", "local/x.npz", "other/local/x.npz", "other/x.npz")
+    paths = [folder, episode, *(tmp_path / name for name in names)]
     assert len({default_picture(path) for path in paths}) == len(paths)
     assert default_picture(folder / "data") == default_picture(folder)
+    assert default_picture(tmp_path / "other" / ".." / "x.npz") == default_picture(tmp_path / "x.npz")
+    assert re.fullmatch("x-[0-9a-f]{8}.png", default_picture(tmp_path / "x.npz").name)
 
 
 @pytest.mark.parametrize(
@@ -588,7 +667,8 @@ def test_pictures_of_different_datasets_have_different_names(tmp_path):
         ("missing.npz", "no such file or folder"),
         ("text.txt", "not a dataset; --check takes"),
         ("empty", "no episode_<index>_<steps>.npz"),
-        ("several", "holds several datasets; check one of them"),
+        ("several", "holds 2 datasets; check one of them: .*collected_data/a, "),
+        ("files", "holds 1 dataset; check one of them: .*local/x.npz"),
         ("other.npz", "not a dataset of this kind: it holds weights"),
         ("pipe.npz", "not a dataset; --check takes"),
     ],
@@ -600,8 +680,9 @@ def test_what_is_no_dataset(name, words, tmp_path):
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     for dataset in ("a", "b"):
         save(tmp_path / "several" / "collected_data" / dataset, [{"observation": np.zeros(3)}])
+    save(tmp_path / "files" / "local" / "x.npz", {"observations": np.zeros(3)})
     with pytest.raises(UserError, match=words) as error:
-        check(tmp_path / name)
+        run_check(tmp_path / name)
     assert "\n" not in str(error.value) and name in str(error.value)
 
 

@@ -23,11 +23,11 @@ SMALLER = {
     "offline_trainer.py": (OFFLINE, "value_distance_spearman"),
     "online_trainer.py": (
         f"--dataset {DATASET} --dataset_dir datasets --offline_run_dir pretrained --inverse_dynamics_data offline "
-        "--max_episodes 0 --fit_updates 2 --batch_size 1 --num_landmarks 8 --eval_episodes 1",
+        "--max_episodes 0 --fit_updates 2 --batch_size 1 --graph_nodes 8 --eval_episodes 1",
         "eval/success_rate",
     ),
     "benchmarks/bench_online.py": (
-        "--num_envs 2 --num_landmarks 4 --context_length 4 --steps 2 --repeats 1",
+        "--num_envs 2 --graph_nodes 4 --context_length 4 --steps 2 --repeats 1",
         "acting_steps_per_second_2_envs: ours",
     ),
     "make_dataset.py --list": ("", "local/hopper-medium-v2"),

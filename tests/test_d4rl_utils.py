@@ -207,6 +207,66 @@ def test_damaged_files_are_one_line(tiny):
         load_arrays(tiny.parent)
 
 
+KEYS = ("observations", "timeouts", "infos/qvel")
+ELSEWHERE = [(key, kind) for key in KEYS for kind in ("soft", "external", "virtual", "raw")]
+
+
+@pytest.mark.parametrize("key, kind", [*ELSEWHERE, ("infos", "soft"), ("infos", "external")])
+def test_nothing_outside_the_file_is_read(tmp_path, key, kind):
+    """Links and arrays that a file keeps elsewhere are refused before anything of them is opened."""
+    columns = tiny_columns()
+    path, other = write(tmp_path / "tiny.hdf5", columns), write(tmp_path / "other.hdf5", columns)
+    with h5py.File(path, "r+") as file:
+        del file[key]
+        if kind == "soft":
+            file[key] = h5py.SoftLink("/actions")
+        elif kind == "external":
+            file[key] = h5py.ExternalLink(str(other), key)
+        elif kind == "virtual":
+            layout = h5py.VirtualLayout(columns[key].shape, columns[key].dtype)
+            layout[:] = h5py.VirtualSource(str(other), key, columns[key].shape)
+            file.create_virtual_dataset(key, layout)
+        else:
+            shape, dtype = columns[key].shape, columns[key].dtype
+            file.create_dataset(key, shape, dtype, external=[(str(tmp_path / "raw"), 0, columns[key].nbytes)])
+    words = "is a link" if kind in ("soft", "external") else "keeps its numbers in another file"
+    for states in (False, True):
+        with pytest.raises(UserError, match=f"tiny.hdf5: {key} {words}"):
+            load_arrays(path, states=states)
+
+
+def no_reading(monkeypatch):
+    def read(*arguments):
+        raise AssertionError("an array was read before all were checked")
+
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", read)
+
+
+def test_what_arrays_declare_is_checked_before_one_is_read(tiny, monkeypatch):
+    no_reading(monkeypatch)
+    for key, shape, words in (
+        ("next_observations", (10**12, 11), "do not have the same number of rows"),
+        ("next_observations", (ROWS, 10**12), "next_observations .12, 1000000000000. is not shaped"),
+        ("timeouts", (ROWS, 10**12), "timeouts has shape"),
+        ("infos/qpos", (10**12, 6), "do not have the same number of rows"),
+        ("observations", (ROWS, 10**12), "is not shaped as the observations"),
+        ("actions", (ROWS, 10**9), "actions declares .12, 1000000000., which the 0 bytes in the file cannot hold"),
+    ):
+        with h5py.File(write(tiny, tiny_columns()), "r+") as file:
+            kind = file[key].dtype
+            del file[key]
+            file.create_dataset(key, shape, kind, chunks=True)
+        with pytest.raises(UserError, match=words):
+            load_arrays(tiny)
+
+
+def test_arrays_larger_than_the_memory_are_refused(tiny, monkeypatch):
+    no_reading(monkeypatch)
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 512, "SC_PHYS_PAGES": 2}[name])
+    with pytest.raises(UserError, match="tiny.hdf5: its arrays take .* GB, more than the .* GB here; use a smaller"):
+        load_arrays(tiny)
+
+
 # --- episodes --------------------------------------------------------------------------------------------------------
 
 

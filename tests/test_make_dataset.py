@@ -533,3 +533,10 @@ def test_the_list_tells_what_is_there_and_how_to_get_the_rest(tmp_path, capsys):
     assert "hopper_medium-v2.hdf5" in lines["hopper-medium-v2"] and "http" in lines["hopper-medium-v2"]
     for family in make_dataset.FAMILIES:
         assert set(family.ids) <= set(lines)
+
+
+def test_a_dataset_is_checked_by_its_id(tmp_path, capsys):
+    generate("local/pointmaze-medium-stitch-v0", 2, 0, tmp_path, progress=False)
+    with pytest.raises(SystemExit) as stop:
+        make_dataset.main(["--check", "local/pointmaze-medium-stitch-v0", "--dataset_dir", str(tmp_path)])
+    assert stop.value.code == 0 and "good" in capsys.readouterr().out

@@ -10,17 +10,19 @@ import torch.nn.functional as F
 
 from model import OfflineModel
 from ogbench_utils import NEVER
-from online_agent import LandmarkGraph, Navigator, OnlineAgent, OnlineAgentConfig
-from online_trainer import CodeSet, sample_batch
+from online_agent import Navigator, OnlineAgent, OnlineAgentConfig, StateGraph
+from online_trainer import CodeSet, sample_batch, sample_pairs
 from utils import EpisodeReplay, load_checkpoint, save_checkpoint
 
 SETTINGS = {
     **{"lr": 1e-3, "tau": 0.1, "expectile": 0.9, "horizon": 5, "subgoal_steps": 4, "state_temperature": 0.3},
-    **{"action_temperature": 0.2, "max_weight": 1.5, "acting": "search", "num_landmarks": 8, "trusted_steps": 5.0},
-    **{"aim_steps": 3.0, "replan_every": 1, "patience": 1000, "p_self": 0.2, "p_future": 0.4, "p_random": 0.4},
-    **{"goal_discount": 0.7, "p_hard": 0.0, "hard_candidates": 4, "wander_steps": 3},
+    **{"action_temperature": 0.2, "max_weight": 1.5, "acting": "search", "num_links": 3, "link_cost": 0.5},
+    **{"trusted_steps": 5.0, "aim_steps": 3.0, "replan_every": 1, "patience": 1000, "bar_steps": 2.0},
+    **{"wander_steps": 3, "metric_steps": 4, "metric_dim": 6, "metric_lr": 3e-3},
+    **{"p_self": 0.2, "p_future": 0.4, "p_random": 0.4, "goal_discount": 0.7},
 }
 DISCOUNT, WIDTH, ACTIONS = 0.9, 8, 2
+FEATURES = WIDTH + 2  # a code and the state, two numbers
 LENGTHS = (2, 3, 8, 13)  # rows of the episodes
 
 
@@ -49,7 +51,7 @@ def code_set(states: torch.Tensor, lengths=LENGTHS) -> CodeSet:
 
 
 def random_codes(seed=0) -> CodeSet:
-    return code_set(torch.randn(sum(LENGTHS), WIDTH, generator=torch.Generator().manual_seed(seed)))
+    return code_set(torch.randn(sum(LENGTHS), FEATURES, generator=torch.Generator().manual_seed(seed)))
 
 
 def make_batch(agent: OnlineAgent, count=64, seed=0, acted=True) -> dict[str, torch.Tensor]:
@@ -69,11 +71,12 @@ def test_targets_equal_a_walk_along_each_episode():
     agent = make_agent()
     batch, source, ends = make_batch(agent, 300), random_codes(), episode_ends()
     critic, v = agent.critic_target(batch), agent.v_target(batch)
-    row_of = {tuple(code.tolist()): row for row, code in enumerate(source.states)}
+    z = agent.code(source.states)
+    row_of = {tuple(code.tolist()): row for row, code in enumerate(z)}
     seen = set()
     for i in range(300):
         row, goal = (row_of[tuple(batch[name][i].tolist())] for name in ("z", "z_goal"))
-        n, z, z_goal = int(batch["n"][i]), source.states, batch["z_goal"][i]
+        n, z_goal = int(batch["n"][i]), batch["z_goal"][i]
         expected = {}
         for k in range(1, n + 1):  # transitions behind us
             if "v" not in expected and k == n:
@@ -149,9 +152,9 @@ def test_action_loss_equals_a_loop_over_the_known_actions():
     for i in range(64):
         if not batch["acted"][i]:
             continue
-        z, z_next, sub, goal = (batch[name][i] for name in ("z", "z_next", "z_sub", "z_goal"))
+        z, z_next, sub = (batch[name][i] for name in ("z", "z_next", "z_sub"))
         weights.append(weight_by_hand(agent, z, z_next, sub, 1, 0.2))
-        action = agent.act(z, sub, goal)
+        action = agent.act(*(batch[name][i] for name in ("x", "x_sub", "x_goal")))
         errors.append(float((action - batch["actions"][i]).square().mean()))
         total += weights[-1] * errors[-1]
     loss, info = agent.action_loss(batch)
@@ -166,7 +169,7 @@ def test_temperature_zero_is_plain_regression():
     batch = make_batch(agent)
     proposal = agent.heads["next_state"](batch["z"], batch["z_goal"])
     assert torch.allclose(agent.state_loss(batch)[0], F.mse_loss(proposal, batch["z_far"]), rtol=1e-5)
-    action = agent.heads["inverse_dynamics"](batch["z"], batch["z_sub"], batch["z_goal"])
+    action = agent.heads["inverse_dynamics"](batch["x"], batch["x_sub"], batch["x_goal"])
     assert torch.allclose(agent.action_loss(batch)[0], F.mse_loss(action, batch["actions"]), rtol=1e-5)
 
 
@@ -182,7 +185,7 @@ def test_hidden_actions_change_neither_the_action_loss_nor_its_gradient():
     batch = half_acted(agent)
     known = batch["acted"] == 1
     other = {key: value.clone() for key, value in batch.items()}
-    for name in ("actions", "z", "z_next", "z_sub", "z_goal"):
+    for name in ("actions", "z", "z_next", "z_sub", "x", "x_sub", "x_goal"):
         other[name][~known] += 3.0
     loss, gradient = action_gradient(agent, batch)
     assert loss > 0 and gradient.abs().max() > 0
@@ -197,27 +200,34 @@ def test_hidden_actions_change_neither_the_action_loss_nor_its_gradient():
 # -- update -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_encoder_is_neither_trained_nor_differentiated():
+def test_neither_the_encoder_nor_the_metric_is_trained_by_updates():
     agent = make_agent()
-    before = copy.deepcopy(agent.encoder.state_dict())
+    before = copy.deepcopy((agent.encoder.state_dict(), agent.metric.state_dict()))
     assert not agent.encode(torch.randn(3, 2)).requires_grad
     for seed in range(3):
         agent.update(make_batch(agent, seed=seed))
     for name, parameter in agent.encoder.named_parameters():
         assert parameter.grad is None and not parameter.requires_grad, name
-    for name, value in agent.encoder.state_dict().items():
-        assert torch.equal(before[name], value), name
+    for module, kept in zip((agent.encoder, agent.metric), before, strict=True):
+        assert all(torch.equal(kept[name], value) for name, value in module.state_dict().items())
     trained = {id(p) for group in agent.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in agent.heads.parameters()}
 
 
-def test_codes_do_not_depend_on_the_block():
+def test_features_are_the_code_and_the_normalised_state_whatever_the_block():
     agent = make_agent()
+    agent.encoder.set_normalizer(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 4.0]))
     observations = torch.randn(3, 7, 2)
-    codes = agent.encode(observations)
-    assert codes.shape == (3, 7, WIDTH)
-    assert torch.allclose(agent.encode(observations, block=4), codes, atol=1e-6)
-    assert torch.allclose(codes[1, 2], agent.encoder(observations[1, 2].view(1, 1, 2)).flatten(), atol=1e-6)
+    features = agent.encode(observations)
+    assert features.shape == (3, 7, FEATURES)
+    assert torch.allclose(agent.encode(observations, block=4), features, atol=1e-6)
+    code = agent.encoder(observations[1, 2].view(1, 1, 2)).flatten()
+    assert torch.allclose(features[1, 2, :WIDTH], code, atol=1e-6)
+    assert torch.equal(agent.code(features), features[..., :WIDTH])
+    a, b = observations[1, 2].tolist()
+    assert features[1, 2, WIDTH:].tolist() == pytest.approx([(a - 1) / 0.5, (b + 2) / 4], abs=1e-6)
+    point = agent.metric(torch.tensor([(a - 1) / 0.5, (b + 2) / 4]))  # the metric sees the state alone
+    assert torch.allclose(agent.embed(features)[1, 2], point, atol=1e-5)
 
 
 def test_every_head_learns_and_the_targets_follow_by_tau():
@@ -247,6 +257,8 @@ def test_no_gradient_through_targets():
 def test_save_and_load_continue_to_the_same_bits(tmp_path):
     whole, half = make_agent(), make_agent()
     batches = [make_batch(whole, seed=seed) for seed in range(6)]
+    for agent in (whole, half):
+        agent.fit_metric(pairs_of(random_codes()), range(2), 2)
     for number, batch in enumerate(batches):
         whole.update(batch, 1 - number / 6)
     for number, batch in enumerate(batches[:3]):
@@ -260,6 +272,9 @@ def test_save_and_load_continue_to_the_same_bits(tmp_path):
     save_checkpoint(tmp_path / "resumed.pth", resumed.state_dict())
     assert (tmp_path / "whole.pth").read_bytes() == (tmp_path / "resumed.pth").read_bytes()
     assert resumed.step == 6
+    points = [agent.embed(random_codes().states) for agent in (whole, resumed, make_agent(seed=5))]
+    steps = [agent.metric_steps(x, x) for agent, x in zip((whole, resumed, make_agent(seed=5)), points, strict=True)]
+    assert torch.equal(steps[0], steps[1]) and not torch.allclose(steps[0], steps[2])
 
 
 def test_updates_learn_which_way_to_go():
@@ -267,7 +282,7 @@ def test_updates_learn_which_way_to_go():
     agent = make_agent(action_temperature=0.0, lr=3e-3, tau=0.05, horizon=5, subgoal_steps=4)
     place = torch.linspace(-1, 1, 21)
     walk = torch.cat([place, place.flip(0)])
-    code = torch.stack([walk * scale for scale in torch.linspace(0.5, 2, WIDTH)], dim=1)
+    code = torch.stack([walk * scale for scale in torch.linspace(0.5, 2, FEATURES)], dim=1)
     source = code_set(code, (21, 21))
     forth = torch.arange(42) < 21
     source.actions = torch.where(forth, 0.8, -0.8).unsqueeze(1).expand(-1, ACTIONS).contiguous()
@@ -277,30 +292,139 @@ def test_updates_learn_which_way_to_go():
     start, end = code[10].expand(2, -1), code[[14, 6]]
     action = agent.act(start, end, end)
     assert (action[0] > 0.4).all() and (action[1] < -0.4).all()
-    value = agent.heads["v"](code[10].expand(11, -1), code[10:21])
+    value = agent.heads["v"](agent.code(code[10]).expand(11, -1), agent.code(code[10:21]))
     assert value[1] > value[5] + 0.1 > value[10] + 0.2
+
+
+# -- metric -----------------------------------------------------------------------------------------------------------
+
+
+def pairs_of(source: CodeSet, metric_steps=4, count=64, seed=0):
+    """What draws the metric's pairs from these rows."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: sample_pairs(source, metric_steps, count, generator)
+
+
+def states_only(states: torch.Tensor) -> torch.Tensor:
+    """Features of states [n, 2] whose codes are nothing."""
+    return F.pad(states, (WIDTH, 0))
+
+
+def test_the_metrics_loss_is_infonce_both_ways():
+    agent = make_agent()
+    state, later, steps = pairs_of(random_codes(), count=9)()
+    with torch.no_grad():
+        x, y = agent.embed(state).numpy(), agent.embed(later).numpy()
+    logits = [[-math.dist(a, b) for b in y] for a in x]
+    total = 0.0
+    for i in range(9):
+        row, column = logits[i], [logits[k][i] for k in range(9)]
+        total -= 2 * logits[i][i] - math.log(sum(map(math.exp, row))) - math.log(sum(map(math.exp, column)))
+    loss = agent.fit_metric(lambda: (state, later, steps), range(1), 1)
+    assert loss == pytest.approx(total / 18, rel=1e-4)
+
+
+@pytest.mark.parametrize("number,share", [(0, 1.0), (1, 0.5), (2, 0.0)])
+def test_the_metrics_learning_rate_decays_to_nothing(number, share):
+    """Adam's first step changes every parameter by the learning rate."""
+    agent = make_agent(metric_lr=2e-3)
+    before = [p.detach().clone() for p in agent.metric.parameters()]
+    agent.fit_metric(pairs_of(random_codes()), [number], 2)
+    moved = max(float((p - old).abs().max()) for p, old in zip(agent.metric.parameters(), before, strict=True))
+    assert moved == pytest.approx(2e-3 * share, rel=0.02, abs=1e-9)
+
+
+def test_fitting_the_metric_changes_nothing_else_and_leaves_it_frozen():
+    agent, other = make_agent(), make_agent()
+    names = ("encoder", "heads", "target", "optimizer")
+    before = copy.deepcopy(agent.state_dict())
+    agent.fit_metric(pairs_of(random_codes()), range(5), 5)
+    after = agent.state_dict()
+    assert all(p.grad is None for part in names[:3] for p in getattr(agent, part).parameters())
+    assert all(torch.equal(value, after[part][name]) for part in names[:3] for name, value in before[part].items())
+    assert str(before["optimizer"]) == str(after["optimizer"]) and after["step"] == 0
+    changed = {name for name, value in before["metric"].items() if not torch.equal(value, after["metric"][name])}
+    assert changed >= set(before["metric"]) - {"net.4.bias"} and "steps_per_square" in changed  # a shift is no distance
+    assert not any(p.requires_grad for p in agent.metric.parameters())
+    assert all(p.requires_grad for p in agent.heads.parameters())
+    assert not agent.embed(random_codes().states).requires_grad
+    batch = make_batch(agent)
+    infos = [each.update(batch) for each in (agent, other)]
+    assert all(torch.equal(value, infos[1][name]) for name, value in infos[0].items())
+
+
+def test_a_squared_distance_is_worth_the_steps_of_the_pairs():
+    """Over the pairs that calibrate, the metric's steps and those of the data sum up to the same."""
+    agent, (state, later, steps) = make_agent(), pairs_of(random_codes(), count=50)()
+    agent.fit_metric(lambda: (state, later, steps), range(3), 3)
+    apart = agent.metric_steps(agent.embed(state), agent.embed(later))
+    assert apart.shape == (50, 50)
+    assert apart.diagonal().sum().item() == pytest.approx(float(steps.sum()), rel=1e-4)
+    i, k = 3, 17
+    square = float((agent.embed(state[i]) - agent.embed(later[k])).square().sum())
+    assert apart[i, k].item() == pytest.approx(float(agent.metric.steps_per_square) * square, rel=1e-4)
+
+
+def horseshoe(rows: int, back: bool = False) -> torch.Tensor:
+    """A corridor round the end of a wall: two arms of 20 steps, 0.3 apart, and 4 steps across. [rows, 2]."""
+    along = torch.linspace(0, 44, rows)
+    x = torch.minimum(along, 44 - along).clamp(max=20) / 10 - 1
+    y = ((along - 20) / 4).clamp(0, 1) * 0.3
+    states = torch.stack([x, y], dim=1)
+    return states.flip(0) if back else states
+
+
+def test_the_metric_learns_the_steps_along_a_corridor_and_sees_the_wall():
+    """Walked to and fro, a row a step. The two ends lie 0.3 apart, three steps of the arms, and 44 by the corridor."""
+    agent = make_agent(metric_dim=16, metric_lr=5e-3)
+    torch.manual_seed(0)
+    walks = [horseshoe(45, back) + 0.02 * torch.randn(45, 2) for back in (False, True) * 10]
+    source = code_set(states_only(torch.cat(walks)), (45,) * 20)
+    draw = pairs_of(source, metric_steps=8, count=128)
+    first = agent.fit_metric(draw, range(1), 1)
+    last = agent.fit_metric(draw, range(400), 400)
+    assert last < first - 0.4
+    points = agent.embed(states_only(horseshoe(45)))
+    steps = agent.metric_steps(points, points).numpy()
+    rows = np.arange(45)
+    mean = {k: steps[rows[:-k], rows[k:]].mean() for k in (1, 2, 4, 8, 12, 16)}
+    assert list(mean.values()) == sorted(mean.values())  # on the whole
+    assert mean[1] < 0.5 * mean[4] < 0.5 * mean[8]
+    told, known = 0.0, 0
+    for state, later, apart in (draw() for _ in range(20)):
+        told += agent.metric_steps(agent.embed(state), agent.embed(later)).trace().item()
+        known += int(apart.sum())
+    assert told == pytest.approx(known, rel=0.1)
+    ordered = [steps[i, i + 2] < steps[i, i + 8] for i in range(37)]
+    assert np.mean(ordered) > 0.95  # and state by state
+    across = np.array([steps[i, 44 - i] for i in range(10)])  # the other side of the wall
+    assert across.min() > 1.5 * mean[16]
 
 
 # -- batches and the replay -------------------------------------------------------------------------------------------
 
 
+def counted(rows: torch.Tensor) -> torch.Tensor:
+    """Features of rows: the code of row r is r, its state r + 0.5."""
+    return torch.cat([rows.unsqueeze(1).expand(-1, WIDTH), rows.unsqueeze(1).expand(-1, 2) + 0.5], dim=1)
+
+
 def counted_codes() -> CodeSet:
-    """The code of row r is r."""
-    return code_set(torch.arange(float(sum(LENGTHS))).unsqueeze(1))
+    return code_set(counted(torch.arange(float(sum(LENGTHS)))))
 
 
 def counted_replay() -> EpisodeReplay:
-    """Episodes of 1, 2, 7 and 12 transitions in slots of 14 rows, the oldest two overwritten; the code of row r is r.
+    """Episodes of 1, 2, 7 and 12 transitions in slots of 14 rows, the oldest two overwritten; features as counted.
 
     Rows that belong to no episode hold nan.
     """
-    replay = EpisodeReplay(4, 13, 1, ACTIONS)
+    replay = EpisodeReplay(4, 13, FEATURES, ACTIONS)
     replay.states.fill_(math.nan)
     for count, length in enumerate((5, 3, 7, 12, 1, 2)):
         first = (count % 4) * 14
         replay.states[first : first + 14] = math.nan
         rows = torch.arange(first, first + length + 1, dtype=torch.float32)
-        replay.add(rows.unsqueeze(1), torch.stack([rows[:-1] + 1, -rows[:-1] - 1], dim=1))
+        replay.add(counted(rows), torch.stack([rows[:-1] + 1, -rows[:-1] - 1], dim=1))
     return replay
 
 
@@ -312,19 +436,14 @@ ENDS = {
 }
 
 
-class LowestFirst(OnlineAgent):
-    """Holds the candidate with the lowest number for the nearest."""
-
-    def hardest(self, z, candidates):
-        return candidates[..., 0].argmin(1)
-
-
 @pytest.mark.parametrize("make", [counted_codes, counted_replay])
-@pytest.mark.parametrize("p_hard", [0.0, 0.5])
-def test_a_batch_never_crosses_an_episodes_end(make, p_hard):
-    agent, ends = make_agent(kind=LowestFirst, p_hard=p_hard), ENDS[make]
+def test_a_batch_never_crosses_an_episodes_end(make):
+    agent, ends = make_agent(), ENDS[make]
     batch = sample_batch(make(), agent, 3000, True, torch.Generator().manual_seed(0))
     names = ("z", "z_next", "z_before", "z_ahead", "z_sub", "z_far", "z_goal")
+    for end in ("", "_sub", "_goal"):
+        rows = batch[f"z{end}"][:, 0]
+        assert torch.equal(batch[f"x{end}"], counted(rows)) and torch.equal(batch[f"z{end}"], counted(rows)[:, :WIDTH])
     numbers = zip(*(batch[name][:, 0].tolist() for name in names), strict=True)
     seen, goals_of = {"n": set(), "sub": set(), "far": set()}, {"goal first": 0, "never": 0, "next": 0}
     for i, (row, after, before, ahead, sub, far, goal) in enumerate(numbers):
@@ -342,16 +461,23 @@ def test_a_batch_never_crosses_an_episodes_end(make, p_hard):
     assert seen == {"n": {1, 2, 3, 4, 5}, "sub": {1, 2, 3, 4}, "far": {1, 2, 3, 4}}
     assert min(goals_of.values()) > 100
     assert {row for row, end in ends.items() if row < end} == set(batch["z"][:, 0].tolist())
-    lowest = batch["z_goal"][:1500].mean() < 0.7 * batch["z_goal"][1500:].mean()
-    assert lowest == (p_hard > 0)
 
 
-def test_hard_goals_are_those_that_v_takes_for_the_nearest():
-    agent = make_agent()
-    torch.manual_seed(0)
-    z, candidates = torch.randn(9, WIDTH), torch.randn(9, 6, WIDTH)
-    for i, picked in enumerate(agent.hardest(z, candidates).tolist()):
-        assert picked == np.argmax([float(agent.target["v"](z[i], code)) for code in candidates[i]])
+def test_pairs_never_cross_an_episodes_end():
+    """Steps are uniform in 1..metric_steps, or what is left of the episode."""
+    ends, generator = ENDS[counted_codes], torch.Generator().manual_seed(0)
+    state, later, steps = sample_pairs(counted_codes(), 4, 4000, generator)
+    assert torch.equal(state, counted(state[:, 0])) and torch.equal(later, counted(later[:, 0]))
+    assert steps.dtype == torch.int64
+    seen = set()
+    for row, after, apart in zip(state[:, 0].tolist(), later[:, 0].tolist(), steps.tolist(), strict=True):
+        assert row < after <= min(ends[row], row + 4) and apart == after - row
+        seen.add((row, apart))
+    assert seen == {(row, k) for row, end in ends.items() for k in range(1, min(4, end - row) + 1)}
+    free = torch.tensor([ends[row] - row >= 4 for row in state[:, 0].tolist()])
+    assert torch.bincount(steps[free], minlength=5)[1:].float().div(free.sum()).tolist() == pytest.approx(
+        [0.25] * 4, abs=0.05
+    )
 
 
 @pytest.mark.parametrize("make", [counted_codes, counted_replay])
@@ -417,40 +543,214 @@ def test_the_replay_refuses_wrong_sizes():
         assert len(other) == 0
 
 
+# -- the graph --------------------------------------------------------------------------------------------------------
+
+
+class PlaceAgent(OnlineAgent):
+    """Its metric is plain: the squared distance between two places in the plane is the steps between them."""
+
+    def embed(self, features):
+        return features[..., self.code_dim :]
+
+
+def place_agent(**settings) -> PlaceAgent:
+    return make_agent(kind=PlaceAgent, **settings)
+
+
+def join(agent: OnlineAgent, *trajectories, gaps=None) -> StateGraph:
+    """Places as nodes, trajectory by trajectory; gaps[k] rows between two of the k-th; one row follows its last."""
+    rows, ends, first = [], [], 0
+    for number, places in enumerate(trajectories):
+        gap = gaps[number] if gaps else 1
+        rows += [first + gap * i for i in range(len(places))]
+        ends += [rows[-1] + 1] * len(places)
+        first = ends[-1] + 1
+    places = torch.tensor([place for places in trajectories for place in places], dtype=torch.float32)
+    return StateGraph(agent, agent.encode(places), torch.tensor(rows), torch.tensor(ends))
+
+
+def edges(graph: StateGraph) -> dict[tuple[int, int], float]:
+    found = list(zip(graph.here.tolist(), graph.there.tolist(), strict=True))
+    assert len(set(found)) == len(found)  # parallel edges would be added up
+    return dict(zip(found, graph.cost.tolist(), strict=True))
+
+
+def link(agent: OnlineAgent, a, b) -> float:
+    steps, config = sum((x - y) ** 2 for x, y in zip(a, b, strict=True)), agent.config
+    return config.link_cost + steps * (1 + steps / config.trusted_steps)
+
+
+def edges_by_hand(agent, places, rows, ends) -> dict[tuple[int, int], float]:
+    """Every pair looked at: the rows between neighbours of one episode, and links to the num_links nearest."""
+    n, found = len(places), {}
+    for i in range(n):
+        others = sorted((k for k in range(n) if k != i), key=lambda k: math.dist(places[i], places[k]))
+        for k in others[: agent.config.num_links]:
+            found[i, k] = found[k, i] = link(agent, places[i], places[k])
+    for i in range(n - 1):
+        if ends[i] == ends[i + 1]:
+            found[i, i + 1] = min(rows[i + 1] - rows[i], found.get((i, i + 1), math.inf))
+    return found
+
+
+def random_graph(agent: OnlineAgent, seed: int, lengths=(7, 1, 4, 9, 3)):
+    """Episodes of so many nodes, 1 to 3 rows apart, that jump about a square of side 5. Graph, places, rows, ends."""
+    rng = np.random.default_rng(seed)
+    rows, ends, first = [], [], 0
+    for length in lengths:
+        own = first + np.cumsum(rng.integers(1, 4, length))
+        rows += own.tolist()
+        ends += [int(own[-1]) + 2] * length
+        first = ends[-1] + 1
+    places = rng.uniform(0, 5, (len(rows), 2)).astype(np.float32)
+    graph = StateGraph(agent, agent.encode(torch.from_numpy(places)), torch.tensor(rows), torch.tensor(ends))
+    return graph, places.astype(float).tolist(), rows, ends
+
+
+def test_a_trajectorys_edges_cost_its_rows_and_lead_forward_alone():
+    """Places 10 apart, where a link costs thousands; the trajectories' ends are as near as their neighbours."""
+    agent = place_agent(num_links=1)
+    graph = join(agent, [(10 * i, 0) for i in range(4)], [(40 + 10 * i, 0) for i in range(3)], gaps=(2, 5))
+    found = edges(graph)
+    assert len(graph) == 7
+    assert {pair: cost for pair, cost in found.items() if cost < 100} == {
+        **{(0, 1): 2, (1, 2): 2, (2, 3): 2},
+        **{(4, 5): 5, (5, 6): 5},
+    }
+    assert found[1, 0] == pytest.approx(0.5 + 100 * 21)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_links": 1, "link_cost": 0.0}, {"num_links": 100, "trusted_steps": 0.5}])
+def test_links_lead_both_ways_to_the_nearest(settings):
+    agent = place_agent(**settings)
+    graph, places, rows, ends = random_graph(agent, 0, (1,) * 30)
+    found, expected = edges(graph), edges_by_hand(agent, places, rows, ends)
+    assert set(found) == set(expected) and all((b, a) in found for a, b in found)
+    assert all(found[pair] == pytest.approx(cost, rel=1e-3, abs=1e-4) for pair, cost in expected.items())
+    assert all(a != b for a, b in found)
+    here, there, cost = graph._nearest(block=7)
+    for ours, whole in zip((here, there, cost), graph._nearest(), strict=True):
+        assert np.allclose(ours, whole, rtol=1e-4)
+
+
+def test_of_parallel_edges_the_cheapest_counts():
+    agent = place_agent(num_links=1)
+    found = edges(join(agent, [(0, 0), (1, 0)], [(9, 9), (9, 8)], gaps=(1, 5)))
+    assert found == {(0, 1): 1, (1, 0): pytest.approx(1.7), (2, 3): pytest.approx(1.7), (3, 2): pytest.approx(1.7)}
+
+
+@pytest.mark.parametrize("bars", [0, 1, 3])
+@pytest.mark.parametrize("num_links", [1, 3])
+def test_routes_equal_an_exhaustive_search(bars, num_links):
+    """Floyd and Warshall's over the edges written out by hand, without those barred."""
+    agent, ways = place_agent(num_links=num_links), []
+    for seed in range(6):
+        graph, places, rows, ends = random_graph(agent, seed)
+        rng, n = np.random.default_rng(100 + seed), len(places)
+        goal = rng.uniform(0, 5, 2).astype(np.float32)
+        to_goal = graph.links(torch.from_numpy(goal)[None])[0]
+        near = sorted(range(n), key=lambda k: math.dist(places[k], goal))[:num_links]
+        assert np.flatnonzero(np.isfinite(to_goal)).tolist() == sorted(near)
+        barred = [(rng.random(n) < 0.5, rng.random(n) < 0.5) for _ in range(bars)]
+        cost = np.full((n + 1, n + 1), np.inf)
+        for (a, b), price in edges_by_hand(agent, places, rows, ends).items():
+            if not any(here[a] and there[b] for here, there in barred):
+                cost[a, b] = price
+        for k in near:  # the goal itself is never barred
+            cost[k, n] = link(agent, places[k], goal.tolist())
+        best = cost.copy()
+        np.fill_diagonal(best, 0)
+        for k in range(n + 1):
+            best = np.minimum(best, best[:, k : k + 1] + best[k : k + 1])
+        steps, following = graph.routes(to_goal, barred)
+        assert np.allclose(steps, best[:n, n], rtol=1e-4)
+        for node in range(n):
+            after = following[node]
+            if np.isfinite(steps[node]):
+                assert steps[node] == pytest.approx(cost[node, after] + best[after, n], rel=1e-4)
+            else:
+                assert after < 0
+        ways += np.isfinite(steps).tolist()
+    assert any(ways) and (bars < 3 or not all(ways))
+
+
+def test_a_link_of_no_cost_is_an_edge():
+    agent = place_agent(num_links=1, link_cost=0.0)
+    graph = join(agent, [(0, 0), (0, 9)], [(0, 9), (9, 9)], [(9, 9), (30, 9)])
+    steps, following = graph.routes(np.array([np.inf] * 5 + [1.0]), [])
+    assert steps.tolist() == pytest.approx([4, 3, 3, 2, 2, 1]) and following.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_links_from_outside_the_ends_of_a_way_and_the_nearest_code():
+    agent = place_agent(num_links=4, bar_steps=3.0)
+    graph, places, *_ = random_graph(agent, 3)
+    points = torch.rand(5, 2) * 5
+    links, n = graph.links(points), len(graph)
+    assert links.shape == (5, n) and links.dtype == np.float64
+    seen = []
+    for row, point in enumerate(points.tolist()):
+        near = sorted(range(n), key=lambda k: math.dist(places[k], point))[:4]
+        for k in range(n):
+            expected = link(agent, places[k], point) if k in near else math.inf
+            assert links[row, k] == pytest.approx(expected, rel=1e-3)
+        away = [(math.dist(place, point) ** 2, math.dist(place, places[row]) ** 2) for place in places]
+        here = [k != row and a <= 3 and a < b for k, (a, b) in enumerate(away)]
+        there = [k == row or (b <= 3 and b <= a) for k, (a, b) in enumerate(away)]
+        assert [side.tolist() for side in graph.ends(points[row], row)] == [here, there]
+        seen += here + there
+    assert any(seen) and not all(seen)
+    codes = torch.randn(9, WIDTH)
+    own = agent.code(graph.features).tolist()
+    expected = [min(range(n), key=lambda k: math.dist(own[k], code)) for code in codes.tolist()]
+    assert graph.nearest_codes(codes).tolist() == expected and len(set(expected)) > 1
+
+
+ROUND = [(x, 0) for x in range(21)] + [(20, 1), (20, 2)] + [(x, 3) for x in range(20, -1, -1)]
+
+
+def test_no_way_leads_through_a_wall():
+    """Two arms, 9 steps apart through the wall, where a row is a step. Only who trusts long links goes through."""
+    start, goal, n = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 3.0]]), 2 * len(ROUND)
+
+    def way(**settings) -> tuple[dict, float, StateGraph]:
+        agent = place_agent(**settings)
+        graph = join(agent, ROUND, ROUND[::-1])
+        steps, _ = graph.routes(graph.links(goal)[0], [])
+        return edges(graph), float((graph.links(start)[0] + steps).min()), graph
+
+    def along(node: int) -> int:
+        return node if node < len(ROUND) else n - 1 - node
+
+    found, length, _ = way(num_links=4)
+    assert max(abs(along(a) - along(b)) for a, b in found) == 2  # the nearest are all in the corridor
+    assert length == pytest.approx(len(ROUND) - 1 + 2 * 0.5)
+    found, length, _ = way(num_links=n, trusted_steps=1.0)
+    assert found[0, len(ROUND) - 1] == pytest.approx(0.5 + 9 * 10)  # there is a link through
+    assert length == pytest.approx(len(ROUND) - 1 + 2 * 0.5)  # chains are preferred
+    _, length, _ = way(num_links=n, trusted_steps=1e9)
+    assert length == pytest.approx(9 + 2 * 0.5)  # straight through
+
+
 # -- acting -----------------------------------------------------------------------------------------------------------
 
 
-class TableAgent(OnlineAgent):
-    """Knows a table of steps: places are numbers, the observation and the code of place k begin with k."""
-
-    steps: np.ndarray
-
-    def encode(self, observations, block=4096):
-        return F.pad(observations[..., :1].float(), (0, WIDTH - 1))
-
-    def steps_between(self, z, z_goal):
-        table = torch.as_tensor(self.steps, dtype=torch.float32)
-        return table[z[..., 0].round().long(), z_goal[..., 0].round().long()]
+def places(*points) -> np.ndarray:
+    return np.array(points, dtype=np.float32)
 
 
-def table_agent(steps: np.ndarray, **settings) -> TableAgent:
-    agent = make_agent(kind=TableAgent, **settings)
-    agent.steps = steps
-    return agent
+def navigate(agent: OnlineAgent, graph: StateGraph, *goals, seed=0, **more) -> Navigator:
+    return Navigator(agent, graph, places(*goals), torch.Generator().manual_seed(seed), **more)
 
 
-def places(*numbers: int) -> np.ndarray:
-    return np.array([[number, 0.0] for number in numbers], dtype=np.float32)
-
-
-def start_navigator(agent: TableAgent, goals: np.ndarray, landmarks=None) -> Navigator:
-    """With all places as landmarks unless told otherwise."""
-    landmarks = range(len(agent.steps)) if landmarks is None else landmarks
-    return Navigator(agent, LandmarkGraph(agent, agent.encode(torch.as_tensor(places(*landmarks)))), goals)
-
-
-def aimed_at(navigator: Navigator, env: int = 0) -> int:
-    return round(float(navigator.subgoals[env, 0]))
+def aims(navigator: Navigator, *points) -> list[int]:
+    """The nodes aimed at where the environments show these places, len(graph) for the goal; z' is what they say."""
+    actions = navigator.act(places(*points), np.arange(len(points)))
+    assert actions.shape == (len(points), ACTIONS) and np.abs(actions).max() <= 1
+    known = torch.cat([navigator.graph.features, torch.zeros(1, FEATURES)])
+    for env, node in enumerate(navigator.chosen):
+        expected = known[node] if node < len(navigator.graph) else navigator.goals[env]
+        assert torch.equal(navigator.subgoals[env], expected)
+    return navigator.chosen.tolist()
 
 
 MAZE = """
@@ -478,7 +778,7 @@ def maze_cells() -> tuple[list[tuple[int, int]], np.ndarray, int, int]:
     return cells, steps, found["S"], found["G"]
 
 
-def step_towards(cells, place: int, aim: int) -> int:
+def step_towards(cells, place: int, aim) -> int:
     """A free neighbour that is nearer to the aim as the crow flies, or the place itself where a wall is in the way."""
 
     def apart(a, b):
@@ -487,147 +787,185 @@ def step_towards(cells, place: int, aim: int) -> int:
     nearer = [
         number
         for number, cell in enumerate(cells)
-        if apart(cell, cells[place]) == 1 and apart(cell, cells[aim]) < apart(cells[place], cells[aim])
+        if apart(cell, cells[place]) == 1 and apart(cell, aim) < apart(cells[place], aim)
     ]
     return nearer[0] if nearer else place
 
 
 def test_the_way_found_goes_round_the_wall_and_is_the_shortest():
-    """V is right about two steps; it takes longer ways for straight lines through the walls, three steps at least."""
+    """The data holds every move there is; the metric takes the other side of a wall for four steps away."""
     cells, exact, place, goal = maze_cells()
-    straight = np.array([[abs(a[0] - b[0]) + abs(a[1] - b[1]) for b in cells] for a in cells], dtype=float)
-    believed = np.where(exact <= 2, exact, np.maximum(np.minimum(exact, straight), 3))
-    agent = table_agent(believed, trusted_steps=0.25, aim_steps=2.0)
-    navigator = start_navigator(agent, places(goal))
+    moves = [(a, b) for i, a in enumerate(cells) for k, b in enumerate(cells) if exact[i, k] == 1]
+    agent = place_agent(num_links=8, trusted_steps=0.25, aim_steps=2.0)
+    navigator = navigate(agent, join(agent, *moves), cells[goal])
     blind, walked = place, [place]
     for _ in range(40):
-        navigator.act(places(walked[-1]), np.array([0]))
-        walked.append(step_towards(cells, walked[-1], aimed_at(navigator)))
-        blind = step_towards(cells, blind, goal)
+        aims(navigator, cells[walked[-1]])
+        aim = tuple(navigator.subgoals[0, WIDTH:].round().int().tolist())
+        walked.append(step_towards(cells, walked[-1], aim))
+        blind = step_towards(cells, blind, cells[goal])
         if walked[-1] == goal:
             break
     assert blind != goal  # who aims at the goal all the time stands at the wall
-    assert exact[place, goal] == 8 > straight[place, goal]
+    assert exact[place, goal] == 8 > math.dist(cells[place], cells[goal])
     assert walked[-1] == goal and len(walked) - 1 == 8
     assert all(exact[a, b] == 1 for a, b in zip(walked[:-1], walked[1:], strict=True))
 
 
-def ways(edges: dict[tuple[int, int], float], count: int) -> np.ndarray:
-    """A table of these ways, as long back as forth unless told otherwise; all others are far too long."""
-    steps = np.full((count, count), 1e6)
-    np.fill_diagonal(steps, 0.0)
-    for (a, b), length in edges.items():
-        steps[a, b] = length
-        if (b, a) not in edges:
-            steps[b, a] = length
-    return steps
+LINE = [(float(x), 0.0) for x in range(20)]
 
 
-def first_aim(steps: np.ndarray, trusted: float, start: int, goal: int, landmarks, aim_steps=0.5) -> int:
-    agent = table_agent(steps, trusted_steps=trusted, aim_steps=aim_steps)
-    navigator = start_navigator(agent, places(goal), landmarks)
-    navigator.act(places(start), np.array([0]))
-    aim = aimed_at(navigator)
-    assert aim == (goal if navigator.chosen[0] == len(landmarks) else landmarks[navigator.chosen[0]])
-    return aim
+@pytest.mark.parametrize("aim_steps,ahead", [(3.0, 3), (0.4, 0), (1.2, 1), (6.5, 6)])
+def test_it_aims_some_steps_ahead_on_the_way(aim_steps, ahead):
+    """A link of half a step leads to the line, where a place is a step; the last one leads to the goal."""
+    agent = place_agent(aim_steps=aim_steps)
+    navigator = navigate(agent, join(agent, LINE), LINE[-1])
+    for place in range(20):
+        left, to_goal = 19 - place, (19 - place) ** 2
+        near = to_goal <= aim_steps or left < ahead
+        assert aims(navigator, LINE[place]) == [20 if near else place + ahead], place
 
 
-@pytest.mark.parametrize(
-    "short,long,trusted", [(1.0, 2.5, 100.0), (1.0, 2.5, 2.0), (1.0, 3.5, 100.0), (0.2, 1.0, 100.0), (0.5, 2.0, 1.0)]
-)
-def test_the_cheapest_way_is_taken(short, long, trusted):
-    """0-1-2-3-5 has four edges, 0-4-5 has two. An edge costs one, its steps, and their square over trusted_steps."""
-    steps = ways({(0, 1): short, (1, 2): short, (2, 3): short, (3, 5): short, (0, 4): long, (4, 5): long}, 6)
-    many, few = (count * (1 + x + x * x / trusted) for count, x in ((4, short), (2, long)))
-    assert first_aim(steps, trusted, 0, 5, (1, 2, 3, 4)) == (1 if many < few else 4)
+@pytest.mark.parametrize("upper,lower", [(2, 3), (3, 2)])
+def test_the_cheapest_way_is_taken(upper, lower):
+    agent = place_agent(aim_steps=1.0)
+    graph = join(agent, UPPER, LOWER, gaps=(upper, lower))
+    assert aims(navigate(agent, graph, (8, 0)), (0, 0)) == [1 if upper < lower else 5]
 
 
-def test_a_way_that_v_sees_in_one_direction_alone_is_avoided():
-    """0-1-3 is shorter than 0-2-3, but V sees no way back from 1."""
-    both = {(0, 1): 2.0, (1, 3): 2.0, (0, 2): 3.0, (2, 3): 3.0}
-    assert first_aim(ways(both, 4), 50.0, 0, 3, (1, 2)) == 1
-    assert first_aim(ways(both | {(1, 0): 20.0}, 4), 50.0, 0, 3, (1, 2)) == 2
+def test_the_goal_is_the_aim_where_no_way_leads():
+    """Two lines that no link joins: there is a way along the first, and none from the second."""
+    agent = place_agent(num_links=1)
+    graph = join(agent, LINE[:5], [(30, 0), (31, 0), (32, 0)])
+    assert aims(navigate(agent, graph, (4, 0), (4, 0)), (0, 0), (30, 0)) == [3, 8]
 
 
-def test_the_longer_the_way_the_less_it_is_trusted():
-    steps = ways({(0, 1): 3.0, (1, 2): 3.0, (2, 3): 3.0, (0, 3): 8.0}, 4)
-    assert first_aim(steps, 0.8, 0, 3, (0, 1, 2), aim_steps=1.5) == 1
-    assert first_aim(steps, 100.0, 0, 3, (0, 1, 2), aim_steps=1.5) == 3
+UPPER = [(0, 0), (0, 4), (8, 4), (8, 0)]
+LOWER = [(0, -0.1), (0, -4), (8, -4), (8, 0.1)]
 
 
-def test_ways_far_too_long_to_trust_are_no_edges():
-    assert first_aim(ways({(0, 1): 8.0, (1, 3): 1.0}, 4), 2.0, 0, 3, (1, 2)) == 1
-    assert first_aim(ways({(0, 1): 2000.0, (1, 3): 1.0}, 4), 2.0, 0, 3, (1, 2)) == 3  # no way: straight to the goal
+def stuck_agent(**settings) -> PlaceAgent:
+    return place_agent(**({"num_links": 2, "aim_steps": 1.5, "patience": 6, "wander_steps": 4} | settings))
 
 
-def test_the_goal_is_the_aim_where_it_is_near_or_no_way_leads():
-    line = np.abs(np.subtract.outer(np.arange(12.0), np.arange(12.0)))
-    navigator = start_navigator(table_agent(line, trusted_steps=0.6, aim_steps=3.0), places(9))
-    for place, near in ((0, False), (4, False), (7, True), (9, True)):
-        navigator.act(places(place), np.array([0]))
-        assert (aimed_at(navigator) == 9) is near
-    cut = np.where((np.arange(12)[:, None] < 6) == (np.arange(12) < 6), line, 40.0)
-    navigator = start_navigator(table_agent(cut, trusted_steps=0.6, aim_steps=3.0), places(9))
-    navigator.act(places(0), np.array([0]))
-    assert aimed_at(navigator) == 9
+def test_a_way_without_progress_is_barred_after_patience_and_all_barred_begins_anew():
+    """The upper way is shorter; who does not get on tries the lower one, and in the end the upper one again.
+
+    The second environment gets on, and stays by what the first one bars.
+    """
+    agent = stuck_agent()
+    graph = join(agent, UPPER, LOWER, gaps=(2, 3))
+    navigator = navigate(agent, graph, (8, 0), (8, 0))
+    chosen, other = zip(*(aims(navigator, (0, 0), (0, 9 - 0.29 * step)) for step in range(14)), strict=True)
+    assert chosen == (1,) * 7 + (5,) * 7 and other == (1,) * 14
+    again = [aims(navigator, (0, 0), (8, 4))[0] for _ in range(14)]
+    assert again[0] in (1, 8) and again[1:6] == [1] * 5 and again[-5:] == [5] * 5
+    assert aims(navigate(agent, graph, (8, 0)), (0, 0)) == [1]  # given up for the episode, not for ever
 
 
-def test_a_subgoal_without_progress_is_given_up_after_patience():
-    """0-1-3 is shorter than 0-2-3; who does not get on towards 1 tries 2, and does not come back to 1."""
-    steps = ways({(0, 1): 2.0, (1, 3): 2.0, (0, 2): 3.0, (2, 3): 3.0}, 4)
-    agent = table_agent(steps, trusted_steps=1.0, aim_steps=1.5, patience=6)
-    navigator = start_navigator(agent, places(3, 3), (0, 1, 2))
-    chosen = []
-    for _ in range(13):
-        navigator.act(places(0, 0), np.array([0, 1]))
-        chosen.append([aimed_at(navigator, 0), aimed_at(navigator, 1)])
-    first = [pair[0] for pair in chosen]
-    assert first == [pair[1] for pair in chosen]
-    assert set(first[:6]) == {1} and set(first[9:]) == {2}
-    fresh = start_navigator(agent, places(3), (0, 1, 2))  # given up for the episode, not for ever
-    fresh.act(places(0), np.array([0]))
-    assert aimed_at(fresh) == 1
+def test_a_bar_takes_in_what_lies_around_its_ends():
+    """Two states at the upper turn: where the first is barred, so is the second. With no radius, it is not."""
+    for bar_steps, expected in ((2.0, 8), (0.0, 4)):
+        agent = stuck_agent(bar_steps=bar_steps, num_links=3)
+        graph = join(agent, [(0, 0), (0, 4), (8, 4)], [(0, 0), (0.3, 4.2)], [(8, 4), (8, 0)], LOWER, gaps=(2, 2, 2, 9))
+        navigator = navigate(agent, graph, (8, 0))
+        chosen = [aims(navigator, (0, 0))[0] for _ in range(8)]
+        assert chosen == [1] * 7 + [expected]
 
 
-def test_an_exploring_agent_wanders_when_it_is_stuck():
-    """One random action, wander_steps times, from the choice that gives the subgoal up; none without a generator."""
-    steps = ways({(0, 1): 2.0, (1, 3): 2.0, (0, 2): 3.0, (2, 3): 3.0}, 4)
-    agent = table_agent(steps, trusted_steps=1.0, aim_steps=1.5, patience=6, wander_steps=4)
-    graph = LandmarkGraph(agent, agent.encode(torch.as_tensor(places(0, 1, 2))))
-    taken = []
-    for generator in (None, torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)):
-        navigator = Navigator(agent, graph, places(3), generator=generator)
-        taken.append(np.concatenate([navigator.act(places(0), np.array([0])) for _ in range(12)]))
-    calm, *wild = taken
+def test_the_bar_holds_for_who_stands_there():
+    """The barred node is among those nearest to the place itself."""
+    agent = stuck_agent(num_links=3)
+    upper = [(-0.5, 0), (0, 2), (8, 4), (8, 0)]
+    graph = join(agent, upper, LOWER, gaps=(2, 9))
+    navigator = navigate(agent, graph, (8, 0))
+    assert np.isfinite(graph.links(torch.zeros(1, 2))[0, 1])
+    chosen = [aims(navigator, (0, 0))[0] for _ in range(14)]
+    assert chosen == [1] * 7 + [5] * 7
+
+
+def test_after_beginning_anew_progress_along_the_way_counts():
+    """Round the wall, the goal is 9 steps away through it and 44 along the way: who gets on is not stopped again."""
+    agent = place_agent(num_links=4, patience=6)
+    navigator = navigate(agent, join(agent, ROUND, ROUND[::-1]), (0, 3))
+    assert all(aims(navigator, (0, 0)) == [3] for _ in range(7)) and navigator.barred[0]
+    aims(navigator, (0, 0))
+    assert not navigator.barred[0]
+    for place in ROUND[1:]:
+        aims(navigator, place)
+        assert not navigator.barred[0] and not navigator.wandering[0], place
+
+
+def test_every_bar_holds_whatever_the_others_strike_out():
+    """It stands where both barred ways begin; the first one leads to where the second one begins."""
+    for order in ((1, 0), (0, 1)):
+        agent, own = place_agent(num_links=3), np.eye(4, dtype=bool)
+        navigator = navigate(agent, join(agent, [(0, 0), (1, 0), (2, 0), (9, 0)]), (9, 0))
+        bars = [(own[0], own[1]), (own[1], own[2])]
+        navigator.barred[0] = [bars[number] for number in order]
+        navigator.routes[0] = np.array([np.inf, 5, 5, 1]), np.array([-1, 3, 3, 4])
+        aims(navigator, (0, 0))
+        assert not navigator.barred[0]  # no way was left: it began anew
+
+
+def test_a_bar_holds_where_its_ends_lie_close_together():
+    """The aim is 16 steps away by the metric, within bar_steps; by default most aims are."""
+    agent = stuck_agent(bar_steps=20.0)
+    navigator = navigate(agent, join(agent, UPPER, LOWER, gaps=(2, 3)), (8, 0))
+    assert [aims(navigator, (0, 0))[0] for _ in range(14)] == [1] * 7 + [5] * 7
+
+
+def test_who_is_stuck_wanders():
+    """One random action, wander_steps times, from the choice that bars the way; the generator's."""
+    taken = {}
+    for wander_steps, seed in ((0, 0), (4, 0), (4, 1), (4, 0)):
+        agent = stuck_agent(wander_steps=wander_steps)
+        navigator = navigate(agent, join(agent, UPPER, LOWER, gaps=(2, 3)), (8, 0), seed=seed)
+        actions = np.concatenate([navigator.act(places((0, 0)), np.array([0])) for _ in range(12)])
+        assert np.array_equal(actions, taken.setdefault((wander_steps, seed), actions))
+    calm, *wild = taken.values()
     for actions in wild:
         differs = np.abs(actions - calm).max(axis=1) > 1e-4
-        assert differs.sum() == 4 and not differs[:6].any() and np.ptp(np.flatnonzero(differs)) == 3
+        assert np.flatnonzero(differs).tolist() == [6, 7, 8, 9]
         assert (actions[differs] == actions[differs][0]).all() and np.abs(actions).max() <= 1
     assert not np.array_equal(*wild)
 
 
+def test_who_is_stuck_beside_the_goal_wanders_and_bars_nothing():
+    agent = stuck_agent()
+    navigator = navigate(agent, join(agent, UPPER, LOWER), (8, 0))
+    actions = []
+    for _ in range(20):
+        actions.append(navigator.act(places((8, 0.5)), np.array([0]))[0])
+        assert navigator.chosen[0] == 8
+    assert len({tuple(action) for action in actions}) == 3  # towards the goal, and two random ones
+
+
 def test_slow_progress_gives_nothing_up():
-    line = np.abs(np.subtract.outer(np.arange(20.0), np.arange(20.0)))
-    agent = table_agent(line, trusted_steps=1.0, aim_steps=3.0, patience=7)
-    graph = LandmarkGraph(agent, agent.encode(torch.as_tensor(places(*range(20)))))
-    calm, wild = (Navigator(agent, graph, places(19), generator=g) for g in (None, torch.Generator().manual_seed(0)))
+    agent = place_agent(patience=7)
+    calm, wild = (navigate(agent, join(agent, LINE), LINE[-1], seed=seed) for seed in (0, 1))
     chosen = []
     for step in range(57):
-        actions = [navigator.act(places(step // 3), np.array([0])) for navigator in (calm, wild)]
+        actions = [navigator.act(places(LINE[step // 3]), np.array([0])) for navigator in (calm, wild)]
         assert np.array_equal(*actions)  # one that gave up would wander
-        chosen.append(aimed_at(calm))
+        chosen.append(calm.chosen[0])
         assert 1 <= chosen[-1] - step // 3 <= 4
     assert chosen == sorted(chosen)
+
+
+def random_states(agent: OnlineAgent, count=40) -> StateGraph:
+    states = torch.randn(count, 2, generator=torch.Generator().manual_seed(1))
+    rows = torch.arange(count)
+    return StateGraph(agent, agent.encode(states), rows, rows // 10 * 10 + 9)
 
 
 @pytest.mark.parametrize("acting", ["search", "proposer"])
 def test_environments_act_each_for_itself(acting):
     agent = make_agent(acting=acting, replan_every=2)
     torch.manual_seed(1)
-    landmarks, goals, seen = agent.encode(torch.randn(8, 2)), torch.randn(3, 2).numpy(), torch.randn(5, 3, 2).numpy()
-    graph = LandmarkGraph(agent, landmarks) if acting == "search" else None
-    together = Navigator(agent, graph, goals)
-    alone = [Navigator(agent, graph, goals[env : env + 1]) for env in range(3)]
+    goals, seen, graph = torch.randn(3, 2).numpy(), torch.randn(5, 3, 2).numpy(), random_states(agent)
+    together = navigate(agent, graph, *goals)
+    alone = [navigate(agent, graph, goals[env]) for env in range(3)]
     for step in range(5):
         live = np.array([0, 1, 2]) if step < 3 else np.array([0, 2])
         before = together.subgoals[1].clone()
@@ -636,41 +974,56 @@ def test_environments_act_each_for_itself(acting):
         for row, env in enumerate(live):
             single = alone[env].act(seen[step][env : env + 1], np.array([0]))
             assert np.allclose(actions[row], single[0], atol=1e-5)
+            assert together.chosen[env] == alone[env].chosen[0]
             assert torch.allclose(together.subgoals[env], alone[env].subgoals[0], atol=1e-5)
         assert 1 in live or torch.equal(together.subgoals[1], before)
     assert together.exploring_share() == 0
 
 
-def test_the_proposer_chooses_every_replan_every_steps():
+def test_the_proposer_takes_the_node_of_the_nearest_code_every_replan_every_steps():
     agent = make_agent(acting="proposer", replan_every=3)
     torch.manual_seed(1)
-    goals, seen = torch.randn(2, 2), torch.randn(7, 2, 2)
-    navigator = Navigator(agent, None, goals.numpy())
+    goals, seen, graph = torch.randn(2, 2), torch.randn(7, 2, 2), random_states(agent)
+    navigator, x_goal, chosen = navigate(agent, graph, *goals.numpy()), agent.encode(goals), set()
     for step in range(7):
         actions = navigator.act(seen[step].numpy(), np.array([0, 1]))
-        z, z_goal = agent.encode(seen[step]), agent.encode(goals)
+        x = agent.encode(seen[step])
         if step % 3 == 0:
-            subgoals = agent.heads["next_state"](z, z_goal)
-        assert torch.allclose(navigator.subgoals, subgoals, atol=1e-6)
-        expected = agent.heads["inverse_dynamics"](z, subgoals, z_goal).detach().numpy()
+            codes = agent.heads["next_state"](x[:, :WIDTH], x_goal[:, :WIDTH]).unsqueeze(1)
+            nodes = (codes - graph.features[:, :WIDTH]).square().sum(-1).argmin(1)
+        chosen |= set(nodes.tolist())
+        assert navigator.chosen.tolist() == nodes.tolist()
+        assert torch.equal(navigator.subgoals, graph.features[nodes])
+        expected = agent.heads["inverse_dynamics"](x, graph.features[nodes], x_goal).detach().numpy()
         assert np.allclose(actions, expected, atol=1e-6)
+    assert len(chosen) > 1
+
+
+def test_the_search_chooses_every_replan_every_steps_and_acts_by_the_inverse_dynamics():
+    agent = place_agent(replan_every=3)
+    graph = join(agent, LINE)
+    navigator, x_goal = navigate(agent, graph, LINE[-1]), agent.encode(torch.tensor(LINE[-1:]))
+    for step in range(15):
+        actions = navigator.act(places(LINE[step]), np.array([0]))
+        assert navigator.chosen.tolist() == [step // 3 * 3 + 3]
+        x_sub = graph.features[step // 3 * 3 + 3][None]
+        expected = agent.heads["inverse_dynamics"](agent.encode(torch.tensor(LINE[step])[None]), x_sub, x_goal)
+        assert np.allclose(actions, expected.detach().numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("acting", ["search", "proposer"])
 def test_exploration_aims_between_the_state_and_the_goal(acting):
     agent = make_agent(acting=acting)
     torch.manual_seed(1)
-    goals, seen = torch.randn(200, 2), torch.randn(200, 2)
-    graph = LandmarkGraph(agent, agent.encode(torch.randn(8, 2))) if acting == "search" else None
-    generator = torch.Generator().manual_seed(0)
-    navigator = Navigator(agent, graph, goals.numpy(), epsilon=1.0, generator=generator)
+    goals, seen, graph = torch.randn(200, 2), torch.randn(200, 2), random_states(agent)
+    navigator = navigate(agent, graph, *goals.numpy(), epsilon=1.0)
     navigator.act(seen.numpy(), np.arange(200))
-    z, way = agent.encode(seen), agent.encode(goals) - agent.encode(seen)
-    share = ((navigator.subgoals - z) * way).sum(-1) / way.square().sum(-1)
-    assert torch.allclose(navigator.subgoals, z + share.unsqueeze(-1) * way, atol=1e-4)
+    x, way = agent.encode(seen), agent.encode(goals) - agent.encode(seen)
+    share = ((navigator.subgoals - x) * way).sum(-1) / way.square().sum(-1)
+    assert torch.allclose(navigator.subgoals, x + share.unsqueeze(-1) * way, atol=1e-4)
     assert 0.2 <= share.min() < 0.25 and 0.95 < share.max() <= 1 and share.mean() == pytest.approx(0.6, abs=0.05)
     assert navigator.exploring_share() == 1
-    some = Navigator(agent, graph, goals.numpy(), epsilon=0.3, generator=generator)
+    some = navigate(agent, graph, *goals.numpy(), epsilon=0.3)
     some.act(seen.numpy(), np.arange(200))
     assert some.exploring_share() == pytest.approx(0.3, abs=0.1)
 
@@ -678,11 +1031,10 @@ def test_exploration_aims_between_the_state_and_the_goal(acting):
 def test_noise_is_the_generators_and_actions_stay_in_their_bounds():
     agent = make_agent(replan_every=2)
     torch.manual_seed(1)
-    goals, seen = torch.randn(3, 2).numpy(), torch.randn(6, 3, 2).numpy()
-    graph = LandmarkGraph(agent, agent.encode(torch.randn(8, 2)))
+    goals, seen, graph = torch.randn(3, 2).numpy(), torch.randn(6, 3, 2).numpy(), random_states(agent)
 
     def act(seed, epsilon, noise):
-        navigator = Navigator(agent, graph, goals, epsilon, noise, torch.Generator().manual_seed(seed))
+        navigator = navigate(agent, graph, *goals, seed=seed, epsilon=epsilon, action_noise=noise)
         return np.stack([navigator.act(observations, np.arange(3)) for observations in seen])
 
     assert np.array_equal(act(0, 0.5, 0.2), act(0, 0.5, 0.2))

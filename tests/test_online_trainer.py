@@ -22,7 +22,7 @@ import online_trainer
 from model import OfflineModel
 from ogbench_utils import TrajectoryDataset
 from ogbench_utils import make_env as make_full_env
-from online_agent import LandmarkGraph, Navigator, OnlineAgent, OnlineAgentConfig
+from online_agent import Navigator, OnlineAgent, OnlineAgentConfig, StateGraph
 from online_trainer import EnvPool, OnlineRun, OnlineTrainerConfig, navigator_policy
 from utils import hold_run, load_checkpoint, parse_config, read_metrics, run_cli, save_checkpoint
 
@@ -31,14 +31,15 @@ STEPS = 12  # of an episode
 PRETRAINING = {
     **{"context_length": 16, "d_model": 16, "hidden_dim": 16, "d_state": 8, "batch_size": 4, "bank_size": 100},
     **{"updates_per_epoch": 2, "num_epochs": 1, "eval_freq": 1, "eval_batches": 1, "eval_states": 32, "eval_goals": 16},
+    "max_trajectories": 7,
 }
 TINY = {
     **{"max_trajectories": 6, "max_episodes": 6, "num_envs": 2, "batch_size": 2, "transitions_per_window": 8},
     **{"fit_updates": 3, "updates_per_round": 2, "random_steps": 0, "replay_episodes": 4, "epsilon_start": 0.4},
     **{"epsilon_end": 0.1, "action_noise_start": 0.3, "action_noise_end": 0.05, "eval_freq": 1, "eval_episodes": 2},
-    **{"eval_episodes_between": 1, "horizon": 5, "subgoal_steps": 4, "num_landmarks": 30, "replan_every": 3},
-    **{"p_hard": 0.25, "hard_candidates": 4, "device": "cpu", "seed": 0, "lr": 1e-3},
-    **{"trusted_steps": 200.0, "aim_steps": 5.0, "patience": 4, "wander_steps": 2},  # V knows nothing: trust it far
+    **{"eval_episodes_between": 1, "horizon": 5, "subgoal_steps": 4, "graph_nodes": 400, "replan_every": 3},
+    **{"metric_steps": 5, "metric_updates": 4, "metric_dim": 8, "num_links": 5, "device": "cpu", "seed": 0, "lr": 1e-3},
+    **{"aim_steps": 5.0, "patience": 4, "wander_steps": 2},
 }
 NO_INTERACTION = {"inverse_dynamics_data": "offline", "max_episodes": 0}
 
@@ -47,6 +48,7 @@ NO_INTERACTION = {"inverse_dynamics_data": "offline", "max_episodes": 0}
 def short_episodes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(online_trainer, "max_episode_steps", lambda dataset: STEPS)
+        patch.setattr(online_trainer, "METRIC_PAIRS", 32)
         patch.setattr(
             online_trainer, "make_env", lambda dataset, **more: make_full_env(dataset, max_episode_steps=STEPS, **more)
         )
@@ -144,6 +146,7 @@ def test_metrics_hold_what_the_readme_names(finished):
     assert metrics["env_steps"] == [0, 2 * STEPS, 4 * STEPS, 6 * STEPS]
     for column in ("train_loss", "critic_loss", "v_loss", "state_loss"):
         assert np.isfinite(metrics[column]).all(), column
+    assert np.isfinite(metrics["metric_loss"][0]) and np.isnan(metrics["metric_loss"][1:]).all()  # fitted once
     for column in ("success_rate", "goal_biased_share"):
         assert np.isnan(metrics[column][0]) and all(0 <= value <= 1 for value in metrics[column][1:]), column
     assert np.isfinite(metrics["episode_reward"][1:]).all()
@@ -181,6 +184,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, argume
     assert not torch.equal(first["replay"]["states"], other["replay"]["states"])
     names = differing(first["agent"]["heads"], other["agent"]["heads"])
     assert names == set(tensors(first["agent"]["heads"]))
+    assert differing(first["agent"]["metric"], other["agent"]["metric"]) == set(tensors(first["agent"]["metric"]))
 
 
 def test_how_often_a_run_evaluates_changes_no_training_number(finished, arguments, tmp_path):
@@ -233,24 +237,95 @@ def test_the_best_model_acts_by_itself(arguments, tmp_path):
     run.train()
     run.close()
     state = load_checkpoint(tmp_path / "run/best_model.pth")
-    assert state["dataset"] == DATASET and state["landmarks"].shape == (30, 16)
+    rows = state["node_rows"]
+    assert state["dataset"] == DATASET and torch.equal(state["nodes"], run.data.observations[rows])
+    assert torch.equal(state["node_episode_end"], run.data.episode_end[rows])
     kept = OnlineAgentConfig(**{key: state["config"][key] for key in vars(OnlineAgentConfig())})
     before = state["pretrained"]
     shape = {name: before[name] for name in ("n_layers", "d_state", "d_conv", "expand", "backend")}
     model = OfflineModel(2, before["d_model"], before["hidden_dim"], **shape)
     agent = OnlineAgent(kept, model, 2, before["hidden_dim"], before["discount"])
     agent.load_state_dict(state["agent"])
-    graph, pool = LandmarkGraph(agent, state["landmarks"]), EnvPool(DATASET)
+    graph = StateGraph(agent, agent.encode(state["nodes"]), rows, state["node_episode_end"])
+    pool, generator = EnvPool(DATASET), torch.Generator().manual_seed(run.streams.evaluation_seed)
     played = pool.play(
-        [run.evaluation_seed(0)] * 5, [1, 2, 3, 4, 5], lambda goals: navigator_policy(Navigator(agent, graph, goals))
+        [run.evaluation_seed(0)] * 5,
+        [1, 2, 3, 4, 5],
+        lambda goals: navigator_policy(Navigator(agent, graph, goals, generator)),
     )
     pool.close()
     assert [task for task, _ in run.evaluated] == [1, 2, 3, 4, 5]
     for (_, episode), again in zip(run.evaluated, played, strict=True):
         assert episode.actions.shape == (STEPS, 2) and np.abs(episode.actions).max() > 0
-        assert (episode.subgoals < 30).any()  # not the goal all the time
+        assert (episode.subgoals < len(rows)).any()  # not the goal all the time
+        assert np.array_equal(episode.subgoals, again.subgoals)
         assert np.array_equal(episode.actions, again.actions)
         assert np.array_equal(episode.observations, again.observations)
+
+
+# -- the metric and the graph -----------------------------------------------------------------------------------------
+
+
+def open_run(flags: list[str]) -> OnlineRun:
+    return OnlineRun(parse_config(OnlineTrainerConfig, [*flags, "--no_tensorboard"]))
+
+
+def test_the_metric_is_fitted_once_before_everything_else(arguments, tmp_path, monkeypatch):
+    """On the dataset alone, by metric_updates; what it was then it still is at the end, and so is the graph."""
+    events, seen, fit, update = [], [], OnlineAgent.fit_metric, OnlineAgent.update
+
+    def fitted(agent, draw, updates, total):
+        def drawn():
+            events.append("pairs")
+            return draw()
+
+        loss = fit(agent, drawn, updates, total)
+        seen.append({name: value.clone() for name, value in agent.metric.state_dict().items()})
+        assert total == 4
+        return loss
+
+    monkeypatch.setattr(OnlineAgent, "fit_metric", fitted)
+    monkeypatch.setattr(OnlineAgent, "update", lambda *most: events.append("update") or update(*most))
+    monkeypatch.setattr(online_trainer, "StateGraph", lambda *most: events.append("graph") or StateGraph(*most))
+    drawn, asked = online_trainer.sample_pairs, []
+    monkeypatch.setattr(online_trainer, "sample_pairs", lambda *most: asked.append(most) or drawn(*most))
+    run = open_run(arguments(tmp_path / "run"))
+    run.train()
+    run.close()
+    assert events == ["pairs"] * (4 + 20) + ["update"] * 3 + ["graph"] + ["update"] * 2 * 3
+    for source, *rest in asked:
+        assert source is run.codes and rest == [5, online_trainer.METRIC_PAIRS, run.streams.sampling]
+    assert len(seen) == 1 and differing(seen[0], last(tmp_path / "run")["agent"]["metric"]) == set()
+    assert torch.equal(run.graph.points, run.agent.embed(run.codes.states[run.node_rows]))
+
+
+def test_nodes_are_evenly_spaced_and_no_more_than_asked_for(arguments, tmp_path):
+    count = 6 * 201
+    for graph_nodes, stride in ((2, count // 2), (400, 4), (count - 1, 2), (count, 1), (10**6, 1)):
+        run = open_run(arguments(tmp_path / str(graph_nodes), graph_nodes=graph_nodes))
+        run.close()
+        assert len(run.codes.states) == count
+        assert run.node_rows.tolist() == list(range(0, count, stride))
+
+
+def test_as_many_trajectories_as_the_pretraining_unless_told_otherwise(arguments, tmp_path):
+    for given, expected in (({}, 6), ({"max_trajectories": "null"}, 7)):
+        run = open_run(arguments(tmp_path / str(expected), **given))
+        run.close()
+        assert len(run.data.episode_end.unique()) == expected
+
+
+def test_what_depends_on_the_robot_is_filled_in():
+    numbers = ("subgoal_steps", "metric_steps", "metric_updates", "fit_updates")
+    for dataset, expected in (
+        ("pointmaze-large-navigate-v0", (10, 10, 1500, 1500)),
+        ("antmaze-medium-navigate-v0", (25, 25, 3000, 4000)),
+        ("humanoidmaze-medium-navigate-v0", (25, 25, 3000, 4000)),
+    ):
+        config = online_trainer.resolve(OnlineTrainerConfig(dataset=dataset))
+        assert tuple(getattr(config, name) for name in numbers) == expected
+        config = online_trainer.resolve(OnlineTrainerConfig(dataset=dataset, metric_steps=3))
+        assert config.metric_steps == 3 and config.subgoal_steps == expected[0]
 
 
 # -- whose actions ----------------------------------------------------------------------------------------------------
@@ -501,6 +576,7 @@ def faulty(state: dict) -> dict[str, dict]:
         "no std": changed(lambda copy: copy["agent"]["target"].pop("encoder.std")),
         "no head": changed(lambda copy: copy["agent"]["target"].pop("v.net.0.weight")),
         "no discount": changed(lambda copy: copy["config"].pop("discount")),
+        "no number of trajectories": changed(lambda copy: copy["config"].pop("max_trajectories")),
         "no config": changed(lambda copy: copy.pop("config")),
         "no agent": changed(lambda copy: copy.pop("agent")),
         "other widths": changed(lambda copy: copy["config"].update(hidden_dim=32)),
@@ -537,6 +613,11 @@ def test_an_online_checkpoint_is_no_pretrained_model(finished, arguments, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_metric_that_diverges_stops_the_run(arguments, tmp_path, capsys):
+    line = exits(capsys, *arguments(tmp_path / "run", metric_lr=1e9))
+    assert "--metric_lr" in line and not (tmp_path / "run" / "best_model.pth").exists()
+
+
 def test_a_finished_run_says_so_and_stops(finished, arguments, capsys):
     before = digest(finished / "checkpoints/last.pth")
     with pytest.raises(SystemExit) as stop:
@@ -560,6 +641,10 @@ def test_what_cannot_be_resumed_is_refused(finished, arguments, tmp_path, capsys
     save_checkpoint(run / "checkpoints/last.pth", state)
     line = exits(capsys, *arguments(run, "--resume"))
     assert str(run / "checkpoints/last.pth") in line and "--run_dir" in line
+    state = last(finished)
+    state["agent"].pop("metric")  # as runs before there was one left it
+    save_checkpoint(run / "checkpoints/last.pth", state)
+    assert "metric" in exits(capsys, *arguments(run, "--resume"))
     (run / "checkpoints/last.pth").write_bytes(b"not a checkpoint")
     assert str(run / "checkpoints/last.pth") in exits(capsys, *arguments(run, "--resume"))
     assert digest(run / "best_model.pth") == digest(finished / "best_model.pth")
