@@ -17,7 +17,8 @@ Deviations from the original OPSO code, each with its reason (docs/opso.md has t
 - The graph's links are short by a metric that InfoNCE trains on states a few steps apart. V is vague there: it takes
   states on both sides of a corner for near.
 - The proposer is fitted by advantage-weighted regression to codes subgoal_steps ahead (HIQL; Park et al., 2023), and
-  the inverse dynamics by a capped exp(advantage) of its step towards z'. Advantages are counted in steps saved.
+  the inverse dynamics by a capped exp(advantage) of its step towards z', which `action_temperature` 0, the default,
+  turns off. Advantages are counted in steps saved.
 - Targets of Q and V span many steps, as offline.
 """
 
@@ -225,12 +226,12 @@ class OnlineAgent:
 
     # -- update ---------------------------------------------------------------------------------------------------
 
-    def update(self, batch: dict[str, Tensor], lr_scale: float = 1.0) -> dict[str, Tensor]:
+    def update(self, batch: dict[str, Tensor], lr_scale: float = 1.0, actions_known: bool = True) -> dict[str, Tensor]:
         """One optimizer step on a batch of codes, then the EMA targets. Returns 0-d tensors, without a host sync.
 
         batch: z, z_next, z_before, z_ahead, z_sub, z_far, z_goal [n, d_model] (z_{t+n-1}, z_{t+n}, the codes the
         inverse dynamics and the proposer aim at), features x, x_sub, x_goal [n, d_model + D], actions [n, A], acted [n]
-        0/1 where the action is known, steps_to_goal, n, far_steps [n] int64.
+        0/1 where the action is known, steps_to_goal, n, far_steps [n] int64. actions_known says whether any is.
         """
         for group in self.optimizer.param_groups:
             group["lr"].fill_(self.config.lr * lr_scale)
@@ -239,8 +240,9 @@ class OnlineAgent:
             "critic": self.critic_loss(batch),
             "v": self.v_loss(batch),
             "state": self.state_loss(batch),
-            "train": self.action_loss(batch),
         }
+        if actions_known:  # else Adam would count steps without a gradient, and begin several times too fast
+            terms["train"] = self.action_loss(batch)
         # No weights: the four losses share no parameter, as the encoder is frozen, and Adam ignores their scales.
         sum(loss for loss, _ in terms.values()).backward()
         self.optimizer.step()
@@ -287,8 +289,8 @@ class StateGraph:
     """Dataset states, joined along their trajectories and by links to the nearest states of the others.
 
     A trajectory's edge costs the steps it took. A link of x steps by the metric costs link_cost + x (1 + x /
-    trusted_steps), in both directions, so that a chain of short links is preferred to a long one: where no trajectory
-    passes, as through a wall, there is none.
+    trusted_steps), in both directions, so that a chain of short links is preferred to a long one. Through a wall only
+    long links lead, since no trajectory passes there.
 
     Args:
         agent: whose metric measures the links.
@@ -324,7 +326,7 @@ class StateGraph:
         there, cost = [], []
         for start in range(0, len(self), block):
             steps = self.agent.metric_steps(self.points[start : start + block], self.points)
-            steps[torch.arange(len(steps)), start + torch.arange(len(steps))] = math.inf
+            steps.diagonal(start).fill_(math.inf)
             near = steps.topk(count, largest=False)
             there.append(near.indices)
             cost.append(self.link_cost(near.values))

@@ -12,6 +12,8 @@ import contextlib
 import functools
 import math
 import os
+import shlex
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,7 +74,7 @@ class OnlineTrainerConfig(OnlineAgentConfig):
     metric_updates: int | None = None  # of 512 pairs each, before everything else; default 1500, or 3000
     fit_updates: int | None = None  # updates on the dataset before the first episode; default 1500, or 4000
     updates_per_round: int = 250  # updates after each round of episodes
-    random_steps: int = 2000  # first environment steps, of uniformly random actions (online regime)
+    random_steps: int = 2000  # rounds that begin before so many environment steps act at random (online regime)
     replay_episodes: int = 200  # own episodes kept
     epsilon_start: float = 0.30  # probability of exploring straight towards the goal, in the first round
     epsilon_end: float = 0.05  # and in the last
@@ -158,9 +160,9 @@ def resolve(config: OnlineTrainerConfig) -> OnlineTrainerConfig:
 def offline_command(config: OnlineTrainerConfig) -> str:
     """The command that makes the pretrained model this run asks for."""
     flags = [f" --dataset {config.dataset}"] if config.dataset != OnlineTrainerConfig.dataset else []
-    flags += [f" --dataset_dir {config.dataset_dir}"] if config.dataset_dir else []
+    flags += [f" --dataset_dir {shlex.quote(config.dataset_dir)}"] if config.dataset_dir else []
     flags += [f" --seed {config.seed}"] if config.seed else []
-    flags += [f" --run_dir {config.offline_run_dir}"] if config.offline_run_dir else []
+    flags += [f" --run_dir {shlex.quote(config.offline_run_dir)}"] if config.offline_run_dir else []
     return "python offline_trainer.py" + "".join(flags)
 
 
@@ -181,7 +183,8 @@ def load_pretrained(config: OnlineTrainerConfig) -> tuple[OfflineModel, dict[str
     try:
         weights = state["agent"]["target"] if config.offline_checkpoint == "last" else state["target"]
         settings = state["config"]
-        shape = {name: settings[name] for name in ("n_layers", "d_state", "d_conv", "expand", "backend")}
+        # The weights are the same for every backend; the one that fits this machine is taken.
+        shape = {name: settings[name] for name in ("n_layers", "d_state", "d_conv", "expand")}
         model = OfflineModel(state["observation_dim"], settings["d_model"], settings["hidden_dim"], **shape)
         absent = [f"encoder.{name}" for name in ("mean", "std") if f"encoder.{name}" not in weights]
         if absent:
@@ -191,6 +194,10 @@ def load_pretrained(config: OnlineTrainerConfig) -> tuple[OfflineModel, dict[str
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a model of offline_trainer.py ({reason}); {remedy}") from None
+    if not 0 < settings["discount"] < 1:
+        raise UserError(f"{path}: pretrained with --discount {settings['discount']}, which counts no steps; {remedy}")
+    if not (folder / "finished.json").exists():
+        print(f"{folder}: this pretraining is not finished; what it has learned so far is used", file=sys.stderr)
     return model, settings
 
 
@@ -333,14 +340,15 @@ class OnlineRun:
 
     def __init__(self, config: OnlineTrainerConfig):
         check(config)
-        config = self.config = resolve(config)
+        config = resolve(config)
         self.device = resolve_device(config.device)
         self.model, self.pretrained = load_pretrained(config)
+        trajectories = config.max_trajectories or self.pretrained["max_trajectories"]
+        config = self.config = replace(config, max_trajectories=trajectories)
         stem = Path("logs") / "online" / config.dataset / config.inverse_dynamics_data / f"seed_{config.seed}"
         self.run_dir = Path(config.run_dir or stem)
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
         make_dataset.generate_if_missing(config.dataset, config.dataset_dir)
-        trajectories = config.max_trajectories or self.pretrained["max_trajectories"]
         self.data = TrajectoryDataset.load(config.dataset, "train", config.dataset_dir, trajectories, self.device)
         takes, has = self.model.encoder.observation_dim, self.data.observation_dim
         if takes != has:
@@ -369,6 +377,12 @@ class OnlineRun:
             )
         self.codes = CodeSet.from_dataset(self.data, self.agent)
         stride = math.ceil(len(self.codes.states) / config.graph_nodes)
+        if stride > config.aim_steps:
+            print(
+                f"{stride} steps lie between two nodes of the graph, more than --aim_steps {config.aim_steps:g}: give "
+                "more --graph_nodes or fewer --max_trajectories",
+                file=sys.stderr,
+            )
         self.node_rows = torch.arange(0, len(self.codes.states), stride, device=self.device)
         self.limit = max_episode_steps(config.dataset)
         self.replay = EpisodeReplay(
@@ -415,8 +429,12 @@ class OnlineRun:
                 parts.append(sample_batch(self.replay, self.agent, count, True, self.streams.sampling))
             batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             scale = 0.55 + 0.45 * math.cos(math.pi * number / updates) if anneal else 1.0
-            infos.append(self.agent.update(batch, scale))
-        return mean_of(infos) if infos else {}
+            infos.append(self.agent.update(batch, scale, actions_known=offline or len(self.replay) > 0))
+        means = mean_of(infos) if infos else {}
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise UserError(f"{self.run_dir}: {name} is {value} after {self.episodes} episodes; lower --lr")
+        return means
 
     def share(self) -> float:
         """How much of the run is behind, 0 in the first round and 1 in the last."""
@@ -504,8 +522,8 @@ class OnlineRun:
     def evaluate(self, episodes: int) -> dict[str, float]:
         """Success of `episodes` episodes of each task, without exploration or noise; keeps them for the pictures.
 
-        The same episodes every time: resets depend on the seed, the task and the episode's number alone, and what is
-        random in acting (wandering where the agent is stuck) on the seed.
+        The same episodes every time: resets depend on the seed, the task and the episode's number alone. Wandering,
+        where the agent is stuck, draws from one generator of that seed, in the order in which episodes need it.
         """
         generator = torch.Generator().manual_seed(self.streams.evaluation_seed)
         jobs = [(task, number) for number in range(episodes) for task in range(1, NUM_TASKS + 1)]
@@ -534,9 +552,6 @@ class OnlineRun:
         config = self.config
         last = self.episodes >= config.max_episodes
         self.evaluation = self.evaluate(config.eval_episodes if last else config.eval_episodes_between)
-        loss = metrics.get("train_loss", 0.0)
-        if not math.isfinite(loss):
-            raise UserError(f"{self.run_dir}: the loss is {loss} after {self.episodes} episodes; lower --lr")
         self.logger.log(self.episodes, metrics | self.evaluation)
         success = self.evaluation["eval/success_rate"]
         if success > self.best_success:
@@ -550,6 +565,7 @@ class OnlineRun:
             "replay": self.replay.state_dict(),
             "streams": self.streams.state_dict(),
             "acting": self.acting.get_state(),
+            "nodes": self.data.observations[self.node_rows],
             "dataset": config.dataset,
         }
         save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state)
@@ -573,6 +589,11 @@ class OnlineRun:
         """Continue from a checkpoint; UserError where it is another model's."""
         state = load_checkpoint(path, self.device)
         try:
+            own, stored = self.agent.encoder.state_dict(), state["agent"]["encoder"]
+            if any(not torch.equal(own[name], stored[name]) for name in own):
+                raise UserError(f"{path}: began from another pretrained model; give its --offline_run_dir")
+            if not torch.equal(state["nodes"], self.data.observations[self.node_rows]):
+                raise UserError(f"{path}: began on other data; give its --dataset_dir, or another --run_dir")
             self.agent.load_state_dict(state["agent"])
             self.replay.load_state_dict(state["replay"])
             self.streams.load_state_dict(state["streams"])

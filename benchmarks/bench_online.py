@@ -5,8 +5,8 @@
 
 Both act with the same networks and the same graph of states, in OGBench's antmaze-medium, which is simulated by both
 and counts in the second pair of figures; once by search, once by the proposer. The peer encodes each environment's
-last `context_length` states at every step. The networks are untrained: what an action does to the time is nothing. The
-two take turns; medians are printed.
+last `context_length` states at every step. The networks are untrained and the nodes random; distances are scaled so
+that every goal is far and the search has ways to find and to bar. The two take turns; medians are printed.
 """
 
 import sys
@@ -25,6 +25,7 @@ from online_agent import Navigator, OnlineAgent, OnlineAgentConfig, StateGraph
 from utils import check_counts, parse_config, run_cli
 
 DATASET = "antmaze-medium-navigate-v0"
+FAR = 300.0  # steps that a squared distance of the untrained metric counts as
 
 
 @dataclass
@@ -48,8 +49,9 @@ class WindowNavigator(Navigator):
         for env, observation in zip(live, observations, strict=True):
             self.past[env].append(observation)
         windows = np.stack([np.stack(self.past[env][-self.length :]) for env in live])
-        states = super().features(observations, live)[:, self.agent.code_dim :]
-        return torch.cat([self.agent.encoder(torch.as_tensor(windows, dtype=torch.float32))[:, -1], states], -1)
+        encoder = self.agent.encoder
+        states = (torch.as_tensor(np.asarray(observations, np.float32)) - encoder.mean) / encoder.std
+        return torch.cat([encoder(torch.as_tensor(windows, dtype=torch.float32))[:, -1], states], -1)
 
 
 def turn(navigator: Navigator, envs: list, steps: int) -> tuple[float, float]:
@@ -89,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     envs = [make_env(DATASET) for _ in range(config.num_envs)]
     dim, actions = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
     agent = OnlineAgent(OnlineAgentConfig(), OfflineModel(dim), actions, hidden_dim=256, discount=0.99)
+    agent.metric.steps_per_square.fill_(FAR)
     rows = torch.arange(config.graph_nodes)
     graph = StateGraph(agent, agent.encode(torch.randn(len(rows), dim)), rows, rows // 1001 * 1001 + 1000)
     for acting in ("search", "proposer"):

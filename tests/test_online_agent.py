@@ -247,6 +247,19 @@ def test_every_head_learns_and_the_targets_follow_by_tau():
     assert all(torch.equal(value, heads[name]) for name, value in agent.heads.state_dict().items())
 
 
+def test_an_inverse_dynamics_without_actions_stays_new():
+    """Updates without actions leave it and its optimizer state alone, so that its first step is Adam's first step."""
+    agent = make_agent()
+    before = copy.deepcopy(agent.heads["inverse_dynamics"].state_dict())
+    info = agent.update(make_batch(agent, acted=False), actions_known=False)
+    assert "train_loss" not in info and "critic_loss" in info
+    after = agent.heads["inverse_dynamics"].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(p in agent.optimizer.state for p in agent.heads["inverse_dynamics"].parameters())
+    assert "train_loss" in agent.update(make_batch(agent))
+    assert all(p in agent.optimizer.state for p in agent.heads["inverse_dynamics"].parameters())
+
+
 def test_no_gradient_through_targets():
     agent = make_agent()
     agent.update(make_batch(agent))

@@ -144,8 +144,9 @@ def test_metrics_hold_what_the_readme_names(finished):
     metrics = read_metrics(finished)
     assert metrics["step"] == [0, 2, 4, 6]
     assert metrics["env_steps"] == [0, 2 * STEPS, 4 * STEPS, 6 * STEPS]
-    for column in ("train_loss", "critic_loss", "v_loss", "state_loss"):
+    for column in ("critic_loss", "v_loss", "state_loss"):
         assert np.isfinite(metrics[column]).all(), column
+    assert np.isfinite(metrics["train_loss"]).tolist() == [False, True, True, True]  # no action is known before
     assert np.isfinite(metrics["metric_loss"][0]) and np.isnan(metrics["metric_loss"][1:]).all()  # fitted once
     for column in ("success_rate", "goal_biased_share"):
         assert np.isnan(metrics[column][0]) and all(0 <= value <= 1 for value in metrics[column][1:]), column
@@ -285,7 +286,7 @@ def test_the_metric_is_fitted_once_before_everything_else(arguments, tmp_path, m
         return loss
 
     monkeypatch.setattr(OnlineAgent, "fit_metric", fitted)
-    monkeypatch.setattr(OnlineAgent, "update", lambda *most: events.append("update") or update(*most))
+    monkeypatch.setattr(OnlineAgent, "update", lambda *most, **more: events.append("update") or update(*most, **more))
     monkeypatch.setattr(online_trainer, "StateGraph", lambda *most: events.append("graph") or StateGraph(*most))
     drawn, asked = online_trainer.sample_pairs, []
     monkeypatch.setattr(online_trainer, "sample_pairs", lambda *most: asked.append(most) or drawn(*most))
@@ -611,6 +612,38 @@ def test_an_online_checkpoint_is_no_pretrained_model(finished, arguments, tmp_pa
         line = exits(capsys, *arguments(tmp_path / "run", offline_run_dir=finished, offline_checkpoint=kind))
         assert "not a model of offline_trainer.py" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_from_another_pretrained_model(arguments, finished, pretrained, tmp_path, capsys):
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(finished, run)
+    (run / "finished.json").unlink()
+    shutil.copytree(pretrained, other)
+    path = other / "checkpoints" / "last.pth"
+    state = load_checkpoint(path)
+    for weights in state["agent"]["target"].values():
+        weights.mul_(1.5)
+    save_checkpoint(path, state)
+    line = exits(capsys, *arguments(run, "--resume", offline_run_dir=str(other)))
+    assert "another pretrained model" in line and "--offline_run_dir" in line
+    state = last(run)
+    state["nodes"] += 1
+    save_checkpoint(run / "checkpoints/last.pth", state)
+    assert "other data" in exits(capsys, *arguments(run, "--resume"))
+
+
+def test_any_loss_that_is_no_number_stops_the_run(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(OnlineAgent, "state_loss", lambda self, batch: (batch["z"].sum() * float("nan"), {}))
+    line = exits(capsys, *arguments(tmp_path / "run"))
+    assert "state_loss is nan" in line and not (tmp_path / "run" / "best_model.pth").exists()
+
+
+def test_a_pretraining_that_goes_on_is_said(arguments, pretrained, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(pretrained, other)
+    (other / "finished.json").unlink()
+    open_run(arguments(tmp_path / "run", offline_run_dir=str(other))).close()
+    assert "not finished" in capsys.readouterr().err
 
 
 def test_a_metric_that_diverges_stops_the_run(arguments, tmp_path, capsys):
