@@ -23,6 +23,7 @@ from utils import (
     MetricLogger,
     RandomStreams,
     UserError,
+    check_run,
     hold_run,
     load_checkpoint,
     mark_finished,
@@ -172,12 +173,12 @@ class OfflineRun:
         check(config)
         self.config = config
         self.device = resolve_device(config.device)
-        stem = Path("logs") / "offline" / config.dataset / f"seed_{config.seed}"
-        self.run_dir = Path(config.run_dir or stem)
-        self.train_data, self.val_data = open_dataset(config, self.device)
-        self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
+        self.run_dir = default_run_dir(config)
         # With decay the learning rate depends on the run's length, so that cannot change on the way.
         may_change = MAY_CHANGE_ON_RESUME - ({"num_epochs"} if config.lr_decay else set())
+        check_run(self.run_dir, config, config.resume, may_change)  # before the data is made or loaded
+        self.train_data, self.val_data = open_dataset(config, self.device)
+        self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
         try:
             self.resources.enter_context(hold_run(self.run_dir))
             self.open(prepare_run(self.run_dir, config, config.resume, may_change=may_change))
@@ -327,6 +328,11 @@ class OfflineRun:
         }
 
 
+def default_run_dir(config: OfflineTrainerConfig) -> Path:
+    """The directory that the settings name, or the usual one."""
+    return Path(config.run_dir or Path("logs") / "offline" / config.dataset / f"seed_{config.seed}")
+
+
 def check(config: OfflineTrainerConfig) -> None:
     """One line for a setting that cannot work, before anything is made or loaded."""
     parse_dataset_id(config.dataset)
@@ -347,13 +353,13 @@ def check(config: OfflineTrainerConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(OfflineTrainerConfig, argv, __doc__)
+    config = parse_config(OfflineTrainerConfig, argv, __doc__, default_run_dir=default_run_dir)
     run = OfflineRun(config)
     with contextlib.closing(run):
         metrics = run.train()
         run.plot()
     summary = {key: metrics[key] for key in ("value_distance_spearman", "code_std", "code_rank", "val_loss")}
-    mark_finished(run.run_dir, {"dataset": config.dataset, "updates": run.agent.step, **summary})
+    mark_finished(run.run_dir, {**summary, "updates": run.agent.step, "dataset": config.dataset})
     print(f"{config.dataset}, seed {config.seed}, update {run.agent.step}, last checkpoint:")
     for name, value in summary.items():
         print(f"  {name}: {value:.3f}")

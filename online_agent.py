@@ -24,7 +24,7 @@ Deviations from the original OPSO code, each with its reason (docs/opso.md has t
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,9 +118,11 @@ class OnlineAgent:
         In blocks that bound the memory.
         """
         flat = observations.reshape(-1, observations.shape[-1])
-        states = (flat - self.encoder.mean) / self.encoder.std
-        codes = torch.cat([self.encoder.encode_goal(part) for part in flat.split(block)])
-        return torch.cat([codes, states], dim=-1).view(*observations.shape[:-1], -1)
+        features = flat.new_empty(len(flat), self.code_dim + flat.shape[-1])
+        for part, into in zip(flat.split(block), features.split(block), strict=True):
+            into[:, : self.code_dim] = self.encoder.encode_goal(part)
+            into[:, self.code_dim :] = (part - self.encoder.mean) / self.encoder.std
+        return features.view(*observations.shape[:-1], -1)
 
     def code(self, features: Tensor) -> Tensor:
         """The code in features: [..., d_model + D] -> [..., d_model]."""
@@ -197,7 +199,9 @@ class OnlineAgent:
 
     def state_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """Advantage-weighted regression of next_state(z, z_g) to the code subgoal_steps ahead, or the goal before."""
-        saved = self.steps_between(batch["z"], batch["z_goal"]) - self.steps_between(batch["z_far"], batch["z_goal"])
+        left = self.steps_between(batch["z_far"], batch["z_goal"])
+        left = torch.where(batch["far_steps"] == batch["steps_to_goal"], 0.0, left)  # it is the goal
+        saved = self.steps_between(batch["z"], batch["z_goal"]) - left
         weight = self.weight(saved - batch["far_steps"], self.config.state_temperature)
         proposal = self.heads["next_state"](batch["z"], batch["z_goal"])
         error = (proposal - batch["z_far"]).square().mean(-1)
@@ -205,13 +209,22 @@ class OnlineAgent:
 
     def action_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """Squared error of the inverse dynamics where the action is known, weighted by the step's advantage to z'."""
-        saved = self.steps_between(batch["z"], batch["z_sub"]) - self.steps_between(batch["z_next"], batch["z_sub"])
-        weight = self.weight(saved - 1, self.config.action_temperature) * batch["acted"]
+        weight = self.action_weight(batch) * batch["acted"]
         action = self.heads["inverse_dynamics"](batch["x"], batch["x_sub"], batch["x_goal"])
         error = (action - batch["actions"]).square().mean(-1)
         known = batch["acted"].sum().clamp(min=1)
         info = {"action_error": (error * batch["acted"]).sum() / known, "action_weight": weight.sum() / known}
         return (weight * error).sum() / known, info
+
+    @torch.no_grad()
+    def action_weight(self, batch: dict[str, Tensor]) -> Tensor:
+        """Weight [n] of each action: by the steps towards z' that it saves, beyond the one it takes."""
+        if self.config.action_temperature == 0:
+            return torch.ones_like(batch["acted"])
+        left = self.steps_between(batch["z_next"], batch["z_sub"])
+        left = torch.where(batch["sub_steps"] == 1, 0.0, left)  # it is z'
+        saved = self.steps_between(batch["z"], batch["z_sub"]) - left
+        return self.weight(saved - 1, self.config.action_temperature)
 
     @torch.no_grad()
     def weight(self, advantage: Tensor, temperature: float) -> Tensor:
@@ -220,9 +233,9 @@ class OnlineAgent:
 
     @torch.no_grad()
     def steps_between(self, z: Tensor, z_goal: Tensor) -> Tensor:
-        """Steps from z to z_goal by V: log V / log discount. [..., d_model] twice -> [...], in steps."""
+        """Steps from z to z_goal by V: V = discount^(k-1) where k remain. [..., d_model] twice -> [...], at least 1."""
         value = self.target["v"](z, z_goal).clamp(LEAST_VALUE, 1)
-        return value.log() / math.log(self.discount)
+        return 1 + value.log() / math.log(self.discount)
 
     # -- update ---------------------------------------------------------------------------------------------------
 
@@ -231,7 +244,8 @@ class OnlineAgent:
 
         batch: z, z_next, z_before, z_ahead, z_sub, z_far, z_goal [n, d_model] (z_{t+n-1}, z_{t+n}, the codes the
         inverse dynamics and the proposer aim at), features x, x_sub, x_goal [n, d_model + D], actions [n, A], acted [n]
-        0/1 where the action is known, steps_to_goal, n, far_steps [n] int64. actions_known says whether any is.
+        0/1 where the action is known, steps_to_goal, n, sub_steps, far_steps [n] int64. actions_known says whether any
+        action is.
         """
         for group in self.optimizer.param_groups:
             group["lr"].fill_(self.config.lr * lr_scale)
@@ -266,21 +280,22 @@ class OnlineAgent:
 
     def state_dict(self) -> dict:
         """Everything the next update depends on; the encoder too, so that the file acts by itself."""
-        return {
-            "encoder": self.encoder.state_dict(),
-            "heads": self.heads.state_dict(),
-            "target": self.target.state_dict(),
-            "metric": self.metric.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-        }
+        state = {"target": self.target.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        return self.policy_state_dict() | state
+
+    def policy_state_dict(self) -> dict:
+        """What acting needs, and no more."""
+        return {name: getattr(self, name).state_dict() for name in ("encoder", "heads", "metric")}
+
+    def load_policy_state_dict(self, state: dict) -> None:
+        """Raises KeyError or RuntimeError where the state is another model's."""
+        for name in ("encoder", "heads", "metric"):
+            getattr(self, name).load_state_dict(state[name])
 
     def load_state_dict(self, state: dict) -> None:
         """Raises KeyError or RuntimeError where the state is another model's."""
-        self.encoder.load_state_dict(state["encoder"])
-        self.heads.load_state_dict(state["heads"])
+        self.load_policy_state_dict(state)
         self.target.load_state_dict(state["target"])
-        self.metric.load_state_dict(state["metric"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
 
@@ -322,23 +337,23 @@ class StateGraph:
 
     def _nearest(self, block: int = 512) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Links from each node to the num_links nearest others: from, to, cost."""
-        count = min(self.agent.config.num_links, len(self) - 1)
         there, cost = [], []
         for start in range(0, len(self), block):
             steps = self.agent.metric_steps(self.points[start : start + block], self.points)
             steps.diagonal(start).fill_(math.inf)
-            near = steps.topk(count, largest=False)
-            there.append(near.indices)
-            cost.append(self.link_cost(near.values))
-        here = np.repeat(np.arange(len(self)), count)
-        return here, torch.cat(there).flatten().cpu().numpy(), torch.cat(cost).flatten().double().cpu().numpy()
+            near, price = self._cheapest(steps, len(self) - 1)
+            there.append(near)
+            cost.append(price)
+        here = np.repeat(np.arange(len(self)), there[0].shape[1])
+        return here, np.concatenate(there).ravel(), np.concatenate(cost).ravel()
 
-    def links(self, points: Tensor) -> np.ndarray:
-        """Cost of the links between points [m, metric_dim] and the nodes: [m, n], inf but for the num_links nearest."""
-        steps = self.agent.metric_steps(points, self.points)
-        near = steps.topk(min(self.agent.config.num_links, len(self)), largest=False)
-        cost = torch.full_like(steps, math.inf).scatter_(1, near.indices, self.link_cost(near.values))
-        return cost.double().cpu().numpy()
+    def links(self, points: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Links between points [m, metric_dim] and their nearest nodes: nodes [m, L] int and their costs [m, L]."""
+        return self._cheapest(self.agent.metric_steps(points, self.points), len(self))
+
+    def _cheapest(self, steps: Tensor, most: int) -> tuple[np.ndarray, np.ndarray]:
+        near = steps.topk(min(self.agent.config.num_links, most), largest=False)
+        return near.indices.cpu().numpy(), self.link_cost(near.values).double().cpu().numpy()
 
     def ends(self, point: Tensor, node: int) -> tuple[np.ndarray, np.ndarray]:
         """Nodes within bar_steps of a point and of a node, each counted to the nearer one: [n] bool twice."""
@@ -351,16 +366,18 @@ class StateGraph:
         """The node whose code is nearest to each code [m, d_model]: [m] int."""
         return torch.cdist(codes, self.agent.code(self.features)).argmin(1).cpu().numpy()
 
-    def routes(self, to_goal: np.ndarray, barred: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    def routes(
+        self, last: np.ndarray, last_cost: np.ndarray, barred: Sequence[tuple[np.ndarray, np.ndarray]] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Shortest ways of all nodes to one goal.
 
-        to_goal: [n] cost of the link from each node to the goal, inf where there is none; barred: pairs of [n] bool,
-        no edge from the first set to the second is taken. Returns the steps [n], inf where no way leads, and the next
+        last, last_cost: [L] the nodes linked to the goal and the costs of these links; barred: pairs of [n] bool, no
+        edge from the first set to the second is taken. Returns the steps [n], inf where no way leads, and the next
         node on it [n]: n for the goal, or a negative number.
         """
-        n, last = len(self), np.flatnonzero(np.isfinite(to_goal))
+        n = len(self)
         here, there = np.append(self.here, last), np.append(self.there, np.full(len(last), n))
-        cost = np.append(self.cost, to_goal[last])
+        cost = np.append(self.cost, last_cost)
         keep = np.ones(len(cost), dtype=bool)
         for start, end in barred:
             keep &= ~(np.append(start, False)[here] & np.append(end, False)[there])
@@ -376,7 +393,7 @@ class Navigator:
         agent: the networks.
         graph: the dataset's states.
         goals: [E, D] observations of the goals.
-        generator: of all that is random here, on the CPU.
+        seeds: [E] of all that is random here, one for each environment, so that none depends on the others.
         epsilon: probability, at each choice of z', of exploring straight towards the goal:
             z' = z + a (z_g - z), a uniform in [0.2, 1].
         action_noise: standard deviation of the Gaussian noise on actions.
@@ -387,11 +404,12 @@ class Navigator:
         agent: OnlineAgent,
         graph: StateGraph,
         goals: np.ndarray,
-        generator: torch.Generator,
+        seeds: Sequence[int],
         epsilon: float = 0.0,
         action_noise: float = 0.0,
     ):
-        self.agent, self.graph, self.generator = agent, graph, generator
+        self.agent, self.graph = agent, graph
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.epsilon, self.action_noise = epsilon, action_noise
         self.goals = agent.encode(torch.as_tensor(np.asarray(goals, np.float32), device=agent.device))
         count = len(self.goals)
@@ -405,9 +423,9 @@ class Navigator:
             self.wandering = np.zeros(count, dtype=int)  # steps left of the random action
             self.wander_actions = torch.zeros(count, agent.action_dim)
             self.goal_points = agent.embed(self.goals)
-            self.to_goal = graph.links(self.goal_points)  # [E, n]
+            self.last = list(zip(*graph.links(self.goal_points), strict=True))  # nodes linked to the goals, and costs
             self.barred: list[list] = [[] for _ in range(count)]  # ways that led nowhere: nodes here, and there
-            self.routes = [graph.routes(to_goal, []) for to_goal in self.to_goal]
+            self.routes = [graph.routes(*last) for last in self.last]
 
     @torch.no_grad()
     def act(self, observations: np.ndarray, live: np.ndarray) -> np.ndarray:
@@ -418,7 +436,9 @@ class Navigator:
         self.clock += 1
         actions = agent.act(x, self.subgoals[live], self.goals[live]).cpu()
         if self.action_noise > 0:
-            actions = actions + self.action_noise * torch.randn(actions.shape, generator=self.generator)
+            size = agent.action_dim
+            noise = [torch.randn(size, generator=self.generators[env]) for env in live]
+            actions = actions + self.action_noise * torch.stack(noise)
         if agent.config.acting == "search":
             lost = self.wandering[live] > 0
             actions[torch.from_numpy(lost)] = self.wander_actions[live[lost]]
@@ -437,10 +457,10 @@ class Navigator:
         """Choose z' anew for the environments `live`, whose states have features x [m, d_model + D]."""
         if self.agent.config.acting == "search":
             points = self.agent.embed(x)
-            to_nodes = self.graph.links(points)
+            nodes, costs = self.graph.links(points)
             to_goal = self.agent.metric_steps(points, self.goal_points).cpu().numpy()
             for row, env in enumerate(live):
-                self._follow(env, points[row], to_nodes[row], float(to_goal[row, env]))
+                self._follow(env, points[row], nodes[row], costs[row], float(to_goal[row, env]))
         else:
             proposal = self.agent.propose(self.agent.code(x), self.agent.code(self.goals[live]))
             self.chosen[live] = self.graph.nearest_codes(proposal)
@@ -449,31 +469,34 @@ class Navigator:
         self.subgoals[live[own]] = self.graph.features[self.chosen[live[own]]]
         self.choices += len(live)
         if self.epsilon > 0:
-            explore, share = torch.rand(2, len(live), generator=self.generator).to(self.agent.device)
+            draws = torch.stack([torch.rand(2, generator=self.generators[env]) for env in live])
+            explore, share = draws.T.to(self.agent.device)
             ahead = x + (0.2 + 0.8 * share).unsqueeze(-1) * (self.goals[live] - x)
             explores = (explore < self.epsilon).unsqueeze(-1)
             self.subgoals[live] = torch.where(explores, ahead, self.subgoals[live])
             self.explorations += int(explores.sum())
 
-    def _follow(self, env: int, point: Tensor, to_nodes: np.ndarray, to_goal: float) -> None:
-        """Choose one environment's z': the goal if it is near, else the node `aim_steps` ahead on the shortest way."""
+    def _follow(self, env: int, point: Tensor, nodes: np.ndarray, costs: np.ndarray, to_goal: float) -> None:
+        """Choose one environment's z': the goal if it is near, else the node `aim_steps` ahead on the shortest way.
+
+        nodes, costs: [L] the links of the state it is in.
+        """
         ahead, count = self.agent.config.aim_steps, len(self.graph)
         steps, following = self.routes[env]
-        total = to_nodes + steps
+        total = costs + steps[nodes]
         for here, there in self.barred[env]:
-            if np.isfinite(to_nodes[here]).any():  # it stands where the barred way begins
-                total[there] = np.inf
-        node = int(total.argmin())
-        if self.barred[env] and not np.isfinite(total[node]):  # barred too much: begin anew
+            if here[nodes].any():  # it stands where the barred way begins
+                total[there[nodes]] = np.inf
+        if self.barred[env] and not np.isfinite(total).any():  # barred too much: begin anew
             self.barred[env].clear()
             self.nearest[env] = np.inf
-            steps, following = self.routes[env] = self.graph.routes(self.to_goal[env], [])
-            total = to_nodes + steps
-            node = int(total.argmin())
-        if to_goal <= ahead or not np.isfinite(total[node]):
+            steps, following = self.routes[env] = self.graph.routes(*self.last[env])
+            total = costs + steps[nodes]
+        best = int(total.argmin())
+        if to_goal <= ahead or not np.isfinite(total[best]):
             node, left = count, to_goal
         else:
-            left = total[node]
+            node, left = int(nodes[best]), total[best]
             while node < count and left - steps[node] < ahead:
                 node = int(following[node])
         if left < self.nearest[env] - 1:
@@ -486,7 +509,7 @@ class Navigator:
         """The way from here to `node` led nowhere: bar it for the rest of the episode, and wander a little."""
         self.nearest[env], self.nearest_at[env] = np.inf, self.clock
         self.wandering[env] = self.agent.config.wander_steps
-        self.wander_actions[env] = 2 * torch.rand(self.agent.action_dim, generator=self.generator) - 1
+        self.wander_actions[env] = 2 * torch.rand(self.agent.action_dim, generator=self.generators[env]) - 1
         if node < len(self.graph):
             self.barred[env].append(self.graph.ends(point, node))
-            self.routes[env] = self.graph.routes(self.to_goal[env], self.barred[env])
+            self.routes[env] = self.graph.routes(*self.last[env], self.barred[env])

@@ -6,16 +6,18 @@ config.yaml, metrics.csv, TensorBoard events, best_model.pth (highest success ra
 online_training_curves.png and paths.png.
 
     python online_trainer.py --inverse_dynamics_data offline --max_episodes 0    # the offline-only policy
+    python online_trainer.py --evaluate RUN/best_model.pth    # a saved policy once more
 """
 
 import contextlib
 import functools
+import json
 import math
 import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from utils import (
     MetricLogger,
     RandomStreams,
     UserError,
+    check_run,
     hold_run,
     load_checkpoint,
     mark_finished,
@@ -51,6 +54,7 @@ from utils import (
     resolve_device,
     run_cli,
     save_checkpoint,
+    write_text_atomic,
 )
 from visualize import plot_online_curves, plot_paths
 
@@ -90,6 +94,7 @@ class OnlineTrainerConfig(OnlineAgentConfig):
     tensorboard: bool = True  # write TensorBoard events
     wandb_project: str | None = None  # also log to Weights & Biases (requirements-tracking.txt)
     record_video: bool = False  # write evaluation.mp4, an episode of each task (needs EGL or OSMesa)
+    evaluate: str | None = None  # train nothing: evaluate this best_model.pth or last.pth, on --eval_episodes a task
 
 
 CHOICES = {
@@ -123,8 +128,9 @@ BY_ROBOT = {
     "humanoidmaze": {"subgoal_steps": 25, "metric_steps": 25, "metric_updates": 3000, "fit_updates": 4000},
 }
 MAY_CHANGE_ON_RESUME = {"dataset_dir", "offline_run_dir", "device", "tensorboard", "wandb_project", "record_video"}
-NOT_THE_MODEL = {"resume", "run_dir", *MAY_CHANGE_ON_RESUME}
+NOT_THE_MODEL = {"resume", "run_dir", "evaluate", *MAY_CHANGE_ON_RESUME}
 EVAL_ENVS = 20  # evaluation episodes at once
+NODES_PER_AIM = 2  # nodes of the graph that aim_steps span at least
 METRIC_PAIRS = 512  # in an update of the metric
 VIDEO_SKIP = 3  # environment steps a frame
 
@@ -157,12 +163,12 @@ def resolve(config: OnlineTrainerConfig) -> OnlineTrainerConfig:
 # -- the pretrained model ------------------------------------------------------------------------------------------
 
 
-def offline_command(config: OnlineTrainerConfig) -> str:
-    """The command that makes the pretrained model this run asks for."""
+def offline_command(config: OnlineTrainerConfig, folder: str | None = None) -> str:
+    """The command that makes the pretrained model this run asks for, in a folder other than the usual one if given."""
     flags = [f" --dataset {config.dataset}"] if config.dataset != OnlineTrainerConfig.dataset else []
     flags += [f" --dataset_dir {shlex.quote(config.dataset_dir)}"] if config.dataset_dir else []
     flags += [f" --seed {config.seed}"] if config.seed else []
-    flags += [f" --run_dir {shlex.quote(config.offline_run_dir)}"] if config.offline_run_dir else []
+    flags += [f" --run_dir {shlex.quote(folder)}"] if folder else []
     return "python offline_trainer.py" + "".join(flags)
 
 
@@ -174,12 +180,16 @@ def load_pretrained(config: OnlineTrainerConfig) -> tuple[OfflineModel, dict[str
     """
     folder = Path(config.offline_run_dir or Path("logs") / "offline" / config.dataset / f"seed_{config.seed}")
     path = folder / ("checkpoints/last.pth" if config.offline_checkpoint == "last" else "best_model.pth")
-    remedy = f"make it with `{offline_command(config)}`"
+    remedy = f"make it with `{offline_command(config, config.offline_run_dir)}`"
     if not path.exists():
         raise UserError(f"{path}: no pretrained model; {remedy}")
     state = load_checkpoint(path)
     if state.get("dataset") != config.dataset:
-        raise UserError(f"{path}: pretrained on {state.get('dataset')}, not on {config.dataset}; {remedy}")
+        other = "" if config.offline_run_dir is None else ", and leave --offline_run_dir out"
+        raise UserError(
+            f"{path}: pretrained on {state.get('dataset')}, not on {config.dataset}; make it with "
+            f"`{offline_command(config)}`{other}"
+        )
     try:
         weights = state["agent"]["target"] if config.offline_checkpoint == "last" else state["target"]
         settings = state["config"]
@@ -250,9 +260,10 @@ def sample_batch(
     features = dict(zip(names, source.states[at], strict=True))
     batch = {f"z{name}": agent.code(x) for name, x in features.items()}
     batch |= {f"x{name}": features[name] for name in ("", "_sub", "_goal")}
+    batch |= {"steps_to_goal": steps_to_goal, "n": n, "sub_steps": sub, "far_steps": far}
     actions = source.actions[rows] if acted else torch.zeros_like(source.actions[rows])
     known = torch.full((count,), float(acted), device=device)
-    return batch | {"actions": actions, "acted": known, "steps_to_goal": steps_to_goal, "n": n, "far_steps": far}
+    return batch | {"actions": actions, "acted": known}
 
 
 def sample_pairs(
@@ -288,11 +299,11 @@ class EnvPool:
     def __init__(self, dataset: str):
         self.dataset, self.envs = dataset, []
 
-    def play(self, seeds: list[int], tasks: list[int | None], policy_for, tick=lambda: None) -> list[Episode]:
+    def play(self, seeds: list[int], tasks: list[int | None], policy_for, ended=lambda count: None) -> list[Episode]:
         """One episode in each of len(seeds) environments, to success or the time limit.
 
         policy_for(goals [E, D]) returns the policy: (observations [m, D], live [m]) -> actions [m, A], chosen [m].
-        tick() is called after every environment step.
+        ended(count) is told how many episodes have just come to their end.
         """
         while len(self.envs) < len(seeds):
             self.envs.append(make_env(self.dataset))
@@ -308,15 +319,16 @@ class EnvPool:
         live = np.arange(len(seeds))
         while len(live):
             actions, chosen = policy(np.stack([seen[env][-1] for env in live]), live)
-            ended = []
+            over = []
             for env, action, subgoal in zip(live, actions, chosen, strict=True):
                 observation, reward, terminated, truncated, info = self.envs[env].step(action)
                 seen[env].append(np.asarray(observation, dtype=np.float32))
                 done[env].append((action, float(reward), subgoal))
                 success[env] |= bool(info.get("success", False))
-                ended.append(terminated or truncated or success[env])
-                tick()
-            live = live[~np.array(ended)]
+                over.append(terminated or truncated or success[env])
+            live = live[~np.array(over)]
+            if any(over):
+                ended(sum(over))
         return [
             Episode(
                 np.stack(states),
@@ -335,6 +347,73 @@ class EnvPool:
         self.envs.clear()
 
 
+class Evaluation:
+    """Episodes of the five tasks, without exploration or noise, and their pictures.
+
+    The same episodes every time: one depends on the seed, its task and its number alone.
+    """
+
+    def __init__(self, dataset: str, seed: int):
+        self.dataset, self.seed, self.envs = dataset, seed, EnvPool(dataset)
+        self.episodes: list[tuple[int, Episode]] = []  # those of the last run: task and episode
+
+    def reset_seed(self, number: int) -> int:
+        """Of the number-th episode of each task; training resets draw from TRAIN_SEED_OFFSET on."""
+        return (self.seed + number) % TRAIN_SEED_OFFSET
+
+    def run(self, agent: OnlineAgent, graph: StateGraph, episodes: int) -> dict[str, float]:
+        """Play `episodes` episodes of each task; returns success in all and by task, and the mean length."""
+        jobs = [(task, self.reset_seed(number)) for number in range(episodes) for task in range(1, NUM_TASKS + 1)]
+        self.episodes = []
+        with progress(len(jobs), "evaluate", unit="episode", leave=False) as bar:
+            for start in range(0, len(jobs), EVAL_ENVS):
+                tasks, seeds = map(list, zip(*jobs[start : start + EVAL_ENVS], strict=True))
+                acting = [seed * NUM_TASKS + task for task, seed in zip(tasks, seeds, strict=True)]
+                policy_for = functools.partial(navigator_policy, agent, graph, acting)
+                self.episodes += zip(tasks, self.envs.play(seeds, tasks, policy_for, bar.update), strict=True)
+        by_task = {
+            f"eval/success_task{task}": float(np.mean([episode.success for t, episode in self.episodes if t == task]))
+            for task in range(1, NUM_TASKS + 1)
+        }
+        steps = float(np.mean([len(episode.actions) for _, episode in self.episodes]))
+        return {"eval/success_rate": float(np.mean(list(by_task.values()))), **by_task, "eval/episode_steps": steps}
+
+    def record_video(self, path: Path) -> None:
+        """The first episode of each task as an MP4, its actions replayed from the same reset."""
+        env = renderer(self.dataset)
+        first = {task: episode for task, episode in reversed(self.episodes)}
+        part = path.with_suffix(f".part{path.suffix}")
+        with contextlib.closing(env), find_video_writer().get_writer(part, fps=30) as writer:
+            for task in progress(sorted(first), "video", unit="episode"):
+                seeded_reset(env, self.reset_seed(0), {"task_id": task})
+                for step, action in enumerate(first[task].actions):
+                    env.step(action)
+                    if step % VIDEO_SKIP == 0:
+                        writer.append_data(env.render())
+        part.replace(path)
+
+    def plot(self, path: Path, nodes: np.ndarray, title: str) -> None:
+        """The paths over the maze, and of nodes [n, 2] those that the first episode of each task aimed at."""
+        panels = []
+        for task in range(1, NUM_TASKS + 1):
+            played = [episode for t, episode in self.episodes if t == task]
+            chosen = played[0].subgoals
+            chosen = chosen[(chosen >= 0) & (chosen < len(nodes))]
+            panels.append(
+                {
+                    "name": f"task {task}: {np.mean([episode.success for episode in played]):.0%}",
+                    "paths": [episode.observations[:, :2] for episode in played],
+                    "success": [episode.success for episode in played],
+                    "goal_xy": played[0].goal[:2],
+                    "subgoals": nodes[chosen],
+                }
+            )
+        plot_paths(Maze.from_env(self.envs.envs[0]), panels, path, title)
+
+    def close(self) -> None:
+        self.envs.close()
+
+
 class OnlineRun:
     """One run: the pretrained model, the data, the agent, its environments, its random streams and its directory."""
 
@@ -345,8 +424,8 @@ class OnlineRun:
         self.model, self.pretrained = load_pretrained(config)
         trajectories = config.max_trajectories or self.pretrained["max_trajectories"]
         config = self.config = replace(config, max_trajectories=trajectories)
-        stem = Path("logs") / "online" / config.dataset / config.inverse_dynamics_data / f"seed_{config.seed}"
-        self.run_dir = Path(config.run_dir or stem)
+        self.run_dir = default_run_dir(config)
+        check_run(self.run_dir, config, config.resume, MAY_CHANGE_ON_RESUME)  # before the data is made or loaded
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
         make_dataset.generate_if_missing(config.dataset, config.dataset_dir)
         self.data = TrajectoryDataset.load(config.dataset, "train", config.dataset_dir, trajectories, self.device)
@@ -354,7 +433,7 @@ class OnlineRun:
         if takes != has:
             raise UserError(
                 f"the pretrained model takes {takes} numbers a state, {config.dataset} has {has}; make the right one "
-                f"with `{offline_command(config)}`"
+                f"with `{offline_command(config, config.offline_run_dir)}`"
             )
         try:
             self.resources.enter_context(hold_run(self.run_dir))
@@ -376,14 +455,7 @@ class OnlineRun:
                 self.device,
             )
         self.codes = CodeSet.from_dataset(self.data, self.agent)
-        stride = math.ceil(len(self.codes.states) / config.graph_nodes)
-        if stride > config.aim_steps:
-            print(
-                f"{stride} steps lie between two nodes of the graph, more than --aim_steps {config.aim_steps:g}: give "
-                "more --graph_nodes or fewer --max_trajectories",
-                file=sys.stderr,
-            )
-        self.node_rows = torch.arange(0, len(self.codes.states), stride, device=self.device)
+        self.node_rows = spaced_rows(self.data.episode_end, config.graph_nodes, config.aim_steps)
         self.limit = max_episode_steps(config.dataset)
         self.replay = EpisodeReplay(
             min(config.replay_episodes, max(config.max_episodes, 1)),
@@ -392,17 +464,16 @@ class OnlineRun:
             self.data.action_dim,
             self.device,
         )
-        # Acting draws on the CPU, whatever the device.
-        self.acting = torch.Generator().manual_seed(self.streams.evaluation_seed + 1)
-        self.episodes = self.env_steps = 0
+        self.episodes = self.random_episodes = self.env_steps = 0
         self.best_success, self.fitted = -1.0, False
-        self.evaluation: dict[str, float] = {}
+        self.figures: dict[str, float] = {}  # of the last evaluation
         if checkpoint is not None:
             self.load(checkpoint)
         else:
             (self.run_dir / "best_model.pth").unlink(missing_ok=True)
-        self.train_envs, self.eval_envs = EnvPool(config.dataset), EnvPool(config.dataset)
-        for pool in (self.train_envs, self.eval_envs):
+        self.envs = EnvPool(config.dataset)
+        self.evaluation = Evaluation(config.dataset, self.streams.evaluation_seed)
+        for pool in (self.envs, self.evaluation):
             self.resources.callback(pool.close)
         self.logger = MetricLogger(
             self.run_dir, self.episodes if checkpoint else None, config.tensorboard, config.wandb_project, config
@@ -437,9 +508,9 @@ class OnlineRun:
         return means
 
     def share(self) -> float:
-        """How much of the run is behind, 0 in the first round and 1 in the last."""
-        last = max(self.config.max_episodes - self.config.num_envs, 1)
-        return min(self.episodes / last, 1.0)
+        """How much of the rounds that act by the policy is behind: 0 in the first of them and 1 in the last."""
+        last = self.config.max_episodes - self.config.num_envs - self.random_episodes
+        return min((self.episodes - self.random_episodes) / max(last, 1), 1.0)
 
     def between(self, start: float, end: float) -> float:
         """A figure of the coming round that goes linearly from start to end over the run."""
@@ -464,26 +535,28 @@ class OnlineRun:
             raise UserError(f"{self.run_dir}: the loss of the metric is {loss}; lower --metric_lr")
         return {"metric_loss": loss} | self.learn(config.fit_updates, "fit on the dataset", anneal=True)
 
-    def collect(self) -> dict[str, float]:
-        """A round: one episode in each environment, into the replay. Returns its figures."""
+    def collect(self, ended=lambda count: None) -> dict[str, float]:
+        """A round: one episode in each environment, into the replay; `ended` as in `EnvPool.play`. Its figures."""
         config = self.config
         count = min(config.num_envs, config.max_episodes - self.episodes)
         epsilon = self.between(config.epsilon_start, config.epsilon_end)
         noise = self.between(config.action_noise_start, config.action_noise_end)
         random = config.inverse_dynamics_data == "online" and self.env_steps < config.random_steps
+        seeds = torch.randint(
+            TRAIN_SEED_OFFSET, 2**32, (count,), generator=self.streams.policy, device=self.device
+        ).tolist()
         navigators: list[Navigator] = []
 
         def policy_for(goals: np.ndarray):
             if random:
-                return random_policy(count, self.data.action_dim, self.acting)
-            navigators.append(Navigator(self.agent, self.graph, goals, self.acting, epsilon, noise))
-            return navigator_policy(navigators[0])
+                return random_policy(seeds, self.data.action_dim)
+            return navigator_policy(self.agent, self.graph, seeds, goals, epsilon, noise, navigators)
 
-        seeds = [TRAIN_SEED_OFFSET + self.config.seed * 10**6 + self.episodes + i for i in range(count)]
-        played = self.train_envs.play(seeds, [None] * count, policy_for)
+        played = self.envs.play(seeds, [None] * count, policy_for, ended)
         for episode in played:
             observations = torch.as_tensor(episode.observations, device=self.device)
             self.replay.add(self.agent.encode(observations), torch.as_tensor(episode.actions, device=self.device))
+        self.random_episodes += count if random else 0
         self.episodes += count
         self.env_steps += sum(len(episode.actions) for episode in played)
         return {
@@ -503,82 +576,53 @@ class OnlineRun:
             metrics = self.fit()
             self.fitted = True
             self.evaluate_and_save(metrics | {"env_steps": 0.0})
-        with progress(config.max_episodes, "episodes", initial=self.episodes, unit="episode") as bar:
+        options = {"initial": self.episodes, "unit": "episode", "disable": config.max_episodes == 0}
+        with progress(config.max_episodes, "episodes", **options) as bar:
             while self.episodes < config.max_episodes:
-                before = self.episodes
-                metrics = self.collect()
+                metrics = self.collect(bar.update)
                 metrics |= self.learn(config.updates_per_round, "learn")
-                bar.update(self.episodes - before)
                 bar.set_postfix(success=f"{metrics['success_rate']:.2f}", steps=self.env_steps)
                 round_number = math.ceil(self.episodes / config.num_envs)
                 if round_number % config.eval_freq == 0 or self.episodes >= config.max_episodes:
                     metrics = self.evaluate_and_save(metrics)
                 else:
                     self.logger.log(self.episodes, metrics)
-        return self.evaluation or self.evaluate(config.eval_episodes)  # empty: cut after the last checkpoint
+        return self.figures or self.evaluate(config.eval_episodes)  # empty: cut after the last checkpoint
 
-    # -- evaluation --------------------------------------------------------------------------------------------------
+    # -- evaluation and files ----------------------------------------------------------------------------------------
 
     def evaluate(self, episodes: int) -> dict[str, float]:
-        """Success of `episodes` episodes of each task, without exploration or noise; keeps them for the pictures.
-
-        The same episodes every time: resets depend on the seed, the task and the episode's number alone. Wandering,
-        where the agent is stuck, draws from one generator of that seed, in the order in which episodes need it.
-        """
-        generator = torch.Generator().manual_seed(self.streams.evaluation_seed)
-        jobs = [(task, number) for number in range(episodes) for task in range(1, NUM_TASKS + 1)]
-        self.evaluated: list[tuple[int, Episode]] = []
-
-        def policy_for(goals: np.ndarray):
-            return navigator_policy(Navigator(self.agent, self.graph, goals, generator))
-
-        with progress(len(jobs), "evaluate", unit="episode", leave=False) as bar:
-            for start in range(0, len(jobs), EVAL_ENVS):
-                part = jobs[start : start + EVAL_ENVS]
-                seeds = [self.evaluation_seed(number) for _, number in part]
-                tasks = [task for task, _ in part]
-                played = self.eval_envs.play(seeds, tasks, policy_for)
-                self.evaluated += zip(tasks, played, strict=True)
-                bar.update(len(part))
-        by_task = {
-            f"eval/success_task{task}": float(np.mean([episode.success for t, episode in self.evaluated if t == task]))
-            for task in range(1, NUM_TASKS + 1)
-        }
-        steps = float(np.mean([len(episode.actions) for _, episode in self.evaluated]))
-        return {"eval/success_rate": float(np.mean(list(by_task.values()))), **by_task, "eval/episode_steps": steps}
+        """Success over so many episodes of each task."""
+        return self.evaluation.run(self.agent, self.graph, episodes)
 
     def evaluate_and_save(self, metrics: dict[str, float]) -> None:
         """Evaluate, log the row, then write best_model.pth if this is the best so far and checkpoints/last.pth."""
         config = self.config
         last = self.episodes >= config.max_episodes
-        self.evaluation = self.evaluate(config.eval_episodes if last else config.eval_episodes_between)
-        self.logger.log(self.episodes, metrics | self.evaluation)
-        success = self.evaluation["eval/success_rate"]
+        self.figures = self.evaluate(config.eval_episodes if last else config.eval_episodes_between)
+        self.logger.log(self.episodes, metrics | self.figures)
+        success = self.figures["eval/success_rate"]
         if success > self.best_success:
             self.best_success = success
             save_checkpoint(self.run_dir / "best_model.pth", self.model_state() | {"success_rate": success})
-        state = {
-            "episodes": self.episodes,
+        state = self.model_state() | {
             "env_steps": self.env_steps,
+            "random_episodes": self.random_episodes,
             "best_success": self.best_success,
             "agent": self.agent.state_dict(),
             "replay": self.replay.state_dict(),
             "streams": self.streams.state_dict(),
-            "acting": self.acting.get_state(),
-            "nodes": self.data.observations[self.node_rows],
-            "dataset": config.dataset,
         }
         save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state)
 
-    # -- files -------------------------------------------------------------------------------------------------------
-
     def model_state(self) -> dict[str, Any]:
-        """What acting needs: encoder, heads, metric, the graph's nodes, their sizes and the dataset."""
+        """What `load_policy` needs: encoder, heads, metric, the graph's nodes, their sizes and the dataset."""
         return {
             "dataset": self.config.dataset,
             "config": {key: value for key, value in plain_config(self.config).items() if key not in NOT_THE_MODEL},
             "pretrained": self.pretrained,
-            "agent": self.agent.state_dict(),
+            "action_dim": self.data.action_dim,
+            "agent": self.agent.policy_state_dict(),
             "nodes": self.data.observations[self.node_rows],
             "node_rows": self.node_rows,
             "node_episode_end": self.codes.episode_end[self.node_rows],
@@ -597,71 +641,114 @@ class OnlineRun:
             self.agent.load_state_dict(state["agent"])
             self.replay.load_state_dict(state["replay"])
             self.streams.load_state_dict(state["streams"])
-            self.acting.set_state(state["acting"].cpu())
             self.episodes, self.env_steps = state["episodes"], state["env_steps"]
+            self.random_episodes = state["random_episodes"]
             self.best_success, self.fitted = state["best_success"], True
         except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a checkpoint of this model ({error}); choose another --run_dir") from None
 
-    def record_video(self) -> None:
-        """evaluation.mp4: the first evaluation episode of each task, its actions replayed from the same reset."""
-        env = renderer(self.config.dataset)
-        first = {task: episode for task, episode in reversed(self.evaluated)}
-        path, part = self.run_dir / "evaluation.mp4", self.run_dir / "evaluation.part.mp4"
-        with contextlib.closing(env), find_video_writer().get_writer(part, fps=30) as writer:
-            for task in progress(sorted(first), "video", unit="episode"):
-                seeded_reset(env, self.evaluation_seed(0), {"task_id": task})
-                for step, action in enumerate(first[task].actions):
-                    env.step(action)
-                    if step % VIDEO_SKIP == 0:
-                        writer.append_data(env.render())
-        part.replace(path)
-
-    def evaluation_seed(self, number: int) -> int:
-        """Of the number-th evaluation episode of each task."""
-        return (self.streams.evaluation_seed + number) % TRAIN_SEED_OFFSET
-
     def plot(self) -> None:
-        """online_training_curves.png, and paths.png of the last evaluation."""
+        """online_training_curves.png, paths.png of the last evaluation and, if asked for, evaluation.mp4."""
         config = self.config
         title = f"{config.dataset}, {config.inverse_dynamics_data} actions, seed {config.seed}"
         plot_online_curves(read_metrics(self.run_dir), self.run_dir / "online_training_curves.png", title)
-        maze = Maze.from_env(self.eval_envs.envs[0])
         nodes = self.data.observations[self.node_rows, :2].cpu().numpy()
-        panels = []
-        for task in range(1, NUM_TASKS + 1):
-            played = [episode for t, episode in self.evaluated if t == task]
-            chosen = played[0].subgoals
-            chosen = chosen[(chosen >= 0) & (chosen < len(nodes))]
-            panels.append(
-                {
-                    "name": f"task {task}: {np.mean([episode.success for episode in played]):.0%}",
-                    "paths": [episode.observations[:, :2] for episode in played],
-                    "success": [episode.success for episode in played],
-                    "goal_xy": played[0].goal[:2],
-                    "subgoals": nodes[chosen],
-                }
-            )
-        plot_paths(maze, panels, self.run_dir / "paths.png", f"{title}, {self.episodes} episodes")
+        self.evaluation.plot(self.run_dir / "paths.png", nodes, f"{title}, {self.episodes} episodes")
+        if config.record_video:
+            self.evaluation.record_video(self.run_dir / "evaluation.mp4")
 
 
-def navigator_policy(navigator: Navigator):
-    """A policy for `EnvPool.play`: actions, and the nodes aimed at."""
+def default_run_dir(config: OnlineTrainerConfig) -> Path:
+    """The directory that the settings name, or the usual one."""
+    stem = Path("logs") / "online" / config.dataset / config.inverse_dynamics_data / f"seed_{config.seed}"
+    return Path(config.run_dir or stem)
+
+
+def spaced_rows(episode_end: torch.Tensor, most: int, aim_steps: float) -> torch.Tensor:
+    """Rows for at most so many nodes: evenly spaced in time, but never farther than half of aim_steps.
+
+    Where all rows would be too many at that spacing, whole episodes are left out, evenly; where one episode alone has
+    too many, it is farther after all. episode_end [N] int64, the last row of each row's episode; returns [n] int64.
+    """
+    rows = torch.arange(len(episode_end), device=episode_end.device)
+    spacing = min(math.ceil(len(rows) / most), max(int(aim_steps) // NODES_PER_AIM, 1))
+    rows = rows[::spacing]
+    ends, lengths = torch.unique_consecutive(episode_end[rows], return_counts=True)
+    number = torch.arange(len(ends), device=rows.device)
+    # Of every `of` episodes one is kept, as many as it takes to come below the limit.
+    for of in range(math.ceil(len(rows) / most), len(ends) + 1):
+        if int(lengths[number % of == 0].sum()) <= most:
+            return rows[(number % of == 0).repeat_interleave(lengths)]
+    return torch.arange(0, len(episode_end), math.ceil(len(episode_end) / most), device=rows.device)
+
+
+def load_policy(path: str | Path, device: str | torch.device = "cpu") -> tuple[OnlineAgent, StateGraph, dict[str, Any]]:
+    """What acts, from best_model.pth or checkpoints/last.pth alone: the agent, its graph and all that the file says.
+
+    Raises UserError for a file that is no policy of this script.
+    """
+    state = load_checkpoint(Path(path), device)
+    try:
+        settings, before = state["config"], state["pretrained"]
+        shape = {name: before[name] for name in ("n_layers", "d_state", "d_conv", "expand")}
+        model = OfflineModel(state["nodes"].shape[1], before["d_model"], before["hidden_dim"], **shape)
+        own = OnlineAgentConfig(**{field.name: settings[field.name] for field in fields(OnlineAgentConfig)})
+        agent = OnlineAgent(own, model, state["action_dim"], before["hidden_dim"], before["discount"], device)
+        agent.load_policy_state_dict(state["agent"])
+        graph = StateGraph(agent, agent.encode(state["nodes"]), state["node_rows"], state["node_episode_end"])
+    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a policy of online_trainer.py ({reason}); give its best_model.pth") from None
+    return agent, graph, state
+
+
+def evaluate_file(config: OnlineTrainerConfig) -> None:
+    """`--evaluate`: the episodes that the run's own evaluation takes, as many as asked for, in a folder beside it."""
+    agent, graph, state = load_policy(config.evaluate, resolve_device(config.device))
+    dataset, seed = state["dataset"], state["config"]["seed"]
+    folder = Path(config.run_dir or Path(config.evaluate).parent / "evaluation")
+    with contextlib.closing(Evaluation(dataset, RandomStreams(seed).evaluation_seed)) as evaluation:
+        figures = evaluation.run(agent, graph, config.eval_episodes)
+        write_text_atomic(folder / "evaluation.json", json.dumps({"dataset": dataset, **figures}, indent=2) + "\n")
+        title = f"{dataset}, {state['config']['inverse_dynamics_data']} actions, seed {seed}"
+        evaluation.plot(folder / "paths.png", state["nodes"][:, :2].cpu().numpy(), title)
+        if config.record_video:
+            evaluation.record_video(folder / "evaluation.mp4")
+    print(f"{title}: {config.evaluate}, after {state['episodes']} episodes of its own")
+    for name, value in figures.items():
+        print(f"  {name}: {value:.3f}")
+    print(f"outputs in {folder}: evaluation.json, paths.png{', evaluation.mp4' if config.record_video else ''}")
+
+
+def navigator_policy(
+    agent: OnlineAgent,
+    graph: StateGraph,
+    seeds: list[int],
+    goals: np.ndarray,
+    epsilon: float = 0.0,
+    action_noise: float = 0.0,
+    made: list[Navigator] | None = None,
+):
+    """A policy for `EnvPool.play`: actions, and the nodes aimed at. Its navigator is appended to `made`."""
+    navigator = Navigator(agent, graph, goals, seeds, epsilon, action_noise)
+    if made is not None:
+        made.append(navigator)
     return lambda observations, live: (navigator.act(observations, live), navigator.chosen[live])
 
 
-def random_policy(count: int, action_dim: int, generator: torch.Generator):
+def random_policy(seeds: list[int], action_dim: int):
     """Uniform actions in [-1, 1], each held for ten steps in the mean, aimed at nothing.
 
     Held, because the inverse dynamics aims several steps ahead: actions drawn anew at each step cancel out by then.
     """
-    actions = 2 * torch.rand(count, action_dim, generator=generator) - 1
+    generators = [np.random.default_rng(seed) for seed in seeds]
+    actions = np.stack([generator.uniform(-1, 1, action_dim) for generator in generators])
 
     def policy(observations: np.ndarray, live: np.ndarray):
-        new = 2 * torch.rand(count, action_dim, generator=generator) - 1
-        redraw = torch.rand(count, 1, generator=generator) < 0.1
-        actions.copy_(torch.where(redraw, new, actions))
-        return actions[live].numpy(), np.full(len(live), -2)
+        for env in live:
+            if generators[env].random() < 0.1:
+                actions[env] = generators[env].uniform(-1, 1, action_dim)
+        return actions[live].astype(np.float32), np.full(len(live), -2)
 
     return policy
 
@@ -700,11 +787,14 @@ def mean_of(infos: list[dict[str, torch.Tensor]]) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(OnlineTrainerConfig, argv, __doc__)
+    """Train and evaluate, or evaluate a file."""
+    config = parse_config(OnlineTrainerConfig, argv, __doc__, default_run_dir=default_run_dir)
     began = time.perf_counter()
     if config.record_video:  # say now what would fail after hours
         renderer(parse_dataset_id(config.dataset).id).close()
         find_video_writer()
+    if config.evaluate is not None:
+        return evaluate_file(config)
     run = OnlineRun(config)
     print(
         f"{config.dataset}, seed {config.seed}, {run.device}; actions: {config.inverse_dynamics_data}; "
@@ -713,10 +803,8 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.closing(run):
         metrics = run.train()
         run.plot()
-        if config.record_video:
-            run.record_video()
     summary = {key: value for key, value in metrics.items() if key.startswith("eval/")}
-    mark_finished(run.run_dir, {"dataset": config.dataset, "env_steps": run.env_steps, **summary})
+    mark_finished(run.run_dir, {**summary, "env_steps": run.env_steps, "dataset": config.dataset})
     print(
         f"{config.dataset}, {config.inverse_dynamics_data} actions, seed {config.seed}: last checkpoint after "
         f"{run.episodes} episodes, {run.env_steps} environment steps, {time.perf_counter() - began:.0f} seconds"

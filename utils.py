@@ -97,7 +97,13 @@ def run_cli(main: Callable[[list[str] | None], None]) -> None:
         sys.exit(2)
 
 
-def parse_config(config_class: type, argv: list[str] | None = None, description: str = "", config_flag="--config"):
+def parse_config(
+    config_class: type,
+    argv: list[str] | None = None,
+    description: str = "",
+    config_flag: str = "--config",
+    default_run_dir: Callable[[Any], Path] | None = None,
+) -> Any:
     """An instance of a flat dataclass: its defaults, overridden by a YAML file, overridden by the command line.
 
     Args:
@@ -105,9 +111,10 @@ def parse_config(config_class: type, argv: list[str] | None = None, description:
         argv: the arguments without the program's name; None takes them from sys.argv.
         description: first paragraph of `--help`.
         config_flag: the flag that names the YAML file (flat `field: value` lines).
+        default_run_dir: where a run with given settings lies if `--run_dir` does not say so.
 
-    A repeated flag counts once, with its last value. `--resume --run_dir DIR` without a YAML file takes the run's own
-    DIR/config.yaml. Raises UserError for an unknown or ill-typed key or flag.
+    A repeated flag counts once, with its last value. `--resume` without a YAML file takes the run's own config.yaml, in
+    `--run_dir` or the usual directory. Raises UserError for an unknown or ill-typed key or flag.
     `--help` prints the fields with their comments and exits 0.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -117,15 +124,16 @@ def parse_config(config_class: type, argv: list[str] | None = None, description:
     types_by_name = typing.get_type_hints(config_class)
     hints = {field.name: types_by_name[field.name] for field in dataclasses.fields(config_class) if field.init}
     groups, config_path = _group_arguments(arguments, hints, config_flag)
-    if config_path is None and groups.get("resume") is True and groups.get("run_dir"):
-        stored = Path(groups["run_dir"][-1]) / "config.yaml"
-        config_path = stored if stored.exists() else None
-    tokens = {}
-    if config_path is not None:
-        for key, value in _read_config(Path(config_path), hints).items():
-            tokens[key] = _value_to_tokens(key, value)
-    for key, values in groups.items():
-        tokens[key] = _flag_to_tokens(key, values, hints[key])
+    given = {key: _flag_to_tokens(key, values, hints[key]) for key, values in groups.items()}
+    if config_path is None and groups.get("resume") is True:
+        folder = groups["run_dir"][-1] if groups.get("run_dir") else None
+        if folder is None and default_run_dir is not None:
+            folder = default_run_dir(_call_tyro(config_class, given, hints, description))
+        if folder is not None and (Path(folder) / "config.yaml").exists():
+            config_path = Path(folder) / "config.yaml"
+            given["run_dir"] = _value_to_tokens("run_dir", str(folder))  # it may have been moved since it began
+    stored = {} if config_path is None else _read_config(Path(config_path), hints)
+    tokens = {key: _value_to_tokens(key, value) for key, value in stored.items()} | given
     return _call_tyro(config_class, tokens, hints, description)
 
 
@@ -452,8 +460,9 @@ def sha256(path: str | Path) -> str:
 def read_npz(path: Path, keys: Iterable[str], flag: str, bad_file: Callable[[Path, str], UserError]) -> dict[str, Any]:
     """Arrays of an npz file by name, nothing pickled, as they are stored.
 
-    Raises `bad_file(path, fault)` for a file that is damaged, no archive or lacks a key, and UserError that names the
-    flag of its folder for one that is not there, may not be read or does not fit in memory.
+    Raises `bad_file(path, fault)` for a file that is damaged, no archive, lacks a key or declares more than it holds,
+    and UserError that names the flag of its folder for one that is not there, may not be read or does not fit in
+    memory.
     """
     damaged = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, struct.error, tokenize.TokenError)
     try:
@@ -467,6 +476,8 @@ def read_npz(path: Path, keys: Iterable[str], flag: str, bad_file: Callable[[Pat
             missing = [key for key in keys if key not in archive.files]
             if missing:
                 raise bad_file(path, f"no array {missing[0]!r} (it holds {', '.join(archive.files) or 'nothing'})")
+            for key in keys:
+                _check_declared(archive.zip, key, path.stat().st_size)
             return {key: archive[key] for key in keys}
     except MemoryError:
         raise UserError(f"{path}: does not fit in memory; use a smaller dataset") from None
@@ -477,6 +488,31 @@ def read_npz(path: Path, keys: Iterable[str], flag: str, bad_file: Callable[[Pat
     except (*damaged, SyntaxError) as error:  # the last two: NumPy parses an array's header as Python
         text = one_line(error) or type(error).__name__
         raise bad_file(path, f"not a readable npz of plain arrays ({text})") from None
+
+
+def _check_declared(archive: zipfile.ZipFile, key: str, file_bytes: int) -> None:
+    """Raise ValueError for an array that declares more or less than its member of the archive holds.
+
+    NumPy would get the memory that the header asks for before it reads a number.
+    """
+    if f"{key}.npy" not in archive.namelist():
+        raise ValueError(f"{key} is no .npy array")
+    info = archive.getinfo(f"{key}.npy")
+    # Deflate makes at most 1032 bytes of one, so this much is there at most, whatever the archive's directory says.
+    if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and info.file_size > 1032 * file_bytes:
+        raise ValueError(f"{key} cannot unpack to {info.file_size:,} bytes, the file has {file_bytes:,}")
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        if version == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        elif version == (2, 0):
+            shape, _, dtype = np.lib.format.read_array_header_2_0(member)
+        else:  # names of fields beyond Latin-1
+            raise ValueError(f"{key} has NumPy format {version}")
+        held = info.file_size - member.tell()
+    declared = math.prod(shape) * dtype.itemsize
+    if declared != held and not dtype.hasobject:  # NumPy refuses those itself
+        raise ValueError(f"{key} declares {shape} of {dtype}, {declared:,} bytes, and holds {held:,}")
 
 
 def read_manifest(path: str | Path, dataset_id: str) -> dict[str, Any] | None:
@@ -563,7 +599,9 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         if not isinstance(state, dict):
             raise ValueError("no dictionary inside")
     except Exception:  # damaged bytes fail in many ways
-        raise UserError(f"{path}: damaged, or not a checkpoint of this program; delete it and start anew") from None
+        raise UserError(
+            f"{path}: damaged, or not a checkpoint of this program; give another, or move it away and start anew"
+        ) from None
     return state
 
 
@@ -798,6 +836,9 @@ class MetricLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         purge = None if resume_step is None else resume_step + 1
+        if resume_step is None:  # a run that died before its first checkpoint left curves that are not this one's
+            for stale in (run_dir / "tensorboard").glob("events.out.tfevents.*"):
+                stale.unlink()
         self._trackers["TensorBoard"] = _TensorBoard(SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge))
 
     def _open_wandb(self, run_dir: Path, resume_step: int | None, project: str, config: Any) -> None:
@@ -919,14 +960,8 @@ def prepare_run(
     """
     run_dir = Path(run_dir)
     checkpoint = run_dir / checkpoint_name
-    finished = (run_dir / "finished.json").exists()
     started = checkpoint.exists()
-    if finished or (started and resume):
-        _check_same_config(run_dir, _stored_config(config), ALWAYS_MAY_CHANGE | set(may_change))
-    if finished:
-        raise RunFinished(f"{run_dir}: this run is finished; choose another --run_dir to train again")
-    if started and not resume:
-        raise UserError(f"{run_dir}: holds an unfinished run; continue it with --resume or choose another --run_dir")
+    check_run(run_dir, config, resume, may_change, checkpoint_name)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(_stored_config(config), sort_keys=False))
@@ -936,6 +971,35 @@ def prepare_run(
     if resume and not started:
         print(f"{run_dir}: nothing to resume, starting anew", file=sys.stderr)
     return checkpoint if started else None
+
+
+def check_run(
+    run_dir: str | Path,
+    config: Any,
+    resume: bool,
+    may_change: Iterable[str] = (),
+    checkpoint_name: str = "checkpoints/last.pth",
+) -> None:
+    """Whether a run may begin or go on here, as `prepare_run` asks, without writing anything: cheap, to ask first."""
+    run_dir = Path(run_dir)
+    finished, started = (run_dir / "finished.json").exists(), (run_dir / checkpoint_name).exists()
+    if finished or (started and resume):
+        _check_same_config(run_dir, _stored_config(config), ALWAYS_MAY_CHANGE | set(may_change))
+    if finished:
+        figures = _last_figures(run_dir)
+        raise RunFinished(f"{run_dir}: this run is finished{figures}; choose another --run_dir to train again")
+    if started and not resume:
+        raise UserError(f"{run_dir}: holds an unfinished run; continue it with --resume or choose another --run_dir")
+
+
+def _last_figures(run_dir: Path) -> str:
+    """` (name 0.123, ...)`: the first figures of finished.json, or nothing where it cannot be read."""
+    try:
+        summary = json.loads((run_dir / "finished.json").read_text())
+        figures = [f"{name} {value:.3f}" for name, value in summary.items() if isinstance(value, float)]
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return f" ({', '.join(figures[:4])})" if figures else ""
 
 
 def _no_run_dir(run_dir: Path, error: OSError) -> Exception:
@@ -998,6 +1062,8 @@ def _check_same_config(run_dir: Path, current: dict[str, Any], may_change: set[s
     path = run_dir / "config.yaml"
     stored = _load_yaml(path)
     absent = "(absent)"
+    if stored.keys() - current.keys() and current.keys() - stored.keys():
+        raise UserError(f"{run_dir}: holds a run of another command or version; choose another --run_dir")
     for key in [*current, *(key for key in stored if key not in current)]:
         before, now = stored.get(key, absent), current.get(key, absent)
         if key not in may_change and before != now:

@@ -1,6 +1,7 @@
 """Pictures of a run: training curves, and values with proposals over the maze. Written as PNG, without a display."""
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -141,10 +142,16 @@ def plot_online_curves(metrics: dict[str, list[float]], path: str | Path, title:
 
     Args: as in `plot_training_curves`.
     """
-    figure = Figure(figsize=(14, 6.4), layout="constrained")
+    # Without episodes of its own, half of the curves have no point.
+    found = {"success_rate"} | {column for column in metrics if np.isfinite(metrics[column]).any()}
+    shown = [(column, name) for column, name in ONLINE_CURVES.items() if column in found]
+    rows = math.ceil(len(shown) / 4)
+    figure = Figure(figsize=(14, 3.2 * rows), layout="constrained")
     figure.suptitle(title)
     episodes = np.asarray(metrics["step"], dtype=float)
-    for axis, (column, name) in zip(figure.subplots(2, 4).ravel(), ONLINE_CURVES.items(), strict=True):
+    for axis, (column, name) in zip(
+        figure.subplots(rows, min(len(shown), 4), squeeze=False).ravel(), shown, strict=False
+    ):
         _curve(axis, episodes, metrics.get(column, []), color="tab:blue", marker=".", label="acting, with exploration")
         if column == "success_rate":
             evaluated = metrics.get("eval/success_rate", [])

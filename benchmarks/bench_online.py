@@ -72,11 +72,11 @@ def compare(config: BenchOnlineConfig, agent: OnlineAgent, graph: StateGraph, en
     times: dict[str, list[tuple[float, float]]] = {"ours": [], "peer": []}
     for round_ in range(config.repeats + 1):
         for name in times:
-            generator = torch.Generator().manual_seed(0)
+            seeds = range(len(envs))
             if name == "ours":
-                navigator = Navigator(agent, graph, goals, generator)
+                navigator = Navigator(agent, graph, goals, seeds)
             else:
-                navigator = WindowNavigator(agent, graph, goals, generator, context_length=config.context_length)
+                navigator = WindowNavigator(agent, graph, goals, seeds, context_length=config.context_length)
             taken = turn(navigator, envs, config.steps)
             if round_:  # the first one warms up
                 times[name].append(taken)

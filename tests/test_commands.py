@@ -10,6 +10,7 @@ import pytest
 
 import make_dataset
 import offline_trainer
+import online_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASET = "local/pointmaze-medium-stitch-v0"
@@ -98,6 +99,10 @@ def test_command_runs_in_a_small_form(command, tmp_path, monkeypatch, capsys):
     prepare(words)
     if script == "online_trainer.py":
         offline_trainer.main(shlex.split(f"{OFFLINE} --run_dir pretrained --no_plot_maps"))
+    if "--evaluate" in words and script == "online_trainer.py":
+        run_dir = Path(words[words.index("--evaluate") + 1]).parent
+        online_trainer.main(shlex.split(f"{SMALLER['online_trainer.py'][0]} --run_dir {run_dir}"))
+        capsys.readouterr()
     spec = importlib.util.spec_from_file_location("command", ROOT / script)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(__import__("sys").modules, "command", module)  # dataclasses look their module up

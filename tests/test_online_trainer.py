@@ -22,9 +22,9 @@ import online_trainer
 from model import OfflineModel
 from ogbench_utils import TrajectoryDataset
 from ogbench_utils import make_env as make_full_env
-from online_agent import Navigator, OnlineAgent, OnlineAgentConfig, StateGraph
-from online_trainer import EnvPool, OnlineRun, OnlineTrainerConfig, navigator_policy
-from utils import hold_run, load_checkpoint, parse_config, read_metrics, run_cli, save_checkpoint
+from online_agent import OnlineAgent, StateGraph
+from online_trainer import EnvPool, OnlineRun, OnlineTrainerConfig
+from utils import RandomStreams, hold_run, load_checkpoint, parse_config, read_metrics, run_cli, save_checkpoint
 
 DATASET = "local/pointmaze-medium-stitch-v0"
 STEPS = 12  # of an episode
@@ -162,14 +162,18 @@ def test_exploration_goes_from_start_to_end(finished):
 
 
 def test_the_first_steps_are_random_where_no_action_is_known(arguments, tmp_path):
-    """Three rounds, the first two begin before random_steps; with the dataset's actions none is random."""
-    for data, epsilon in (("online", [1.0, 1.0, 0.1]), ("offline", [0.4, 0.25, 0.1])):
+    """Three rounds, the first two begin before random_steps; with the dataset's actions none is random.
+
+    The schedules begin with the first round that is not.
+    """
+    for data, epsilon in (("online", [1.0, 1.0, 0.4]), ("offline", [0.4, 0.25, 0.1])):
         run = tmp_path / data
         settings = {"inverse_dynamics_data": data, "random_steps": 2 * STEPS + 1, "eval_freq": 3}
         train(arguments(run, **settings))
         assert read_metrics(run)["epsilon"][1:] == pytest.approx(epsilon)
         actions = last(run)["replay"]["actions"]
-        assert actions.abs().max() <= 1 and (actions.abs().mean() > 0.3) == (data == "online")
+        held = (actions[1:] == actions[:-1]).all(1).float().mean()
+        assert actions.abs().max() <= 1 and (held > 0.3) == (data == "online")
 
 
 # -- the same bits ----------------------------------------------------------------------------------------------------
@@ -206,10 +210,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(stop_at, arguments, tmp_path
     train(arguments(whole, **settings))
     collect = OnlineRun.collect
 
-    def interrupted(run):
+    def interrupted(run, ended):
         if run.episodes == stop_at:
             raise KeyboardInterrupt
-        return collect(run)
+        return collect(run, ended)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(OnlineRun, "collect", interrupted)
@@ -237,31 +241,44 @@ def test_the_best_model_acts_by_itself(arguments, tmp_path):
     run = OnlineRun(config)
     run.train()
     run.close()
-    state = load_checkpoint(tmp_path / "run/best_model.pth")
-    rows = state["node_rows"]
-    assert state["dataset"] == DATASET and torch.equal(state["nodes"], run.data.observations[rows])
-    assert torch.equal(state["node_episode_end"], run.data.episode_end[rows])
-    kept = OnlineAgentConfig(**{key: state["config"][key] for key in vars(OnlineAgentConfig())})
-    before = state["pretrained"]
-    shape = {name: before[name] for name in ("n_layers", "d_state", "d_conv", "expand", "backend")}
-    model = OfflineModel(2, before["d_model"], before["hidden_dim"], **shape)
-    agent = OnlineAgent(kept, model, 2, before["hidden_dim"], before["discount"])
-    agent.load_state_dict(state["agent"])
-    graph = StateGraph(agent, agent.encode(state["nodes"]), rows, state["node_episode_end"])
-    pool, generator = EnvPool(DATASET), torch.Generator().manual_seed(run.streams.evaluation_seed)
-    played = pool.play(
-        [run.evaluation_seed(0)] * 5,
-        [1, 2, 3, 4, 5],
-        lambda goals: navigator_policy(Navigator(agent, graph, goals, generator)),
-    )
-    pool.close()
-    assert [task for task, _ in run.evaluated] == [1, 2, 3, 4, 5]
-    for (_, episode), again in zip(run.evaluated, played, strict=True):
-        assert episode.actions.shape == (STEPS, 2) and np.abs(episode.actions).max() > 0
-        assert (episode.subgoals < len(rows)).any()  # not the goal all the time
-        assert np.array_equal(episode.subgoals, again.subgoals)
-        assert np.array_equal(episode.actions, again.actions)
-        assert np.array_equal(episode.observations, again.observations)
+    for name in ("best_model.pth", "checkpoints/last.pth"):
+        agent, graph, state = online_trainer.load_policy(tmp_path / "run" / name)
+        rows = state["node_rows"]
+        assert state["dataset"] == DATASET and torch.equal(state["nodes"], run.data.observations[rows])
+        again = online_trainer.Evaluation(DATASET, RandomStreams(state["config"]["seed"]).evaluation_seed)
+        assert again.run(agent, graph, 1) == run.figures
+        again.close()
+        assert [task for task, _ in run.evaluation.episodes] == [1, 2, 3, 4, 5]
+        for (_, episode), (_, other) in zip(run.evaluation.episodes, again.episodes, strict=True):
+            assert episode.actions.shape == (STEPS, 2) and np.abs(episode.actions).max() > 0
+            assert (episode.subgoals < len(rows)).any()  # not the goal all the time
+            for what in ("subgoals", "actions", "observations"):
+                assert np.array_equal(getattr(episode, what), getattr(other, what)), what
+    assert "optimizer" not in load_checkpoint(tmp_path / "run/best_model.pth")["agent"]
+
+
+def test_a_file_is_evaluated_as_its_run_evaluated_it(finished, tmp_path, capsys):
+    shutil.copy(finished / "checkpoints/last.pth", tmp_path / "policy.pth")
+    episodes = parse_config(OnlineTrainerConfig, ["--config", str(finished / "config.yaml")]).eval_episodes
+    online_trainer.main(["--evaluate", str(tmp_path / "policy.pth"), "--eval_episodes", str(episodes)])
+    written = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
+    expected = json.loads((finished / "finished.json").read_text())
+    assert written == {key: value for key, value in expected.items() if key != "env_steps"}
+    assert (tmp_path / "evaluation/paths.png").stat().st_size > 10_000
+    assert f"eval/success_rate: {expected['eval/success_rate']:.3f}" in capsys.readouterr().out
+
+
+def test_an_episode_does_not_depend_on_those_beside_it(finished):
+    """Nor on how many are played."""
+    agent, graph, state = online_trainer.load_policy(finished / "best_model.pth")
+    evaluation = online_trainer.Evaluation(DATASET, 5)
+    evaluation.run(agent, graph, 2)
+    both = evaluation.episodes
+    evaluation.run(agent, graph, 1)
+    evaluation.close()
+    for (task, episode), (again, alone) in zip(both[:5], evaluation.episodes, strict=True):
+        assert task == again and np.allclose(episode.observations, alone.observations, atol=1e-4)
+    assert not np.array_equal(both[0][1].observations, both[5][1].observations)
 
 
 # -- the metric and the graph -----------------------------------------------------------------------------------------
@@ -302,11 +319,27 @@ def test_the_metric_is_fitted_once_before_everything_else(arguments, tmp_path, m
 
 def test_nodes_are_evenly_spaced_and_no_more_than_asked_for(arguments, tmp_path):
     count = 6 * 201
-    for graph_nodes, stride in ((2, count // 2), (400, 4), (count - 1, 2), (count, 1), (10**6, 1)):
-        run = open_run(arguments(tmp_path / str(graph_nodes), graph_nodes=graph_nodes))
+    for graph_nodes, stride in ((400, 4), (count - 1, 2), (count, 1), (10**6, 1)):
+        run = open_run(arguments(tmp_path / str(graph_nodes), graph_nodes=graph_nodes, aim_steps=30.0))
         run.close()
         assert len(run.codes.states) == count
         assert run.node_rows.tolist() == list(range(0, count, stride))
+
+
+def test_whole_episodes_are_left_out_where_nodes_would_lie_too_far_apart():
+    """Ten episodes of 100 rows, aim 10: nodes lie 5 apart at most, 20 an episode."""
+    end = torch.arange(1000) // 100 * 100 + 99
+
+    def kept(most, aim_steps=10.0):
+        return online_trainer.spaced_rows(end, most, aim_steps).tolist()
+
+    assert kept(1000) == list(range(1000)) and kept(500) == list(range(0, 1000, 2))
+    assert kept(200) == list(range(0, 1000, 5)) == kept(200, aim_steps=30.0)
+    assert kept(199) == [row for row in range(0, 1000, 5) if row // 100 % 2 == 0]
+    assert kept(60) == [row for row in range(0, 1000, 5) if row // 100 in (0, 4, 8)]
+    assert kept(60, aim_steps=60.0) == list(range(0, 1000, 17))
+    assert kept(20) == list(range(0, 100, 5))
+    assert kept(10) == list(range(0, 1000, 100))  # not even one at that spacing
 
 
 def test_as_many_trajectories_as_the_pretraining_unless_told_otherwise(arguments, tmp_path):
@@ -470,21 +503,41 @@ class Writer:
 
 def test_the_video_replays_the_evaluated_actions(arguments, tmp_path, monkeypatch):
     films, writer, runs = [], Writer(), []
-    record = OnlineRun.record_video
+    record = online_trainer.Evaluation.record_video
     monkeypatch.setattr(online_trainer, "renderer", lambda dataset: Filmed(online_trainer.make_env(dataset), films))
     monkeypatch.setattr(online_trainer, "find_video_writer", lambda: writer)
-    monkeypatch.setattr(OnlineRun, "record_video", lambda run: (runs.append(run), record(run)))
-    train(arguments(tmp_path / "run", "--record_video", **NO_INTERACTION))
+    monkeypatch.setattr(
+        online_trainer.Evaluation, "record_video", lambda self, path: (runs.append(self), record(self, path))
+    )
+    monkeypatch.setattr(online_trainer.Evaluation, "plot", lambda *arguments: None)
+    online_trainer.main(arguments(tmp_path / "run", "--record_video", "--no_tensorboard", **NO_INTERACTION))
     first = {}
-    for task, episode in runs[0].evaluated:
+    for task, episode in runs[0].episodes:
         first.setdefault(task, episode)
-    assert len(films) == 5 == len(first) < len(runs[0].evaluated)
+    assert len(films) == 5 == len(first) < len(runs[0].episodes)
     for task, film in enumerate(films, 1):
         assert np.array_equal(np.asarray(film, dtype=np.float32), first[task].observations)
     skip = online_trainer.VIDEO_SKIP
     assert writer.frames == list(range(1, STEPS + 1, skip)) * 5
     assert (tmp_path / "run/evaluation.mp4").read_bytes() == b"film"
     assert not (tmp_path / "run/evaluation.part.mp4").exists()
+
+
+def test_a_resumed_run_reads_its_own_settings(finished, arguments, tmp_path, monkeypatch, capsys):
+    """With no --run_dir, those of the usual directory; a finished run is said before anything is loaded."""
+    monkeypatch.chdir(tmp_path)
+    usual = Path("logs/online") / DATASET / "online/seed_0"
+    shutil.copytree(finished, usual)
+    monkeypatch.setattr(TrajectoryDataset, "load", None)
+    with pytest.raises(SystemExit) as stop:
+        monkeypatch.setattr(sys, "argv", ["online_trainer.py", "--resume", "--dataset", DATASET])
+        run_cli(online_trainer.main)
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "finished (eval/success_rate " in out and str(usual) in out
+
+
+def test_a_run_of_another_command_is_recognised(pretrained, arguments, capsys):
+    assert "another command" in exits(capsys, *arguments(pretrained))
 
 
 def test_where_nothing_can_render_the_variable_is_named(arguments, tmp_path):

@@ -156,6 +156,19 @@ def test_a_damaged_array_header_is_one_line(tmp_path, damage):
         utils.read_npz(path, ("observations",), "--dataset_dir", lambda file, fault: UserError(f"{file}: {fault}"))
 
 
+@pytest.mark.parametrize("unpacked", [None, 8 * 10**12 + 128])
+def test_an_array_gets_no_memory_that_its_file_cannot_fill(tmp_path, unpacked):
+    """A header that declares far more than there is, and a directory of the archive that agrees with it."""
+    path, header = tmp_path / "data.npz", io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"shape": (10**12, 2), "fortran_order": False, "descr": "<f4"})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("observations.npy", header.getvalue() + bytes(8))
+        archive.filelist[0].file_size = unpacked or archive.filelist[0].file_size
+    words = "cannot unpack to 8,000,000,000,128 bytes" if unpacked else r"declares \(1000000000000, 2\) .* and holds 8"
+    with pytest.raises(UserError, match=f"data.npz: not a readable npz .*observations {words}"):
+        utils.read_npz(path, ("observations",), "--dataset_dir", lambda file, fault: UserError(f"{file}: {fault}"))
+
+
 def test_missing_config_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml"):
         parse_config(SmallConfig, ["--config", str(tmp_path / "none.yaml")])
@@ -390,7 +403,7 @@ def damaged_files():
 def test_damaged_checkpoint_is_one_line_with_the_remedy(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "last.pth").write_bytes(damaged_files()[kind])
-    with pytest.raises(UserError, match=r"last\.pth.*delete it"):
+    with pytest.raises(UserError, match=r"last\.pth.*give another, or move it away"):
         utils.load_checkpoint(tmp_path / "last.pth")
     assert os.listdir(tmp_path) == ["last.pth"]
 
