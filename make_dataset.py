@@ -1,6 +1,7 @@
 """Make a benchmark's data on this machine, list what there is, check any file.
 
     python make_dataset.py --list
+    python make_dataset.py --list --only hopper
     python make_dataset.py --dataset local/antmaze-medium-navigate-v0 --num_episodes 100 --jobs 2
     python make_dataset.py --dataset local/hopper-medium-v2 --num_transitions 200000
     python make_dataset.py --check datasets/local/hopper_medium-v2.hdf5
@@ -8,11 +9,15 @@
 Without --list or --check it makes --dataset. Flags that each of the three reads:
 
     make      --dataset, --num_episodes or --num_transitions, --seed, --dataset_dir, --experts_dir, --jobs, --overwrite
-    --list    --dataset_dir
+    --list    --only, --dataset_dir
     --check   --picture, --dataset_dir
 
 Sizes where none is given: 100 episodes (mazes' navigate, walker study), 300 (stitch), 120 (explore), 100,000
 transitions (D4RL).
+
+Datasets are kept in --dataset_dir; else in the folder that OGBENCH_DATASET_DIR (mazes) or D4RL_DATASET_DIR (D4RL)
+names; else in datasets/ beside the code, official D4RL files in ~/.d4rl/datasets. There, what is made here lies in
+local/. --list says where that is.
 
 A `local/` dataset has the layout, names and protocol of the official one and is made by policies of known quality
 (datasets/experts/); the id keeps the two apart. A manifest beside the files tells recipe, seed, policies, versions and
@@ -23,7 +28,6 @@ SHA-256. On one machine with the same versions, the same id, size, seed and poli
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import sys
 from dataclasses import dataclass
@@ -50,21 +54,22 @@ class MakeDatasetConfig:
     num_episodes: int | None = None  # of a maze dataset (a tenth more to validate) or the walker study; default above
     num_transitions: int | None = None  # of a D4RL dataset; 100,000 where it is not given
     seed: int = 0  # on one machine the files depend on the id, the size, the policies and this alone
-    dataset_dir: str | None = None  # where datasets are kept; else the benchmark's own variable, else datasets/
+    dataset_dir: str | None = None  # where datasets are kept; else as said above
     experts_dir: str | None = None  # folder of policies that train_expert.py wrote; else datasets/experts/
     jobs: int = 1  # processes that make episodes side by side; changes no byte of the files
     overwrite: bool = False  # replace a dataset of another seed, size or policies, or files without a manifest
     list: bool = False  # instead, show every id: size, where it is, or how to get it
+    only: str | None = None  # with --list: the ids that hold this text, and no others
     check: str | None = None  # instead, check this file, folder or dataset id, generated or official
     picture: str | None = None  # with --check: where its picture goes; else logs/checks/<name>-<8 digits>.png
 
 
 # Flags that the two other commands read; all others make data.
-READ_WITH = {"list": ("dataset_dir",), "check": ("picture", "dataset_dir")}
+READ_WITH = {"list": ("only", "dataset_dir"), "check": ("picture", "dataset_dir")}
 
 
 def find_family(dataset_id: str) -> Family:
-    """The family that makes an id. Raises UserError that says why one cannot be made, or names the nearest that can."""
+    """The family that makes an id. Raises UserError that says why one cannot be made, or names a near one that can."""
     for family in FAMILIES:
         if dataset_id in family.ids:
             return family
@@ -73,8 +78,8 @@ def find_family(dataset_id: str) -> Family:
         raise UserError(f"--dataset {dataset_id} names the official file; what is made here is local/{dataset_id}")
     if dataset_id.split("/")[-1].startswith("humanoidmaze-"):
         raise UserError(f"--dataset {dataset_id}: {HUMANOID_MESSAGE}")
-    nearest = difflib.get_close_matches(dataset_id, ids, n=1, cutoff=0.6)
-    hint = f"the nearest that can is {nearest[0]!r}; " if nearest else ""
+    nearest = overview.nearest_id(dataset_id, ids)
+    hint = f"the nearest that can is {nearest!r}; " if nearest else ""
     raise UserError(f"--dataset {dataset_id!r} cannot be made here; {hint}see `python make_dataset.py --list`")
 
 
@@ -112,12 +117,16 @@ def generate_if_missing(dataset_id: str, dataset_dir: str | os.PathLike | None =
             return
 
 
-def print_list(dataset_dir: str | None) -> None:
-    print("Made on this machine:")
-    print(overview.table(overview.local_rows(FAMILIES, dataset_dir), "where it is, or the command that makes it"))
-    print(f"\nlocal/humanoidmaze-*: {HUMANOID_MESSAGE}.")
-    print("\nOfficial files:")
-    print(overview.table(overview.official_rows(dataset_dir), "where it is, or where it comes from"))
+def print_list(dataset_dir: str | None, only: str | None = None) -> None:
+    """Print every dataset id, or those that hold `only`. Raises UserError where there is none."""
+    local = overview.only(overview.local_groups(FAMILIES, dataset_dir), only)
+    official = overview.only(overview.official_groups(dataset_dir), only)
+    if not local and not official:
+        raise UserError(f"--only {only}: no dataset id holds it; leave it out to see all")
+    sections = [overview.describe(group) for group in local + official]
+    if only is None or "humanoid" in only:
+        sections.insert(len(local), f"local/humanoidmaze-*: {HUMANOID_MESSAGE}.")
+    print("\n\n".join(sections))
 
 
 def requested_size(config: MakeDatasetConfig) -> int | None:
@@ -142,12 +151,14 @@ def refuse_unread_flags(config: MakeDatasetConfig) -> None:
             raise UserError(f"--{name} does nothing with --{modes[0]}; leave one of the two out")
         if not modes and name == "picture":
             raise UserError(f"--picture {config.picture}: a picture is drawn with --check only")
+        if not modes and name == "only":
+            raise UserError(f"--only {config.only}: it chooses among what --list shows; add --list")
 
 
 def run(config: MakeDatasetConfig) -> None:
     """List, check or make, as the settings say."""
     if config.list:
-        print_list(config.dataset_dir)
+        print_list(config.dataset_dir, config.only)
     elif config.check is not None:
         sys.exit(run_check(config.check, config.picture, config.dataset_dir))
     else:

@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 import utils
-from utils import UserError, exclusive_folder, progress
+from downloads import download
+from utils import UserError
 
 DATASET_URL = "https://rail.eecs.berkeley.edu/datasets/ogbench"
 NUM_TASKS = 5  # evaluation goals an environment
@@ -95,14 +96,15 @@ def _known_ids() -> dict[str, DatasetId]:
 def parse_dataset_id(dataset_id: str) -> DatasetId:
     """Split a dataset id into its parts. Only listed ids pass, so an id can never point outside the dataset folder.
 
-    Raises UserError, naming the nearest id that exists.
+    Raises UserError, naming an id that is near where there is one.
     """
     known = _known_ids()
     if dataset_id in known:
         return known[dataset_id]
-    nearest = difflib.get_close_matches(str(dataset_id), known, n=1, cutoff=0.0)[0]
+    nearest = difflib.get_close_matches(str(dataset_id), known, n=1, cutoff=0.7)
+    hint = f"did you mean {nearest[0]!r}? Ids" if nearest else "ids"
     raise UserError(
-        f"--dataset {dataset_id!r} is not an OGBench maze dataset; did you mean {nearest!r}? Ids are "
+        f"--dataset {dataset_id!r} is not an OGBench maze dataset; {hint} are "
         "{pointmaze,antmaze,humanoidmaze}-{medium,large,giant,teleport}-{navigate,stitch,explore}-v0 as published, "
         "or local/<id> for one made by make_dataset.py"
     )
@@ -125,9 +127,13 @@ def resolve_dataset_dir(dataset_dir: str | os.PathLike | None = None) -> Path:
 
 
 def _bad_file(path: Path, fault: str) -> UserError:
-    return UserError(
-        f"{path}: {fault}; delete the file and fetch it again (a local/ dataset: make_dataset.py --overwrite)"
-    )
+    return UserError(f"{path}: {fault}; {_remedy(path)}")
+
+
+def _remedy(path: Path) -> str:
+    if path.parent.name == "local":
+        return "make it again with make_dataset.py --overwrite, or choose another --dataset_dir"
+    return "choose another --dataset_dir, or move the file away and it is fetched again"
 
 
 def _check_rows(path: Path, key: str, array: np.ndarray, limit: float | None = None) -> None:
@@ -197,10 +203,6 @@ def _load_checked(path: Path, dataset: DatasetId) -> dict[str, np.ndarray]:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-class _Interrupted(Exception):
-    """A download that stopped early and may be tried again."""
-
-
 def dataset_paths(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> tuple[Path, Path, Path]:
     """Paths of the train file, the val file and (of a local dataset) the manifest, whether or not they exist."""
     stem = resolve_dataset_dir(dataset_dir) / parse_dataset_id(dataset_id).stem
@@ -215,6 +217,12 @@ def read_manifest(dataset_id: str, dataset_dir: str | os.PathLike | None = None)
     train_path, val_path, manifest_path = dataset_paths(dataset_id, dataset_dir)
     manifest = utils.read_manifest(manifest_path, dataset_id)
     return manifest if manifest and set(manifest["files"]) == {train_path.name, val_path.name} else None
+
+
+def _advice(path: Path, dataset: DatasetId) -> str:
+    """What to do where a file cannot be had from its address."""
+    local_id = f"local/{dataset.name}" if f"local/{dataset.name}" in GENERATED_IDS else GENERATED_IDS[0]
+    return f"put {path.name} into {path.parent} by hand, or use --dataset {local_id}, which is made on this machine"
 
 
 def ensure_dataset(
@@ -242,111 +250,9 @@ def ensure_dataset(
         return train_path, val_path
     for path in (train_path, val_path):
         if not path.exists():
-            _download(f"{base_url.rstrip('/')}/{path.name}", path, dataset)
+            check = functools.partial(_load_checked, dataset=dataset)
+            download(f"{base_url.rstrip('/')}/{path.name}", path, check, _advice(path, dataset))
     return train_path, val_path
-
-
-def _download(url: str, path: Path, dataset: DatasetId) -> None:
-    """Fetch one file to `<path>.part`, check it, rename it into place. Raises UserError in one line."""
-    import requests
-
-    part = path.with_name(path.name + ".part")
-    local_id = f"local/{dataset.name}" if f"local/{dataset.name}" in GENERATED_IDS else GENERATED_IDS[0]
-    advice = f"put {path.name} into {path.parent} by hand, or use --dataset {local_id}, which is made on this machine"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive_folder(path.parent):
-            if path.exists():
-                return  # another process fetched it while this one waited
-            _fetch_with_retry(url, part)
-            try:
-                _load_checked(part, dataset)
-            except UserError as error:
-                _discard(part)
-                fault = str(error).removeprefix(f"{part}: ").split("; delete the file")[0]
-                raise UserError(f"{url} is not the dataset: {fault}; {advice}") from None
-            os.replace(part, path)
-            _discard(part)
-    except (requests.RequestException, _Interrupted) as error:
-        if part.exists() and not _validator_path(part).exists():
-            _discard(part)  # nothing tells whether it could be continued
-        plain = isinstance(error, _Interrupted | requests.HTTPError)
-        raise UserError(f"cannot download {url} ({error if plain else type(error).__name__}); {advice}") from None
-    except OSError as error:
-        raise UserError(f"{path.parent}: cannot store {path.name} there ({error.strerror or error})") from None
-
-
-def _fetch_with_retry(url: str, part: Path) -> None:
-    """`_fetch`, once more after a failure that may pass."""
-    import requests
-
-    try:
-        _fetch(url, part)
-    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, _Interrupted):
-        _fetch(url, part)
-
-
-def _validator_path(part: Path) -> Path:
-    return part.with_name(part.name + ".etag")
-
-
-def _discard(part: Path) -> None:
-    part.unlink(missing_ok=True)
-    _validator_path(part).unlink(missing_ok=True)
-
-
-def _fetch(url: str, part: Path) -> None:
-    """Download `url` to `part`, going on where an earlier attempt stopped when the server says it is the same file.
-
-    The server's ETag (or date) is kept beside the part; If-Range makes it send the rest only when that still holds,
-    and the whole file otherwise. Raises requests.RequestException or _Interrupted.
-    """
-    import requests
-
-    have, headers = 0, {"Accept-Encoding": "identity"}  # compressed transfer would make Content-Length useless
-    if part.exists() and _validator_path(part).exists():
-        have = part.stat().st_size
-    if have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": _validator_path(part).read_text(encoding="utf-8")}
-    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
-        if response.status_code == 416:  # the part is as long as the file, or longer
-            _discard(part)
-            raise _Interrupted("the server refused to continue the download")
-        if response.status_code not in (200, 206):
-            kind = requests.HTTPError if response.status_code < 500 else _Interrupted
-            raise kind(f"HTTP status {response.status_code}")
-        resumed = response.status_code == 206
-        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            _discard(part)
-            raise _Interrupted("the server continued at the wrong place")
-        have = have if resumed else 0
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        if not resumed:
-            _discard(part)
-            _write_validator(part, response.headers)
-        with (
-            open(part, "ab") as file,
-            progress(total or 0, part.stem, initial=have, unit="B", unit_scale=True) as bar,
-        ):
-            for chunk in response.iter_content(1 << 16):
-                file.write(chunk)
-                bar.update(len(chunk))
-            file.flush()
-            os.fsync(file.fileno())
-    size = part.stat().st_size
-    if total is not None and size != total:
-        if size > total:
-            _discard(part)
-        raise _Interrupted(f"{size} of {total} bytes arrived")
-
-
-def _write_validator(part: Path, headers: Any) -> None:
-    """Keep what identifies the server's file, if it says so and can send parts. A weak ETag does not identify it."""
-    etag = headers.get("ETag", "")
-    validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
-    if validator and headers.get("Accept-Ranges", "bytes") == "bytes":
-        _validator_path(part).write_text(validator, encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------

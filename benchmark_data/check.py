@@ -1,7 +1,7 @@
 """`python make_dataset.py --check DATASET`: is this file what its layout says, and do its rows belong together?
 
-DATASET is the id of one that is here, or the path of a file or folder in one of three layouts, generated here,
-official, or anybody's:
+DATASET is the id of one that is here, a folder with one in it, or the path of a file or folder in one of three layouts,
+generated here, official, or anybody's:
 
     OGBench mazes   .npz    observations, actions, terminals, optional qpos, qvel
     D4RL            .hdf5   observations, actions, rewards, terminals, optional timeouts, next_observations, infos/*
@@ -23,10 +23,12 @@ beside each.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -38,8 +40,9 @@ import numpy as np
 import d4rl_utils
 import ogbench_utils
 import utils
-from benchmark_data import check_moves, check_rows
-from benchmark_data.check_files import EPISODE_NAME, FAULT, LAYOUT_NAMES, Data, Finding, open_data
+from benchmark_data import check_moves, check_rows, overview
+from benchmark_data.check_files import EPISODE_NAME, FAULT, LAYOUT_NAMES, Data, Finding, only_dataset, open_data
+from benchmark_data.check_robots import RUNNER_STEPS
 from utils import UserError, write_bytes_atomic
 from walker import dmc_utils
 
@@ -164,8 +167,7 @@ def _manifest_path(path: Path) -> Path | None:
 def describe(data: Data) -> list[tuple[str, str]]:
     """The table's lines: label and text."""
     robot = f", {data.robot.name}" if data.robot else ""
-    source = "manifest" if "manifest" in data.memory else "name"
-    facts = [("dataset", f"{data.dataset_id}, by its {source}"), ("layout", f"{LAYOUT_NAMES[data.layout]}{robot}")]
+    facts = [("dataset", _identity(data)), ("layout", f"{LAYOUT_NAMES[data.layout]}{robot}")]
     if data.rows == 0:
         return facts
     lengths = data.lengths
@@ -174,6 +176,8 @@ def describe(data: Data) -> list[tuple[str, str]]:
         if lengths.min() == lengths.max()
         else f"{lengths.min():,} to {lengths.max():,} rows, median {np.median(lengths):,.0f}"
     )
+    cut = cut_rows(data)
+    spread += f"; the last one is cut, at {cut:,} rows" if cut else ""
     facts += [("rows", f"{data.rows:,}"), ("episodes", f"{len(lengths):,}, {spread}")]
     flags = [f"{int((data.columns[n] == 1).sum()):,} {n}" for n in ("terminals", "timeouts") if n in data.columns]
     facts += [("ends", ", ".join(flags))] if flags else []
@@ -185,14 +189,30 @@ def describe(data: Data) -> list[tuple[str, str]]:
     returns = episode_returns(data)
     if returns is not None and len(returns):
         quantiles = " ".join(f"{value:,.1f}" for value in np.quantile(returns, [0, 0.25, 0.5, 0.75, 1]))
-        facts += [
-            ("returns", f"mean {returns.mean():,.1f}, std {returns.std():,.1f}; min, quartiles, max: {quantiles}")
-        ]
+        spread = f"mean {returns.mean():,.1f}, std {returns.std():,.1f}; min, quartiles, max: {quantiles}"
+        of = f"; of the {len(returns):,} whole ones" if cut and len(lengths) > 1 else ""
+        facts += [("returns", spread + of)]
     if data.maze is not None and data.robot is not None:
         visited = {tuple(cell) for rows in data.blocks() for cell in _cells(data, rows)}
         free = int((data.maze.maze_map == 0).sum())
         facts += [("maze", f"{len(visited)} of {free} free cells visited")]
     return facts
+
+
+def _identity(data: Data) -> str:
+    """The dataset's id and how it is known."""
+    if "manifest" in data.memory:
+        return f"{data.dataset_id}, by its manifest"
+    if data.dataset_id in known_ids():
+        return f"{data.dataset_id}, by its name"
+    return f"unknown: {data.dataset_id!r} is no dataset id of --list"
+
+
+def known_ids() -> tuple[str, ...]:
+    """Every id that --list shows."""
+    mazes = ogbench_utils.official_ids() + ogbench_utils.GENERATED_IDS
+    robots = d4rl_utils.official_ids() + d4rl_utils.GENERATED_IDS
+    return mazes + robots + dmc_utils.OFFICIAL_IDS + dmc_utils.GENERATED_IDS
 
 
 def _cells(data: Data, rows: slice) -> np.ndarray:
@@ -207,8 +227,19 @@ def episode_returns(data: Data) -> np.ndarray | None:
     if "rewards" not in data.columns:
         return None
     returns = np.add.reduceat(data.columns["rewards"].astype(np.float64), data.starts)
-    whole = returns if data.flagged[-1] or len(returns) == 1 else returns[:-1]
+    whole = returns[:-1] if cut_rows(data) and len(returns) > 1 else returns
     return whole[np.isfinite(whole)]
+
+
+def cut_rows(data: Data) -> int:
+    """Rows of the last episode where the file's end cut it; 0 where it is whole.
+
+    D4RL leaves such an end unmarked, make_dataset.py marks it as a timeout: one of a runner before its time limit.
+    """
+    rows, whole = int(data.lengths[-1]), bool(data.flagged[-1])
+    if data.layout == "d4rl" and data.robot is not None and data.robot.reward is not None:
+        whole = rows >= RUNNER_STEPS or "terminals" in data.columns and data.columns["terminals"][-1] == 1
+    return 0 if whole else rows
 
 
 def draw(data: Data, path: Path, verdict: str) -> None:
@@ -287,9 +318,12 @@ def default_picture(path: Path) -> Path:
 def find_dataset(given: str | Path, dataset_dir: str | Path | None = None) -> Path:
     """The file or folder to check: a path that is there, else a dataset id's place in `dataset_dir`.
 
-    A maze's id means its train file. Raises UserError where neither is there, and says how to get a known dataset.
+    A folder of one dataset means that one, and a maze's id its train file. Raises UserError where neither is there,
+    and says how to get a known dataset.
     """
     path, name = Path(given), str(given)
+    if path.is_dir():
+        return only_dataset(path)
     if path.exists():
         return path
     places = (
@@ -299,7 +333,11 @@ def find_dataset(given: str | Path, dataset_dir: str | Path | None = None) -> Pa
     )
     place = next((place() for ids, place in places if name in ids), None)
     if place is None:
-        raise UserError(f"{path}: no such file or folder, and no dataset id; give a dataset's path or id after --check")
+        nearest = overview.nearest_id(name, known_ids())
+        hint = f"did you mean {nearest}? Give" if nearest else "give"
+        raise UserError(
+            f"{path}: no such file or folder, and no dataset id; {hint} a dataset's path or id after --check"
+        )
     if place.exists():
         return place
     folder = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
@@ -347,9 +385,25 @@ def check(path: str | Path, picture: str | Path | None = None) -> Report:
 def run_check(given: str | Path, picture: str | Path | None = None, dataset_dir: str | Path | None = None) -> int:
     """Check a path or a dataset id, print the report, write the picture.
 
-    Returns the exit code: 0 for a good dataset, 1 for one with faults.
+    Returns the exit code: 0 for a good dataset, 1 for one with faults. Raises UserError as `find_dataset` does, and for
+    a picture that could not be written, before the work.
     """
     path = find_dataset(given, dataset_dir)
+    if picture is not None:
+        _require_writable(Path(picture))
     report = check(path, picture or default_picture(path))
     print(report.text())
     return 0 if report.good else 1
+
+
+def _require_writable(picture: Path) -> None:
+    """Raise UserError for a place where no picture can be written, and for a name that may be another file's."""
+    if picture.suffix.lower() != ".png":
+        raise UserError(f"--picture {picture}: give a name that ends in .png")
+    try:
+        if picture.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with tempfile.TemporaryFile(dir=next(place for place in picture.absolute().parents if place.exists())):
+            pass
+    except OSError as error:
+        raise UserError(f"--picture {picture}: cannot write there ({error.strerror}); choose another") from None

@@ -350,26 +350,49 @@ def open_data(path: Path) -> Data:
 
 
 SUFFIXES = (".npz", ".hdf5", ".h5")
+_D4RL_NAMES = {d4rl_utils.parse_dataset_id(name).file_name: name for name in d4rl_utils.official_ids()}
 EPISODE_NAME = re.compile(r"episode_(\d+)_(\d+)\.npz$")
 
 
 def _episode_files(folder: Path) -> list[Path]:
     """The walker study's files of a folder or its data/. Raises UserError where there are none."""
-    for place in (folder, folder / "data"):
-        files = sorted(path for path in place.glob("*.npz") if EPISODE_NAME.match(path.name))
-        if files:
-            return files
-    episodes = [*folder.glob("*/data/episode_*.npz"), *folder.glob("*/*/data/episode_*.npz")]
-    files = [path for place in ("*", "*/*") for end in SUFFIXES for path in folder.glob(place + end)]
-    inside = {path.parent.parent for path in episodes}
-    inside = sorted(inside | {path.parent if EPISODE_NAME.match(path.name) else path for path in files})
-    if inside:
-        names = ", ".join(map(str, inside[:6])) + (f" and {len(inside) - 6} more" if len(inside) > 6 else "")
-        raise UserError(f"{folder}: holds {len(inside)} dataset{'s' * (len(inside) > 1)}; check one of them: {names}")
+    files = _episodes_in(folder)
+    if files:
+        return files
     raise UserError(
         f"{folder}: not a dataset: no episode_<index>_<steps>.npz in it or in its data/ folder; give such a folder, an "
         ".npz or .hdf5 file, or a dataset id after --check"
     )
+
+
+def _episodes_in(folder: Path) -> list[Path]:
+    """The walker study's files of a folder, or else of its data/."""
+    for place in (folder, folder / "data"):
+        files = sorted(path for path in place.glob("*.npz") if EPISODE_NAME.match(path.name))
+        if files:
+            return files
+    return []
+
+
+def only_dataset(folder: Path) -> Path:
+    """The folder where it is a dataset or holds none, else the one dataset in it: a maze's train file for its two.
+
+    Raises UserError, naming some, where there are several.
+    """
+    if _episodes_in(folder):
+        return folder
+    episodes = [path for depth in (1, 2, 3) for path in folder.glob("*/" * depth + "data/episode_*.npz")]
+    files = [path for depth in (0, 1, 2) for end in SUFFIXES for path in folder.glob("*/" * depth + f"*{end}")]
+    inside = {path.parent.parent for path in episodes}
+    inside |= {path for path in files if not EPISODE_NAME.match(path.name)}
+    inside |= {path.parent for path in files if EPISODE_NAME.match(path.name) and path.parent.name != "data"}
+    # Hidden folders hold datasets that are being made.
+    inside = {path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)}
+    inside -= {path for path in inside if path.with_name(path.name.replace("-val.npz", ".npz")) in inside - {path}}
+    if len(inside) > 1:
+        names = ", ".join(map(str, sorted(inside)[:6])) + (f" and {len(inside) - 6} more" if len(inside) > 6 else "")
+        raise UserError(f"{folder}: holds {len(inside)} datasets; check one of them: {names}")
+    return inside.pop() if inside else folder
 
 
 def _name_of(path: Path, layout: str) -> str:
@@ -378,7 +401,10 @@ def _name_of(path: Path, layout: str) -> str:
         folder = path.absolute() if path.is_dir() else path.absolute().parent
         folder = folder.parent if folder.name == "data" else folder
         return ("local/" if folder.parent.parent.name == "local" else "") + folder.name
-    stem = path.stem.removesuffix("-val") if layout == "ogbench" else path.stem.replace("_", "-")
+    if layout == "d4rl":
+        stem = _D4RL_NAMES.get(path.name, path.stem.replace("_", "-"))  # its antmaze files have names of their own
+    else:
+        stem = path.stem.removesuffix("-val")
     return ("local/" if path.absolute().parent.name == "local" else "") + stem
 
 

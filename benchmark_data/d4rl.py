@@ -42,7 +42,8 @@ import numpy as np
 
 import utils
 from benchmark_data import experts
-from benchmark_data.generation import Plan, describe_returns, run_tasks, warn_unplayed
+from benchmark_data.experts import describe_returns
+from benchmark_data.generation import Plan, run_tasks, warn_unplayed
 from d4rl_utils import (
     GENERATED_IDS,
     MAX_EPISODE_STEPS,
@@ -320,16 +321,19 @@ def _return_facts(arrays: dict[str, np.ndarray], cut: bool) -> dict[str, Any]:
     """Episodes and their returns, for the manifest. A last episode that the size cut counts as no return."""
     ends = episode_ends(arrays)
     returns = episode_returns(arrays["rewards"], ends)
-    of = "all episodes"
+    of, cut_rows = "all episodes", 0
     if cut:
+        cut_rows = int(np.diff(ends, prepend=-1)[-1])
         of = "the whole episodes, without the last, which the size cut" if len(returns) > 1 else "one episode, cut"
         returns = returns[:-1] if len(returns) > 1 else returns
-    return {"episodes": len(ends), "returns": describe_returns(returns), "returns_of": of}
+    returns_of = {"returns": describe_returns(returns), "returns_of": of}
+    return {"episodes": len(ends), "rows_of_the_cut_last_episode": cut_rows, **returns_of}
 
 
 class D4RLFamily:
     """`local/{hopper,halfcheetah,walker2d}-{medium,medium-replay,medium-expert}-v2`; see generation.Family."""
 
+    title = "D4RL"
     ids = GENERATED_IDS
     unit = "transitions"
 

@@ -37,7 +37,6 @@ import numpy as np
 
 import utils
 from benchmark_data import experts
-from benchmark_data.experts import describe_returns as describe_returns  # families take it from here
 from utils import UserError
 
 Task = TypeVar("Task")
@@ -65,6 +64,7 @@ class Plan:
 class Family(Protocol):
     """Datasets of one benchmark that can be made here."""
 
+    title: str  # of the benchmark
     ids: tuple[str, ...]  # each begins with local/
     unit: str  # what Plan.size counts, the flag's name without num_: episodes or transitions
 
@@ -84,7 +84,7 @@ class Family(Protocol):
         """Write the files into the empty folder `stage` as they shall lie below the manifest's folder.
 
         Returns what the manifest says of them: recipe (a sentence), episodes, transitions, returns (see
-        `describe_returns`, None where there are none), and what else tells how they came about.
+        `experts.describe_returns`, None where there are none), and what else tells how they came about.
         """
 
 

@@ -259,6 +259,7 @@ def _make_episode(task: tuple[Plan, int, int]) -> tuple[dict[str, np.ndarray], i
 class MazeFamily:
     """See `generation.Family`: a train and a val file in OGBench's layout."""
 
+    title = "OGBench mazes"
     ids = GENERATED_IDS
     unit = "episodes"
 

@@ -1,10 +1,11 @@
-"""`make_dataset.py --list`: every dataset id, its size, and where it is or how to get it."""
+"""`make_dataset.py --list`: every dataset id by benchmark, its size, and where it is or how to get it."""
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import d4rl_utils
@@ -21,58 +22,143 @@ class Row:
     dataset_id: str
     size: str  # of what is there, or "-"
     content: str  # how many episodes or transitions, or ""
-    where: str  # where it is, or how to get it
+    where: str  # the path of what is there, else its name
 
 
-def local_rows(families: Iterable[Family], dataset_dir: str | os.PathLike | None) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Group:
+    """One benchmark's datasets: where they go, how they get there, and a line each."""
+
+    title: str
+    folder: str
+    source: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Official:
+    """One benchmark's official files."""
+
+    title: str
+    ids: tuple[str, ...]
+    paths: Callable[[str, str | os.PathLike | None], Iterable[Path]]  # the dataset's files, or its folder
+    rule: str  # which folder is taken
+    source: str
+
+
+# Which folder is taken, by the title of a family of generation.py.
+_RULES = {
+    "OGBench mazes": "--dataset_dir, else OGBENCH_DATASET_DIR, else datasets/ beside the code",
+    "D4RL": "--dataset_dir, else D4RL_DATASET_DIR, else datasets/ beside the code",
+    "walker study": "--dataset_dir, else datasets/ beside the code",
+}
+OFFICIAL = (
+    Official(
+        "OGBench mazes",
+        ogbench_utils.official_ids(),
+        lambda dataset_id, folder: ogbench_utils.dataset_paths(dataset_id, folder)[:2],
+        _RULES["OGBench mazes"],
+        f"{ogbench_utils.DATASET_URL}/<file>, with <id>-val.npz; fetched when first used",
+    ),
+    *(
+        Official(
+            title,
+            tuple(name for name in d4rl_utils.official_ids() if name.startswith("antmaze-") == mazes),
+            lambda dataset_id, folder: (d4rl_utils.dataset_path(dataset_id, folder),),
+            "--dataset_dir, else D4RL_DATASET_DIR, else ~/.d4rl/datasets",
+            f"{url}/<file>; fetched when first used",
+        )
+        for title, mazes, url in (
+            ("D4RL", False, d4rl_utils.DATASET_URL),
+            ("D4RL antmazes", True, d4rl_utils.ANTMAZE_URL),
+        )
+    ),
+    Official(
+        "walker study",
+        dmc_utils.OFFICIAL_IDS,
+        lambda dataset_id, folder: (dmc_utils.dataset_folder(dataset_id, folder),),
+        _RULES["walker study"],
+        "the study's own folders, not published at an address",
+    ),
+)
+
+
+def local_groups(families: Iterable[Family], dataset_dir: str | os.PathLike | None) -> Iterator[Group]:
     """What can be made here, made or not."""
-    folder = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
     for family in families:
-        for dataset_id in family.ids:
-            manifest = utils.read_manifest(family.manifest_path(dataset_id, dataset_dir), dataset_id)
-            if manifest is None:
-                count = f"{family.default_size(dataset_id):,} {family.unit}"
-                yield Row(dataset_id, "-", count, f"python make_dataset.py --dataset {dataset_id}{folder}")
-            else:
-                size = sum(entry["bytes"] for entry in manifest["files"].values())
-                count = f"{manifest.get(f'num_{family.unit}', 0):,} {family.unit}, seed {manifest.get('seed')}"
-                yield Row(dataset_id, megabytes(size), count, str(family.target(dataset_id, dataset_dir)))
+        folder = family.manifest_path(family.ids[0], dataset_dir).parent
+        flag = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
+        yield Group(
+            f"{family.title}, made here",
+            f"{folder} (local/ in {_RULES[family.title]})",
+            f"python make_dataset.py --dataset <id>{flag}",
+            tuple(_local_row(family, dataset_id, dataset_dir) for dataset_id in family.ids),
+        )
 
 
-def official_rows(dataset_dir: str | os.PathLike | None) -> Iterator[Row]:
-    """The official files: the path of one that is there, else its address."""
-    for dataset_id in ogbench_utils.official_ids():
-        path = ogbench_utils.dataset_paths(dataset_id, dataset_dir)[0]
-        yield _official(dataset_id, path, f"{ogbench_utils.DATASET_URL}/{path.name}, fetched when it is first used")
-    for dataset_id in d4rl_utils.official_ids():
-        path = d4rl_utils.dataset_path(dataset_id, dataset_dir)
-        yield _official(dataset_id, path, str(d4rl_utils.parse_dataset_id(dataset_id).url))
-    for dataset_id in dmc_utils.OFFICIAL_IDS:
-        path = dmc_utils.dataset_folder(dataset_id, dataset_dir)
-        yield _official(dataset_id, path, f"the study's own files, not published at an address; put them in {path}")
+def _local_row(family: Family, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Row:
+    manifest = utils.read_manifest(family.manifest_path(dataset_id, dataset_dir), dataset_id)
+    if manifest is None:
+        return Row(
+            dataset_id,
+            "-",
+            f"{family.default_size(dataset_id):,} {family.unit}",
+            family.target(dataset_id, dataset_dir).name,
+        )
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    count = f"{manifest.get(f'num_{family.unit}', 0):,} {family.unit}, seed {manifest.get('seed')}"
+    return Row(dataset_id, megabytes(size), count, str(family.target(dataset_id, dataset_dir)))
 
 
-def _official(dataset_id: str, path: Path, otherwise: str) -> Row:
-    if not path.exists():
-        return Row(dataset_id, "-", "", otherwise)
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return Row(dataset_id, megabytes(sum(file.stat().st_size for file in files)), "", str(path))
+def official_groups(dataset_dir: str | os.PathLike | None) -> Iterator[Group]:
+    """The official files, there or not."""
+    for official in OFFICIAL:
+        paths = {dataset_id: tuple(official.paths(dataset_id, dataset_dir)) for dataset_id in official.ids}
+        yield Group(
+            f"{official.title}, official files",
+            f"{paths[official.ids[0]][0].parent} ({official.rule})",
+            official.source,
+            tuple(_official_row(dataset_id, those) for dataset_id, those in paths.items()),
+        )
+
+
+def _official_row(dataset_id: str, paths: tuple[Path, ...]) -> Row:
+    files = [path for path in paths if path.is_file()]
+    files += [file for path in paths if path.is_dir() for file in path.rglob("*") if file.is_file()]
+    if not paths[0].exists():
+        return Row(dataset_id, "-", "", paths[0].name)
+    return Row(dataset_id, megabytes(sum(file.stat().st_size for file in files)), "", str(paths[0]))
+
+
+def only(groups: Iterable[Group], text: str | None) -> list[Group]:
+    """The groups with those of their ids that hold `text`, or as they are where it is None; none that is empty."""
+    kept = [replace(group, rows=tuple(row for row in group.rows if (text or "") in row.dataset_id)) for group in groups]
+    return [group for group in kept if group.rows]
 
 
 def megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def table(rows: Iterable[Row], where: str) -> str:
-    """Aligned columns below their headings; `where` heads the last one, which is as long as it is.
+def describe(group: Group) -> str:
+    """A group's lines: its title, where it goes and comes from, and aligned columns below their headings.
 
-    A column that is empty in every row is left out.
+    A column that is empty in every row is left out; the last one is as long as it is.
     """
-    lines = [(row.dataset_id, row.size, row.content, row.where) for row in rows]
-    headings = ("id", "size", "content", where)
+    lines = [(row.dataset_id, row.size, row.content, row.where) for row in group.rows]
+    headings = ("id", "size", "content", "file, or the path of what is there")
     kept = [column for column in range(4) if any(line[column] for line in lines)]
     widths = [max(len(line[column]) for line in (headings, *lines)) for column in kept[:-1]] + [0]
     aligned = [(column, f"{'>' if column == 1 else '<'}{width}") for column, width in zip(kept, widths, strict=True)]
-    return "\n".join(
+    table = (
         "  ".join(["", *(f"{line[column]:{form}}" for column, form in aligned)]).rstrip() for line in (headings, *lines)
     )
+    return "\n".join([group.title, f"  folder: {group.folder}", f"  source: {group.source}", "", *table])
+
+
+def nearest_id(name: str, ids: Iterable[str]) -> str | None:
+    """The id that `name` is near to, local/ aside; None where it is near none."""
+    by_name = {dataset_id.removeprefix("local/"): dataset_id for dataset_id in ids}
+    # 0.74 is hopper-medium-v2 to swimmer-medium-v2, which is no slip of the hand.
+    near = difflib.get_close_matches(name.removeprefix("local/"), by_name, n=1, cutoff=0.75)
+    return by_name[near[0]] if near else None

@@ -25,7 +25,8 @@ import numpy as np
 
 import utils
 from benchmark_data import experts
-from benchmark_data.generation import Plan, describe_returns, run_tasks, warn_unplayed
+from benchmark_data.experts import describe_returns
+from benchmark_data.generation import Plan, run_tasks, warn_unplayed
 from walker.dmc_utils import (
     EPISODE_STEPS,
     GENERATED_IDS,
@@ -120,6 +121,7 @@ def _make_episode(task: tuple[Plan, int, int, Path]) -> float:
 class WalkerFamily:
     """See `generation.Family`: a folder of episode files in the study's layout."""
 
+    title = "walker study"
     ids = GENERATED_IDS
     unit = "episodes"
 

@@ -13,7 +13,8 @@ import h5py
 import numpy as np
 import pytest
 
-from benchmark_data.check import check, default_picture, find_dataset, run_check
+import benchmark_data.check as check_module
+from benchmark_data.check import check, cut_rows, default_picture, episode_returns, find_dataset, run_check
 from benchmark_data.check_files import open_data
 from benchmark_data.check_robots import ROBOTS
 from utils import UserError
@@ -627,26 +628,107 @@ def test_an_id_stands_for_its_file(tmp_path, monkeypatch, capsys):
             "make it with `python make_dataset.py --dataset local/halfcheetah-medium-v2 --dataset_dir .*`, or give a",
         ),
         ("hopper-expert-v2", "hopper-expert-v2: not at .*hopper_expert-v2.hdf5; put the official file there"),
-        ("hopper-experts-v2", "no such file or folder, and no dataset id"),
+        ("hopper-experts-v2", "no such file or folder, and no dataset id; did you mean hopper-expert-v2. Give a"),
+        ("local/antmaze-medium-naviate-v0", "no dataset id; did you mean local/antmaze-medium-navigate-v0. Give a"),
+        ("swimmer-medium-v2", "no such file or folder, and no dataset id; give a"),
     ):
         with pytest.raises(UserError, match=words) as error:
             run_check(name, dataset_dir=tmp_path)
         assert "\n" not in str(error.value)
 
 
+def test_files_of_d4rls_antmazes_have_names_of_their_own(tmp_path):
+    name = "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5"
+    path = save(tmp_path / name, goal_maze(crossing_ants(), 0))
+    assert find_dataset("antmaze-umaze-v2", tmp_path) == path
+    assert dict(check(path).facts)["dataset"] == "antmaze-umaze-v2, by its name"
+
+
 def test_names_that_are_no_datasets_are_noted(tmp_path):
     """What a name does not tell is not checked, or taken from the numbers; the report says so."""
     point = save(tmp_path / "mine.npz", point_arrays())
+    assert dict(check(point).facts)["dataset"] == "unknown: 'mine' is no dataset id of --list"
+    assert dict(check(made(tmp_path, "point")).facts)["dataset"] == "pointmaze-medium-stitch-v0, by its name"
     assert "neither walls nor the recipe's rows an episode are checked" in notes(point)
     hopper = save(tmp_path / "mine.hdf5", hopper_arrays())
     assert "the name tells no robot" in notes(hopper) and dict(check(hopper).facts)["layout"] == "D4RL, hopper"
     assert "the name tells no task" in notes(save(tmp_path / "mine", walker_arrays()))
 
 
-def test_the_report_comes_without_a_picture_too(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert run_check(made(tmp_path, "point"), tmp_path / "file" / "x.png") == 0
+def test_the_report_comes_without_a_picture_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").write_text("")  # where a picture goes that nobody asked for
+    assert run_check(made(tmp_path, "point")) == 0
     assert "cannot write" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [
+        ("file/x.png", "cannot write there .Not a directory.; choose another"),
+        ("folder.png", "cannot write there .it is a folder.; choose another"),
+        ("x" * 300 + ".png", "cannot write there .File name too long.; choose another"),
+        ("pointmaze-medium-stitch-v0.npz", "give a name that ends in .png"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_told_before_the_work(picture, words, tmp_path, monkeypatch):
+    path = made(tmp_path, "point")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    content = path.read_bytes()
+    monkeypatch.setattr(check_module, "check", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(UserError, match=f"^--picture {tmp_path / picture}: {words}") as error:
+        run_check(path, tmp_path / picture)
+    assert "\n" not in str(error.value) and path.read_bytes() == content
+
+
+def test_no_folder_is_left_for_a_picture_that_is_not_drawn(tmp_path):
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    with pytest.raises(UserError, match="not a dataset"):
+        run_check(tmp_path / "other.npz", tmp_path / "new" / "x.png")
+    assert not (tmp_path / "new").exists()
+    assert run_check(made(tmp_path, "point"), tmp_path / "new" / "x.PNG") == 0
+    assert (tmp_path / "new" / "x.PNG").is_file()
+
+
+def test_a_folder_of_one_dataset_means_that_one(tmp_path, capsys):
+    point = made(tmp_path / "a" / "local", "point")
+    manifest(point.with_suffix(".json"), "local/pointmaze-medium-stitch-v0", [point])
+    save(point.with_name("pointmaze-medium-stitch-v0-val.npz"), point_arrays())
+    save(point.parent / ".hopper_medium-v2.tmp" / "hopper_medium-v2.hdf5", hopper_arrays())  # it is being made
+    walker = made(tmp_path / "b" / "local" / "collected_data", "walker")
+    for folder in (point.parent, point.parent.parent):
+        assert find_dataset(folder) == point
+    for folder in (tmp_path / "b", walker.parent, walker):
+        assert find_dataset(folder) == walker
+    assert find_dataset(walker / "data") == walker / "data"
+    assert run_check(tmp_path / "a", tmp_path / "x.png") == 0
+    assert capsys.readouterr().out.startswith(f"{point}: good")
+    made(tmp_path / "b", "hopper")
+    with pytest.raises(UserError, match="holds 2 datasets; check one of them: "):
+        find_dataset(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("keep", "mark", "whole", "rows"),
+    [(2900, False, 4, 94), (2900, True, 4, 94), (1353, False, 2, 0), (2806, False, 4, 0), (500, True, 1, 500)],
+)
+def test_returns_are_of_whole_episodes(keep, mark, whole, rows, tmp_path):
+    """D4RL leaves an end that the file's size cut unmarked, make_dataset.py marks it as a timeout."""
+
+    def cut(arrays):
+        for key in arrays:
+            arrays[key] = arrays[key][:keep]
+        arrays["timeouts"][-1] = mark
+
+    path = made(tmp_path, "hopper", cut)
+    data, report = open_data(path), dict(check(path).facts)
+    assert cut_rows(data) == rows
+    np.testing.assert_allclose(
+        episode_returns(data), np.add.reduceat(data.columns["rewards"].astype(float), data.starts)[:whole]
+    )
+    assert (f"the last one is cut, at {rows} rows" in report["episodes"]) == bool(rows)
+    assert (f"of the {whole} whole ones" in report["returns"]) == (rows == 94)
 
 
 def test_pictures_of_different_datasets_have_different_names(tmp_path):
@@ -668,7 +750,6 @@ def test_pictures_of_different_datasets_have_different_names(tmp_path):
         ("text.txt", "not a dataset; --check takes"),
         ("empty", "no episode_<index>_<steps>.npz"),
         ("several", "holds 2 datasets; check one of them: .*collected_data/a, "),
-        ("files", "holds 1 dataset; check one of them: .*local/x.npz"),
         ("other.npz", "not a dataset of this kind: it holds weights"),
         ("pipe.npz", "not a dataset; --check takes"),
     ],
@@ -680,7 +761,6 @@ def test_what_is_no_dataset(name, words, tmp_path):
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     for dataset in ("a", "b"):
         save(tmp_path / "several" / "collected_data" / dataset, [{"observation": np.zeros(3)}])
-    save(tmp_path / "files" / "local" / "x.npz", {"observations": np.zeros(3)})
     with pytest.raises(UserError, match=words) as error:
         run_check(tmp_path / name)
     assert "\n" not in str(error.value) and name in str(error.value)

@@ -1,5 +1,9 @@
-"""D4RL's ids, folders and files: what is read, what is refused and with which words, and the environments."""
+"""D4RL's ids, folders and files: what is read, fetched and refused and with which words, transitions, environments."""
 
+import http.server
+import json
+import threading
+import tracemalloc
 from pathlib import Path
 
 import gymnasium
@@ -11,9 +15,11 @@ import d4rl_utils
 from d4rl_utils import (
     GENERATED_IDS,
     dataset_path,
+    ensure_dataset,
     episode_ends,
     episode_returns,
     load_arrays,
+    load_transitions,
     make_env,
     manifest_path,
     official_ids,
@@ -61,14 +67,22 @@ def tiny(tmp_path):
 
 
 def test_ids_are_d4rls_and_the_local_ones():
-    assert len(official_ids()) == 18 and len(GENERATED_IDS) == 9
+    assert len(official_ids()) == 24 and len(GENERATED_IDS) == 9
     for name in (*official_ids(), *GENERATED_IDS):
         dataset = parse_dataset_id(name)
         assert (dataset.id, dataset.local) == (name, name.startswith("local/"))
-        assert dataset.file_name == dataset.name.removesuffix("-v2").replace("-", "_") + "-v2.hdf5"
+        if dataset.robot != "antmaze":
+            assert dataset.file_name == dataset.name.removesuffix("-v2").replace("-", "_") + "-v2.hdf5"
         assert (dataset.url is None) == dataset.local
     url = parse_dataset_id("walker2d-full-replay-v2").url
     assert url == "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/walker2d_full_replay-v2.hdf5"
+    url = parse_dataset_id("antmaze-medium-play-v2").url
+    assert url == (
+        "http://rail.eecs.berkeley.edu/datasets/offline_rl/ant_maze_v2/"
+        "Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5"
+    )
+    assert len({parse_dataset_id(name).url for name in official_ids()}) == 24
+    assert [parse_dataset_id(f"antmaze-{maze}-v2").max_episode_steps for maze in ("umaze", "large-play")] == [700, 1000]
 
 
 @pytest.mark.parametrize(
@@ -78,12 +92,18 @@ def test_ids_are_d4rls_and_the_local_ones():
         ("local/hopper-expert-v2", "local/hopper-medium-expert-v2"),
         ("hopper-medium-v0", "hopper-medium-v2"),
         ("../hopper-medium-v2", "hopper-medium-v2"),
-        ("", ""),
-        (None, "hopper"),
+        ("antmaze-umaze-v0", "antmaze-umaze-v2"),
+        ("antmaze-medium-diverse", "antmaze-medium-diverse-v2"),
     ],
 )
 def test_an_unknown_id_is_refused_with_the_nearest(name, nearest):
     with pytest.raises(UserError, match=f"did you mean '{nearest}.*local/<id>"):
+        parse_dataset_id(name)
+
+
+@pytest.mark.parametrize("name", ["", "foo", None, "pointmaze-giant-stitch-v0"])
+def test_an_id_that_is_near_no_other_gets_no_suggestion(name):
+    with pytest.raises(UserError, match="is not a D4RL MuJoCo or AntMaze dataset; ids are {hopper,"):
         parse_dataset_id(name)
 
 
@@ -286,6 +306,258 @@ def test_jumps_are_found_across_the_chunks_of_the_search(tiny, monkeypatch):
     for rows in (1, 4, 5, ROWS - 1, ROWS):
         monkeypatch.setattr(d4rl_utils, "_CHECK_ROWS", rows)
         assert episode_ends(arrays).tolist() == [4, 7, 11]
+
+
+# --- transitions -----------------------------------------------------------------------------------------------------
+
+HOPPER, ANTMAZE = "hopper-medium-replay-v2", "antmaze-umaze-v2"
+
+
+def put(folder: Path, columns: dict[str, np.ndarray], dataset_id: str = HOPPER) -> Path:
+    """The columns under the dataset's name in the folder, which is returned."""
+    folder.mkdir(exist_ok=True)
+    write(dataset_path(dataset_id, folder), columns)
+    return folder
+
+
+def many_columns(rows: int = 500, dims: tuple[int, int] = (11, 3)) -> dict[str, np.ndarray]:
+    """Random rows with random ends: terminals, timeouts, some rows with both, some episodes of one row."""
+    rng = np.random.default_rng(1)
+    return {
+        "observations": rng.normal(size=(rows, dims[0])).astype(np.float32),
+        "actions": rng.uniform(-1, 1, size=(rows, dims[1])).astype(np.float32),
+        "rewards": rng.normal(size=rows).astype(np.float32),
+        "terminals": rng.random(rows) < 0.1,
+        "timeouts": rng.random(rows) < 0.1,
+    }
+
+
+def qlearning_dataset(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What D4RL's function of this name makes of a file with timeouts, row after row."""
+    made = {key: [] for key in ("observations", "actions", "rewards", "next_observations", "terminated")}
+    for row in range(len(columns["rewards"]) - 1):
+        if columns["timeouts"][row]:
+            continue
+        for key in ("observations", "actions", "rewards"):
+            made[key].append(columns[key][row])
+        made["next_observations"].append(columns["observations"][row + 1])
+        made["terminated"].append(bool(columns["terminals"][row]))
+    return {key: np.array(values) for key, values in made.items()}
+
+
+def test_rows_without_next_observations_become_d4rls_transitions(tmp_path, monkeypatch):
+    columns = many_columns()
+    expected = qlearning_dataset(columns)
+    for rows in (7, 1 << 16):  # blocks within blocks, and one for all
+        monkeypatch.setattr(d4rl_utils, "_CHECK_ROWS", rows)
+        got, _ = load_transitions(HOPPER, put(tmp_path / "data", columns))
+        assert set(got) == {*expected, "truncated"}
+        for key in ("observations", "actions", "rewards", "terminated"):
+            np.testing.assert_array_equal(got[key], expected[key])
+        going_on = ~expected["terminated"]
+        np.testing.assert_array_equal(got["next_observations"][going_on], expected["next_observations"][going_on])
+        # D4RL has another episode's state after a fall, here the state itself stands for the one that is not known.
+        np.testing.assert_array_equal(got["next_observations"][~going_on], got["observations"][~going_on])
+
+
+def test_the_last_transition_kept_of_an_episode_is_truncated(tmp_path):
+    columns = tiny_columns()
+    del columns["next_observations"]
+    got, returns = load_transitions(HOPPER, put(tmp_path / "data", columns))
+    assert got["rewards"].tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]  # rows 7 and 11 lead nowhere
+    assert np.flatnonzero(got["terminated"]).tolist() == [4] and np.flatnonzero(got["truncated"]).tolist() == [6, 9]
+    assert returns.tolist() == [10.0, 18.0]  # the reward of row 7 counts; the file's end cut the third
+
+
+def test_next_observations_are_taken_where_they_are(tmp_path):
+    columns = tiny_columns()
+    columns["timeouts"][:] = False  # as medium-replay has it: the second episode's end shows in the observations alone
+    got, returns = load_transitions(HOPPER, put(tmp_path / "data", columns))
+    for key in ("observations", "actions", "rewards", "next_observations"):
+        np.testing.assert_array_equal(got[key], columns[key])
+        assert got[key].dtype == np.float32
+    assert np.flatnonzero(got["terminated"]).tolist() == [4]
+    assert np.flatnonzero(got["truncated"]).tolist() == [7, 11]
+    assert returns.tolist() == [10.0, 18.0]
+    columns["timeouts"][-1] = True
+    assert load_transitions(HOPPER, put(tmp_path / "data", columns))[1].tolist() == [10.0, 18.0, 38.0]
+
+
+def test_episodes_without_any_mark_end_after_1000_steps(tmp_path):
+    columns = many_columns(2600)
+    del columns["timeouts"]
+    columns["terminals"] = np.arange(2600) == 1099
+    got, returns = load_transitions(HOPPER, put(tmp_path / "data", columns))
+    assert len(got["rewards"]) == 2600 - 3  # rows 999, 2099 and the last
+    assert np.flatnonzero(got["truncated"]).tolist() == [998, 2097, 2596]
+    assert np.flatnonzero(got["terminated"]).tolist() == [1098]
+    assert len(returns) == 3
+    np.testing.assert_allclose(returns[1], columns["rewards"][1000:1100].sum(), rtol=1e-5)
+
+
+def maze_columns() -> dict[str, np.ndarray]:
+    """Two recordings of 6 rows; the first stays at the goal for two of them, and an unmarked jump follows the second.
+
+    x: 0 .1 .2 .3 .4 .5 | 8 8.1 8.2 8.3 8.4 8.5 | 0 .1 .2
+    """
+    columns = many_columns(15, (29, 8))
+    columns["observations"][:, :2] = 0
+    columns["observations"][:, 0] = np.r_[np.arange(6) * 0.1, 8 + np.arange(6) * 0.1, np.arange(3) * 0.1]
+    columns["rewards"] = np.isin(np.arange(15), (3, 4)).astype(np.float32)
+    columns["terminals"] = columns["rewards"] == 1
+    columns["timeouts"] = np.arange(15) == 5
+    return columns
+
+
+def test_antmaze_recordings_go_on_at_the_goal(tmp_path):
+    got, returns = load_transitions(ANTMAZE, put(tmp_path / "data", maze_columns(), ANTMAZE))
+    assert len(got["rewards"]) == 12  # without the timeout's row 5, the jump's row 11 and the last
+    assert np.flatnonzero(got["terminated"]).tolist() == [3, 4]
+    assert np.flatnonzero(got["truncated"]).tolist() == [9, 11]
+    assert np.abs(got["next_observations"][:, 0] - got["observations"][:, 0]).max() < 0.2
+    assert returns.tolist() == [1.0, 0.0]  # an evaluation ends at the goal, so it counts once
+
+
+def test_a_file_of_another_robot_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"hopper_medium_replay-v2.hdf5: 17 observation and 6 action numbers a row, not"
+    ):
+        load_transitions(HOPPER, put(tmp_path / "data", many_columns(dims=(17, 6))))
+
+
+def test_a_file_of_single_rows_is_refused(tmp_path):
+    columns = many_columns()
+    columns["timeouts"][:] = True
+    with pytest.raises(UserError, match="no two rows of one episode follow each other"):
+        load_transitions(HOPPER, put(tmp_path / "data", columns))
+
+
+@pytest.mark.parametrize("following", [True, False])
+def test_loading_needs_little_more_memory_than_the_data(tmp_path, following):
+    columns = many_columns(150_000)
+    columns["terminals"] &= np.random.default_rng(2).random(150_000) < 0.05
+    if following:
+        columns["next_observations"] = np.roll(columns["observations"], -1, axis=0)
+    folder = put(tmp_path / "data", columns)
+    tracemalloc.start()
+    try:
+        got, _ = load_transitions(HOPPER, folder)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    size = sum(4 * array.size for array in got.values())  # as float32
+    assert peak < 1.2 * size, peak / size
+
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not (SHARED / "d4rl").is_dir(), reason="no development data beside this checkout")
+@pytest.mark.parametrize("name", ["hopper-medium-replay-v2", "halfcheetah-medium-expert-v2", "walker2d-medium-v2"])
+def test_development_files_have_the_returns_that_are_listed(name):
+    got, returns = load_transitions(name, SHARED / "d4rl")
+    lines = (SHARED / "returns.csv").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(f"d4rl/{parse_dataset_id(name).file_name},"))
+    rows, episodes, mean, _ = (float(number) for number in line.split(",")[1:])
+    assert (len(got["rewards"]), len(returns)) == (rows, episodes)
+    assert abs(returns.mean() - mean) < 0.06
+    ends = got["terminated"] | got["truncated"]
+    assert ends.sum() == episodes
+    inside = np.flatnonzero(~ends[:-1])
+    np.testing.assert_array_equal(got["next_observations"][inside], got["observations"][inside + 1])
+
+
+# --- finding and downloading -----------------------------------------------------------------------------------------
+
+
+class _Files(http.server.BaseHTTPRequestHandler):
+    """Serves `server.files` in parts; closes the connection after `server.cuts.pop(0)` bytes of a body."""
+
+    def do_GET(self):
+        server, content = self.server, self.server.files.get(self.path)
+        server.asked.append((self.path, self.headers.get("Range")))
+        if content is None:
+            self.send_error(404)
+            return
+        begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        self.send_response(206 if begin else 200)
+        self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        self.send_header("ETag", '"one"')
+        self.send_header("Content-Length", str(len(content) - begin))
+        self.end_headers()
+        self.wfile.write(content[begin:][: server.cuts.pop(0) if server.cuts else None])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Files) as running:
+        running.files, running.cuts, running.asked = {}, [], []
+        running.url = f"http://127.0.0.1:{running.server_port}/d4rl"
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_official_file_is_fetched_once_and_continued(server, tmp_path, monkeypatch):
+    file = parse_dataset_id(HOPPER).file_name
+    put(tmp_path / "origin", many_columns(30_000))
+    server.files[f"/d4rl/{file}"] = (tmp_path / "origin" / file).read_bytes()
+    server.cuts = [300_000]
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
+    path = ensure_dataset(HOPPER, base_url=server.url)
+    assert path == tmp_path / "cache" / file and listing(path.parent) == [file]
+    assert path.read_bytes() == server.files[f"/d4rl/{file}"]
+    (_, first), (_, second) = server.asked
+    assert first is None and 0 < int(second.removeprefix("bytes=").rstrip("-")) <= 300_000
+    assert ensure_dataset(HOPPER, base_url="http://127.0.0.1:9") == path
+    assert len(load_transitions(HOPPER)[0]["rewards"]) > 0
+
+
+@pytest.mark.parametrize(
+    "content, fault",
+    [
+        (lambda whole: b"<html>moved</html>", "not a readable HDF5 file"),
+        (lambda whole: whole[:-100], "not a readable HDF5 file, or cut short"),
+        (lambda whole: whole, r"29 observation and 8 action numbers a row, not \(11, 3\)"),
+    ],
+)
+def test_a_wrong_file_is_refused_and_removed(server, tmp_path, content, fault):
+    put(tmp_path / "origin", maze_columns(), ANTMAZE)
+    file = parse_dataset_id("hopper-medium-v2").file_name
+    server.files[f"/d4rl/{file}"] = content((tmp_path / "origin" / parse_dataset_id(ANTMAZE).file_name).read_bytes())
+    with pytest.raises(
+        UserError, match=f"{file} is not the dataset: {fault}.*; put {file} into .*local/hopper-medium-v2"
+    ):
+        ensure_dataset("hopper-medium-v2", tmp_path / "cache", server.url)
+    assert listing(tmp_path / "cache") == []
+
+
+def test_an_address_without_the_file(server, tmp_path):
+    with pytest.raises(UserError, match="HTTP status 404.; put Ant_maze_u-maze.* by hand$"):
+        ensure_dataset(ANTMAZE, tmp_path / "cache", server.url)
+    with pytest.raises(UserError, match=r"cannot download http://127.0.0.1:9/.*ConnectionError"):
+        ensure_dataset(ANTMAZE, tmp_path / "cache", "http://127.0.0.1:9/")
+    assert listing(tmp_path / "cache") == []
+
+
+def test_a_local_dataset_needs_its_manifest(tmp_path):
+    name = "local/hopper-medium-v2"
+    (tmp_path / "local").mkdir()
+    path = write(dataset_path(name, tmp_path), tiny_columns())
+    with pytest.raises(UserError, match=f"make_dataset.py --dataset {name} --dataset_dir {tmp_path}"):
+        load_transitions(name, tmp_path)
+    entry = {"id": name, "files": {path.name: {"bytes": path.stat().st_size}}}
+    manifest_path(name, tmp_path).write_text(json.dumps(entry))
+    assert len(load_transitions(name, tmp_path)[0]["rewards"]) == ROWS
 
 
 # --- environments ----------------------------------------------------------------------------------------------------

@@ -281,6 +281,7 @@ def test_an_overwrite_that_is_killed_between_two_files_is_made_good_by_the_next_
         ("local/pointmaze-medium-navigat", "nearest that can is 'local/pointmaze-medium-navigate-v0'"),
         ("../../etc/local/hopper-medium-v2", "cannot be made here"),
         ("cartpole", "^--dataset 'cartpole' cannot be made here; see .*--list"),
+        ("local/swimmer-medium-v2", "^--dataset 'local/swimmer-medium-v2' cannot be made here; see .*--list"),
     ],
 )
 def test_ids_that_cannot_be_made(dataset_id, message, tmp_path):
@@ -309,6 +310,8 @@ def test_numbers_out_of_range(flag, tmp_path):
         ("--list --check x", "two commands"),
         ("--picture x.png", "--picture x.png: .*--check only"),
         ("--list --picture x.png", "--picture does nothing with --list"),
+        ("--only hopper", "--only hopper: .*add --list"),
+        ("--check x --only hopper", "--only does nothing with --check"),
         ("--check x --overwrite", "--overwrite does nothing with --check"),
     ],
 )
@@ -523,16 +526,55 @@ def test_the_list_tells_what_is_there_and_how_to_get_the_rest(tmp_path, capsys):
     generate(STITCH, 2, 3, tmp_path, progress=False)
     make_dataset.main(["--list", "--dataset_dir", str(tmp_path)])
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
-    assert "size" in lines["id"] and "where it is" in lines["id"]
+    assert "size" in lines["id"] and "path of what is there" in lines["id"]
     assert "2 episodes, seed 3" in lines[STITCH] and str(tmp_path / "local") in lines[STITCH]
-    assert (
-        f"python make_dataset.py --dataset local/hopper-medium-v2 --dataset_dir {tmp_path}"
-        in (lines["local/hopper-medium-v2"])
-    )
-    assert "ogbench/antmaze-giant-stitch-v0.npz" in lines["antmaze-giant-stitch-v0"]
-    assert "hopper_medium-v2.hdf5" in lines["hopper-medium-v2"] and "http" in lines["hopper-medium-v2"]
+    assert lines["local/hopper-medium-v2"].split()[1:] == ["-", "100,000", "transitions", "hopper_medium-v2.hdf5"]
+    assert lines["antmaze-giant-stitch-v0"].split()[1:] == ["-", "antmaze-giant-stitch-v0.npz"]
+    assert lines["hopper-medium-v2"].split()[1:] == ["-", "hopper_medium-v2.hdf5"]
     for family in make_dataset.FAMILIES:
         assert set(family.ids) <= set(lines)
+    for source in (ogbench_utils, d4rl_utils):
+        assert set(source.official_ids()) <= set(lines)
+
+
+def test_the_list_says_where_files_go_and_come_from(tmp_path, capsys, monkeypatch):
+    for variable, name in (("OGBENCH_DATASET_DIR", "mazes"), ("D4RL_DATASET_DIR", "robots")):
+        monkeypatch.setenv(variable, str(tmp_path / name))
+    (tmp_path / "mazes").mkdir()
+    for end in ("", "-val"):
+        (tmp_path / "mazes" / f"antmaze-giant-stitch-v0{end}.npz").write_bytes(bytes(10**6))
+    make_dataset.main(["--list"])
+    shown = capsys.readouterr().out
+    sections = dict(
+        section.split("\n", 1) for section in re.findall(r"^\S.*\n  folder: .*\n  source: .*$", shown, re.M)
+    )
+    assert len(sections) == 7
+    for title, folder, variable, source in (
+        ("OGBench mazes, made here", "mazes/local", "OGBENCH_DATASET_DIR", "make_dataset.py --dataset <id>"),
+        ("OGBench mazes, official files", "mazes", "OGBENCH_DATASET_DIR", f"{ogbench_utils.DATASET_URL}/<file>"),
+        ("D4RL, made here", "robots/local", "D4RL_DATASET_DIR", "make_dataset.py --dataset <id>"),
+        ("D4RL, official files", "robots", "D4RL_DATASET_DIR", f"{d4rl_utils.DATASET_URL}/<file>"),
+        ("D4RL antmazes, official files", "robots", "D4RL_DATASET_DIR", f"{d4rl_utils.ANTMAZE_URL}/<file>"),
+    ):
+        about = sections[title]
+        assert f"folder: {tmp_path / folder} (" in about and variable in about and source in about
+    assert re.search(f"antmaze-giant-stitch-v0 +2.0 MB  {tmp_path}/mazes/antmaze-giant-stitch-v0.npz", shown)
+    with pytest.raises(SystemExit):
+        make_dataset.main(["--help"])
+    told = capsys.readouterr().out
+    assert "OGBENCH_DATASET_DIR" in told and "D4RL_DATASET_DIR" in told and "~/.d4rl/datasets" in told
+
+
+def test_the_list_can_be_of_what_is_asked_alone(tmp_path, capsys):
+    def shown(text):
+        make_dataset.main(["--list", "--only", text, "--dataset_dir", str(tmp_path)])
+        return capsys.readouterr().out
+
+    ids = re.findall(r"^  (\S+-v2) ", shown("hopper"), re.M)
+    assert ids == [name for name in (*d4rl_utils.GENERATED_IDS, *d4rl_utils.official_ids()) if "hopper" in name]
+    assert "maze" not in shown("local/walker2d") and "not shipped" in shown("humanoid")
+    with pytest.raises(UserError, match="^--only hoper: no dataset id holds it"):
+        shown("hoper")
 
 
 def test_a_dataset_is_checked_by_its_id(tmp_path, capsys):

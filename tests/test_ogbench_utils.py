@@ -68,11 +68,17 @@ def test_dataset_id_parts():
 
 @pytest.mark.parametrize(
     "bad",
-    ["pointmaze-medium-navigate", "../" + OFFICIAL, "/" + OFFICIAL, "local\\" + OFFICIAL, "local/../" + OFFICIAL, ""]
+    ["pointmaze-medium-navigate", "../" + OFFICIAL, "/" + OFFICIAL, "local\\" + OFFICIAL, "local/../" + OFFICIAL]
     + ["local/local/" + OFFICIAL, OFFICIAL + "\n", "pointmaze-medium-explore-v0", "visual-antmaze-medium-navigate-v0"],
 )
 def test_other_ids_are_refused_with_the_nearest_one(bad, tmp_path):
     with pytest.raises(UserError, match="did you mean '(local/)?[a-z]+maze-"):
+        ensure_dataset(bad, tmp_path)
+
+
+@pytest.mark.parametrize("bad", ["", "cube-single-play-v0", "local/hopper-medium-v2"])
+def test_an_id_that_is_near_no_other_gets_no_suggestion(bad, tmp_path):
+    with pytest.raises(UserError, match="is not an OGBench maze dataset; ids are {pointmaze,"):
         ensure_dataset(bad, tmp_path)
 
 
@@ -137,7 +143,7 @@ def test_files_that_are_no_npz(tmp_path):
     for name, content in (contents | {"npy": npy.getvalue()}).items():
         path = tmp_path / f"{name}.npz"
         path.write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}.npz: .*delete the file"):
+        with pytest.raises(UserError, match=f"{name}.npz: .*; choose another --dataset_dir, or move the file away"):
             load_arrays(path)
     with pytest.raises(UserError, match="no such file"):
         load_arrays(tmp_path / "absent.npz")

@@ -22,7 +22,10 @@ ENTRY_POINTS = {"offline_trainer", "online_trainer", "pogo_main", "run_compariso
 AGENTS = {"offline_agent", "online_agent", "pogo_agent"}
 BENCHMARK_TOOLS = {"ogbench_utils", "d4rl_utils"}
 BELOW_ENTRY_POINTS = (
-    AGENTS | BENCHMARK_TOOLS | {"benchmark_data", "visualize", "model", "transport", "utils", "algorithms", "walker"}
+    AGENTS
+    | BENCHMARK_TOOLS
+    | {"offline_data", "evaluation"}
+    | {"benchmark_data", "visualize", "model", "transport", "utils", "algorithms", "walker"}
 )
 # What each module may import of this project; a package name stands for all that is in it.
 MAY_IMPORT = {
@@ -30,14 +33,17 @@ MAY_IMPORT = {
     **dict.fromkeys(ENTRY_POINTS - {"make_dataset"}, BELOW_ENTRY_POINTS | {"make_dataset"}),
     "make_dataset": BELOW_ENTRY_POINTS,
     **dict.fromkeys(AGENTS, {"model", "transport", "utils"}),
-    **dict.fromkeys(BENCHMARK_TOOLS, {"utils"}),
+    "offline_data": {*BENCHMARK_TOOLS, "utils"},
+    **dict.fromkeys(BENCHMARK_TOOLS, {"downloads", "utils"}),
+    "downloads": {"utils"},
+    "evaluation": {"utils"},
     "benchmark_data": {"benchmark_data", *BENCHMARK_TOOLS, "walker", "utils"},
     "visualize": {"utils"},
     "model": set(),
     "transport": set(),
     "utils": set(),
-    "algorithms": {"algorithms", "model", "transport", "utils", "d4rl_utils"},
-    "walker": {"walker", "algorithms", "model", "utils"},
+    "algorithms": {"algorithms", "model", "transport", "utils", "d4rl_utils", "offline_data", "evaluation"},
+    "walker": {"walker", "algorithms", "model", "utils", "evaluation"},
 }
 UNRESTRICTED = {"tests", "benchmarks"}
 ONLY_PACKAGES = {"model": {"torch", "mamba_ssm", "causal_conv1d"}, "transport": {"torch", "geomloss"}}

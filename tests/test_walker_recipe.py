@@ -116,7 +116,7 @@ def test_manifest(made, experts_dir):
     returns = [episode["reward"].sum(dtype=np.float64) for episode in load_episodes(folder)]
     assert (manifest["id"], manifest["seed"], manifest["num_episodes"]) == (REPLAY, 0, 3)
     assert (manifest["episodes"], manifest["transitions"]) == (3, 3000)
-    assert manifest["returns"] == pytest.approx(generation.describe_returns(returns))
+    assert manifest["returns"] == pytest.approx(experts.describe_returns(returns))
     for index, (name, entry) in enumerate(sorted(manifest["files"].items())):
         content = (folder.parent / name).read_bytes()
         assert (entry["sha256"], entry["bytes"]) == (hashlib.sha256(content).hexdigest(), len(content))

@@ -1,0 +1,287 @@
+"""Evaluation of several policies at once: many environments, one call of the policies a step.
+
+    environment   policy 0: episode 0, 1, .. E-1   policy 1: episode 0, 1, .. E-1   ...
+    process       0         1  0  1                0         1                          this one, and num_workers more
+
+Every policy meets the same reset seeds. An episode that is over is not stepped any more. What a process steps is a
+fixed share of the environments, and results do not depend on who steps what: same seeds, same bits, for any number of
+workers. Processes share arrays in memory and wake each other through pipes.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+
+from utils import UserError, one_line, progress
+
+# (observations [P, E, obs_dim] float32, alive [P, E] bool) -> actions [P, E, act_dim], an array or a tensor. It is
+# called with all rows until the last episode is over; what it returns for those that are not alive is not used. A
+# policy that draws noise should draw for all rows, so that an episode's does not depend on when others end.
+Policies = Callable[[np.ndarray, np.ndarray], "np.ndarray | torch.Tensor"]
+
+_RESET, _STEP = b"r", b"s"
+_USER_ERROR, _OTHER_ERROR = b"u", b"e"
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """What evaluation found, by policy and episode: [P, E] each."""
+
+    returns: np.ndarray  # float64, undiscounted
+    lengths: np.ndarray  # int64, steps
+    successes: np.ndarray | None  # bool: info["success"] at any step; None where the environment does not tell
+
+
+def episode_seeds(seed: int, episodes: int) -> list[int]:
+    """Reset seeds of the episodes of an evaluation; the first ones are the same for any number of them."""
+    return [int(word) for word in np.random.SeedSequence(seed).generate_state(episodes, np.uint32)]
+
+
+class _Shared:
+    """The arrays that the processes share, over `n` environments."""
+
+    def __init__(self, buffers: dict[str, Any], n: int, observation_dim: int, action_dim: int):
+        def view(name: str, dtype: type, *shape: int) -> np.ndarray:
+            return np.frombuffer(buffers[name], dtype=dtype).reshape(shape)
+
+        self.observations = view("observations", np.float32, n, observation_dim)
+        self.actions = view("actions", np.float32, n, action_dim)
+        self.rewards = view("rewards", np.float64, n)
+        self.seeds = view("seeds", np.int64, n)
+        self.alive = view("alive", np.bool_, n)  # written by the process that steps the environment
+        self.success = view("success", np.int8, n)  # -1: not told
+        self.sizes = (n, observation_dim, action_dim)
+
+    @staticmethod
+    def sizes_in_bytes(n: int, observation_dim: int, action_dim: int) -> dict[str, int]:
+        words = {"observations": 4 * n * observation_dim, "actions": 4 * n * action_dim}
+        return words | {"rewards": 8 * n, "seeds": 8 * n, "alive": n, "success": n}
+
+
+class _Share:
+    """The environments that one process steps; made when first reset, and kept."""
+
+    def __init__(self, make_env: Callable[[], gymnasium.Env], shared: _Shared, mine: range):
+        self.make_env, self.shared, self.mine = make_env, shared, mine
+        self.envs: dict[int, gymnasium.Env] = {}
+
+    def reset(self) -> None:
+        """Begin the episodes that are alive, with their seeds."""
+        shared = self.shared
+        for i in self.mine:
+            if shared.alive[i]:
+                if i not in self.envs:
+                    self.envs[i] = self.make_env()
+                shared.observations[i] = self.envs[i].reset(seed=int(shared.seeds[i]))[0]
+                shared.success[i] = -1
+
+    def step(self) -> None:
+        """Step the episodes that are alive; those that end are alive no more."""
+        shared = self.shared
+        for i in self.mine:
+            if shared.alive[i]:
+                observation, reward, terminated, truncated, info = self.envs[i].step(shared.actions[i])
+                shared.observations[i] = observation
+                shared.rewards[i] = reward
+                if terminated or truncated:
+                    shared.alive[i] = False
+                if "success" in info:
+                    shared.success[i] = max(shared.success[i], int(bool(info["success"])))
+
+    def close(self) -> None:
+        for env in self.envs.values():
+            env.close()
+        self.envs.clear()
+
+
+def _work(connection: Any, make_env: Callable, buffers: dict[str, Any], sizes: tuple[int, int, int], mine: range):
+    """A worker's life: reset and step its share when told to, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which closes the pipe
+    share = _Share(make_env, _Shared(buffers, *sizes), mine)
+    try:
+        while True:
+            message = connection.recv_bytes()
+            try:
+                share.reset() if message == _RESET else share.step()
+                answer = b""
+            except UserError as error:
+                answer = _USER_ERROR + str(error).encode()
+            except Exception:
+                answer = _OTHER_ERROR + traceback.format_exc().encode()
+            connection.send_bytes(answer)
+    except (EOFError, OSError):  # the parent closed its end, or is gone
+        share.close()
+
+
+class Evaluator:
+    """Environments for evaluation, made once and used for every one. Close it, or use it in a `with` statement.
+
+    Args:
+        make_env: makes one environment with its time limit; picklable (a module's function or a functools.partial of
+            one) where there are workers. Its `reset(seed=...)` must fix the episode.
+        num_envs: environments stepped at once. Policies times episodes beyond it are evaluated in several rounds.
+        num_workers: processes beside this one, which steps a share too: cores - 1 is a good number. They start at once
+            and import what make_env needs while this process goes on.
+    """
+
+    def __init__(self, make_env: Callable[[], gymnasium.Env], num_envs: int, num_workers: int = 0):
+        if num_envs < 1 or num_workers < 0:
+            raise ValueError(f"num_envs {num_envs} must be at least 1 and num_workers {num_workers} at least 0")
+        self.num_envs, self.num_workers = num_envs, min(num_workers, num_envs - 1)
+        self._make_env = make_env
+        self._processes: list[Any] = []
+        self._connections: list[Any] = []
+        first = make_env()  # tells the sizes, and is this process's first environment
+        sizes = (num_envs, first.observation_space.shape[0], first.action_space.shape[0])
+        # Anonymous shared memory: nothing is left in the file system, whoever is killed.
+        self._buffers = {
+            name: multiprocessing.get_context("spawn").RawArray("b", count)
+            for name, count in _Shared.sizes_in_bytes(*sizes).items()
+        }
+        self._shared = _Shared(self._buffers, *sizes)
+        self._own = _Share(make_env, self._shared, self._share_of(0))
+        self._own.envs[0] = first
+        self._start_workers()
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers and close the environments; closing twice is harmless."""
+        self._stop_workers()
+        self._own.close()
+
+    def _share_of(self, process: int) -> range:
+        return range(process, self.num_envs, self.num_workers + 1)
+
+    def _start_workers(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks that torch may hold
+        for number in range(1, self.num_workers + 1):
+            connection, other = context.Pipe()
+            arguments = (other, self._make_env, self._buffers, self._shared.sizes, self._share_of(number))
+            process = context.Process(target=_work, args=arguments, daemon=True, name=f"evaluation-{number}")
+            process.start()
+            other.close()  # or the pipe would stay open when the worker dies
+            self._processes.append(process)
+            self._connections.append(connection)
+
+    def _stop_workers(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes.clear()
+        self._connections.clear()
+
+    def evaluate(
+        self, policies: Policies, num_policies: int, seeds: Sequence[int], desc: str | None = None
+    ) -> Episodes:
+        """Play one episode a policy and seed.
+
+        Args:
+            policies: all policies in one function, see Policies.
+            num_policies: P.
+            seeds: reset seeds of the E episodes, the same for every policy; see episode_seeds.
+            desc: text of a progress bar; None shows none.
+
+        Raises UserError for actions that are not finite, for what make_env raises it for, and where a worker died;
+        RuntimeError with the traceback for any other failure in a worker. The evaluator can be used again after each.
+        """
+        if num_policies < 1 or num_policies > self.num_envs or not len(seeds):
+            raise ValueError(f"{num_policies} policies and {len(seeds)} episodes in {self.num_envs} environments")
+        if len(self._processes) < self.num_workers:
+            self._start_workers()
+        width = self.num_envs // num_policies
+        rounds = []
+        with progress(num_policies * len(seeds), desc or "", unit="episode", leave=False, disable=desc is None) as bar:
+            try:
+                for start in range(0, len(seeds), width):
+                    rounds.append(self._play(policies, num_policies, seeds[start : start + width], bar))
+            except BaseException:
+                self._stop_workers()  # they may be in the middle of a step; the next evaluation starts new ones
+                raise
+        returns, lengths, success = (np.concatenate(parts, axis=1) for parts in zip(*rounds, strict=True))
+        return Episodes(returns, lengths, None if (success < 0).any() else success > 0)
+
+    def _play(self, policies: Policies, num_policies: int, seeds: Sequence[int], bar: Any) -> tuple[np.ndarray, ...]:
+        """One round: returns, lengths and successes (-1: not told), [P, len(seeds)] each."""
+        shape = (num_policies, len(seeds))
+        count = math.prod(shape)
+        shared = self._shared
+        shared.seeds[:count] = np.tile(np.asarray(seeds, dtype=np.int64), num_policies)
+        shared.alive[:] = np.arange(self.num_envs) < count
+        returns, lengths = np.zeros(count), np.zeros(count, dtype=np.int64)
+        self._everywhere(_RESET)
+        alive = shared.alive[:count].copy()
+        while alive.any():
+            observations = shared.observations[:count].reshape(*shape, -1).copy()
+            shared.actions[:count] = self._actions(policies, observations, alive.reshape(shape))
+            self._everywhere(_STEP)
+            returns[alive] += shared.rewards[:count][alive]
+            lengths[alive] += 1
+            bar.update(int(alive.sum() - shared.alive[:count].sum()))
+            alive = shared.alive[:count].copy()
+        return returns.reshape(shape), lengths.reshape(shape), shared.success[:count].reshape(shape).copy()
+
+    def _actions(self, policies: Policies, observations: np.ndarray, alive: np.ndarray) -> np.ndarray:
+        """The policies' actions as [P * E, act_dim], checked where they are used."""
+        actions = policies(observations, alive)
+        if isinstance(actions, torch.Tensor):
+            actions = actions.detach().cpu().numpy()
+        expected = (*alive.shape, self._shared.actions.shape[1])
+        if actions.shape != expected:
+            raise ValueError(f"the policies returned actions of shape {actions.shape}, expected {expected}")
+        bad = ~np.isfinite(actions).all(axis=-1) & alive
+        if bad.any():
+            raise UserError(
+                f"policy {int(np.argwhere(bad)[0, 0])} gave an action that is not finite: its training has diverged; "
+                "lower the learning rate, or go on from an earlier checkpoint"
+            )
+        return actions.reshape(-1, expected[-1])
+
+    def _everywhere(self, message: bytes) -> None:
+        """Reset or step all shares that have a live episode, and wait for them."""
+        busy = [number for number in range(1, self.num_workers + 1) if self._has_live(number)]
+        for number in busy:
+            try:
+                self._connections[number - 1].send_bytes(message)
+            except OSError:
+                self._report_death(number)
+        if self._has_live(0):
+            self._own.reset() if message == _RESET else self._own.step()
+        for number in busy:
+            try:
+                answer = self._connections[number - 1].recv_bytes()
+            except (EOFError, OSError):
+                self._report_death(number)
+            if answer:
+                text = answer[1:].decode()
+                raise UserError(text) if answer[:1] == _USER_ERROR else RuntimeError(f"in evaluation worker:\n{text}")
+
+    def _has_live(self, process: int) -> bool:
+        return bool(self._shared.alive[process :: self.num_workers + 1].any())
+
+    def _report_death(self, number: int) -> None:
+        process = self._processes[number - 1]
+        process.join(timeout=5)
+        code = process.exitcode
+        how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        raise UserError(
+            f"evaluation worker {number} died ({one_line(how)}), maybe for want of memory; use fewer evaluation workers"
+        )

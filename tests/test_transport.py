@@ -1,0 +1,477 @@
+"""Distances against GeomLoss, POT, SciPy and finite differences, on ordinary and on degenerate clouds."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import ot
+import pytest
+import scipy.linalg
+import torch
+from geomloss import SamplesLoss
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import transport
+from transport import BACKENDS, box_diameter, cloud_spread, gaussian_w2, l2, sinkhorn
+
+DTYPES = (torch.float32, torch.float64)
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::item"}
+
+
+def cloud(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def pair(K=4, A=6, B=5, spread=1.0, shift=0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    return spread * cloud(B, K, A, seed=1), spread * cloud(B, K, A, seed=2) + shift
+
+
+def collinear() -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = pair(A=1)
+    return x * torch.arange(1.0, 4.0, dtype=x.dtype), y * torch.arange(1.0, 4.0, dtype=x.dtype)
+
+
+def duplicated() -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = pair()
+    return x[:, [0, 0, 1, 1]], y[:, [2, 2, 2, 3]]
+
+
+# name -> the two clouds, [B, K, A], and the largest distance that their points may have
+CLOUDS = {
+    "ordinary": (pair(), 8.0),
+    "tanh": (tuple(torch.tanh(2 * z) for z in pair()), box_diameter(1, 6)),
+    "one sample": (pair(K=1), 8.0),
+    "six samples": (pair(K=6, A=3), 8.0),
+    "one dimension": (pair(A=1), 6.0),
+    "one state": (pair(B=1), 8.0),
+    "collinear": (collinear(), 20.0),
+    "duplicated": (duplicated(), 8.0),
+    "tiny spread": (pair(spread=1e-3), 5.0),
+    "collapsed, apart": (pair(spread=0.0, shift=0.5), 5.0),
+    "far apart": (pair(shift=10.0), 40.0),
+    "small box": (pair(spread=0.1), box_diameter(0.4, 6)),
+    "large box": (pair(spread=5.0), box_diameter(20.0, 6)),
+    "diameter below blur": (pair(spread=1e-3), 0.02),
+}
+each_cloud = pytest.mark.parametrize("name", CLOUDS)
+
+
+def geomloss(x, y, blur=0.05, diameter=None) -> torch.Tensor:
+    return SamplesLoss("sinkhorn", p=2, blur=blur, diameter=diameter, scaling=0.5, backend="tensorized")(x, y)
+
+
+def with_gradients(distance, x, y) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Value and both gradients of a weighted sum over the states, so that no state's gradient may go to another."""
+    x, y = x.detach().clone().requires_grad_(), y.detach().clone().requires_grad_()
+    value = distance(x, y)
+    weights = torch.linspace(1, 2, len(value), dtype=value.dtype)
+    return (value.detach(), *torch.autograd.grad((weights * value).sum(), (x, y)))
+
+
+def optimal(x, y) -> np.ndarray:
+    """Half of W2 squared by POT, [B]."""
+    return np.array([ot.emd2([], [], ot.dist(a, b) / 2) for a, b in zip(x.numpy(), y.numpy(), strict=True)])
+
+
+# --- against GeomLoss ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["tensorized", "auto"])
+@pytest.mark.parametrize("diameter", [None, 9.0])
+def test_geomloss_backends_are_geomloss(backend, diameter, dtype):
+    x, y = (z.to(dtype) for z in pair())
+    ours = with_gradients(lambda x, y: sinkhorn(x, y, 0.1, backend, diameter), x, y)
+    for got, expected in zip(ours, with_gradients(lambda x, y: geomloss(x, y, 0.1, diameter), x, y), strict=True):
+        assert torch.equal(got, expected)
+    assert torch.equal(ours[0], sinkhorn(x, y, blur=0.1, diameter=diameter))
+    assert ours[0].min() > 0.5
+
+
+@each_cloud
+@pytest.mark.parametrize("blur", [0.01, 0.05, 0.5])
+def test_fused_is_geomloss_in_double_precision(name, blur):
+    (x, y), diameter = CLOUDS[name]
+    ours = with_gradients(lambda x, y: sinkhorn(x, y, blur, "fused", diameter), x, y)
+    peer = with_gradients(lambda x, y: geomloss(x, y, blur, diameter), x, y)
+    for got, expected in zip(ours, peer, strict=True):
+        assert (got - expected).abs().max() <= 1e-9 * max(1, expected.abs().max())
+    if name != "diameter below blur":
+        assert peer[0].min() > 1e-8  # the comparison is about something
+
+
+@each_cloud
+def test_fused_is_geomloss_in_single_precision(name):
+    """Against GeomLoss in float64: in float32 its own error, from expanding the square, is of the tolerance's size."""
+    (x, y), diameter = CLOUDS[name]
+    ours = with_gradients(lambda x, y: sinkhorn(x, y, 0.05, "fused", diameter), x.float(), y.float())
+    peer = with_gradients(lambda x, y: geomloss(x, y, 0.05, diameter), x.float().double(), y.float().double())
+    for got, expected, tolerance in zip(ours, peer, (1e-5, 1e-4, 1e-4), strict=True):
+        assert got.dtype == torch.float32
+        assert (got - expected).abs().max() <= tolerance * max(1, expected.abs().max())
+
+
+@pytest.mark.parametrize("batch", [1, 256])
+def test_fused_is_geomloss_in_single_precision_in_a_box(batch):
+    """The tolerance of the specification, float32 against float32, on actions of a box."""
+    x, y = (torch.tanh(z).float() for z in pair(B=batch))
+    ours = with_gradients(lambda x, y: sinkhorn(x, y, 0.05, "fused", box_diameter(1, 6)), x, y)
+    peer = with_gradients(lambda x, y: geomloss(x, y, 0.05, box_diameter(1, 6)), x, y)
+    assert (ours[0] - peer[0]).abs().max() < 1e-5
+    assert max((a - b).abs().max() for a, b in zip(ours[1:], peer[1:], strict=True)) < 1e-4
+
+
+def test_fused_measures_the_diameter_as_geomloss_does():
+    x, y = pair(spread=3.0)
+    y = y.transpose(0, 1).contiguous().transpose(0, 1)  # not contiguous, which GeomLoss itself could not measure
+    assert torch.allclose(sinkhorn(x, y, backend="fused"), geomloss(x, y.contiguous()), rtol=1e-9)
+    assert torch.equal(sinkhorn(x, y), geomloss(x, y.contiguous()))
+    assert not torch.allclose(sinkhorn(x, y, backend="fused"), sinkhorn(x, y, backend="fused", diameter=1.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("diameter", [0.05, 0.1, 0.8, 1.6, 1.6 + 1e-9, 1.6 - 1e-9, 51.2])
+def test_the_schedule_is_geomloss_at_powers_of_two(diameter):
+    x, y = pair()
+    assert torch.allclose(sinkhorn(x, y, 0.05, "fused", diameter), geomloss(x, y, 0.05, diameter), rtol=1e-9)
+
+
+def test_clouds_of_different_sizes():
+    x, y = cloud(3, 4, 2, seed=1), cloud(3, 5, 2, seed=2)
+    assert torch.equal(sinkhorn(x, y), geomloss(x, y))
+    for backend in ("fused", "exact"):
+        with pytest.raises(ValueError, match="as many samples"):
+            sinkhorn(x, y, backend=backend)
+
+
+# --- the optimal assignment ------------------------------------------------------------------------------------------
+
+
+@each_cloud
+def test_exact_is_the_optimal_transport(name):
+    (x, y), _ = CLOUDS[name]
+    assert sinkhorn(x, y, backend="exact").numpy() == pytest.approx(optimal(x, y), rel=1e-9, abs=1e-15)
+    single = sinkhorn(x.float(), y.float(), backend="exact")
+    assert single.dtype == torch.float32 and single.numpy() == pytest.approx(optimal(x, y), rel=1e-4)
+
+
+def test_exact_gradient_against_finite_differences():
+    x, y = (z.requires_grad_() for z in pair(K=5, A=3, B=3))
+    assert torch.autograd.gradcheck(lambda x, y: sinkhorn(x, y, backend="exact"), (x, y))
+
+
+@pytest.mark.parametrize("backend", ["tensorized", "fused"])
+def test_a_small_blur_converges_to_the_exact_value(backend):
+    """To 1% with 4 samples: a schedule that halves the scale leaves the descent that far from its end."""
+    x, y = (torch.tanh(z) for z in pair(B=64))
+    exact = sinkhorn(x, y, backend="exact")
+    errors = [
+        ((sinkhorn(x, y, blur, backend, box_diameter(1, 6)) - exact).abs() / exact).mean() for blur in (1, 0.3, 0.01)
+    ]
+    assert errors[0] > 10 * errors[1] and errors[1] > 1.5 * errors[2] and errors[2] < 0.01
+
+
+def test_fused_gradient_against_finite_differences():
+    """The envelope theorem holds where the descent has ended, which it has under a blur as wide as the clouds."""
+    x, y = (z.requires_grad_() for z in pair(K=3, A=2, B=2, spread=0.5))
+
+    def distance(x, y):
+        return sinkhorn(x, y, 1.0, "fused", 2.0**6)
+
+    assert torch.autograd.gradcheck(distance, (x, y), eps=1e-4, atol=2e-3, rtol=0.01)
+
+
+# --- degenerate clouds and invariances -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["tensorized", "fused", "exact"])
+@pytest.mark.parametrize("diameter", [None, 5.0])
+def test_identical_clouds(backend, diameter, dtype):
+    for x in (cloud(3, 4, 6, dtype=dtype), torch.full((3, 4, 6), 0.3, dtype=dtype), cloud(3, 1, 6, dtype=dtype)):
+        value, *gradients = with_gradients(lambda x, y: sinkhorn(x, y, 0.05, backend, diameter), x, x)
+        assert value.abs().max() < 1e-6
+        assert all(gradient.isfinite().all() and gradient.abs().max() < 1e-5 for gradient in gradients)
+
+
+@pytest.mark.parametrize("backend", ["tensorized", "fused", "exact"])
+def test_translation_of_one_sample_and_of_clouds(backend):
+    """A translation v costs ||v||^2 / 2 whatever the blur, and its gradient is v shared among the samples."""
+    v = torch.tensor([0.3, -0.4, 1.2], dtype=torch.float64)
+    for K in (1, 4):
+        x = 0.01 * cloud(2, K, 3)
+        x.requires_grad_()
+        value = sinkhorn(x, (x - v).detach(), 0.05, backend, 5.0)
+        assert value.detach().numpy() == pytest.approx(v.square().sum().item() / 2, rel=1e-6)
+        value.sum().backward()
+        assert (K * x.grad - v).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["tensorized", "fused", "exact"])
+def test_symmetry_and_permutation(backend):
+    x, y = pair(B=3)
+
+    def distance(x, y):
+        return sinkhorn(x, y, 0.05, backend, 9.0)
+
+    value, grad_x, grad_y = with_gradients(distance, x, y)
+    swapped, swapped_y, swapped_x = with_gradients(distance, y, x)
+    assert torch.allclose(value, swapped) and torch.allclose(grad_x, swapped_x) and torch.allclose(grad_y, swapped_y)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled, shuffled_x, _ = with_gradients(distance, x[:, order], y.flip(1))
+    assert torch.allclose(value, shuffled) and torch.allclose(grad_x[:, order], shuffled_x)
+    assert not torch.allclose(grad_x, shuffled_x)
+
+
+@pytest.mark.parametrize("backend", ["tensorized", "fused", "exact"])
+def test_states_are_independent_for_a_given_diameter(backend):
+    x, y = pair(B=4)
+    before, grad_before, _ = with_gradients(lambda x, y: sinkhorn(x, y, 0.05, backend, 9.0), x, y)
+    x[2] += 1
+    after, grad_after, _ = with_gradients(lambda x, y: sinkhorn(x, y, 0.05, backend, 9.0), x, y)
+    others = torch.tensor([0, 1, 3])
+    assert torch.equal(before[others], after[others]) and torch.equal(grad_before[others], grad_after[others])
+    assert before[2] != after[2]
+
+
+# --- gradients, and what the fused path may not do -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["tensorized", "fused", "exact"])
+def test_gradients_go_only_where_they_are_wanted(backend):
+    x, y = pair()
+    assert not sinkhorn(x, y, backend=backend).requires_grad
+    y.requires_grad_()
+    both = torch.autograd.grad(sinkhorn(x.clone().requires_grad_(), y, backend=backend).sum(), y)[0]
+    assert torch.equal(torch.autograd.grad(sinkhorn(x, y, backend=backend).sum(), y)[0], both)
+    with torch.no_grad():
+        assert not sinkhorn(x, y, backend=backend).requires_grad
+        assert not torch.is_grad_enabled()  # GeomLoss by itself switches gradients on
+    assert sinkhorn(x, y, backend=backend).requires_grad
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the names of the operators that run, those of a backward pass too."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def operators(x, y, want_y=False, **settings) -> list[str]:
+    x, y = x.clone().requires_grad_(), y.clone().requires_grad_(want_y)
+    with Recorder() as recorder:
+        value = sinkhorn(x, y, 0.05, "fused", **settings).mean()
+        forward = len(recorder.names)
+        value.backward()
+    assert len(recorder.names) > forward + 1  # the backward pass was seen
+    return recorder.names
+
+
+def test_fused_never_waits_for_the_device_when_given_a_diameter():
+    x, y = pair()
+    assert not WAITS & set(operators(x, y, diameter=9.0))
+    assert not WAITS & set(operators(x, y, diameter=900.0, scale=cloud_spread(y)))
+    assert not WAITS & set(operators(x, y, diameter=9.0, scale=2.0))
+    assert WAITS & set(operators(x, y))
+
+
+def test_fused_runs_the_same_operators_whatever_the_samples():
+    assert operators(*pair(), diameter=9.0) == operators(*pair(spread=0.0, shift=3.0), diameter=9.0)
+    assert len(operators(*pair(), diameter=9.0)) < len(operators(*pair(), diameter=90.0))
+
+
+def test_fused_does_no_work_for_gradients_that_nobody_wants():
+    def count(names):
+        return names.count("aten::exp_")  # one for the gradient by each cloud
+
+    assert count(operators(*pair(), diameter=9.0)) == 1
+    assert count(operators(*pair(), diameter=9.0, want_y=True)) == 2
+    x, y = (z.requires_grad_() for z in pair())
+    with Recorder() as recorder, torch.no_grad():
+        sinkhorn(x, y, 0.05, "fused", 9.0)
+    assert "aten::_log_softmax" in recorder.names and count(recorder.names) == 0
+
+
+def test_fused_works_without_any_numbers():
+    """On the meta device there are no values: whatever reads one fails."""
+    x = torch.empty(5, 4, 6, device="meta", requires_grad=True)
+    y = torch.empty(5, 4, 6, device="meta")
+    value = sinkhorn(x, y, 0.05, "fused", 9.0)
+    value.sum().backward()
+    assert value.shape == (5,) and x.grad.shape == x.shape
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        sinkhorn(x, y, 0.05, "fused")
+
+
+@pytest.mark.gpu
+def test_fused_in_a_cuda_graph():
+    x, y = (torch.tanh(z).float().cuda() for z in pair(B=256))
+    x.requires_grad_()
+    spread = torch.ones((), device="cuda")
+
+    def step():
+        value = sinkhorn(x, y, 0.05, "fused", box_diameter(1, 6), scale=spread)
+        return value, *torch.autograd.grad(value.sum(), x)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.tanh(cloud(256, 4, 6, seed=7)).float())
+    spread.fill_(0.7)
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, expected in zip(captured, step(), strict=True):
+        assert torch.allclose(got, expected, atol=1e-6)
+    on_cpu = sinkhorn(x.detach().cpu(), y.cpu(), 0.05, "fused", box_diameter(1, 6), scale=0.7)
+    assert torch.allclose(captured[0].cpu(), on_cpu, atol=1e-5)
+
+
+# --- spread, scale, closed forms -------------------------------------------------------------------------------------
+
+
+def test_cloud_spread():
+    x = 0.01 * cloud(4096, 4, 6)
+    x[:2048] *= 3
+    by_hand = np.sqrt(np.var(x.numpy(), axis=1, ddof=1).mean(-1)).mean()
+    assert cloud_spread(x).item() == pytest.approx(by_hand, rel=1e-9)
+    assert cloud_spread(x + 5.0 * cloud(4096, 1, 6, seed=3)).item() == pytest.approx(0.02, rel=0.05)
+    assert cloud_spread(x[:, :1]) == 0 and cloud_spread(x).dim() == 0
+    assert not cloud_spread(x.requires_grad_()).requires_grad
+
+
+def test_a_blur_beyond_the_spread_hides_the_distance_and_a_relative_one_does_not():
+    for K, share in ((4, 0.40), (16, 0.16)):
+        x, y = pair(K=K, B=200, spread=0.01)
+        true = optimal(x, y).mean()
+        seen = sinkhorn(x, y, 0.05, "fused", box_diameter(1, 6)).mean()
+        assert 0.05 / cloud_spread(y) > 4
+        assert seen / true == pytest.approx(share, abs=0.03)
+        spread = cloud_spread(y)
+        relative = sinkhorn(x, y, 0.05, "fused", box_diameter(1, 6) / 0.005, scale=spread).mean()
+        assert relative / true == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("backend", ["tensorized", "fused", "exact"])
+def test_scale_multiplies_blur_and_diameter(backend):
+    x, y = pair()
+    expected = with_gradients(lambda x, y: sinkhorn(x, y, 0.3, backend, 15.0), x, y)
+    for scale in (3.0, torch.tensor(3.0), torch.full((5,), 3.0)):
+        got = with_gradients(lambda x, y, scale=scale: sinkhorn(x, y, 0.1, backend, 5.0, scale), x, y)
+        assert all(torch.allclose(a, b) for a, b in zip(got, expected, strict=True))
+    each = torch.arange(1.0, 6.0).requires_grad_()
+    got = sinkhorn(x, y, 0.1, backend, 5.0, each)
+    rows = [sinkhorn(x[i : i + 1], y[i : i + 1], 0.1, backend, 5.0, each[i].item()) for i in range(5)]
+    assert torch.allclose(got, torch.cat(rows)) and got.dtype == torch.float64
+    assert not got.requires_grad  # the scale is a constant
+    assert sinkhorn(x.float(), y.float(), 0.1, backend, 5.0, each.double()).dtype == torch.float32
+
+
+def general_w2(mean1, cov1, mean2, cov2) -> float:
+    root = scipy.linalg.sqrtm(cov1)
+    cross = np.real(scipy.linalg.sqrtm(root @ cov2 @ root))
+    return 0.5 * (((mean1 - mean2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * cross))
+
+
+def test_gaussian_w2_is_the_general_formula():
+    mean1, mean2 = cloud(7, 4, seed=1), cloud(7, 4, seed=2)
+    std1, std2 = cloud(7, 4, seed=3).exp(), cloud(7, 4, seed=4).exp()
+    value = gaussian_w2(mean1, std1, mean2, std2)
+    for i, rows in enumerate(zip(mean1.numpy(), std1.numpy(), mean2.numpy(), std2.numpy(), strict=True)):
+        m1, s1, m2, s2 = rows
+        assert value[i].item() == pytest.approx(general_w2(m1, np.diag(s1**2), m2, np.diag(s2**2)), rel=1e-9)
+    shared = gaussian_w2(mean1, std1[0], mean2, torch.ones(1, dtype=torch.float64))
+    assert torch.allclose(shared, gaussian_w2(mean1, std1[:1].expand(7, 4), mean2, torch.ones(7, 4).double()))
+
+
+def test_gaussian_w2_is_what_many_samples_cost():
+    x, y = 0.5 * cloud(20000, seed=1) + 1, 2.0 * cloud(20000, seed=2) - 0.5
+    sampled = 0.5 * ot.emd2_1d(x.numpy(), y.numpy())
+    numbers = (torch.tensor([value]) for value in (1.0, 0.5, -0.5, 2.0))
+    assert gaussian_w2(*numbers).item() == pytest.approx(sampled, rel=0.03)
+    assert gaussian_w2(*(torch.tensor([value]) for value in (1.0, 0.5, -0.5, 2.0))).item() == 2.25
+
+
+def test_l2_is_the_mean_over_elements():
+    a, b = cloud(5, 6, seed=1), cloud(5, 6, seed=2)
+    assert l2(a, b).item() == pytest.approx(sum((p - q) ** 2 for p, q in zip(a.ravel(), b.ravel(), strict=True)) / 30)
+    halves = sinkhorn(a.unsqueeze(1), b.unsqueeze(1), backend="exact")
+    assert l2(a, b).item() == pytest.approx(2 / 6 * halves.mean().item())
+
+
+def test_box_diameter_is_the_distance_of_two_corners():
+    corner = torch.full((6,), 0.4)
+    assert box_diameter(0.4, 6) == pytest.approx((corner - -corner).norm().item())
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.zeros(5, 6)}, r"\[B, K, A\].*x is \[5, 6\], y is \[5, 4, 6\]"),
+        ({"y": torch.zeros(1, 4, 6)}, "agree in B and A"),
+        ({"y": torch.zeros(5, 4, 1)}, "agree in B and A"),
+        ({"x": torch.zeros(5, 0, 6)}, "hold samples"),
+        ({"y": torch.zeros(5, 4, 6).double()}, "float32 and torch.float64"),
+        ({"x": torch.zeros(5, 4, 6).half(), "y": torch.zeros(5, 4, 6).half()}, "float16"),
+        ({"x": torch.full((5, 4, 6), math.nan)}, "not finite"),
+        ({"x": torch.full((5, 4, 6), math.inf)}, "not finite"),
+        ({"blur": 0.0}, "blur 0.0"),
+        ({"blur": math.nan}, "blur nan"),
+        ({"diameter": 0.0}, "diameter 0.0"),
+        ({"diameter": math.inf}, "diameter inf"),
+        ({"scale": 0.0}, "scale 0.0"),
+        ({"scale": torch.ones(5, 1)}, r"scale must be 0-d or \[B\]"),
+        ({"scale": torch.ones(4)}, r"with B = 5, not \[4\]"),
+        ({"backend": "multiscale"}, "tensorized, online, auto, fused, exact"),
+    ],
+)
+def test_bad_arguments_are_named(change, words):
+    good = {"x": torch.zeros(5, 4, 6), "y": torch.ones(5, 4, 6), "backend": "fused"}
+    sinkhorn(**good)
+    with pytest.raises(ValueError, match=words):
+        sinkhorn(**(good | change))
+
+
+def test_other_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="at most 6 samples"):
+        sinkhorn(torch.zeros(2, 7, 3), torch.zeros(2, 7, 3), backend="exact")
+    with pytest.raises(ValueError, match=r"\[B, K, A\]"):
+        cloud_spread(torch.zeros(4, 6))
+    with pytest.raises(ValueError, match="do not broadcast"):
+        gaussian_w2(torch.zeros(3, 2), torch.zeros(3), torch.zeros(3, 2), torch.zeros(2))
+    with pytest.raises(ValueError, match="same shape"):
+        l2(torch.zeros(3, 2), torch.zeros(3, 1))
+
+
+def test_online_names_the_package_that_it_needs(monkeypatch):
+    assert "online" in BACKENDS
+    monkeypatch.setattr(transport.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pykeops"):
+        sinkhorn(*pair(), backend="online")
+
+
+def test_fused_and_exact_do_not_load_geomloss():
+    code = (
+        "import sys, torch, transport\n"
+        "x, y = torch.randn(2, 4, 3), torch.randn(2, 4, 3)\n"
+        "for backend in sys.argv[1:]: transport.sinkhorn(x, y, backend=backend)\n"
+        "print('geomloss' in sys.modules)"
+    )
+    root = transport.__file__.rsplit("/", 1)[0]
+    for backends, loaded in ((["fused", "exact"], "False"), (["tensorized"], "True")):
+        command = [sys.executable, "-c", code, *backends]
+        assert subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip() == loaded
