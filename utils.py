@@ -606,6 +606,44 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# CUDA graphs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class GraphedStep:
+    """A training step that is captured as a CUDA graph once and replayed: one launch instead of hundreds.
+
+    The step must have static shapes, wait for nothing on the host, and draw its random numbers from `generators` alone.
+    Its first calls run as they are, because libraries choose kernels then; they count like any other. What it returns,
+    a dict of tensors, lies in the same memory at every replay.
+    """
+
+    WARMUP = 3  # calls before the capture
+
+    def __init__(self, step: Callable[[], dict[str, torch.Tensor]], generators: Iterable[torch.Generator]):
+        self.step, self.generators = step, list(generators)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.calls, self.stream = 0, torch.cuda.Stream()
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        if self.calls <= self.WARMUP:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # a capture needs what autograd keeps to be of another stream
+                output = self.step()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return output
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            for generator in self.generators:
+                self.graph.register_generator_state(generator)
+            with torch.cuda.graph(self.graph):
+                self.output = self.step()
+        self.graph.replay()
+        return self.output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Replay
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -921,6 +959,48 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         if len(cells) == len(columns) and columns[0] == "step":
             rows.append(dict(zip(columns, cells, strict=True)))
     return rows
+
+
+class EpisodeLog:
+    """evaluations.csv: every evaluated episode of a run, so that any statistic can be taken later.
+
+    Columns: evaluation (`training`, or `final` for that of the end), step, actor, mode, episode, length, return, score.
+    The whole file is replaced at each evaluation; a resumed run drops what came after `resume_step`.
+    """
+
+    COLUMNS = ("evaluation", "step", "actor", "mode", "episode", "length", "return", "score")
+
+    def __init__(self, path: str | Path, resume_step: int | None = None):
+        self.path = Path(path)
+        self.lines = [_csv_line(self.COLUMNS)]
+        if resume_step is not None and self.path.exists():
+            kept = [row for row in read_episodes(self.path) if row["evaluation"] == "training"]
+            kept = [row for row in kept if row["step"] <= resume_step]
+            self.lines += [_csv_line(str(row[name]) for name in self.COLUMNS) for row in kept]
+        write_text_atomic(self.path, "".join(self.lines))
+
+    def add(self, step: int, policies: list[tuple[int, str]], returns, lengths, scores, evaluation="training") -> None:
+        """One evaluation: returns, lengths and scores [P, E] of policies [P], each an actor and a mode."""
+        for (actor, mode), *rows in zip(policies, returns, lengths, scores, strict=True):
+            for episode, (value, length, score) in enumerate(zip(*rows, strict=True)):
+                cells = (evaluation, step, actor, mode, episode, int(length), float(value), float(score))
+                self.lines.append(_csv_line(map(str, cells)))
+        write_text_atomic(self.path, "".join(self.lines))
+
+
+def read_episodes(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of an evaluations.csv, numbers as numbers. Raises UserError where it is missing or no such file."""
+    path, types = Path(path), (str, int, int, str, int, int, float, float)
+    try:
+        header, *lines = path.read_text().splitlines()
+        if tuple(header.split(",")) != EpisodeLog.COLUMNS:
+            raise ValueError("other columns")
+        return [
+            {name: kind(cell) for name, kind, cell in zip(EpisodeLog.COLUMNS, types, line.split(","), strict=True)}
+            for line in lines
+        ]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no evaluations can be read ({one_line(error)}); give a run's directory") from None
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, list[float]]:

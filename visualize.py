@@ -191,3 +191,42 @@ def plot_paths(maze, panels: list[dict], path: str | Path, title: str) -> None:
         axis.set_yticks([])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(0.9, 0.2), fontsize=14)
     _save(figure, path)
+
+
+def plot_chain_curves(
+    metrics: dict[str, list[float]], path: str | Path, title: str, actors: int, data_score: float
+) -> None:
+    """A chain's scores and diagnostics against updates, one colour an actor.
+
+    Args:
+        metrics, path, title: as in `plot_training_curves`.
+        actors: how many the chain has.
+        data_score: mean score of the dataset's own episodes, a dashed line.
+    """
+    figure = Figure(figsize=(14, 6.4), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(2, 3).ravel()
+    steps, colours = np.asarray(metrics["step"], dtype=float), [f"C{number % 10}" for number in range(actors)]
+    for number, colour in enumerate(colours):
+        chain, name = f"chain/actor_{number}", f"actor {number}"
+        for mode, style in (("deterministic", "-"), ("stochastic", ":")):
+            values = metrics.get(f"eval/actor_{number}/{mode}/score", [])
+            _curve(axes[0], steps, values, color=colour, linestyle=style, marker=".", label=f"{name}, {mode}")
+        _curve(axes[1], steps, metrics.get(f"{chain}/q", []), color=colour, label=name)
+        _curve(axes[2], steps, metrics.get(f"{chain}/distance", []), color=colour, label=name)
+        _curve(axes[2], steps, metrics.get(f"{chain}/floor", []), color=colour, linestyle=":", label=f"{name}, floor")
+        gain = np.subtract(metrics.get(f"{chain}/energy_before", []), metrics.get(f"{chain}/energy", []))
+        _curve(axes[3], steps, gain, color=colour, label=name)
+        _curve(axes[4], steps, metrics.get(f"{chain}/spread", []), color=colour, label=name)
+    axes[0].axhline(data_score, color="black", linestyle="--", linewidth=1, label="the data's episodes")
+    axes[3].axhline(0, color="black", linewidth=1)
+    _curve(axes[5], steps, metrics.get("critic_loss", []), color="black", label="both critics")
+    names = ("Score", "Q of each actor", "Distance to the one before", "Energy won by the step", "Spread of samples")
+    for axis, name in zip(axes, (*names, "Critic loss"), strict=True):
+        axis.set_title(name)
+        axis.set_xlabel("update")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    for axis in (axes[2], axes[5]):
+        axis.set_yscale("log")
+    _save(figure, path)

@@ -1,0 +1,272 @@
+"""POGO: policy optimization via gradient flow, a chain of transport-map actors for offline RL.
+
+Each actor a = T(s, z), z ~ N(0, I), is one step of the JKO scheme (Jordan, Kinderlehrer & Otto, 1998) from the one
+before it: it raises Q and pays for the distance it moves. Actor i minimises
+
+    L_i = -lambda E[Q1(s, pi_i(s, z))] + w_i D_i
+    D_0 = mean over elements of (pi_0(s, z) - a)^2                 to the data, whose actions are points
+    D_i = Sinkhorn(pi_i(.|s), pi_{i-1}(.|s)), half of W2 squared   to the previous actor, i >= 1
+
+and the critics learn the value of the first actor, the one nearest to the data:
+
+    y = r + discount (1 - terminated) min_k Q_k_target(s', clip(pi_0(s', z') + clipped noise))
+
+    data --w_0--> pi_0 --w_1--> pi_1 --w_2--> pi_2                 one update: critic, actors in this order, averages
+                   '--> critic
+
+With one actor this is TD3+BC (Fujimoto & Gu, 2021) but for its noise z, its undelayed policy and, unless `td_actor`
+says otherwise, its bootstrap from the online actor; its alpha 2.5 is w_0 = 0.4.
+
+Choices where the sources differ or are silent:
+- lambda = 1 / mean|Q| over the batch (`q_normalization batch`), as the original text has a normalisation. The code
+  published later has lambda = 1 (`none`); docs/pogo.md measures both.
+- K samples a state and policy; the distance takes all of them, Q the first: fewer passes through the critic, and no
+  difference in expectation.
+- The default backend is `fused`, GeomLoss's problem to 1e-5 several times faster; `tensorized` is GeomLoss itself.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model import TransportActor, TwinCritic
+from transport import box_diameter, cloud_spread, l2, sinkhorn
+
+SMALLEST_SPREAD = 1e-3  # of max_action: a cloud narrower than this counts as this wide where a blur is relative to it
+
+
+@dataclass
+class POGOConfig:
+    w2_weights: tuple[float, ...] = (0.4, 1.0, 1.0)  # weight of each actor's distance; as many actors as weights
+    lr: float = 3e-4  # Adam, of critic and actors (antmaze: 1e-4)
+    discount: float = 0.99  # of rewards
+    tau: float = 0.005  # rate of the target networks' Polyak average
+    policy_noise: float = 0.2  # of the target action's Gaussian noise, times max_action
+    noise_clip: float = 0.5  # that noise is cut here, times max_action
+    policy_freq: int = 1  # critic updates to each update of the actors and targets
+    q_normalization: str = "batch"  # lambda = 1 / mean|Q| over the batch; none: lambda = 1
+    td_actor: str = "online"  # which pi_0 the critics bootstrap from: online, or its target copy
+    hidden_dim: int = 256  # width of the two hidden layers of every network
+    sinkhorn_K: int = 4  # samples a state and policy
+    sinkhorn_blur: float = 0.05  # entropic smoothing, in units of actions
+    sinkhorn_backend: str = "fused"  # fused, exact; GeomLoss's: tensorized, online (needs pykeops), auto
+    blur_relative: str = "none"  # blur times: none (as it is), max_action, or spread (of the previous actor's samples)
+
+
+class POGOAgent:
+    """Twin critics, a chain of actors, target networks, an Adam each.
+
+    Args:
+        config: the settings above.
+        observation_dim, action_dim: sizes D and A.
+        max_action: actions lie in [-max_action, max_action].
+        generator: of all noise, on the device.
+        device: where everything lives.
+    """
+
+    def __init__(
+        self,
+        config: POGOConfig,
+        observation_dim: int,
+        action_dim: int,
+        max_action: float,
+        generator: torch.Generator,
+        device: str | torch.device = "cpu",
+    ):
+        self.config, self.max_action, self.action_dim = config, max_action, action_dim
+        self.generator, self.device = generator, torch.device(device)
+        sizes = (observation_dim, action_dim)
+        self.critic = TwinCritic(*sizes, config.hidden_dim).to(self.device)
+        actors = [TransportActor(*sizes, max_action, config.hidden_dim) for _ in config.w2_weights]
+        self.actors = nn.ModuleList(actors).to(self.device)
+        self.critic_target = TwinCritic(*sizes, config.hidden_dim).to(self.device).requires_grad_(False)
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.actor_target = TransportActor(*sizes, max_action, config.hidden_dim).to(self.device).requires_grad_(False)
+        self.actor_target.load_state_dict(self.actors[0].state_dict())
+        self.critic_optimizer = self._adam(self.critic.parameters())
+        self.actor_optimizers = [self._adam(actor.parameters()) for actor in self.actors]
+        self.learning = [*self.critic.parameters(), *self.actors[0].parameters()]
+        self.following = [*self.critic_target.parameters(), *self.actor_target.parameters()]
+        self.step = 0
+
+    def _adam(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
+        return torch.optim.Adam(parameters, self.config.lr, fused=True, capturable=self.device.type == "cuda")
+
+    # -- losses, in the order of an update ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def critic_target_value(self, batch: dict[str, Tensor]) -> Tensor:
+        """y [n] of the equation above."""
+        config, scale = self.config, self.max_action
+        actor = self.actor_target if config.td_actor == "target" else self.actors[0]
+        observations = batch["next_observations"]
+        noise = self.noise(len(observations)).mul_(config.policy_noise * scale)
+        noise = noise.clamp_(-config.noise_clip * scale, config.noise_clip * scale)
+        actions = (actor(observations, self.noise(len(observations))) + noise).clamp_(-scale, scale)
+        value = self.critic_target(observations, actions).amin(0)
+        return batch["rewards"] + config.discount * (1 - batch["terminated"]) * value
+
+    def critic_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of both critics, summed over the two and averaged over the batch."""
+        target = self.critic_target_value(batch)
+        q = self.critic(batch["observations"], batch["actions"])
+        loss = (q - target).square().mean(1).sum()
+        return loss, {"critic_loss": loss.detach(), "q_data": q.detach().mean()}
+
+    def actor_loss(self, number: int, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_i of actor `number`, at fresh samples."""
+        observations = batch["observations"]
+        if number == 0:
+            actions = self.actors[0](observations, self.noise(len(observations)))
+            distance, q_actions = l2(actions, batch["actions"]), actions
+        else:
+            samples = self.actors[number](observations, self.noise(len(observations), self.config.sinkhorn_K))
+            distance, q_actions = self.distance(samples, self.samples(number - 1, observations)), samples[:, 0]
+        q = self.critic.frozen_q1(observations, q_actions)
+        scale = self.q_scale(q)
+        loss = self.config.w2_weights[number] * distance - scale * q.mean()
+        info = {"loss": loss, "q": q.mean(), "distance": distance}
+        if number == 0:
+            info["q_scale"] = scale
+        return loss, {f"actor_{number}/{name}": value.detach() for name, value in info.items()}
+
+    def q_scale(self, q: Tensor) -> Tensor:
+        """lambda, 0-d, without gradient."""
+        return torch.ones_like(q[0]) if self.config.q_normalization == "none" else 1 / q.detach().abs().mean()
+
+    def distance(self, samples: Tensor, reference: Tensor) -> Tensor:
+        """D_i, 0-d: the divergence of clouds [n, K, A], averaged over states."""
+        config = self.config
+        diameter, scale = box_diameter(self.max_action, self.action_dim), None
+        if config.blur_relative == "max_action":
+            diameter, scale = box_diameter(1.0, self.action_dim), self.max_action
+        elif config.blur_relative == "spread":
+            smallest = SMALLEST_SPREAD * self.max_action
+            diameter, scale = diameter / smallest, cloud_spread(reference).clamp_min(smallest)
+        return sinkhorn(samples, reference, config.sinkhorn_blur, config.sinkhorn_backend, diameter, scale).mean()
+
+    @torch.no_grad()
+    def samples(self, number: int, observations: Tensor) -> Tensor:
+        """K actions of one actor in every state, without gradient: [n, D] -> [n, K, A]."""
+        return self.actors[number](observations, self.noise(len(observations), self.config.sinkhorn_K))
+
+    def noise(self, *shape: int) -> Tensor:
+        """Standard normal [*shape, A] from the agent's generator."""
+        return torch.randn(*shape, self.action_dim, generator=self.generator, device=self.device)
+
+    # -- update ---------------------------------------------------------------------------------------------------
+
+    def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One step: critics, then every policy_freq steps the actors in order and the averages.
+
+        batch: observations, next_observations [n, D], actions [n, A], rewards, terminated [n] float32. Returns 0-d
+        tensors without waiting for the device.
+        """
+        loss, info = self.critic_loss(batch)
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.critic_optimizer.step()
+        if self.step % self.config.policy_freq == 0:
+            for number, optimizer in enumerate(self.actor_optimizers):
+                loss, more = self.actor_loss(number, batch)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                info |= more
+            with torch.no_grad():
+                torch._foreach_lerp_(self.following, self.learning, self.config.tau)
+        self.step += 1
+        return info
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, number: int = -1, stochastic: bool = False) -> Tensor:
+        """Actions [..., A] of one actor, the last by default: z = 0, or drawn from the agent's generator."""
+        z = observations.new_zeros(*observations.shape[:-1], self.action_dim)
+        if stochastic:
+            z = self.noise(*observations.shape[:-1])
+        return self.actors[number](observations, z)
+
+    # -- diagnostics of the chain -----------------------------------------------------------------------------------
+
+    def diagnose(self, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        """What each step of the chain did, on one batch; changes nothing, draws from a generator of its own.
+
+        For actor i: mean Q1 over its K samples, the mean norm of its gradient by the action, the distance and its floor
+        (two independent draws of the reference; 0 for the data), the blur as a share of the reference's spread, the
+        energy L_i, and what L_i would be had the actor stayed where the chain stood before it: an energy below that
+        says the step moved and helped. 0-d tensors.
+        """
+        kept, self.generator = self.generator, torch.Generator(self.device).manual_seed(seed)
+        try:
+            found: dict[str, Tensor] = {}
+            for number in range(len(self.actors)):
+                figures = self._diagnose_actor(number, batch)
+                found |= {f"chain/actor_{number}/{name}": value for name, value in figures.items()}
+            return found
+        finally:
+            self.generator = kept
+
+    def _diagnose_actor(self, number: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        observations, K = batch["observations"], self.config.sinkhorn_K
+        samples = self.samples(number, observations)
+        q, slope = self._q_and_slope(observations, samples)
+        if number == 0:
+            before = batch["actions"].unsqueeze(1).expand(-1, K, -1)
+            with torch.no_grad():
+                distance, floor = l2(samples, before), torch.zeros_like(q)
+        else:
+            before = self.samples(number - 1, observations)
+            with torch.no_grad():
+                distance = self.distance(samples, before)
+                floor = self.distance(self.samples(number - 1, observations), before)
+        scale = torch.ones_like(q) if self.config.q_normalization == "none" else 1 / q.abs()
+        weight, stayed = self.config.w2_weights[number], self._q_and_slope(observations, before)[0]
+        figures = {
+            "q": q,
+            "q_gradient": slope,
+            "distance": distance,
+            "floor": floor,
+            "spread": cloud_spread(samples),
+            "energy": weight * distance - scale * q,
+            "energy_before": weight * floor - scale * stayed,
+        }
+        figures["energy_fell"] = (figures["energy"] < figures["energy_before"]).float()
+        if number > 0:
+            figures["blur_to_spread"] = self.blur(before) / cloud_spread(before)
+        return figures
+
+    def blur(self, reference: Tensor) -> Tensor:
+        """The blur in units of actions, 0-d."""
+        unit = {"none": 1.0, "max_action": self.max_action, "spread": cloud_spread(reference)}
+        return torch.as_tensor(self.config.sinkhorn_blur * unit[self.config.blur_relative], device=self.device)
+
+    def _q_and_slope(self, observations: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean Q1 over samples [n, K, A], and the mean norm of its gradient by the action."""
+        actions = samples.detach().flatten(0, 1).requires_grad_()
+        q = self.critic.frozen_q1(observations.repeat_interleave(samples.shape[1], 0), actions)
+        (slope,) = torch.autograd.grad(q.sum(), actions)
+        return q.detach().mean(), slope.norm(dim=-1).mean()
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """Everything the next update depends on but the generator, which is the caller's."""
+        return {
+            "critic": self.critic.state_dict(),
+            "actors": self.actors.state_dict(),
+            "critic_target": self.critic_target.state_dict(),
+            "actor_target": self.actor_target.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "actor_optimizers": [optimizer.state_dict() for optimizer in self.actor_optimizers],
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises KeyError, ValueError or RuntimeError where the state is another agent's."""
+        for name in ("critic", "actors", "critic_target", "actor_target", "critic_optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        for optimizer, stored in zip(self.actor_optimizers, state["actor_optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
+        self.step = int(state["step"])

@@ -1,0 +1,398 @@
+"""Train a POGO chain on one dataset and score every actor of it.
+
+With no flag: a short run on local/hopper-medium-v2, which is made first; minutes on two cores. A result worth quoting
+takes --max_timesteps 1000000. A run's directory, logs/{env}/w2_{weights}/seed_{seed}, holds config.yaml,
+training/metrics.csv, training/evaluations.csv (every episode), TensorBoard events, training_curves.png and
+checkpoints/last.pth.
+
+    python pogo_main.py --env halfcheetah-medium-v2 --w2_weights 0.2 0.2 0.2 --max_timesteps 1000000
+"""
+
+import contextlib
+import functools
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import make_dataset
+from evaluation import Episodes, Evaluator, episode_seeds
+from offline_data import OfflineData, load_transitions, make_env, normalized_score
+from pogo_agent import POGOAgent, POGOConfig
+from transport import BACKENDS, MAX_EXACT
+from utils import (
+    EpisodeLog,
+    GraphedStep,
+    MetricLogger,
+    RandomStreams,
+    UserError,
+    check_run,
+    hold_run,
+    load_checkpoint,
+    mark_finished,
+    parse_config,
+    plain_config,
+    prepare_run,
+    progress,
+    read_metrics,
+    resolve_device,
+    run_cli,
+    save_checkpoint,
+)
+from visualize import plot_chain_curves
+
+
+@dataclass
+class POGOTrainerConfig(POGOConfig):
+    env: str = "local/hopper-medium-v2"  # dataset id: D4RL's, local/<id>, minari/<id>, or OGBench's single tasks
+    dataset_dir: str | None = None  # folder of the data; default D4RL_DATASET_DIR or the benchmark's own, see docs
+    seed: int = 0  # of initialisation, sampling, noise and evaluation, each its own stream
+    max_timesteps: int = 10_000  # updates; 1,000,000 for a result to quote
+    batch_size: int = 256  # transitions in an update
+    normalize: bool = True  # observations to (s - mean) / (std + 1e-3) of the data
+    antmaze_reward_shift: float = -1.0  # added to the rewards of D4RL's antmazes, and to no others
+    eval_freq: int = 5_000  # updates between evaluations; each one writes a checkpoint
+    eval_episodes: int = 10  # of every actor, deterministic and stochastic, on the same seeds
+    final_runs: int = 5  # evaluations of so many episodes at the end, on seeds of their own
+    eval_workers: int | None = None  # processes that step environments beside this one; default: cores - 1, at most 7
+    log_freq: int = 1_000  # updates between rows of metrics.csv, with the diagnostics of the chain
+    q_limit: float = 10.0  # stop where mean |Q| passes so many times the largest return that the rewards allow
+    device: str = "auto"  # auto, cpu or cuda
+    cuda_graph: bool = True  # on a GPU: capture the update once and replay it
+    save_model: bool = True  # write checkpoints, without which a run cannot be resumed
+    checkpoint_dir: str | None = None  # folder of checkpoints, under it env/weights/seed; default: in the run's own
+    run_dir: str | None = None  # default logs/{env}/w2_{weights}/seed_{seed} in the current folder
+    resume: bool = False  # continue the run from its last checkpoint
+    tensorboard: bool = True  # write TensorBoard events
+    wandb_project: str | None = None  # also log to Weights & Biases (requirements-tracking.txt)
+
+
+CHOICES = {
+    "q_normalization": ("batch", "none"),
+    "td_actor": ("online", "target"),
+    "sinkhorn_backend": BACKENDS,
+    "blur_relative": ("none", "max_action", "spread"),
+}
+# What each number may be: smallest and largest value, ends included.
+BOUNDS = {
+    **dict.fromkeys(("batch_size", "eval_freq", "eval_episodes", "log_freq", "policy_freq"), (1, 10**9)),
+    **dict.fromkeys(("max_timesteps", "final_runs", "hidden_dim"), (1, 10**9)),
+    "sinkhorn_K": (1, 64),
+    "eval_workers": (0, 256),
+    "seed": (0, 2**53),
+    **dict.fromkeys(("lr", "sinkhorn_blur", "q_limit"), (1e-9, 1e9)),
+    **dict.fromkeys(("policy_noise", "noise_clip"), (0.0, 1e3)),
+    "antmaze_reward_shift": (-1e6, 1e6),
+    "discount": (0.0, 1 - 1e-9),
+    "tau": (1e-9, 1.0),
+}
+MAY_CHANGE_ON_RESUME = {
+    *("dataset_dir", "device", "cuda_graph", "eval_workers", "tensorboard", "wandb_project"),
+    *("save_model", "checkpoint_dir", "max_timesteps"),
+}
+MODES = ("deterministic", "stochastic")
+
+
+def check(config: POGOTrainerConfig) -> None:
+    """One line for a setting that cannot work, before anything is loaded."""
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise UserError(f"--{name} {getattr(config, name)}: choose one of {', '.join(choices)}")
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:  # nan is not either
+            raise UserError(f"--{name} {value}: must be at least {least:g} and at most {most:g}")
+    weights = " ".join(f"{weight:g}" for weight in config.w2_weights)
+    if not config.w2_weights or not all(0 <= weight < math.inf for weight in config.w2_weights):
+        raise UserError(f"--w2_weights {weights}: give one weight for each actor, none negative, as in 0.4 1 1")
+    if config.sinkhorn_backend == "exact" and config.sinkhorn_K > MAX_EXACT:
+        raise UserError(f"--sinkhorn_K {config.sinkhorn_K}: --sinkhorn_backend exact takes at most {MAX_EXACT}")
+    if config.sinkhorn_backend in ("tensorized", "online", "auto") and config.blur_relative == "spread":
+        raise UserError("--blur_relative spread: needs --sinkhorn_backend fused or exact")
+
+
+def run_name(config: POGOTrainerConfig) -> Path:
+    """{env}/w2_{weights}/seed_{seed}, weights joined by _."""
+    weights = "_".join(f"{weight:g}" for weight in config.w2_weights)
+    return Path(config.env) / f"w2_{weights}" / f"seed_{config.seed}"
+
+
+def default_run_dir(config: POGOTrainerConfig) -> Path:
+    """The directory that the settings name, or the usual one."""
+    return Path(config.run_dir or Path("logs") / run_name(config))
+
+
+def checkpoint_path(config: POGOTrainerConfig) -> Path:
+    """Where the run's checkpoint lies."""
+    if config.checkpoint_dir:
+        return Path(config.checkpoint_dir).resolve() / run_name(config) / "last.pth"
+    return default_run_dir(config).resolve() / "checkpoints" / "last.pth"
+
+
+def open_dataset(config: POGOTrainerConfig) -> OfflineData:
+    """The transitions; a local dataset that is missing is made first."""
+    try:
+        make_dataset.generate_if_missing(config.env, config.dataset_dir)
+        return load_transitions(config.env, config.dataset_dir, config.antmaze_reward_shift)
+    except UserError as error:
+        raise UserError(str(error).replace("--dataset ", "--env ")) from None
+
+
+class POGORun:
+    """One run: the data, the agent, its environments, its random streams and its directory."""
+
+    def __init__(self, config: POGOTrainerConfig):
+        check(config)
+        self.config, self.device = config, resolve_device(config.device)
+        self.run_dir, self.checkpoint = default_run_dir(config), checkpoint_path(config)
+        prepared = (config, config.resume, MAY_CHANGE_ON_RESUME, str(self.checkpoint))
+        check_run(self.run_dir, *prepared)  # before the data is made or loaded
+        self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
+        self.data = open_dataset(config)
+        try:
+            self.resources.enter_context(hold_run(self.run_dir))
+            self.open(prepare_run(self.run_dir, config, config.resume, str(self.checkpoint), MAY_CHANGE_ON_RESUME))
+        except BaseException:
+            self.close()
+            raise
+
+    def open(self, checkpoint: Path | None) -> None:
+        """Build the agent, move the data to the device, continue from the checkpoint if there is one."""
+        config, data = self.config, self.data
+        with self.streams.initialising():
+            sizes = (data.observation_dim, data.action_dim, data.max_action)
+            self.agent = POGOAgent(config, *sizes, self.streams.policy, self.device)
+        self.mean, self.std = np.zeros(data.observation_dim, np.float32), np.ones(data.observation_dim, np.float32)
+        if config.normalize:
+            self.mean, self.std = data.normalizer()
+            for observations in (data.observations, data.next_observations):
+                np.divide(np.subtract(observations, self.mean, out=observations), self.std, out=observations)
+        self.q_bound = config.q_limit * float(np.abs(data.rewards).max()) / (1 - config.discount)
+        self.buffer = data.replay_buffer(self.device)
+        self.step, self.best = 0, {"score": -math.inf}
+        if checkpoint is not None:
+            self.load(checkpoint)
+        resume_step = self.step if checkpoint else None
+        training = self.run_dir / "training"
+        training.mkdir(exist_ok=True)
+        self.logger = MetricLogger(training, resume_step, config.tensorboard, config.wandb_project, config)
+        self.resources.callback(self.logger.close)
+        self.episodes = EpisodeLog(training / "evaluations.csv", resume_step)
+        workers = min((os.cpu_count() or 1) - 1, 7) if config.eval_workers is None else config.eval_workers
+        policies = 2 * len(config.w2_weights)
+        environment = functools.partial(make_env, config.env, config.dataset_dir)
+        self.evaluator = Evaluator(environment, policies * config.eval_episodes, workers)
+        self.resources.callback(self.evaluator.close)
+
+    def close(self) -> None:
+        """Release the directory, the environments and the log; closing twice is harmless."""
+        self.resources.close()
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, float]:
+        """Update to max_timesteps, logging, evaluating and saving on the way. Returns the scores of the end."""
+        config = self.config
+        update = self.make_update()
+        total, sums, count = config.max_timesteps, None, 0
+        with progress(total, config.env, initial=self.step, unit="update") as bar:
+            while self.step < total:
+                info = update()
+                if sums is None:
+                    names, sums, count = list(info), [torch.zeros_like(value) for value in info.values()], 0
+                torch._foreach_add_(sums, list(info.values()))
+                count += 1
+                self.step += 1
+                bar.update()
+                logs, evaluates = self.step % config.log_freq == 0, self.is_evaluation(self.step)
+                if logs or evaluates:
+                    means = (torch.stack(sums) / count).tolist()
+                    metrics, sums = dict(zip(names, means, strict=True)), None
+                    self.check_losses(metrics)
+                    bar.set_postfix(q=f"{metrics['q_data']:.1f}", critic_loss=f"{metrics['critic_loss']:.3g}")
+                    metrics |= self.diagnose()
+                    if evaluates:
+                        metrics |= self.evaluate()
+                    self.logger.log(self.step, metrics)
+                    if evaluates:
+                        self.save()
+        return self.final_evaluation()
+
+    def is_evaluation(self, step: int) -> bool:
+        """Whether the run evaluates and saves after this many updates."""
+        return step % self.config.eval_freq == 0 or step == self.config.max_timesteps
+
+    def make_update(self) -> Callable[[], dict[str, torch.Tensor]]:
+        """One update on a fresh batch; on a GPU, replayed from a captured graph unless that is turned off."""
+        config = self.config
+
+        def update() -> dict[str, torch.Tensor]:
+            return self.agent.update(self.buffer.sample(config.batch_size, self.streams.sampling))
+
+        # Updates with and without the actors are different graphs, so that only their usual schedule is captured.
+        if self.device.type != "cuda" or not config.cuda_graph or config.policy_freq > 1:
+            return update
+        return GraphedStep(update, [self.streams.sampling, self.streams.policy])
+
+    def check_losses(self, metrics: dict[str, float]) -> None:
+        """Stop a run that has diverged; UserError says where and what to change."""
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise UserError(f"{self.run_dir}: {name} is {value} at update {self.step}; lower --lr")
+        largest = max(abs(value) for name, value in metrics.items() if name == "q_data" or name.endswith("/q"))
+        if largest > self.q_bound:
+            raise UserError(
+                f"{self.run_dir}: mean Q is {largest:.4g} at update {self.step}, more than --q_limit "
+                f"{self.config.q_limit:g} times the largest return that the rewards allow; raise --w2_weights"
+            )
+
+    def diagnose(self) -> dict[str, float]:
+        """The chain's diagnostics on the first rows of a fixed draw; no training number depends on it."""
+        generator = torch.Generator(self.device).manual_seed(self.streams.evaluation_seed)
+        batch = self.buffer.sample(self.config.batch_size, generator)
+        found = self.agent.diagnose(batch, self.streams.evaluation_seed)
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def play(self, seeds: list[int], noise_seed: int, desc: str) -> Episodes:
+        """Every actor, deterministic and stochastic, one episode a seed; policies in the order of `policy_names`."""
+        actors = len(self.config.w2_weights)
+        generator = torch.Generator(self.device).manual_seed(noise_seed)
+        mean, std = (torch.as_tensor(array, device=self.device) for array in (self.mean, self.std))
+        networks = self.agent.actors
+
+        @torch.no_grad()
+        def policies(observations: np.ndarray, alive: np.ndarray) -> torch.Tensor:
+            states = (torch.as_tensor(observations, device=self.device) - mean) / std
+            z = torch.zeros(*states.shape[:2], self.data.action_dim, device=self.device)
+            z[1::2].normal_(generator=generator)
+            return torch.cat([networks[i](states[2 * i : 2 * i + 2], z[2 * i : 2 * i + 2]) for i in range(actors)])
+
+        return self.evaluator.evaluate(policies, 2 * actors, seeds, desc)
+
+    def policy_names(self) -> list[tuple[int, str]]:
+        """Actor and mode of each evaluated policy."""
+        return [(number, mode) for number in range(len(self.config.w2_weights)) for mode in MODES]
+
+    def score(self, returns: np.ndarray) -> np.ndarray:
+        """Normalised scores of returns, of any shape."""
+        return normalized_score(self.config.env, returns, self.config.dataset_dir)
+
+    def evaluate(self) -> dict[str, float]:
+        """Score every actor on the run's evaluation episodes, print the block, keep every episode."""
+        seeds = episode_seeds(self.streams.evaluation_seed, self.config.eval_episodes)
+        played = self.play(seeds, self.streams.evaluation_seed, "evaluate")
+        self.episodes.add(self.step, self.policy_names(), played.returns, played.lengths, self.score(played.returns))
+        figures, lines = {}, [f"Evaluation over {len(seeds)} episodes:"]
+        for (number, mode), returns in zip(self.policy_names(), played.returns, strict=True):
+            score = float(self.score(returns).mean())
+            figures |= {f"eval/actor_{number}/{mode}/return": float(returns.mean())}
+            figures |= {f"eval/actor_{number}/{mode}/score": score}
+            lines.append(f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, D4RL score: {score:.3f}")
+            if score > self.best["score"]:
+                self.best = {"score": score, "actor": number, "mode": mode, "step": self.step}
+        tqdm.write("\n".join(lines))
+        return figures
+
+    def final_evaluation(self) -> dict[str, float]:
+        """`final_runs` evaluations on seeds of their own: mean score of each actor, and the spread over the runs."""
+        config, figures = self.config, {}
+        first = (self.streams.evaluation_seed + 1) % 2**31
+        seeds = episode_seeds(first, config.final_runs * config.eval_episodes)
+        played = self.play(seeds, first, "final evaluation")
+        scores = self.score(played.returns)
+        self.episodes.add(self.step, self.policy_names(), played.returns, played.lengths, scores, "final")
+        print(f"Final evaluation, last checkpoint: {config.final_runs} runs of {config.eval_episodes} episodes:")
+        for (number, mode), returns in zip(self.policy_names(), played.returns, strict=True):
+            runs = self.score(returns).reshape(config.final_runs, -1).mean(1)
+            figures[f"actor_{number}/{mode}/score"] = float(runs.mean())
+            print(
+                f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, "
+                f"D4RL score: {runs.mean():.3f} ± {runs.std():.3f} over runs"
+            )
+        return figures
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """checkpoints/last.pth, whole or the one before."""
+        if not self.config.save_model:
+            return
+        self.agent.step = self.step
+        state = {
+            "env": self.config.env,
+            "config": {k: v for k, v in plain_config(self.config).items() if k not in NOT_THE_MODEL},
+            "observation_mean": torch.from_numpy(self.mean),
+            "observation_std": torch.from_numpy(self.std),
+            "agent": self.agent.state_dict(),
+            "streams": self.streams.state_dict(),
+            "step": self.step,
+            "best": self.best,
+        }
+        save_checkpoint(self.checkpoint, state)
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint; UserError where it is another model's or began on other data."""
+        state = load_checkpoint(path, self.device)
+        try:
+            mean, std = state["observation_mean"].cpu().numpy(), state["observation_std"].cpu().numpy()
+            if not (np.array_equal(mean, self.mean) and np.array_equal(std, self.std)):
+                raise UserError(f"{path}: began on other data; give its --dataset_dir, or another --run_dir")
+            self.agent.load_state_dict(state["agent"])
+            self.streams.load_state_dict(state["streams"])
+            self.step, self.best = state["step"], state["best"]
+        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a checkpoint of this model ({error}); choose another --run_dir") from None
+
+    def plot(self) -> None:
+        """training_curves.png."""
+        config = self.config
+        weights = " ".join(f"{weight:g}" for weight in config.w2_weights)
+        title = f"{config.env}, w2_weights {weights}, seed {config.seed}"
+        baseline = float(self.score(self.data.returns).mean())
+        metrics = read_metrics(self.run_dir / "training")
+        plot_chain_curves(metrics, self.run_dir / "training_curves.png", title, len(config.w2_weights), baseline)
+
+
+NOT_THE_MODEL = {"resume", "run_dir", *MAY_CHANGE_ON_RESUME}
+
+
+def describe(run: POGORun) -> str:
+    """What is trained on: the data in one line."""
+    facts, data = run.data.facts(), run.data
+    score = float(run.score(data.returns).mean())
+    shift = f", rewards shifted by {data.reward_shift:g}" if data.reward_shift else ""
+    return (
+        f"{data.dataset_id}: {len(data):,} transitions, {facts['episodes']} episodes, mean return "
+        f"{facts['mean_return']:.1f} (score {score:.1f}){shift}; {run.device}"
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train one run to its end; returns what finished.json holds."""
+    config = parse_config(POGOTrainerConfig, argv, __doc__, default_run_dir=default_run_dir)
+    began = time.perf_counter()
+    run = POGORun(config)
+    print(describe(run))
+    first = run.step
+    with contextlib.closing(run):
+        scores = run.train()
+        run.plot()
+    seconds = time.perf_counter() - began
+    summary = {**scores, "data_score": float(run.score(run.data.returns).mean()), "steps": run.step, "best": run.best}
+    summary |= {"w2_weights": list(config.w2_weights), "seed": config.seed, **run.data.facts()}
+    mark_finished(run.run_dir, summary)
+    print(f"{run.step - first:,} updates in {seconds:.0f} seconds; outputs in {run.run_dir}")
+    return summary
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,349 @@
+"""The POGO agent: its losses against loops, one actor against a plain agent, the chain's order, diagnostics."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from model import TransportActor, TwinCritic
+from pogo_agent import POGOAgent, POGOConfig
+from transport import box_diameter, sinkhorn
+from utils import load_checkpoint, save_checkpoint
+
+D, A, N = 5, 3, 32
+
+
+def make_agent(seed=0, device="cpu", max_action=1.0, **settings) -> POGOAgent:
+    torch.manual_seed(seed)
+    config = POGOConfig(**({"hidden_dim": 16, "w2_weights": (0.4, 1.0, 0.5)} | settings))
+    return POGOAgent(config, D, A, max_action, torch.Generator(device).manual_seed(seed), device)
+
+
+def make_batch(seed=0, dtype=torch.float32, max_action=1.0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "observations": torch.randn(N, D, generator=generator, dtype=dtype),
+        "next_observations": torch.randn(N, D, generator=generator, dtype=dtype),
+        "actions": max_action * (2 * torch.rand(N, A, generator=generator, dtype=dtype) - 1),
+        "rewards": torch.rand(N, generator=generator, dtype=dtype),
+        "terminated": (torch.rand(N, generator=generator) < 0.3).to(dtype),
+    }
+
+
+def rewound(agent: POGOAgent, seed: int) -> torch.Generator:
+    """The agent's generator from a known state, and a twin that draws the same."""
+    agent.generator.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def values(agent: POGOAgent) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in tensors(agent.state_dict())]
+
+
+def tensors(state) -> list[torch.Tensor]:
+    if isinstance(state, dict | list | tuple):
+        return [found for item in (state.values() if isinstance(state, dict) else state) for found in tensors(item)]
+    return [state] if isinstance(state, torch.Tensor) else []
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+# -- networks ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_actor_is_an_mlp_of_state_and_noise():
+    torch.manual_seed(0)
+    actor, s, z = TransportActor(D, A, 2.0, 8), torch.randn(N, D), torch.randn(N, 4, A)
+    expected = 2 * torch.tanh(actor.net(torch.cat([s.unsqueeze(1).expand(-1, 4, -1), z], -1)))
+    assert torch.allclose(actor(s, z), expected, atol=1e-6) and actor(s, z).shape == (N, 4, A)
+    assert torch.allclose(actor(s, z[:, 2]), expected[:, 2], atol=1e-6)
+    assert actor(s.view(2, 16, D), z[:, 0].view(2, 16, A)).shape == (2, 16, A)
+
+
+def test_the_critic_is_two_mlps_and_its_frozen_half_is_the_first():
+    torch.manual_seed(0)
+    critic, s, a = TwinCritic(D, A, 8), torch.randn(N, D), torch.randn(N, A, requires_grad=True)
+    for number in range(2):
+        h = torch.cat([s, a], -1)
+        for layer in critic.layers:
+            h = h @ layer.weight[number] + layer.bias[number]
+            h = h.relu() if layer is not critic.layers[-1] else h
+        assert torch.allclose(critic(s, a)[number], h.squeeze(-1), atol=1e-6)
+        slope = torch.autograd.grad(h.sum(), a)[0]
+        if number == 0:
+            frozen = critic.frozen_q1(s, a)
+            assert torch.allclose(frozen, h.squeeze(-1), atol=1e-6)
+            frozen.sum().backward()
+            assert torch.allclose(a.grad, slope, atol=1e-6)
+            assert all(parameter.grad is None for parameter in critic.parameters())
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("td_actor", ["online", "target"])
+def test_the_target_equals_a_loop(td_actor):
+    agent, batch = make_agent(td_actor=td_actor, max_action=2.0, policy_noise=0.4), make_batch(max_action=2.0)
+    with torch.no_grad():
+        for parameter in agent.actors[0].parameters():
+            parameter += 0.5 * torch.randn_like(parameter)  # else the target copy would be the same
+    twin = rewound(agent, 3)
+    actor = {"online": agent.actors[0], "target": agent.actor_target}[td_actor]
+    noise = [torch.randn(N, A, generator=twin) for _ in range(2)]
+    found = agent.critic_target_value(batch)
+    clipped = 0
+    for i in range(N):
+        s = batch["next_observations"][i : i + 1]
+        shake = (0.8 * noise[0][i]).clamp(-1, 1)
+        clipped += int((shake.abs() == 1).any())
+        action = (actor(s, noise[1][i : i + 1]) + shake).clamp(-2, 2)
+        value = agent.critic_target(s, action).min().item()
+        expected = float(batch["rewards"][i]) + (0 if batch["terminated"][i] else 0.99 * value)
+        assert float(found[i]) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert clipped and not found.requires_grad and 0 < batch["terminated"].sum() < N
+
+
+def test_the_critic_loss_counts_both_and_leads_to_the_critic_alone():
+    agent, batch = make_agent(), make_batch()
+    twin = agent.generator.get_state()
+    target = agent.critic_target_value(batch)
+    agent.generator.set_state(twin)
+    loss, info = agent.critic_loss(batch)
+    q = agent.critic(batch["observations"], batch["actions"])
+    assert loss.item() == pytest.approx(sum(((q[k] - target) ** 2).mean().item() for k in range(2)), rel=1e-5)
+    assert info["q_data"].item() == pytest.approx(q.mean().item(), rel=1e-5)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in agent.critic.parameters())
+    others = [*agent.actors.parameters(), *agent.critic_target.parameters(), *agent.actor_target.parameters()]
+    assert all(parameter.grad is None for parameter in others)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("q_normalization", ["batch", "none"])
+def test_an_actors_loss_equals_its_equation(number, q_normalization):
+    agent, batch = make_agent(q_normalization=q_normalization), make_batch()
+    twin, s = rewound(agent, 5), batch["observations"]
+    loss, info = agent.actor_loss(number, batch)
+    if number == 0:
+        actions = agent.actors[0](s, torch.randn(N, A, generator=twin))
+        distance = ((actions - batch["actions"]) ** 2).mean()
+    else:
+        own, before = (torch.randn(N, 4, A, generator=twin) for _ in range(2))
+        samples, reference = agent.actors[number](s, own), agent.actors[number - 1](s, before)
+        each = sinkhorn(samples, reference, 0.05, "tensorized", box_diameter(1.0, A))
+        distance, actions = each.mean(), samples[:, 0]
+    q = agent.critic(s, actions)[0]
+    scale = 1 / q.abs().mean() if q_normalization == "batch" else 1
+    expected = -scale * q.mean() + agent.config.w2_weights[number] * distance
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
+    assert info[f"actor_{number}/distance"].item() == pytest.approx(distance.item(), rel=1e-4, abs=1e-6)
+    loss.backward()
+    for other, actor in enumerate(agent.actors):
+        assert all((parameter.grad is None) == (other != number) for parameter in actor.parameters())
+    assert all(parameter.grad is None for parameter in agent.critic.parameters())
+
+
+def test_lambda_carries_no_gradient():
+    agent = make_agent(w2_weights=(0.0,))
+    batch = make_batch()
+    state = agent.generator.get_state()
+    loss, info = agent.actor_loss(0, batch)
+    loss.backward()
+    found = [parameter.grad.clone() for parameter in agent.actors.parameters()]
+    agent.actors.zero_grad()
+    agent.generator.set_state(state)
+    agent.config.q_normalization = "none"
+    agent.actor_loss(0, batch)[0].backward()
+    for first, parameter in zip(found, agent.actors.parameters(), strict=True):
+        assert torch.allclose(first, parameter.grad * info["actor_0/q_scale"], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("relative,factor", [("none", 1.0), ("max_action", 2.0), ("spread", None)])
+def test_the_blur_is_relative_to_what_is_said(relative, factor):
+    agent = make_agent(blur_relative=relative, max_action=2.0)
+    torch.manual_seed(0)
+    samples, reference = (torch.randn(N, 4, A).clamp(-2, 2) for _ in range(2))
+    spread = reference.var(1).mean(-1).sqrt().mean().item()
+    blur = 0.05 * (factor or spread)
+    expected = sinkhorn(samples, reference, blur, "tensorized").mean().item()
+    assert agent.distance(samples, reference).item() == pytest.approx(expected, rel=0.02)
+    assert float(agent.blur(reference)) == pytest.approx(blur, rel=1e-5)
+
+
+# -- an update --------------------------------------------------------------------------------------------------------
+
+
+def plain_update(critics, targets, actor, optimizers, batch, generator, weight) -> None:
+    """Deterministic policy gradients with a squared distance to the data, as one would write it first."""
+    draws = [torch.randn(N, A, generator=generator, dtype=torch.float64) for _ in range(2)]
+    with torch.no_grad():
+        s = batch["next_observations"]
+        action = torch.tanh(actor(torch.cat([s, draws[1]], 1))) + (0.2 * draws[0]).clamp(-0.5, 0.5)
+        inputs = torch.cat([s, action.clamp(-1, 1)], 1)
+        value = torch.minimum(*(target(inputs) for target in targets)).squeeze(1)
+        y = batch["rewards"] + 0.99 * (1 - batch["terminated"]) * value
+    inputs = torch.cat([batch["observations"], batch["actions"]], 1)
+    loss = sum(nn.functional.mse_loss(critic(inputs).squeeze(1), y) for critic in critics)
+    optimizers[0].zero_grad()
+    loss.backward()
+    optimizers[0].step()
+    z = torch.randn(N, A, generator=generator, dtype=torch.float64)
+    action = torch.tanh(actor(torch.cat([batch["observations"], z], 1)))
+    q = critics[0](torch.cat([batch["observations"], action], 1))
+    loss = weight * nn.functional.mse_loss(action, batch["actions"]) - q.mean() / q.abs().mean().detach()
+    optimizers[1].zero_grad()
+    loss.backward()
+    optimizers[1].step()
+    for target, critic in zip(targets, critics, strict=True):
+        for slow, fast in zip(target.parameters(), critic.parameters(), strict=True):
+            slow.data.mul_(0.995).add_(0.005 * fast.data)
+
+
+def copy_critic(critic: TwinCritic, number: int) -> nn.Sequential:
+    """One of the twins as a usual MLP."""
+    layers = []
+    for layer in critic.layers:
+        linear = nn.Linear(*layer.weight.shape[1:])
+        linear.weight.data, linear.bias.data = layer.weight[number].T.clone().detach(), layer.bias[number, 0].clone()
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1]).double().requires_grad_(True)
+
+
+def test_one_actor_equals_a_plain_agent_for_100_updates():
+    """In float64, to 1e-6: deterministic policy gradients plus L2, written here with the usual modules."""
+    agent = make_agent(w2_weights=(0.4,))
+    for module in (agent.critic, agent.actors, agent.critic_target, agent.actor_target):
+        module.double()
+    agent.noise = lambda *shape: torch.randn(*shape, A, generator=agent.generator, dtype=torch.float64)
+    critics = [copy_critic(agent.critic, number) for number in range(2)]
+    targets, actor = copy.deepcopy(critics), copy.deepcopy(agent.actors[0].net)
+    parameters = [parameter for critic in critics for parameter in critic.parameters()]
+    optimizers = [torch.optim.Adam(parameters, 3e-4), torch.optim.Adam(actor.parameters(), 3e-4)]
+    twin = rewound(agent, 9)
+    for number in range(100):
+        batch = make_batch(number, torch.float64)
+        agent.update(batch)
+        plain_update(critics, targets, actor, optimizers, batch, twin, 0.4)
+    for ours, theirs in zip(agent.actors[0].net.parameters(), actor.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
+    for ours, theirs in ((agent.critic, critics), (agent.critic_target, targets)):
+        for number in range(2):
+            pairs = zip(copy_critic(ours, number).parameters(), theirs[number].parameters(), strict=True)
+            assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in pairs)
+
+
+def test_actors_follow_in_order_and_each_refers_to_the_one_just_updated(monkeypatch):
+    agent, batch, seen = make_agent(), make_batch(), []
+    samples = POGOAgent.samples
+
+    def watched(self, number, observations):
+        seen.append((number, self.actors[number].net[0].weight.detach().clone()))
+        return samples(self, number, observations)
+
+    monkeypatch.setattr(POGOAgent, "samples", watched)
+    before = [actor.net[0].weight.detach().clone() for actor in agent.actors]
+    agent.update(batch)
+    assert [number for number, _ in seen] == [0, 1]
+    for number, weight in seen:
+        assert torch.equal(weight, agent.actors[number].net[0].weight) and not torch.equal(weight, before[number])
+
+
+def test_targets_follow_by_tau_and_policy_freq_skips_actors():
+    agent, batch = make_agent(policy_freq=3, tau=0.1), make_batch()
+    for step in range(4):
+        actors, target = [p.clone() for p in agent.actors.parameters()], [p.clone() for p in agent.following]
+        info = agent.update(batch)
+        moved = not same(actors, list(agent.actors.parameters()))
+        assert moved == (step % 3 == 0) == ("actor_0/loss" in info)
+        for before, slow, fast in zip(target, agent.following, agent.learning, strict=True):
+            expected = 0.9 * before + 0.1 * fast if moved else before
+            assert torch.allclose(slow, expected, atol=1e-6)
+    assert agent.step == 4
+
+
+def test_every_network_learns_and_the_chain_climbs():
+    """With Q fixed to reward one corner, each actor goes further towards it than the one before."""
+    agent, batch = make_agent(w2_weights=(4.0, 4.0, 4.0), lr=3e-3), make_batch()
+    agent.critic.frozen_q1 = lambda observations, actions: actions.sum(-1) + 10
+    batch["actions"] = torch.zeros(N, A)
+    for _ in range(300):
+        agent.update(batch)
+    climbed = [float(agent.act(batch["observations"], number).mean()) for number in range(3)]
+    assert climbed[0] < climbed[1] - 0.01 < climbed[2] - 0.02
+
+
+def test_save_and_load_continue_to_the_same_bits(tmp_path):
+    whole, batches = make_agent(), [make_batch(seed) for seed in range(6)]
+    for batch in batches[:3]:
+        whole.update(batch)
+    save_checkpoint(tmp_path / "a.pth", whole.state_dict() | {"generator": whole.generator.get_state()})
+    state = load_checkpoint(tmp_path / "a.pth")
+    again = make_agent(seed=1)
+    again.load_state_dict(state)
+    again.generator.set_state(state["generator"])
+    for batch in batches[3:]:
+        whole.update(batch)
+        again.update(batch)
+    assert same(values(whole), values(again)) and again.step == 6
+
+
+# -- acting and diagnostics -------------------------------------------------------------------------------------------
+
+
+def test_acting_is_at_z_zero_or_at_the_generators():
+    agent, s = make_agent(), make_batch()["observations"]
+    assert torch.equal(agent.act(s), agent.actors[2](s, torch.zeros(N, A)))
+    assert torch.equal(agent.act(s, 0), agent.actors[0](s, torch.zeros(N, A)))
+    twin = rewound(agent, 4)
+    assert torch.equal(agent.act(s, 1, stochastic=True), agent.actors[1](s, torch.randn(N, A, generator=twin)))
+
+
+def test_diagnostics_change_nothing_and_say_what_moved():
+    agent, batch = make_agent(), make_batch()
+    for _ in range(3):
+        agent.update(batch)
+    before, state = values(agent), agent.generator.get_state()
+    first, second = agent.diagnose(batch, 1), agent.diagnose(batch, 1)
+    assert same(before, values(agent)) and torch.equal(agent.generator.get_state(), state)
+    assert list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(agent.diagnose(batch, 2)["chain/actor_1/distance"], first["chain/actor_1/distance"])
+    agent.actors[1].load_state_dict(agent.actors[0].state_dict())  # an actor that stays where the chain stood
+    found = {name.removeprefix("chain/"): float(value) for name, value in agent.diagnose(batch, 1).items()}
+    assert found["actor_1/distance"] == pytest.approx(found["actor_1/floor"], rel=0.3) and found["actor_1/floor"] > 0
+    assert found["actor_1/energy"] == pytest.approx(found["actor_1/energy_before"], abs=0.05)
+    assert found["actor_0/floor"] == 0 and found["actor_0/distance"] > 0
+    s = batch["observations"]
+    actions = agent.act(s, 0).requires_grad_()
+    slope = torch.autograd.grad(agent.critic(s, actions)[0].sum(), actions)[0].norm(dim=-1).mean()
+    assert found["actor_0/q_gradient"] == pytest.approx(float(slope), rel=0.3)
+    assert found["actor_1/blur_to_spread"] == pytest.approx(0.05 / found["actor_0/spread"], rel=0.3)
+
+
+def test_the_energy_of_a_step_that_helps_falls():
+    agent, batch = make_agent(w2_weights=(4.0, 4.0, 4.0), lr=3e-3), make_batch()
+    agent.critic.frozen_q1 = lambda observations, actions: actions.sum(-1) + 10
+    batch["actions"] = torch.zeros(N, A)
+    for _ in range(300):
+        agent.update(batch)
+    found = agent.diagnose(batch, 0)
+    for number in range(3):
+        assert found[f"chain/actor_{number}/energy_fell"] == 1, number
+        assert found[f"chain/actor_{number}/energy"] < found[f"chain/actor_{number}/energy_before"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["fused", "exact"])
+def test_a_captured_update_equals_the_eager_one(backend):
+    from utils import GraphedStep
+
+    agents = [make_agent(device="cuda", sinkhorn_backend=backend) for _ in range(2)]
+    batch = {name: value.cuda() for name, value in make_batch().items()}
+    captured = GraphedStep(lambda: agents[1].update(batch), [agents[1].generator])
+    for _ in range(20):
+        expected, found = agents[0].update(batch), captured()
+        for name in expected:
+            assert np.isclose(float(found[name]), float(expected[name]), rtol=1e-4, atol=1e-5), name
