@@ -515,6 +515,26 @@ class StateMetric(nn.Module):
         return self.net(states) * self.log_scale.exp()
 
 
+class StepInverse(nn.Module):
+    """The action between two successive states (s, s'), unbounded. Normalised states [n, D] twice -> [n, A].
+
+    `scale` is the deviation of s' - s, in which the difference is measured; `OnlineAgent` sets it from the dataset's
+    states. Inputs are cut at 10 deviations.
+    """
+
+    def __init__(self, observation_dim: int, hidden_dim: int, action_dim: int):
+        super().__init__()
+        sizes = (2 * observation_dim, hidden_dim, hidden_dim, hidden_dim)
+        layers = [layer for m, n in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(m, n), nn.SiLU())]
+        self.net = nn.Sequential(*layers, nn.Linear(hidden_dim, action_dim))
+        self.register_buffer("mean", torch.zeros(observation_dim))
+        self.register_buffer("scale", torch.ones(observation_dim))
+
+    def forward(self, states: Tensor, later: Tensor) -> Tensor:
+        difference = (later - states - self.mean) / self.scale
+        return self.net(torch.cat([states, difference], dim=-1).clamp(-10, 10))
+
+
 class OfflineModel(nn.Module):
     """What the offline stage trains: `encoder`, `q`, `v`, `next_state` and `reward`. No action is read."""
 
@@ -525,3 +545,57 @@ class OfflineModel(nn.Module):
         self.v = GoalValue(d_model, hidden_dim)
         self.next_state = NextState(d_model, hidden_dim)
         self.reward = RewardLogit(d_model, hidden_dim)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# POGO: transport-map actors and twin critics
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class TransportActor(nn.Module):
+    """A policy as a transport map a = T(s, z), z ~ N(0, I) of the action's size: tanh * max_action of an MLP."""
+
+    def __init__(self, observation_dim: int, action_dim: int, max_action: float = 1.0, hidden_dim: int = 256):
+        super().__init__()
+        self.observation_dim, self.action_dim, self.max_action = observation_dim, action_dim, max_action
+        self.net = mlp(observation_dim + action_dim, hidden_dim, action_dim)
+
+    def forward(self, observations: Tensor, z: Tensor) -> Tensor:
+        """Actions [..., A] of observations [..., D] under z [..., A]; z [..., K, A] gives K actions a state."""
+        first, *rest = self.net
+        # W [s, z] = W_s s + W_z z, so that a state's K samples share its part and nothing is concatenated.
+        h = F.linear(observations, first.weight[:, : self.observation_dim], first.bias)
+        if z.dim() > observations.dim():
+            h = h.unsqueeze(-2)
+        h = h + F.linear(z, first.weight[:, self.observation_dim :])
+        for layer in rest:
+            h = layer(h)
+        return torch.tanh(h) * self.max_action
+
+
+class TwinCritic(nn.Module):
+    """Q1 and Q2 (s, a), MLPs of ReLU computed together. Observations [n, D], actions [n, A] -> [2, n]."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int = 256):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                EnsembleLinear(2, observation_dim + action_dim, hidden_dim),
+                EnsembleLinear(2, hidden_dim, hidden_dim),
+                EnsembleLinear(2, hidden_dim, 1),
+            ]
+        )
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        h = torch.cat([observations, actions], dim=-1).expand(2, -1, -1)
+        for layer in self.layers[:-1]:
+            h = F.relu(layer(h))
+        return self.layers[-1](h).squeeze(-1)
+
+    def frozen_q1(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Q1 alone, [n], with a gradient to the actions and none to the weights."""
+        h = torch.cat([observations, actions], dim=-1)
+        for layer in self.layers[:-1]:
+            h = F.relu(torch.addmm(layer.bias[0].detach(), h, layer.weight[0].detach()))
+        last = self.layers[-1]
+        return torch.addmm(last.bias[0].detach(), h, last.weight[0].detach()).squeeze(-1)

@@ -5,6 +5,8 @@ V(z, z_g) and the proposer, which keep learning here. What it adds: inverse_dyna
 leads towards z', and a metric of steps between states, which makes a graph of the dataset. Codes are those of single
 states, z = f(s), as the offline stage's target codes are; the inverse dynamics sees the state beside its code.
 
+    own transitions (s, a, s') ---> labeller ---> actions between the dataset's states ---> inverse_dynamics learns
+
     states of the dataset ---> graph: along trajectories, and short links between them ---Dijkstra---> way to the goal
                                                                                                             |
     s_t ---f---> z_t, s_t --------------------------------------> inverse_dynamics <--- z', some steps ahead on it
@@ -20,6 +22,10 @@ Deviations from the original OPSO code, each with its reason (docs/opso.md has t
   the inverse dynamics by a capped exp(advantage) of its step towards z', which `action_temperature` 0, the default,
   turns off. Advantages are counted in steps saved.
 - Targets of Q and V span many steps, as offline.
+- Without the dataset's actions, a labeller a = g(s_t, s_{t+1}) learns from one's own transitions, random ones at
+  first, and says which action lay between two states of the dataset; the inverse dynamics then learns from those as
+  from known ones (behavioural cloning from observation; Torabi et al., 2018). One step tells the action; many steps
+  of random actions, which the inverse dynamics would have to learn from, tell almost nothing.
 """
 
 import copy
@@ -34,7 +40,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import dijkstra
 from torch import Tensor, nn
 
-from model import InverseDynamics, OfflineModel, StateMetric
+from model import InverseDynamics, OfflineModel, StateMetric, StepInverse
 from utils import expectile_loss
 
 LEAST_VALUE = 1e-3  # values are clipped here before their logarithm is taken
@@ -82,6 +88,7 @@ class OnlineAgent:
     """
 
     HEADS = ("q", "v", "next_state", "inverse_dynamics")
+    POLICY = ("encoder", "heads", "metric")  # what acts
 
     def __init__(
         self,
@@ -101,6 +108,7 @@ class OnlineAgent:
         self.heads["inverse_dynamics"] = InverseDynamics(features, hidden_dim, action_dim)
         self.heads.to(self.device).requires_grad_(True)
         self.metric = StateMetric(self.encoder.observation_dim, hidden_dim, config.metric_dim).to(self.device)
+        self.labeller = StepInverse(self.encoder.observation_dim, hidden_dim, action_dim).to(self.device)
         self.target = nn.ModuleDict({name: copy.deepcopy(self.heads[name]) for name in ("q", "v")})
         self.target.requires_grad_(False)
         self.learning = [p for name in ("q", "v") for p in self.heads[name].parameters()]
@@ -159,12 +167,51 @@ class OnlineAgent:
 
     def embed(self, features: Tensor) -> Tensor:
         """Points of states: [..., d_model + D] -> [..., metric_dim]."""
-        return self.metric(features[..., self.code_dim :])
+        return self.metric(self.state(features))
 
     @torch.no_grad()
     def metric_steps(self, points: Tensor, others: Tensor) -> Tensor:
         """Steps by the metric between all points: [m, metric_dim] and [k, metric_dim] -> [m, k]."""
         return self.metric.steps_per_square * torch.cdist(points, others).square()
+
+    # -- labels ------------------------------------------------------------------------------------------------------
+
+    def fit_labeller(
+        self, draw: Callable[[], tuple[Tensor, Tensor, Tensor]], updates: Iterable[int], total: int, lr: float
+    ) -> float:
+        """Train the labeller on transitions of one's own, by a smooth L1 loss. Returns the last loss.
+
+        draw() gives features [n, d_model + D] of states, those of the next ones, and the actions between [n, A].
+        """
+        optimizer = torch.optim.AdamW(self.labeller.requires_grad_(True).parameters(), lr, weight_decay=1e-4)
+        loss = torch.zeros(())
+        for number in updates:
+            x, x_next, actions = draw()
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (0.51 + 0.49 * math.cos(math.pi * number / total))
+            found = self.labeller(self.state(x), self.state(x_next))
+            loss = F.smooth_l1_loss(found, actions, beta=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self.labeller.requires_grad_(False)
+        return float(loss.detach())
+
+    def scale_labeller(self, x: Tensor, x_next: Tensor) -> None:
+        """Take the mean and deviation of a step from features [n, d_model + D] of states and of the next ones."""
+        difference = self.state(x_next) - self.state(x)
+        self.labeller.mean.copy_(difference.mean(0))
+        self.labeller.scale.copy_(difference.std(0) + 1e-3)
+
+    @torch.no_grad()
+    def label(self, x: Tensor, x_next: Tensor, block: int = 4096) -> Tensor:
+        """The actions that seem to lead from states to the next ones: features twice -> [n, A] in [-1, 1]."""
+        pairs = zip(self.state(x).split(block), self.state(x_next).split(block), strict=True)
+        return torch.cat([self.labeller(state, later).clamp(-1, 1) for state, later in pairs])
+
+    def state(self, features: Tensor) -> Tensor:
+        """The normalised state in features: [..., d_model + D] -> [..., D]."""
+        return features[..., self.code_dim :]
 
     # -- losses, in the order of the objective ------------------------------------------------------------------
 
@@ -239,13 +286,12 @@ class OnlineAgent:
 
     # -- update ---------------------------------------------------------------------------------------------------
 
-    def update(self, batch: dict[str, Tensor], lr_scale: float = 1.0, actions_known: bool = True) -> dict[str, Tensor]:
+    def update(self, batch: dict[str, Tensor], lr_scale: float = 1.0) -> dict[str, Tensor]:
         """One optimizer step on a batch of codes, then the EMA targets. Returns 0-d tensors, without a host sync.
 
         batch: z, z_next, z_before, z_ahead, z_sub, z_far, z_goal [n, d_model] (z_{t+n-1}, z_{t+n}, the codes the
         inverse dynamics and the proposer aim at), features x, x_sub, x_goal [n, d_model + D], actions [n, A], acted [n]
-        0/1 where the action is known, steps_to_goal, n, sub_steps, far_steps [n] int64. actions_known says whether any
-        action is.
+        0/1 where the action is known, steps_to_goal, n, sub_steps, far_steps [n] int64.
         """
         for group in self.optimizer.param_groups:
             group["lr"].fill_(self.config.lr * lr_scale)
@@ -254,9 +300,8 @@ class OnlineAgent:
             "critic": self.critic_loss(batch),
             "v": self.v_loss(batch),
             "state": self.state_loss(batch),
+            "train": self.action_loss(batch),
         }
-        if actions_known:  # else Adam would count steps without a gradient, and begin several times too fast
-            terms["train"] = self.action_loss(batch)
         # No weights: the four losses share no parameter, as the encoder is frozen, and Adam ignores their scales.
         sum(loss for loss, _ in terms.values()).backward()
         self.optimizer.step()
@@ -280,23 +325,23 @@ class OnlineAgent:
 
     def state_dict(self) -> dict:
         """Everything the next update depends on; the encoder too, so that the file acts by itself."""
-        state = {"target": self.target.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-        return self.policy_state_dict() | state
+        others = {name: getattr(self, name).state_dict() for name in ("labeller", "target", "optimizer")}
+        return self.policy_state_dict() | others | {"step": self.step}
 
     def policy_state_dict(self) -> dict:
         """What acting needs, and no more."""
-        return {name: getattr(self, name).state_dict() for name in ("encoder", "heads", "metric")}
+        return {name: getattr(self, name).state_dict() for name in self.POLICY}
 
     def load_policy_state_dict(self, state: dict) -> None:
         """Raises KeyError or RuntimeError where the state is another model's."""
-        for name in ("encoder", "heads", "metric"):
+        for name in self.POLICY:
             getattr(self, name).load_state_dict(state[name])
 
     def load_state_dict(self, state: dict) -> None:
         """Raises KeyError or RuntimeError where the state is another model's."""
         self.load_policy_state_dict(state)
-        self.target.load_state_dict(state["target"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name in ("labeller", "target", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
         self.step = int(state["step"])
 
 

@@ -76,9 +76,12 @@ class OnlineTrainerConfig(OnlineAgentConfig):
     subgoal_steps: int | None = None  # how far ahead z' lies; default 10 for the point, 25 for ants and humanoids
     metric_steps: int | None = None  # the metric learns from states 1..so many steps apart; default 10, or 25
     metric_updates: int | None = None  # of 512 pairs each, before everything else; default 1500, or 3000
-    fit_updates: int | None = None  # updates on the dataset before the first episode; default 1500, or 4000
+    fit_updates: int | None = None  # updates on the dataset, once its actions are known; default 1500, or 4000
+    label_updates: int = 3000  # of the labeller, 512 own transitions each, after the random rounds (online regime)
+    relabel_updates: int = 500  # of the labeller after each later round, before the dataset is labelled anew
+    label_lr: float = 1e-3  # of the labeller, decaying to a fiftieth; half as high after later rounds
     updates_per_round: int = 250  # updates after each round of episodes
-    random_steps: int = 2000  # rounds that begin before so many environment steps act at random (online regime)
+    random_steps: int | None = None  # rounds that begin before so many steps act at random; default 2000, or 32000
     replay_episodes: int = 200  # own episodes kept
     epsilon_start: float = 0.30  # probability of exploring straight towards the goal, in the first round
     epsilon_end: float = 0.05  # and in the last
@@ -112,9 +115,11 @@ BOUNDS = {
     **dict.fromkeys(
         ("max_episodes", "fit_updates", "updates_per_round", "random_steps", "wander_steps", "seed"), (0, 2**53)
     ),
+    "label_updates": (1, 10**9),
+    "relabel_updates": (0, 10**9),
     "graph_nodes": (2, 10**6),
     "metric_updates": (1, 10**9),
-    **dict.fromkeys(("lr", "metric_lr", "max_weight", "aim_steps", "trusted_steps"), (1e-9, 1e9)),
+    **dict.fromkeys(("lr", "metric_lr", "label_lr", "max_weight", "aim_steps", "trusted_steps"), (1e-9, 1e9)),
     **dict.fromkeys(("link_cost", "bar_steps"), (0.0, 1e9)),
     **dict.fromkeys(("state_temperature", "action_temperature", "action_noise_start", "action_noise_end"), (0.0, 1e3)),
     **dict.fromkeys(("expectile", "epsilon_start", "epsilon_end", "p_self", "p_future", "p_random"), (0.0, 1.0)),
@@ -123,15 +128,22 @@ BOUNDS = {
 }
 # What None stands for, by robot: a step of the point goes farther than an ant's.
 BY_ROBOT = {
-    "pointmaze": {"subgoal_steps": 10, "metric_steps": 10, "metric_updates": 1500, "fit_updates": 1500},
-    "antmaze": {"subgoal_steps": 25, "metric_steps": 25, "metric_updates": 3000, "fit_updates": 4000},
-    "humanoidmaze": {"subgoal_steps": 25, "metric_steps": 25, "metric_updates": 3000, "fit_updates": 4000},
+    "pointmaze": {
+        **{"subgoal_steps": 10, "metric_steps": 10, "metric_updates": 1500, "fit_updates": 1500},
+        "random_steps": 2000,
+    },
+    "antmaze": {
+        **{"subgoal_steps": 25, "metric_steps": 25, "metric_updates": 3000, "fit_updates": 4000},
+        "random_steps": 32_000,
+    },
 }
+BY_ROBOT["humanoidmaze"] = BY_ROBOT["antmaze"]
 MAY_CHANGE_ON_RESUME = {"dataset_dir", "offline_run_dir", "device", "tensorboard", "wandb_project", "record_video"}
 NOT_THE_MODEL = {"resume", "run_dir", "evaluate", *MAY_CHANGE_ON_RESUME}
 EVAL_ENVS = 20  # evaluation episodes at once
 NODES_PER_AIM = 2  # nodes of the graph that aim_steps span at least
 METRIC_PAIRS = 512  # in an update of the metric
+LABEL_PAIRS = 512  # in an update of the labeller
 VIDEO_SKIP = 3  # environment steps a frame
 
 
@@ -224,10 +236,11 @@ class CodeSet:
     transitions: torch.Tensor  # [M] int64, rows that start a transition
 
     @classmethod
-    def from_dataset(cls, data: TrajectoryDataset, agent: OnlineAgent) -> "CodeSet":
+    def from_dataset(cls, data: TrajectoryDataset, agent: OnlineAgent, actions: torch.Tensor) -> "CodeSet":
+        """The dataset's states with these actions [N, A]: its own, or those that take their place."""
         rows = torch.arange(len(data.observations), device=data.device)
         starts = rows[rows < data.episode_end]
-        return cls(agent.encode(data.observations), data.actions, data.episode_end, starts)
+        return cls(agent.encode(data.observations), actions, data.episode_end, starts)
 
 
 def sample_batch(
@@ -454,7 +467,12 @@ class OnlineRun:
                 self.pretrained["discount"],
                 self.device,
             )
-        self.codes = CodeSet.from_dataset(self.data, self.agent)
+        # In the strict regime the dataset's actions go no further than this line.
+        known = config.inverse_dynamics_data == "offline"
+        actions = self.data.actions if known else torch.zeros_like(self.data.actions)
+        self.codes = CodeSet.from_dataset(self.data, self.agent, actions)
+        rows = self.codes.transitions
+        self.agent.scale_labeller(self.codes.states[rows], self.codes.states[rows + 1])
         self.node_rows = spaced_rows(self.data.episode_end, config.graph_nodes, config.aim_steps)
         self.limit = max_episode_steps(config.dataset)
         self.replay = EpisodeReplay(
@@ -465,7 +483,7 @@ class OnlineRun:
             self.device,
         )
         self.episodes = self.random_episodes = self.env_steps = 0
-        self.best_success, self.fitted = -1.0, False
+        self.best_success, self.measured, self.fitted = -1.0, False, False  # measured: the metric is fitted
         self.figures: dict[str, float] = {}  # of the last evaluation
         if checkpoint is not None:
             self.load(checkpoint)
@@ -493,14 +511,15 @@ class OnlineRun:
         """
         config, infos = self.config, []
         count = config.batch_size * config.transitions_per_window
-        offline = config.inverse_dynamics_data == "offline"
+        # One's own actions are for the labeller; where the dataset's are known, they are for the inverse dynamics too.
+        own = config.inverse_dynamics_data == "offline"
         for number in progress(range(updates), desc, unit="update", leave=False):
-            parts = [sample_batch(self.codes, self.agent, count, offline, self.streams.sampling)]
+            parts = [sample_batch(self.codes, self.agent, count, True, self.streams.sampling)]
             if len(self.replay):
-                parts.append(sample_batch(self.replay, self.agent, count, True, self.streams.sampling))
+                parts.append(sample_batch(self.replay, self.agent, count, own, self.streams.sampling))
             batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             scale = 0.55 + 0.45 * math.cos(math.pi * number / updates) if anneal else 1.0
-            infos.append(self.agent.update(batch, scale, actions_known=offline or len(self.replay) > 0))
+            infos.append(self.agent.update(batch, scale))
         means = mean_of(infos) if infos else {}
         for name, value in means.items():
             if not math.isfinite(value):
@@ -522,8 +541,8 @@ class OnlineRun:
         rows = self.node_rows
         return StateGraph(self.agent, self.codes.states[rows], rows, self.codes.episode_end[rows])
 
-    def fit(self) -> dict[str, float]:
-        """What comes before the first episode: the metric, then everything else on the dataset."""
+    def fit_metric(self) -> dict[str, float]:
+        """What comes first: the metric."""
         config = self.config
 
         def draw() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -533,7 +552,42 @@ class OnlineRun:
         loss = self.agent.fit_metric(draw, updates, config.metric_updates)
         if not math.isfinite(loss):
             raise UserError(f"{self.run_dir}: the loss of the metric is {loss}; lower --metric_lr")
-        return {"metric_loss": loss} | self.learn(config.fit_updates, "fit on the dataset", anneal=True)
+        return {"metric_loss": loss}
+
+    def label(self, updates: int, lr: float) -> dict[str, float]:
+        """Train the labeller on one's own transitions and put its actions between the dataset's states."""
+        source, generator = self.replay, self.streams.sampling
+
+        def draw() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            number = torch.randint(len(source), (LABEL_PAIRS,), generator=generator, device=self.device)
+            rows = source.transitions[number]
+            return source.states[rows], source.states[rows + 1], source.actions[rows]
+
+        bar = progress(range(updates), "fit the labeller", unit="update", leave=False)
+        loss = self.agent.fit_labeller(draw, bar, updates, lr)
+        if not math.isfinite(loss):
+            raise UserError(f"{self.run_dir}: the loss of the labeller is {loss}; lower --label_lr")
+        self.relabel()
+        return {"label_loss": loss}
+
+    def relabel(self) -> None:
+        """The labeller's actions between the dataset's states."""
+        rows = self.codes.transitions
+        self.codes.actions[rows] = self.agent.label(self.codes.states[rows], self.codes.states[rows + 1])
+
+    def imitate(self) -> dict[str, float]:
+        """After a round: learn from the dataset, once its actions are known or labelled, and from own episodes."""
+        config, strict = self.config, self.config.inverse_dynamics_data == "online"
+        if self.fitted:
+            labels = (
+                self.label(config.relabel_updates, config.label_lr / 2) if strict and config.relabel_updates else {}
+            )
+            return labels | self.learn(config.updates_per_round, "learn")
+        if strict and self.env_steps < config.random_steps and self.episodes < config.max_episodes:
+            return {}  # random rounds go on
+        labels = self.label(config.label_updates, config.label_lr) if strict else {}
+        self.fitted = True
+        return labels | self.learn(config.fit_updates, "fit on the dataset", anneal=True)
 
     def collect(self, ended=lambda count: None) -> dict[str, float]:
         """A round: one episode in each environment, into the replay; `ended` as in `EnvPool.play`. Its figures."""
@@ -541,7 +595,7 @@ class OnlineRun:
         count = min(config.num_envs, config.max_episodes - self.episodes)
         epsilon = self.between(config.epsilon_start, config.epsilon_end)
         noise = self.between(config.action_noise_start, config.action_noise_end)
-        random = config.inverse_dynamics_data == "online" and self.env_steps < config.random_steps
+        random = not self.fitted
         seeds = torch.randint(
             TRAIN_SEED_OFFSET, 2**32, (count,), generator=self.streams.policy, device=self.device
         ).tolist()
@@ -569,22 +623,27 @@ class OnlineRun:
         }
 
     def train(self) -> dict[str, float]:
-        """Fit on the dataset, then rounds of episodes and updates, evaluating and saving every eval_freq rounds."""
+        """Fit the metric, then rounds of episodes and updates, evaluating and saving every eval_freq rounds.
+
+        Where the dataset's actions are known, everything is fitted on it before the first round; else after the random
+        rounds, when it is labelled.
+        """
         config = self.config
-        metrics: dict[str, float] = {}
-        if not self.fitted:
-            metrics = self.fit()
-            self.fitted = True
+        if not self.measured:
+            metrics = self.fit_metric()
+            self.measured = True
+            if config.inverse_dynamics_data == "offline":
+                metrics |= self.imitate()
             self.evaluate_and_save(metrics | {"env_steps": 0.0})
         options = {"initial": self.episodes, "unit": "episode", "disable": config.max_episodes == 0}
         with progress(config.max_episodes, "episodes", **options) as bar:
             while self.episodes < config.max_episodes:
                 metrics = self.collect(bar.update)
-                metrics |= self.learn(config.updates_per_round, "learn")
+                metrics |= self.imitate()
                 bar.set_postfix(success=f"{metrics['success_rate']:.2f}", steps=self.env_steps)
                 round_number = math.ceil(self.episodes / config.num_envs)
                 if round_number % config.eval_freq == 0 or self.episodes >= config.max_episodes:
-                    metrics = self.evaluate_and_save(metrics)
+                    self.evaluate_and_save(metrics)
                 else:
                     self.logger.log(self.episodes, metrics)
         return self.figures or self.evaluate(config.eval_episodes)  # empty: cut after the last checkpoint
@@ -596,12 +655,14 @@ class OnlineRun:
         return self.evaluation.run(self.agent, self.graph, episodes)
 
     def evaluate_and_save(self, metrics: dict[str, float]) -> None:
-        """Evaluate, log the row, then write best_model.pth if this is the best so far and checkpoints/last.pth."""
+        """Evaluate what has learned to act, log the row, then write best_model.pth if it is the best, and last.pth."""
         config = self.config
-        last = self.episodes >= config.max_episodes
-        self.figures = self.evaluate(config.eval_episodes if last else config.eval_episodes_between)
-        self.logger.log(self.episodes, metrics | self.figures)
-        success = self.figures["eval/success_rate"]
+        if self.fitted:
+            last = self.episodes >= config.max_episodes
+            self.figures = self.evaluate(config.eval_episodes if last else config.eval_episodes_between)
+            metrics = metrics | self.figures
+        self.logger.log(self.episodes, metrics)
+        success = metrics.get("eval/success_rate", -1.0)
         if success > self.best_success:
             self.best_success = success
             save_checkpoint(self.run_dir / "best_model.pth", self.model_state() | {"success_rate": success})
@@ -609,6 +670,7 @@ class OnlineRun:
             "env_steps": self.env_steps,
             "random_episodes": self.random_episodes,
             "best_success": self.best_success,
+            "fitted": self.fitted,
             "agent": self.agent.state_dict(),
             "replay": self.replay.state_dict(),
             "streams": self.streams.state_dict(),
@@ -643,7 +705,9 @@ class OnlineRun:
             self.streams.load_state_dict(state["streams"])
             self.episodes, self.env_steps = state["episodes"], state["env_steps"]
             self.random_episodes = state["random_episodes"]
-            self.best_success, self.fitted = state["best_success"], True
+            self.best_success, self.measured, self.fitted = state["best_success"], True, state["fitted"]
+            if self.fitted and self.config.inverse_dynamics_data == "online":
+                self.relabel()
         except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a checkpoint of this model ({error}); choose another --run_dir") from None
 
@@ -737,18 +801,12 @@ def navigator_policy(
 
 
 def random_policy(seeds: list[int], action_dim: int):
-    """Uniform actions in [-1, 1], each held for ten steps in the mean, aimed at nothing.
-
-    Held, because the inverse dynamics aims several steps ahead: actions drawn anew at each step cancel out by then.
-    """
+    """Uniform actions in [-1, 1], drawn anew at each step, aimed at nothing."""
     generators = [np.random.default_rng(seed) for seed in seeds]
-    actions = np.stack([generator.uniform(-1, 1, action_dim) for generator in generators])
 
     def policy(observations: np.ndarray, live: np.ndarray):
-        for env in live:
-            if generators[env].random() < 0.1:
-                actions[env] = generators[env].uniform(-1, 1, action_dim)
-        return actions[live].astype(np.float32), np.full(len(live), -2)
+        actions = np.stack([generators[env].uniform(-1, 1, action_dim) for env in live])
+        return actions.astype(np.float32), np.full(len(live), -2)
 
     return policy
 

@@ -254,19 +254,6 @@ def test_every_head_learns_and_the_targets_follow_by_tau():
     assert all(torch.equal(value, heads[name]) for name, value in agent.heads.state_dict().items())
 
 
-def test_an_inverse_dynamics_without_actions_stays_new():
-    """Updates without actions leave it and its optimizer state alone, so that its first step is Adam's first step."""
-    agent = make_agent()
-    before = copy.deepcopy(agent.heads["inverse_dynamics"].state_dict())
-    info = agent.update(make_batch(agent, acted=False), actions_known=False)
-    assert "train_loss" not in info and "critic_loss" in info
-    after = agent.heads["inverse_dynamics"].state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not any(p in agent.optimizer.state for p in agent.heads["inverse_dynamics"].parameters())
-    assert "train_loss" in agent.update(make_batch(agent))
-    assert all(p in agent.optimizer.state for p in agent.heads["inverse_dynamics"].parameters())
-
-
 def test_no_gradient_through_targets():
     agent = make_agent()
     agent.update(make_batch(agent))
@@ -383,6 +370,32 @@ def test_a_squared_distance_is_worth_the_steps_of_the_pairs():
     i, k = 3, 17
     square = float((agent.embed(state[i]) - agent.embed(later[k])).square().sum())
     assert apart[i, k].item() == pytest.approx(float(agent.metric.steps_per_square) * square, rel=1e-4)
+
+
+def test_the_labeller_finds_the_actions_of_states_alone():
+    """Own transitions of a known dynamics teach it; it then labels others', at places it has not seen."""
+    agent = make_agent()
+    generator = torch.Generator().manual_seed(0)
+    push = torch.tensor([[0.2, 0.05, 0.0], [0.0, -0.1, 0.1]])[:, :ACTIONS]
+
+    def transitions(count: int, spread: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        states = spread * torch.randn(count, 2, generator=generator)
+        actions = 2 * torch.rand(count, ACTIONS, generator=generator) - 1
+        return agent.encode(states), agent.encode(states + actions @ push.T), actions
+
+    x, x_next, actions = transitions(500, 2.0)
+    agent.scale_labeller(x, x_next)
+    steps = (agent.state(x_next) - agent.state(x)).std(0)
+    assert torch.allclose(agent.labeller.scale, steps + 1e-3, atol=1e-5)
+    heads = copy.deepcopy(agent.heads.state_dict())
+    blank = (agent.label(x, x_next) - actions).abs().mean()
+    loss = agent.fit_labeller(lambda: transitions(64, 1.0), range(600), 600, 3e-3)
+    found = agent.label(x, x_next, block=64)
+    assert torch.allclose(found, agent.label(x, x_next), atol=1e-5) and found.abs().max() <= 1
+    # Two numbers of motion tell two actions.
+    assert (found - actions)[:, :2].abs().mean() < 0.1 < blank and loss < 0.1
+    assert all(torch.equal(before, agent.heads.state_dict()[name]) for name, before in heads.items())
+    assert not any(parameter.requires_grad for parameter in agent.labeller.parameters())
 
 
 def horseshoe(rows: int, back: bool = False) -> torch.Tensor:
