@@ -77,7 +77,7 @@ class OnlineTrainerConfig(OnlineAgentConfig):
     metric_steps: int | None = None  # the metric learns from states 1..so many steps apart; default 10, or 25
     metric_updates: int | None = None  # of 512 pairs each, before everything else; default 1500, or 3000
     fit_updates: int | None = None  # updates on the dataset, once its actions are known; default 1500, or 4000
-    label_updates: int = 3000  # of the labeller, 512 own transitions each, after the random rounds (online regime)
+    label_updates: int | None = None  # of the labeller, after the random rounds; default 1500, or 6000
     relabel_updates: int = 500  # of the labeller after each later round, before the dataset is labelled anew
     label_lr: float = 1e-3  # of the labeller, decaying to a fiftieth; half as high after later rounds
     updates_per_round: int = 250  # updates after each round of episodes
@@ -130,11 +130,11 @@ BOUNDS = {
 BY_ROBOT = {
     "pointmaze": {
         **{"subgoal_steps": 10, "metric_steps": 10, "metric_updates": 1500, "fit_updates": 1500},
-        "random_steps": 2000,
+        **{"random_steps": 2000, "label_updates": 1500},
     },
     "antmaze": {
         **{"subgoal_steps": 25, "metric_steps": 25, "metric_updates": 3000, "fit_updates": 4000},
-        "random_steps": 32_000,
+        **{"random_steps": 32_000, "label_updates": 6000},
     },
 }
 BY_ROBOT["humanoidmaze"] = BY_ROBOT["antmaze"]

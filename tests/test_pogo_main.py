@@ -1,0 +1,290 @@
+"""The POGO command: what it writes and prints, how it resumes, and what it says about bad input."""
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import make_dataset
+import pogo_main
+from evaluation import episode_seeds
+from pogo_main import POGORun, POGOTrainerConfig, run_name
+from utils import load_checkpoint, parse_config, read_episodes, read_metrics, run_cli, save_checkpoint
+
+DATASET = "local/hopper-medium-v2"
+TINY = {
+    **{"env": DATASET, "max_timesteps": 12, "eval_freq": 6, "log_freq": 3, "eval_episodes": 2, "final_runs": 2},
+    **{"hidden_dim": 8, "batch_size": 8, "eval_workers": 0, "device": "cpu", "seed": 0},
+}
+WEIGHTS = ["--w2_weights", "0.4", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_episodes():
+    """Episodes of 20 steps, so that an evaluation takes no time."""
+    make = pogo_main.make_env
+
+    def shortened(*arguments):
+        env = make(*arguments)
+        env._max_episode_steps = 20
+        return env
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pogo_main, "make_env", shortened)
+        yield
+
+
+@pytest.fixture(scope="module")
+def dataset_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("datasets")
+    make_dataset.generate(DATASET, size=400, dataset_dir=folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(dataset_dir):
+    def build(run_dir, *flags, **changed) -> list[str]:
+        settings = TINY | {"dataset_dir": str(dataset_dir), "run_dir": str(run_dir)} | changed
+        words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        return [*words, *WEIGHTS, *flags]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    pogo_main.main(arguments(run_dir))
+    return run_dir
+
+
+def train(flags: list[str]) -> None:
+    """A run without its picture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(POGORun, "plot", lambda run: None)
+        pogo_main.main([*flags, "--no_tensorboard"])
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+OUTPUTS = ("checkpoints/last.pth", "training/metrics.csv", "training/evaluations.csv", "finished.json")
+
+
+def exits(capsys, *flags) -> str:
+    """Run the command in this process; it must exit 2 with one line on stderr, which is returned."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["pogo_main.py", *map(str, flags)])
+        run_cli(pogo_main.main)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert stop.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+# -- outputs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_all_its_outputs(finished):
+    names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    assert {*OUTPUTS, "config.yaml", "versions.json", "training_curves.png"} <= names
+    assert any("tfevents" in name for name in names) and not any(name.endswith(".tmp") for name in names)
+    assert (finished / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((finished / "finished.json").read_text())
+    assert summary["steps"] == 12 and summary["dataset"] == DATASET and summary["w2_weights"] == [0.4, 1.0]
+    assert {f"actor_{i}/{mode}/score" for i in (0, 1) for mode in pogo_main.MODES} <= set(summary)
+
+
+def test_the_rows_hold_the_chain(finished):
+    metrics = read_metrics(finished / "training")
+    assert metrics["step"] == [3, 6, 9, 12]
+    for column in ("critic_loss", "q_data", "actor_0/q_scale", "actor_1/distance", "chain/actor_1/floor"):
+        assert np.isfinite(metrics[column]).all(), column
+    assert np.isnan(metrics["eval/actor_1/stochastic/score"]).tolist() == [True, False, True, False]
+
+
+def test_every_episode_is_kept_and_the_scores_are_theirs(finished):
+    rows = read_episodes(finished / "training/evaluations.csv")
+    assert len(rows) == 2 * 4 * 2 + 4 * 4
+    final = [row for row in rows if row["evaluation"] == "final"]
+    assert {row["step"] for row in final} == {12} and {row["episode"] for row in final} == {0, 1, 2, 3}
+    summary = json.loads((finished / "finished.json").read_text())
+    for actor in (0, 1):
+        for mode in pogo_main.MODES:
+            own = [row for row in final if (row["actor"], row["mode"]) == (actor, mode)]
+            assert all(row["score"] == pytest.approx(100 * (row["return"] + 20.272305) / 3254.572305) for row in own)
+            assert summary[f"actor_{actor}/{mode}/score"] == pytest.approx(np.mean([row["score"] for row in own]))
+    last = [row for row in rows if row["evaluation"] == "training" and row["step"] == 12]
+    metrics = read_metrics(finished / "training")
+    expected = np.mean([row["return"] for row in last if (row["actor"], row["mode"]) == (1, "deterministic")])
+    assert metrics["eval/actor_1/deterministic/return"][-1] == pytest.approx(expected)
+
+
+def test_the_evaluation_block_is_printed(arguments, tmp_path, capsys):
+    train(arguments(tmp_path / "run"))
+    out = capsys.readouterr()
+    block = (out.out + out.err).split("Evaluation over 2 episodes:\n")[1].splitlines()[:4]
+    for line, (actor, mode) in zip(block, [(i, mode) for i in (0, 1) for mode in pogo_main.MODES], strict=True):
+        assert line.startswith(f"  Actor {actor} - {mode.capitalize()}: ") and ", D4RL score: " in line
+
+
+def test_evaluation_equals_stepping_one_environment_by_hand(arguments, tmp_path, dataset_dir):
+    run = POGORun(parse_config(POGOTrainerConfig, [*arguments(tmp_path / "run"), "--no_tensorboard"]))
+    seeds = episode_seeds(5, 2)
+    played = run.play(seeds, 7, "evaluate")
+    env = pogo_main.make_env(DATASET)
+    for actor in (0, 1):
+        for episode, seed in enumerate(seeds):
+            observation, total, over = env.reset(seed=seed)[0], 0.0, False
+            while not over:
+                state = torch.as_tensor((np.float32(observation) - run.mean) / run.std)
+                action = run.agent.act(state.unsqueeze(0), actor)[0].numpy()
+                observation, reward, terminated, truncated, _ = env.step(action)
+                total, over = total + reward, terminated or truncated
+            assert played.returns[2 * actor, episode] == pytest.approx(total, rel=1e-4)
+    run.close()
+    assert not np.allclose(played.returns[0], played.returns[1])  # noise does something
+
+
+def test_directories_carry_env_weights_and_seed(arguments, tmp_path, monkeypatch):
+    config = POGOTrainerConfig(env="halfcheetah-medium-v2", w2_weights=(0.2, 0.25, 10.0), seed=3)
+    assert str(run_name(config)) == "halfcheetah-medium-v2/w2_0.2_0.25_10/seed_3"
+    assert str(pogo_main.default_run_dir(config)) == f"logs/{run_name(config)}"
+    train(arguments(tmp_path / "run", "--checkpoint_dir", str(tmp_path / "kept")))
+    assert (tmp_path / "kept" / DATASET / "w2_0.4_1/seed_0/last.pth").exists()
+    assert not (tmp_path / "run/checkpoints").exists()
+    train(arguments(tmp_path / "none", "--no_save_model"))
+    assert not list((tmp_path / "none").rglob("*.pth"))
+
+
+# -- the same bits ----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, arguments, tmp_path):
+    train(arguments(tmp_path / "again"))
+    for name in OUTPUTS:
+        assert digest(finished / name) == digest(tmp_path / "again" / name), name
+    train(arguments(tmp_path / "other", seed=1))
+    assert digest(finished / OUTPUTS[1]) != digest(tmp_path / "other" / OUTPUTS[1])
+
+
+def test_how_often_a_run_evaluates_or_logs_changes_no_number(finished, arguments, tmp_path):
+    train(arguments(tmp_path / "run", eval_freq=4, log_freq=12))
+    states = [load_checkpoint(folder / "checkpoints/last.pth") for folder in (finished, tmp_path / "run")]
+    for name, value in states[0]["agent"]["actors"].items():
+        assert torch.equal(value, states[1]["agent"]["actors"][name]), name
+
+
+@pytest.mark.parametrize("stop_at", [6, 10])
+def test_a_resumed_run_equals_the_uninterrupted_one(stop_at, finished, arguments, tmp_path, monkeypatch):
+    """Cut right after a checkpoint, and between two."""
+    cut, make_update = tmp_path / "cut", POGORun.make_update
+
+    def interrupted(run):
+        update = make_update(run)
+
+        def step():
+            if run.step == stop_at:
+                raise KeyboardInterrupt
+            return update()
+
+        return step
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(POGORun, "make_update", interrupted)
+        train(arguments(cut))
+    assert load_checkpoint(cut / "checkpoints/last.pth")["step"] == 6
+    train(arguments(cut, "--resume"))
+    for name in OUTPUTS:
+        assert digest(finished / name) == digest(cut / name), name
+
+
+def test_a_finished_run_says_so_and_stops(finished, arguments, capsys):
+    before = digest(finished / "checkpoints/last.pth")
+    for flags in (["--resume"], []):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(sys, "argv", ["pogo_main.py", *arguments(finished, *flags)])
+            run_cli(pogo_main.main)
+        assert stop.value.code == 0 and "finished" in capsys.readouterr().out
+    assert digest(finished / "checkpoints/last.pth") == before
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(pogo_main.BOUNDS))
+def test_a_number_out_of_bounds_names_its_flag(name, arguments, tmp_path, capsys):
+    least, most = pogo_main.BOUNDS[name]
+    for value in (least - 1, most + 1):
+        line = exits(capsys, *arguments(tmp_path / "run"), f"--{name}", value)
+        assert f"--{name}" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_settings_name_the_flag(arguments, tmp_path, capsys):
+    for name in pogo_main.CHOICES:
+        line = exits(capsys, *arguments(tmp_path / "run"), f"--{name}", "nothing")
+        assert f"--{name} nothing" in line and pogo_main.CHOICES[name][0] in line
+    for weights in (["-1"], ["inf"], ["nan", "1"]):
+        assert "--w2_weights" in exits(capsys, *arguments(tmp_path / "run"), "--w2_weights", *weights)
+    line = exits(capsys, *arguments(tmp_path / "run"), "--sinkhorn_K", 7, "--sinkhorn_backend", "exact")
+    assert "--sinkhorn_K 7" in line
+    assert "--env" in exits(capsys, *arguments(tmp_path / "run"), "--env", "hoper-medium-v2")
+    assert not (tmp_path / "run").exists()
+
+
+def write_hdf5(path: Path, **changed) -> None:
+    rows = 60
+    arrays = {
+        "observations": np.random.default_rng(0).standard_normal((rows, 11)).astype(np.float32),
+        "actions": np.zeros((rows, 3), np.float32),
+        "rewards": np.arange(rows, dtype=np.float32),
+        "terminals": np.zeros(rows, bool),
+        "timeouts": np.arange(rows) == rows - 1,
+    }
+    with h5py.File(path, "w") as file:
+        for name, value in (arrays | changed).items():
+            if value is not None:
+                file[name] = value
+
+
+def test_a_bad_file_is_named(arguments, tmp_path, capsys):
+    path = tmp_path / "hopper_medium-v2.hdf5"
+    faults = {"rewards": {"rewards": np.ones(60, np.float32)}, "actions": {"actions": None}}
+    flags = [*arguments(tmp_path / "run"), "--dataset_dir", tmp_path, "--env", "hopper-medium-v2"]
+    for word, changed in faults.items():
+        write_hdf5(path, **changed)
+        line = exits(capsys, *flags)
+        assert word in line or "reward" in line
+    write_hdf5(path)
+    path.write_bytes(path.read_bytes()[:-500])
+    assert str(path) in exits(capsys, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverging_run_stops_and_says_why(arguments, tmp_path, capsys):
+    line = exits(capsys, *arguments(tmp_path / "run"), "--q_limit", "1e-6", "--no_tensorboard")
+    assert "--q_limit" in line and "update 3" in line and "--w2_weights" in line
+    assert not (tmp_path / "run/finished.json").exists()
+    line = exits(capsys, *arguments(tmp_path / "nan"), "--lr", "1e9", "--no_tensorboard")
+    assert "--lr" in line or "--q_limit" in line
+
+
+def test_what_cannot_be_resumed_is_refused(finished, arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "finished.json").unlink()
+    assert "--resume" in exits(capsys, *arguments(run))
+    assert "batch_size" in exits(capsys, *arguments(run, "--resume", batch_size=9))
+    path = run / "checkpoints/last.pth"
+    state = load_checkpoint(path)
+    save_checkpoint(path, state | {"observation_mean": state["observation_mean"] + 1})
+    assert "other data" in exits(capsys, *arguments(run, "--resume"))
+    save_checkpoint(path, {key: value for key, value in state.items() if key != "agent"})
+    assert "not a checkpoint" in exits(capsys, *arguments(run, "--resume"))
