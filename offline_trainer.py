@@ -22,6 +22,7 @@ from ogbench_utils import Maze, Task, TrajectoryDataset, evaluation_tasks, make_
 from utils import (
     MetricLogger,
     RandomStreams,
+    RunningMeans,
     UserError,
     check_run,
     hold_run,
@@ -152,18 +153,10 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 def validate(agent: OfflineAgent, val: TrajectoryDataset, config: OfflineTrainerConfig, seed: int) -> dict[str, float]:
     """Mean losses over the same held-out batches every time."""
     generator = torch.Generator(val.device).manual_seed(seed)
-    infos = [
-        agent.evaluate_losses(sample_batch(val, config, config.batch_size, generator))
-        for _ in range(config.eval_batches)
-    ]
-    return {f"val_{name}": value for name, value in mean_of(infos).items()}
-
-
-def mean_of(infos: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Means over updates, brought to the host in one transfer."""
-    names = list(infos[0])
-    means = torch.stack([torch.stack([info[name].float() for name in names]) for info in infos]).mean(0)
-    return dict(zip(names, means.tolist(), strict=True))
+    means = RunningMeans()
+    for _ in range(config.eval_batches):
+        means.add(agent.evaluate_losses(sample_batch(val, config, config.batch_size, generator)))
+    return {f"val_{name}": value for name, value in means.take().items()}
 
 
 class OfflineRun:
@@ -220,13 +213,13 @@ class OfflineRun:
         began, first = time.perf_counter(), agent.step
         with progress(total, "train", initial=agent.step, unit="update") as bar:
             while self.epoch < config.num_epochs:
-                infos = []
+                means = RunningMeans()
                 for _ in range(self.updates_per_epoch):
                     batch = sample_batch(self.train_data, config, config.batch_size, self.streams.sampling)
-                    infos.append(agent.update(batch))
+                    means.add(agent.update(batch))
                     bar.update()
                 self.epoch += 1
-                metrics = mean_of(infos)  # the one wait for the device in an epoch
+                metrics = means.take()  # the one wait for the device in an epoch
                 if not math.isfinite(metrics["loss"]):
                     raise UserError(f"{self.run_dir}: the loss is {metrics['loss']} at update {agent.step}; lower --lr")
                 validates = self.epoch % config.eval_freq == 0 or self.epoch == config.num_epochs

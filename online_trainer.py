@@ -41,6 +41,7 @@ from utils import (
     EpisodeReplay,
     MetricLogger,
     RandomStreams,
+    RunningMeans,
     UserError,
     check_run,
     hold_run,
@@ -509,7 +510,7 @@ class OnlineRun:
 
         anneal: cosine decay of the learning rate to a tenth over these updates. Returns mean figures.
         """
-        config, infos = self.config, []
+        config, means = self.config, RunningMeans()
         count = config.batch_size * config.transitions_per_window
         # One's own actions are for the labeller; where the dataset's are known, they are for the inverse dynamics too.
         own = config.inverse_dynamics_data == "offline"
@@ -519,12 +520,12 @@ class OnlineRun:
                 parts.append(sample_batch(self.replay, self.agent, count, own, self.streams.sampling))
             batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             scale = 0.55 + 0.45 * math.cos(math.pi * number / updates) if anneal else 1.0
-            infos.append(self.agent.update(batch, scale))
-        means = mean_of(infos) if infos else {}
-        for name, value in means.items():
+            means.add(self.agent.update(batch, scale))
+        figures = means.take()
+        for name, value in figures.items():
             if not math.isfinite(value):
                 raise UserError(f"{self.run_dir}: {name} is {value} after {self.episodes} episodes; lower --lr")
-        return means
+        return figures
 
     def share(self) -> float:
         """How much of the rounds that act by the policy is behind: 0 in the first of them and 1 in the last."""
@@ -835,13 +836,6 @@ def find_video_writer():
     except ImportError:
         raise UserError("--record_video needs imageio-ffmpeg: pip install -r requirements-video.txt") from None
     return imageio
-
-
-def mean_of(infos: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Means over updates, brought to the host in one transfer."""
-    names = list(infos[0])
-    means = torch.stack([torch.stack([info[name].float() for name in names]) for info in infos]).mean(0)
-    return dict(zip(names, means.tolist(), strict=True))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,6 +32,7 @@ from utils import (
     GraphedStep,
     MetricLogger,
     RandomStreams,
+    RunningMeans,
     UserError,
     check_run,
     hold_run,
@@ -201,20 +202,15 @@ class POGORun:
         """Update to max_timesteps, logging, evaluating and saving on the way. Returns the scores of the end."""
         config = self.config
         update = self.make_update()
-        total, sums, count = config.max_timesteps, None, 0
+        total, means = config.max_timesteps, RunningMeans()
         with progress(total, config.env, initial=self.step, unit="update") as bar:
             while self.step < total:
-                info = update()
-                if sums is None:
-                    names, sums, count = list(info), [torch.zeros_like(value) for value in info.values()], 0
-                torch._foreach_add_(sums, list(info.values()))
-                count += 1
+                means.add(update())
                 self.step += 1
                 bar.update()
                 logs, evaluates = self.step % config.log_freq == 0, self.is_evaluation(self.step)
                 if logs or evaluates:
-                    means = (torch.stack(sums) / count).tolist()
-                    metrics, sums = dict(zip(names, means, strict=True)), None
+                    metrics = means.take()
                     self.check_losses(metrics)
                     bar.set_postfix(q=f"{metrics['q_data']:.1f}", critic_loss=f"{metrics['critic_loss']:.3g}")
                     metrics |= self.diagnose()

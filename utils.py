@@ -925,6 +925,34 @@ class _Wandb:
         self.run.finish()
 
 
+class RunningMeans:
+    """Means of what updates return, dicts of 0-d tensors, without waiting for the device until they are asked for.
+
+    Sums, not lists: thousands of small tensors that outlive an update would scatter the heap.
+    """
+
+    def __init__(self):
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, info: dict[str, torch.Tensor]) -> None:
+        """Add one update; a name that some updates lack is averaged over the others."""
+        for name, value in info.items():
+            if name not in self.sums:
+                self.sums[name], self.counts[name] = torch.zeros_like(value, dtype=torch.float32), 0
+            self.counts[name] += 1
+        torch._foreach_add_([self.sums[name] for name in info], list(info.values()))
+
+    def take(self) -> dict[str, float]:
+        """The means as floats, in one transfer, and begin anew; empty where nothing was added."""
+        if not self.sums:
+            return {}
+        sums = torch.stack(list(self.sums.values())).tolist()
+        means = {name: total / self.counts[name] for name, total in zip(self.sums, sums, strict=True)}
+        self.sums, self.counts = {}, {}
+        return means
+
+
 def _to_floats(metrics: dict[str, float | torch.Tensor]) -> dict[str, float]:
     """All values as floats; the tensors leave the device in one copy."""
     for name in metrics:

@@ -152,6 +152,13 @@ def test_evaluation_equals_stepping_one_environment_by_hand(arguments, tmp_path,
     assert not np.allclose(played.returns[0], played.returns[1])  # noise does something
 
 
+def test_actors_can_be_updated_less_often(arguments, tmp_path):
+    train(arguments(tmp_path / "run", policy_freq=2, log_freq=1))
+    metrics = read_metrics(tmp_path / "run/training")
+    assert np.isfinite(metrics["critic_loss"]).all()
+    assert np.isfinite(metrics["actor_1/loss"]).tolist() == [True, False] * 6
+
+
 def test_directories_carry_env_weights_and_seed(arguments, tmp_path, monkeypatch):
     config = POGOTrainerConfig(env="halfcheetah-medium-v2", w2_weights=(0.2, 0.25, 10.0), seed=3)
     assert str(run_name(config)) == "halfcheetah-medium-v2/w2_0.2_0.25_10/seed_3"

@@ -620,3 +620,15 @@ def test_run_directory_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(UserError, match="--run_dir"):
         utils.prepare_run(tmp_path / "file" / "run", SmallConfig(), resume=False)
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_running_means_average_each_name_over_the_updates_that_have_it():
+    means = utils.RunningMeans()
+    assert means.take() == {}
+    for number in range(4):
+        info = {"a": torch.tensor(float(number))} | ({"b": torch.tensor(10 * number)} if number % 2 else {})
+        means.add(info)
+        info["a"].fill_(100.0)  # what a captured graph does to its outputs
+    assert means.take() == {"a": 1.5, "b": 20.0} and means.take() == {}
+    means.add({"c": torch.tensor(3.0)})
+    assert means.take() == {"c": 3.0}

@@ -1,0 +1,173 @@
+"""POGO updates a second with 1, 2 and 3 actors: ours against the scheme of the published agent.
+
+    python benchmarks/bench_pogo.py
+    python benchmarks/bench_pogo.py --device cuda
+
+The peer is the published scheme, written plainly here with the same sizes: twin critics one after the other, a pass of
+one sample for Q beside the K samples of the distance, GeomLoss's tensorized Sinkhorn, Adam and averages parameter by
+parameter. All take turns in one process on the same data; medians are printed. On a GPU, ours is measured captured as
+a CUDA graph too. `--compile` also tries torch.compile on our update, which needs a C++ compiler on a CPU.
+"""
+
+import copy
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from geomloss import SamplesLoss
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model import mlp
+from pogo_agent import POGOAgent, POGOConfig
+from utils import GraphedStep, ReplayBuffer, check_counts, parse_config, resolve_device, run_cli
+
+
+@dataclass
+class BenchPOGOConfig:
+    observation_dim: int = 17  # of halfcheetah and walker2d
+    action_dim: int = 6  # likewise
+    batch_size: int = 256  # transitions in an update
+    sinkhorn_K: int = 4  # samples a state and policy
+    transitions: int = 100_000  # in the data
+    updates: int = 50  # in a turn
+    repeats: int = 5  # turns of each; the median is printed
+    max_actors: int = 3  # chains of 1 to so many actors
+    compile: bool = False  # also measure ours under torch.compile
+    threads: int = 1  # CPU threads
+    device: str = "auto"  # auto, cpu or cuda
+
+
+class PublishedScheme:
+    """The same losses, a pass for each purpose."""
+
+    def __init__(self, config: BenchPOGOConfig, actors: int, device: torch.device):
+        d, a = config.observation_dim, config.action_dim
+        self.actors = [mlp(d + a, 256, a).to(device) for _ in range(actors)]
+        self.critics = [mlp(d + a, 256, 1).to(device) for _ in range(2)]
+        self.targets = copy.deepcopy(self.critics)
+        parameters = [p for critic in self.critics for p in critic.parameters()]
+        self.critic_optimizer = torch.optim.Adam(parameters, 3e-4)
+        self.optimizers = [torch.optim.Adam(actor.parameters(), 3e-4) for actor in self.actors]
+        self.divergence, self.K, self.action_dim = SamplesLoss("sinkhorn", p=2, blur=0.05), config.sinkhorn_K, a
+
+    def act(self, number: int, states: torch.Tensor) -> torch.Tensor:
+        z = torch.randn(len(states), self.action_dim, device=states.device)
+        return torch.tanh(self.actors[number](torch.cat([states, z], 1)))
+
+    def samples(self, number: int, states: torch.Tensor) -> torch.Tensor:
+        return self.act(number, states.repeat_interleave(self.K, 0)).view(len(states), self.K, -1)
+
+    def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        states, following = batch["observations"], batch["next_observations"]
+        with torch.no_grad():
+            action = self.act(0, following)
+            action = (action + (0.2 * torch.randn_like(action)).clamp(-0.5, 0.5)).clamp(-1, 1)
+            inputs = torch.cat([following, action], 1)
+            value = torch.min(*(target(inputs) for target in self.targets)).squeeze(1)
+            target = batch["rewards"] + 0.99 * (1 - batch["terminated"]) * value
+        inputs = torch.cat([states, batch["actions"]], 1)
+        loss = sum(F.mse_loss(critic(inputs).squeeze(1), target) for critic in self.critics)
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        for number, optimizer in enumerate(self.optimizers):
+            action = self.act(number, states)
+            q = self.critics[0](torch.cat([states, action], 1))
+            if number == 0:
+                distance = F.mse_loss(action, batch["actions"])
+            else:
+                with torch.no_grad():
+                    reference = self.samples(number - 1, states)
+                distance = self.divergence(self.samples(number, states), reference).mean()
+            policy_loss = -q.mean() / q.abs().mean().detach() + 0.4 * distance
+            optimizer.zero_grad()
+            policy_loss.backward()
+            optimizer.step()
+        for slow, fast in zip(self.targets, self.critics, strict=True):
+            for a, b in zip(slow.parameters(), fast.parameters(), strict=True):
+                a.data.copy_(0.005 * b.data + 0.995 * a.data)
+        return {"critic_loss": loss.detach()}
+
+
+def make_buffer(config: BenchPOGOConfig, device: torch.device) -> ReplayBuffer:
+    """Random transitions on the device."""
+    n, d, a = config.transitions, config.observation_dim, config.action_dim
+    states, following, actions = torch.randn(n, d), torch.randn(n, d), torch.rand(n, a) * 2 - 1
+    rewards, ends = torch.rand(n), torch.zeros(n)
+    return ReplayBuffer.from_arrays(states, actions, rewards, following, ends, ends, device)
+
+
+def contestants(
+    config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer, device: torch.device
+) -> dict[str, Callable]:
+    """Name -> one update on a fresh batch."""
+
+    def make_agent() -> tuple[POGOAgent, torch.Generator]:
+        settings = POGOConfig(w2_weights=(0.4,) * actors, sinkhorn_K=config.sinkhorn_K)
+        noise, sampling = (torch.Generator(device).manual_seed(seed) for seed in (0, 1))
+        return POGOAgent(settings, config.observation_dim, config.action_dim, 1.0, noise, device), sampling
+
+    def step_of(agent, sampling) -> Callable:
+        return lambda: agent.update(buffer.sample(config.batch_size, sampling))
+
+    agent, sampling = make_agent()
+    found = {"eager": step_of(agent, sampling)}
+    if device.type == "cuda":
+        captured, own = make_agent()
+        found["graph"] = GraphedStep(step_of(captured, own), [own, captured.generator])
+    if config.compile:
+        compiled, own = make_agent()
+        compiled.update = torch.compile(compiled.update)
+        found["compiled"] = step_of(compiled, own)
+    found["published"] = step_of(PublishedScheme(config, actors, device), torch.Generator(device).manual_seed(1))
+    return found
+
+
+def seconds(step: Callable, updates: int, device: torch.device) -> float:
+    """Wall time of so many updates."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(updates):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table and a closing line a claim."""
+    config = parse_config(BenchPOGOConfig, argv, __doc__)
+    check_counts(config)
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(0)
+    device = resolve_device(config.device)
+    buffer, closing = make_buffer(config, device), []
+    print("| actors | ours | updates/s |\n|---|---|---|")
+    for actors in range(1, config.max_actors + 1):
+        steps = contestants(config, actors, buffer, device)
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for turn in range(config.repeats + 1):
+            for name, step in steps.items():
+                taken = seconds(step, config.updates, device)
+                if turn:  # the first one warms up
+                    times[name].append(taken)
+        rates = {name: config.updates / float(np.median(taken)) for name, taken in times.items()}
+        for name, rate in rates.items():
+            print(f"| {actors} | {name} | {rate:.1f} |")
+        best = max((name for name in rates if name != "published"), key=rates.get)
+        closing.append(
+            f"pogo_updates_per_second_{actors}_actors: ours {rates[best]:.1f} ({best}), "
+            f"peer {rates['published']:.1f}, ratio {rates[best] / rates['published']:.2f}"
+        )
+    print("\n".join(closing))
+
+
+if __name__ == "__main__":
+    run_cli(main)

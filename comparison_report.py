@@ -1,0 +1,722 @@
+"""What a comparison found: results.csv, results.md and report.html, one self-contained page.
+
+Scores are those of each run's last checkpoint, from the episodes that it kept in training/evaluations.csv. Statistics
+follow rliable (Agarwal et al., 2021): the interquartile mean is the mean of the middle half of all scores, and an
+interval holds the middle 95% of a statistic over 10,000 bootstrap draws of seeds, each dataset (stratum) drawn by
+itself. A few seeds give few different draws, so that such an interval is rather too narrow, and one seed gives none.
+
+The figures of other methods are for D4RL's official files; beside runs on other data they are marked (`is_official`).
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import html
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils import UserError, one_line, read_episodes, read_metrics, write_text_atomic
+
+DRAWS = 10_000  # of the bootstrap
+MODES = ("deterministic", "stochastic")
+METHODS = ("TD3+BC", "IQL", "CQL", "ReBRAC", "EDAC", "MOBILE", "POGO paper, 1 / 2 steps")
+# Scores on the official files, in the order of METHODS, last checkpoints: CORL's README and the papers.
+PUBLISHED = {
+    "halfcheetah-medium-v2": ("48.1", "48.3", "47.0", "64.0", "67.7", "75.8", "58.6 / 61.9"),
+    "halfcheetah-medium-replay-v2": ("44.8", "44.5", "45.0", "51.2", "62.1", "71.9", "52.3 / 53.8"),
+    "halfcheetah-medium-expert-v2": ("90.8", "94.7", "95.6", "103.8", "104.8", "100.9", "96.7 / 50.5"),
+    "hopper-medium-v2": ("60.4", "67.5", "59.1", "102.3", "101.7", "103.6", "64.7 / 74.8"),
+    "hopper-medium-replay-v2": ("64.4", "97.4", "95.1", "95.0", "99.7", "105.1", "85.7 / 99.3"),
+    "hopper-medium-expert-v2": ("101.2", "107.4", "99.3", "109.5", "105.2", "112.5", "100.7 / 93.7"),
+    "walker2d-medium-v2": ("82.7", "80.9", "80.8", "85.8", "93.4", "88.3", "85.7 / 86.7"),
+    "walker2d-medium-replay-v2": ("85.6", "82.2", "73.1", "84.3", "87.1", "90.5", "93.8 / 91.6"),
+    "walker2d-medium-expert-v2": ("110.0", "111.7", "109.6", "111.9", "114.8", "114.5", "110.9 / 111.9"),
+    "antmaze-umaze-v2": ("71", "77", "93", "98", "0", "", "92 / 84"),
+    "antmaze-umaze-diverse-v2": ("45", "54", "37", "84", "", "", "52 / 36"),
+    "antmaze-medium-play-v2": ("0", "66", "66", "90", "", "", "26 / 34"),
+    "antmaze-medium-diverse-v2": ("0", "74", "67", "84", "", "", "48 / 25"),
+    "antmaze-large-play-v2": ("0", "42", "21", "52", "", "", "30 / 15"),
+    "antmaze-large-diverse-v2": ("0", "30", "21", "64", "", "", "23 / 6"),
+}
+# Rows of the official files; a file of less than nine tenths of them is not the official one, whatever its name.
+_REPLAY_ROWS = {"halfcheetah": 202_000, "hopper": 402_000, "walker2d": 302_000}
+OTHER_DATA = "†"
+
+
+@dataclass
+class ComparedRun:
+    """A run of the comparison, finished or not."""
+
+    dataset: str
+    weights: tuple[float, ...]
+    variant: int  # which of its dataset's weights
+    seed: int
+    run_dir: Path
+    finished: bool
+    note: str = ""  # why it is not finished
+    seconds: float | None = None  # that its processes took, where they are known
+
+
+@dataclass
+class Result:
+    """What a finished run left. `final` and `best` are keyed by actor and mode."""
+
+    run: ComparedRun
+    summary: dict[str, Any]  # finished.json
+    final: dict[tuple[int, str], np.ndarray]  # scores [episodes] of the last checkpoint
+    best: dict[tuple[int, str], tuple[float, int]]  # highest mean score of an evaluation in training, and its update
+    metrics: dict[str, list[float]]  # training/metrics.csv
+
+    def score(self, actor: int, mode: str = MODES[0]) -> float:
+        return float(self.final[actor, mode].mean())
+
+
+@dataclass
+class Group:
+    """The finished runs of one dataset and one list of weights: they differ in their seeds."""
+
+    dataset: str
+    weights: tuple[float, ...]
+    variant: int
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        return " ".join(f"{weight:g}" for weight in self.weights)
+
+    @property
+    def actors(self) -> int:
+        return len(self.weights)
+
+    def scores(self, actor: int, mode: str = MODES[0]) -> np.ndarray:
+        """Mean scores of the last checkpoint, [seeds]."""
+        return np.array([result.score(actor, mode) for result in self.results])
+
+    def mean(self, value: Callable[[Result], float]) -> float:
+        return float(np.mean([value(result) for result in self.results]))
+
+    @property
+    def official(self) -> bool:
+        return all(is_official(self.dataset, result.summary["transitions"]) for result in self.results)
+
+
+def is_official(dataset: str, transitions: int) -> bool:
+    """Whether a run's data can be the file that published scores are for: its id, and about as many rows."""
+    if dataset not in PUBLISHED:
+        return False
+    robot, level = dataset.split("-", 1)
+    rows = _REPLAY_ROWS[robot] if "replay" in level else 2_000_000 if "expert" in level else 1_000_000
+    return transitions >= 0.9 * rows
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Statistics
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def iqm(scores: np.ndarray) -> np.ndarray:
+    """Interquartile mean over the last axis: without the lowest and highest quarter, each rounded down.
+
+    Of fewer than four scores nothing is left out, and it is their mean.
+    """
+    ordered = np.sort(scores, axis=-1)
+    cut = ordered.shape[-1] // 4
+    return ordered[..., cut : ordered.shape[-1] - cut].mean(-1)
+
+
+def mean(scores: np.ndarray) -> np.ndarray:
+    """Mean over the last axis."""
+    return np.asarray(scores).mean(-1)
+
+
+def bootstrap_interval(
+    strata: Iterable[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray], draws: int = DRAWS, seed: int = 0
+) -> tuple[float, float]:
+    """95% percentile interval of a statistic of all scores, seeds drawn with replacement within each stratum.
+
+    Args:
+        strata: scores [seeds] of each dataset.
+        statistic: of the last axis of an array.
+
+    Returns the ends, nan where a stratum has fewer than two seeds.
+    """
+    generator, drawn = np.random.default_rng(seed), []
+    for scores in map(np.asarray, strata):
+        if len(scores) < 2:
+            return math.nan, math.nan
+        drawn.append(scores[generator.integers(len(scores), size=(draws, len(scores)))])
+    low, high = np.percentile(statistic(np.concatenate(drawn, axis=1)), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def across_seeds(results: list[Result], column: str) -> dict[str, np.ndarray]:
+    """A column of metrics.csv at the updates that every seed logged: x, mean, and the ends of its interval, [T] each.
+
+    The ends are bootstrap intervals of the mean, 500 draws; nan with one seed.
+    """
+    tables = [
+        {
+            step: value
+            for step, value in zip(r.metrics["step"], r.metrics.get(column, []), strict=False)
+            if _known(value)
+        }
+        for r in results
+    ]
+    steps = sorted(set.intersection(*map(set, tables)))
+    values = np.array([[table[step] for step in steps] for table in tables])
+    low = high = np.full(len(steps), math.nan)
+    if len(results) > 1 and steps:
+        rows = np.random.default_rng(0).integers(len(results), size=(500, len(results)))
+        low, high = np.percentile(values[rows].mean(1), [2.5, 97.5], axis=0)
+    return {"x": np.array(steps, dtype=float), "mean": values.mean(0), "low": low, "high": high}
+
+
+def _known(value: float) -> bool:
+    return math.isfinite(value)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Reading runs
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def load_result(run: ComparedRun) -> Result:
+    """Read a finished run's directory. Raises UserError where a file of it is missing or damaged."""
+    folder = run.run_dir / "training"
+    try:
+        summary = json.loads((run.run_dir / "finished.json").read_text())
+        summary["transitions"], summary["data_score"], summary["steps"]  # noqa: B018  raises where one is missing
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run.run_dir / 'finished.json'}: cannot be used ({one_line(repr(error))})") from None
+    final: dict[tuple, list[float]] = {}
+    training: dict[tuple, dict[int, list[float]]] = {}
+    for row in read_episodes(folder / "evaluations.csv"):
+        key = (row["actor"], row["mode"])
+        if row["evaluation"] == "final":
+            final.setdefault(key, []).append(row["score"])
+        else:
+            training.setdefault(key, {}).setdefault(row["step"], []).append(row["score"])
+    expected = {(actor, mode) for actor in range(len(run.weights)) for mode in MODES}
+    if final.keys() != expected or training.keys() != expected:
+        raise UserError(f"{folder / 'evaluations.csv'}: lacks evaluations of some actor; train the run anew")
+    best = {
+        key: max((float(np.mean(scores)), -step) for step, scores in steps.items()) for key, steps in training.items()
+    }
+    scores = {key: np.array(values) for key, values in final.items()}
+    best = {key: (score, -step) for key, (score, step) in best.items()}
+    return Result(run, summary, scores, best, read_metrics(folder))
+
+
+def collect(runs: list[ComparedRun]) -> list[Group]:
+    """The finished runs by dataset and weights, in the order given. A run whose files fail is noted as unfinished."""
+    groups: dict[tuple, Group] = {}
+    for run in runs:
+        if not run.finished:
+            continue
+        try:
+            result = load_result(run)
+        except UserError as error:
+            run.finished, run.note = False, one_line(error)
+            continue
+        identity = (run.dataset, run.weights)
+        groups.setdefault(identity, Group(*identity, run.variant)).results.append(result)
+    return list(groups.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Tables
+# ----------------------------------------------------------------------------------------------------------------
+
+CSV_COLUMNS = (
+    *("dataset", "official_data", "w2_weights", "seed", "actor", "actors", "mode", "step", "score", "episodes"),
+    *("best_score_in_training", "best_step", "data_score", "transitions", "seconds", "run_dir"),
+)
+
+
+def csv_text(groups: list[Group]) -> str:
+    """results.csv: a row for each finished run, actor and mode."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for group in groups:
+        for result in group.results:
+            for (actor, mode), scores in sorted(result.final.items()):
+                best, best_step = result.best[actor, mode]
+                cells = (group.dataset, group.official, group.label, result.run.seed, actor, group.actors, mode)
+                cells += (result.summary["steps"], float(scores.mean()), len(scores), best, best_step)
+                cells += (result.summary["data_score"], result.summary["transitions"])
+                cells += ("" if result.run.seconds is None else round(result.run.seconds, 1), result.run.run_dir)
+                writer.writerow(dict(zip(CSV_COLUMNS, cells, strict=True)))
+    return file.getvalue()
+
+
+@dataclass
+class Table:
+    """Rows of text under a header; `wide` counts the leading columns that hold words rather than figures."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    wide: int
+
+    def markdown(self) -> str:
+        lines = [self.header, tuple("---" if n < self.wide else "---:" for n in range(len(self.header))), *self.rows]
+        return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+    def html(self) -> str:
+        def row(cells: tuple[str, ...], tag: str) -> str:
+            names = ["" if n < self.wide else ' class="n"' for n in range(len(cells))]
+            return (
+                "<tr>"
+                + "".join(f"<{tag}{name}>{html.escape(cell)}</{tag}>" for name, cell in zip(names, cells, strict=True))
+                + "</tr>"
+            )
+
+        body = "\n".join(row(cells, "td") for cells in self.rows)
+        return (
+            f'<div class="scroll"><table><thead>{row(self.header, "th")}</thead>\n<tbody>{body}</tbody></table></div>'
+        )
+
+
+def _figure(value: float, digits: int = 1) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+
+
+def _interval(ends: tuple[float, float], digits: int = 1) -> str:
+    return f"{ends[0]:.{digits}f} to {ends[1]:.{digits}f}" if math.isfinite(ends[0]) else "–"
+
+
+def _statistics(strata: list[np.ndarray]) -> tuple[str, ...]:
+    """Mean with its interval, IQM with its interval."""
+    pooled = np.concatenate(strata)
+    return tuple(
+        text
+        for statistic in (mean, iqm)
+        for text in (_figure(float(statistic(pooled))), _interval(bootstrap_interval(strata, statistic)))
+    )
+
+
+STATISTICS = ("mean", "95% interval", "IQM", "95% interval")
+
+
+def published_cells(dataset: str, official: bool) -> tuple[str, ...]:
+    """The other methods' scores on the official file of that name, marked where the runs are on other data."""
+    cells = PUBLISHED.get(dataset.removeprefix("local/"), ("",) * len(METHODS))
+    return tuple(f"{cell}{'' if official else ' ' + OTHER_DATA}" if cell else "–" for cell in cells)
+
+
+def last_actor_table(groups: list[Group]) -> Table:
+    """The chain's last actor, deterministic, beside the published figures; a row a group, then a row a suite."""
+    rows = []
+    for group in groups:
+        scores = group.scores(group.actors - 1)
+        data = group.mean(lambda result: result.summary["data_score"])
+        cells = (group.dataset, group.label, *_statistics([scores]), str(len(scores)))
+        cells += (_episodes([group], group.actors - 1), _figure(data))
+        rows.append(cells + published_cells(group.dataset, group.official))
+    header = ("dataset", "w2_weights", *STATISTICS, "seeds", "episodes", "data's own", *METHODS)
+    return Table(header, rows + [suite_row(*suite) for suite in suites(groups)], 2)
+
+
+def _episodes(groups: list[Group], actor: int) -> str:
+    """Final episodes of one actor over all seeds."""
+    return str(sum(len(result.final[actor, MODES[0]]) for group in groups for result in group.results))
+
+
+def suites(groups: list[Group]) -> list[tuple[str, list[Group]]]:
+    """Groups of the same benchmark and place in their dataset's list of weights, two datasets at least.
+
+    Datasets with fewer finished seeds than others of the suite are left out, as a mean over all would weigh them less.
+    """
+    found: dict[tuple, list[Group]] = {}
+    for group in groups:
+        match = re.match(r"(local/)?(halfcheetah|hopper|walker2d|antmaze)-", group.dataset)
+        if match:
+            name = (match[1] or "") + ("antmaze" if match[2] == "antmaze" else "MuJoCo")
+            found.setdefault((name, group.variant, group.actors), []).append(group)
+    complete = []
+    for (name, variant, _), members in found.items():
+        seeds = max(len(group.results) for group in members)
+        members = [group for group in members if len(group.results) == seeds]
+        if len(members) > 1:
+            complete.append((f"{name}, {len(members)} datasets, weights no. {variant + 1}", members))
+    return complete
+
+
+def suite_row(name: str, members: list[Group]) -> tuple[str, ...]:
+    """Statistics over the datasets of a suite, each a stratum, and the published means over the same datasets."""
+    last = members[0].actors - 1
+    labels, official = {group.label for group in members}, all(group.official for group in members)
+    columns = zip(*(published_cells(group.dataset, True) for group in members), strict=True)
+    published = []
+    for cells in columns:
+        steps = [[float(text) for text in cell.split(" / ")] for cell in cells if cell != "–"]
+        means = " / ".join(f"{value:.1f}" for value in np.mean(steps, 0)) if len(steps) == len(members) else "–"
+        published.append(means if official or means == "–" else f"{means} {OTHER_DATA}")
+    data = float(np.mean([group.mean(lambda result: result.summary["data_score"]) for group in members]))
+    cells = (name, labels.pop() if len(labels) == 1 else "of each dataset")
+    cells += (*_statistics([group.scores(last) for group in members]), str(len(members[0].results)))
+    return cells + (_episodes(members, last), _figure(data), *published)
+
+
+def actor_table(groups: list[Group]) -> Table:
+    """Every actor in both modes, with the best evaluation of training marked as what it is."""
+    rows = []
+    for group in groups:
+        for actor in range(group.actors):
+            for mode in MODES:
+                scores = group.scores(actor, mode)
+                best = group.mean(lambda result, key=(actor, mode): result.best[key][0])
+                cells = (group.dataset, group.label, f"{actor}", mode, *_statistics([scores]), _figure(best))
+                rows.append((*cells, str(len(scores)), _episodes([group], actor)))
+    header = ("dataset", "w2_weights", "actor", "mode", *STATISTICS, "best in training", "seeds", "episodes")
+    return Table(header, rows, 4)
+
+
+def unfinished_table(runs: list[ComparedRun]) -> Table:
+    """Runs without a result, and why."""
+    rows = [
+        (run.dataset, " ".join(f"{weight:g}" for weight in run.weights), str(run.seed), run.note or "not started")
+        for run in runs
+        if not run.finished
+    ]
+    return Table(("dataset", "w2_weights", "seed", "state"), rows, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Diagnostics of the chain
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def last_value(result: Result, actor: int, name: str) -> float:
+    """Mean of a diagnostic over the last tenth of a run's rows, nan where it was not logged."""
+    values = result.metrics.get(f"chain/actor_{actor}/{name}", [])
+    tail = [value for value in values[-max(len(values) // 10, 1) :] if _known(value)]
+    return float(np.mean(tail)) if tail else math.nan
+
+
+def verdict(actor: int, distance: float, floor: float, gains: np.ndarray) -> str:
+    """Whether a step of the chain moved, and whether the score says that this helped.
+
+    gains: [seeds], this actor's score less that of the one before it (of the data, for actor 0), same seed, same
+    episodes.
+    """
+    if actor > 0 and distance < 2 * floor:
+        return "did not move"
+    if len(gains) < 2:
+        return "moved; one seed says nothing of its worth"
+    low, high = bootstrap_interval([gains], mean)
+    return "moved and helped" if low > 0 else "moved and hurt" if high < 0 else "moved, no clear gain"
+
+
+def diagnostics_table(groups: list[Group]) -> Table:
+    """What each step of each chain did at the end of training, means over seeds."""
+    rows = []
+    for group in groups:
+        for actor in range(group.actors):
+
+            def at_end(name: str, actor: int = actor, group: Group = group) -> float:
+                return float(np.mean([last_value(result, actor, name) for result in group.results]))
+
+            own = np.array([result.summary["data_score"] for result in group.results])
+            gains = group.scores(actor) - (group.scores(actor - 1) if actor else own)
+            distance, floor, blur = at_end("distance"), at_end("floor"), at_end("blur_to_spread")
+            cells = (group.dataset, group.label, f"{actor}", verdict(actor, distance, floor, gains))
+            cells += (f"{gains.mean():+.1f}", _interval(bootstrap_interval([gains], mean)))
+            cells += (_figure(at_end("energy_before"), 3), _figure(at_end("energy"), 3))
+            cells += (_figure(100 * at_end("energy_fell"), 0), f"{distance:.2g}", f"{floor:.2g}" if actor else "–")
+            cells += (f"{at_end('q'):.4g}", f"{at_end('spread'):.2g}")
+            rows.append((*cells, "–" if not _known(blur) else f"{blur:.2g}{' ⚠' if blur > 1 else ''}"))
+    header = ("dataset", "w2_weights", "actor", "step", "score gained", "95% interval", "energy before", "energy after")
+    header += ("fell, % of rows", "distance", "its floor", "Q", "spread", "blur / spread")
+    return Table(header, rows, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Curves, as SVG that takes its colours from the page
+# ----------------------------------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 230, 46, 8, 30, 34
+
+
+@dataclass
+class Line:
+    """One curve: `curve` is what across_seeds returns, `colour` counts the page's colours."""
+
+    name: str
+    colour: int
+    curve: dict[str, np.ndarray]
+    dashed: bool = False
+
+
+def _ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers within [low, high]."""
+    rough = (high - low) / count
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    return [round(number * step, 12) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _short(value: float) -> str:
+    """1200000 as 1.2M."""
+    for size, suffix in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+def _bounds(arrays: list[np.ndarray]) -> tuple[float, float]:
+    """Least and largest finite value, a little apart."""
+    values = np.concatenate(arrays)
+    values = values[np.isfinite(values)]
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    margin = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
+    return low - margin, high + margin
+
+
+def chart(title: str, lines: list[Line], baseline: tuple[str, float] | None = None, log: bool = False) -> str:
+    """An SVG of curves over updates with their bands; `baseline` is a named horizontal line; `log` for the y axis."""
+    lines = [line for line in lines if len(line.curve["x"])]
+    if not lines:
+        return ""
+    scale = (lambda y: np.log10(np.maximum(y, 1e-8))) if log else np.asarray
+    shown = [scale(line.curve[name]) for line in lines for name in ("mean", "low", "high")]
+    low, high = _bounds(shown + ([np.array([baseline[1]])] if baseline else []))
+    right = max(max(line.curve["x"].max() for line in lines), 1.0)
+
+    def at(x: np.ndarray, y: np.ndarray) -> str:
+        across = LEFT + np.asarray(x) / right * (WIDTH - LEFT - RIGHT)
+        down = TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM)
+        return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across, down, strict=True))
+
+    parts = [_axes(low, high, right, log, at)]
+    if baseline:
+        points = at([0, right], np.full(2, baseline[1]))
+        parts.append(f'<polyline class="base" points="{points}"><title>{html.escape(baseline[0])}</title></polyline>')
+    for line in lines:
+        x, ends = line.curve["x"], (line.curve["low"], line.curve["high"])
+        if np.isfinite(ends[0]).all():
+            band = f"{at(x, scale(ends[1]))} {at(x[::-1], scale(ends[0])[::-1])}"
+            parts.append(f'<polygon class="b{line.colour}" points="{band}"/>')
+        name = "dot" if line.dashed else "line"
+        points = at(x, scale(line.curve["mean"]))
+        label = f"{line.name}: {line.curve['mean'][-1]:.4g} at the end"
+        parts.append(
+            f'<polyline class="{name} c{line.colour}" points="{points}"><title>{html.escape(label)}</title></polyline>'
+        )
+        if len(x) == 1:
+            (place,) = points.split()
+            a, b = place.split(",")
+            parts.append(f'<circle class="f{line.colour}" cx="{a}" cy="{b}" r="3"/>')
+    words = html.escape(title)
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{words}">'
+        f'<text class="t" x="{LEFT}" y="18">{words}</text>{"".join(parts)}</svg>'
+    )
+
+
+def _axes(low: float, high: float, right: float, log: bool, at: Callable) -> str:
+    """Grid lines with their numbers."""
+    parts = []
+    if log:
+        ticks = [float(power) for power in range(math.ceil(low), math.floor(high) + 1)] or _ticks(low, high, 2)
+    else:
+        ticks = _ticks(low, high)
+    for tick in ticks:
+        left, end = at([0, right], np.full(2, tick)).split()
+        (x1, y1), (x2, y2) = left.split(","), end.split(",")
+        label = f"{10**tick:.1g}" if log else _short(tick)
+        parts.append(f'<line class="grid" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>')
+        parts.append(f'<text x="{LEFT - 5}" y="{float(y1) + 4:.1f}" text-anchor="end">{label}</text>')
+    for tick in _ticks(0, right, 4):
+        x = LEFT + tick / right * (WIDTH - LEFT - RIGHT)
+        anchor = "end" if x > WIDTH - 30 else "middle"
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{_short(tick)}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 4}" text-anchor="middle">updates</text>')
+    return "".join(parts)
+
+
+def score_chart(group: Group) -> str:
+    """Deterministic scores of a group's actors over training, the data's own as a dashed line."""
+    lines = [
+        Line(f"actor {actor}", actor % 6, across_seeds(group.results, f"eval/actor_{actor}/{MODES[0]}/score"))
+        for actor in range(group.actors)
+    ]
+    data = group.mean(lambda result: result.summary["data_score"])
+    return chart(f"score, w2_weights {group.label}", lines, ("the data's own episodes", data))
+
+
+def chain_charts(group: Group) -> str:
+    """Q of each actor, the energy that its step won, and the distance with its floor."""
+
+    def lines(name: str, actors: Iterable[int], **style: Any) -> list[Line]:
+        return [
+            Line(
+                f"actor {actor}, {name}", actor % 6, across_seeds(group.results, f"chain/actor_{actor}/{name}"), **style
+            )
+            for actor in actors
+        ]
+
+    everyone, later = range(group.actors), range(1, group.actors)
+    won = []
+    for actor in everyone:
+        for result in group.results:
+            before = result.metrics.get(f"chain/actor_{actor}/energy_before", [])
+            after = result.metrics.get(f"chain/actor_{actor}/energy", [])
+            result.metrics[f"chain/actor_{actor}/energy won"] = [b - a for b, a in zip(before, after, strict=True)]
+        won += lines("energy won", [actor])
+    moved = lines("distance", everyone) + lines("floor", later, dashed=True)
+    charts = (
+        chart("Q of each actor", lines("q", everyone)),
+        chart("energy won by the step", won, ("nothing won", 0.0)),
+        chart("distance moved; dotted: its floor", moved, log=True),
+        chart("spread of an actor's samples", lines("spread", everyone), log=True),
+    )
+    return "".join(charts)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The page
+# ----------------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2329; --soft: #5b6670; --paper: #fff; --line: #dde2e6; --base: #5b6670;
+  --c0: #2166c2; --c1: #c2570c; --c2: #1a8057; --c3: #8b3fb8; --c4: #b3263e; --c5: #7a6a00; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e8eb; --soft: #9aa5ae; --paper: #14181c; --line: #333b42; --base: #9aa5ae;
+    --c0: #6aa9ff; --c1: #ff9d57; --c2: #4fc796; --c3: #cf95f2; --c4: #ff7f92; --c5: #d6c34a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 16px; max-width: 1240px; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; margin: 0.4em 0; } h2 { font-size: 1.2rem; margin: 2em 0 0.4em; }
+h3 { font-size: 1rem; margin: 1.4em 0 0.3em; }
+p { max-width: 75ch; } .soft { color: var(--soft); }
+.scroll { overflow-x: auto; margin: 0.8em 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.85rem; overflow-wrap: normal; }
+th, td { padding: 4px 9px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: bottom; }
+td { white-space: nowrap; } .n { text-align: right; } th { color: var(--soft); font-weight: 600; min-width: 3.2em; }
+table.notes td { white-space: normal; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: 10px; }
+svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 11px; }
+svg .t { fill: var(--ink); font-size: 12px; font-weight: 600; } .grid { stroke: var(--line); }
+.line, .dot, .base { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+.dot { stroke-dasharray: 1.5 4; stroke-linecap: round; }
+.base { stroke: var(--base); stroke-dasharray: 6 4; stroke-width: 1.2; }
+.key { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 0.85rem; } .key i { display: inline-block; width: 22px;
+  border-top: 3px solid; vertical-align: middle; margin-right: 6px; } .key i.d { border-top: 2px dashed var(--base); }
+summary { cursor: pointer; margin: 0.5em 0; }
+""" + "".join(
+    f".c{n} {{ stroke: var(--c{n}); }} .b{n} {{ fill: var(--c{n}); opacity: 0.16; }} .f{n} {{ fill: var(--c{n}); }} "
+    for n in range(6)
+)
+
+HOW_MADE = (
+    "Scores are D4RL's, 0 for a random policy and 100 for its expert, of each run's last checkpoint, acting with z = 0 "
+    "unless a row says stochastic. A run's score is the mean over its final episodes; mean and IQM are over seeds. "
+    "Intervals hold 95% of 10,000 bootstrap draws of seeds, stratified by dataset; a few seeds give rather too narrow "
+    "ones, one seed gives none (–), and of fewer than four scores the IQM is the mean. “Best in training” is "
+    "the highest of many evaluations, chosen after the fact: it is no result."
+)
+PUBLISHED_FOR = "Figures of other methods are published ones for D4RL's official files."
+NOT_SAME_DATA = (
+    f"{OTHER_DATA} Published for D4RL's official file of that name. The runs here are on other data (made on this "
+    "machine, or a file of another size), so these figures are no comparison."
+)
+HOW_TO_READ = (
+    "At the end of training, the last tenth of the rows of metrics.csv, means over seeds. A step moved if its distance "
+    "is at least twice its floor, the distance between two independent draws of the actor before it. It helped if the "
+    "interval of the score that it gained over the actor before it, on the same episodes (for actor 0: over the data), "
+    "lies above 0. Energy is the loss L of the step; before: had the actor stayed where the chain stood. ⚠ marks "
+    "a blur larger than the spread of the samples: the distance then understates how far apart two actors are, and "
+    "hardly holds the later one back."
+)
+
+
+def page(runs: list[ComparedRun], groups: list[Group], source: str) -> str:
+    """report.html: self-contained, without scripts."""
+    unfinished = unfinished_table(runs)
+    other = any(not group.official and published_cells(group.dataset, False)[0] != "–" for group in groups)
+    steps = sorted({result.summary["steps"] for group in groups for result in group.results})
+    facts = f"{sum(run.finished for run in runs)} of {len(runs)} runs finished"
+    facts += f", {' and '.join(f'{count:,}' for count in steps)} updates each" if steps else ""
+    facts += f"; seeds {', '.join(map(str, sorted({run.seed for run in runs})))}"
+    now = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
+    parts = [
+        f"<h1>POGO comparison: {html.escape(source)}</h1><p class='soft'>{facts}. Written {now}.</p>",
+        "<h2>The last actor of each chain</h2>",
+        last_actor_table(groups).html() if groups else "<p>No run is finished yet.</p>",
+        f"<p class='soft'>{HOW_MADE} {PUBLISHED_FOR}</p>" + (f"<p><b>{NOT_SAME_DATA}</b></p>" if other else ""),
+    ]
+    if unfinished.rows:
+        parts += ["<h2>Failed and unfinished runs</h2>", unfinished.html().replace("<table>", '<table class="notes">')]
+    if groups:
+        parts += ["<h2>Learning curves</h2>", curves_section(groups)]
+        parts += ["<h2>Actor by actor</h2>", actor_table(groups).html()]
+        parts += ["<h2>What each step of the chain did</h2>", f"<p class='soft'>{HOW_TO_READ}</p>"]
+        parts += [diagnostics_table(groups).html(), diagnostics_section(groups)]
+    body = "\n".join(parts)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>POGO comparison</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _key(groups: list[Group]) -> str:
+    """The colours of the actors."""
+    actors = max(group.actors for group in groups)
+    names = [f"<span><i style='border-color: var(--c{n % 6})'></i>actor {n}</span>" for n in range(actors)]
+    return f"<p class='key'>{''.join(names)}<span><i class='d'></i>the data's own episodes, or 0</span></p>"
+
+
+def curves_section(groups: list[Group]) -> str:
+    """Scores over training, a heading a dataset."""
+    note = "Deterministic scores in training, mean over seeds; bands: 95% bootstrap intervals of the mean."
+    parts = [f"<p class='soft'>{note}</p>{_key(groups)}"]
+    for dataset in dict.fromkeys(group.dataset for group in groups):
+        charts = "".join(score_chart(group) for group in groups if group.dataset == dataset)
+        parts.append(f'<h3>{html.escape(dataset)}</h3><div class="charts">{charts}</div>')
+    return "\n".join(parts)
+
+
+def diagnostics_section(groups: list[Group]) -> str:
+    """The chain's curves, folded away but for the first group."""
+    parts = [_key(groups)]
+    for number, group in enumerate(groups):
+        title = html.escape(f"{group.dataset}, w2_weights {group.label}")
+        parts.append(
+            f"<details{' open' if number == 0 else ''}><summary>{title}</summary>"
+            f'<div class="charts">{chain_charts(group)}</div></details>'
+        )
+    return "\n".join(parts)
+
+
+def write_report(runs: list[ComparedRun], output: Path, source: str) -> str:
+    """Write results.csv, results.md and report.html; returns the table of the last actors as Markdown.
+
+    `source` names the comparison. Raises OSError that names a file that cannot be written.
+    """
+    groups = collect(runs)
+    tables = [last_actor_table(groups), actor_table(groups), diagnostics_table(groups)]
+    marked = any(OTHER_DATA in cell for row in tables[0].rows for cell in row)
+    unfinished = unfinished_table(runs)
+    first = tables[0].markdown() + (f"\n\n{NOT_SAME_DATA}" if marked else "")
+    if unfinished.rows:
+        first += f"\n\nWithout a result:\n\n{unfinished.markdown()}"
+    titles = ("The last actor of each chain", "Actor by actor", "What each step of the chain did")
+    sections = [f"## {title}\n\n{table.markdown()}" for title, table in zip(titles, tables, strict=True)]
+    sections[0] = f"## {titles[0]}\n\n{first}\n\n{HOW_MADE} {PUBLISHED_FOR}"
+    text = "\n\n".join([f"# POGO comparison: {source}", *sections, HOW_TO_READ])
+    write_text_atomic(output / "results.csv", csv_text(groups))
+    write_text_atomic(output / "results.md", text + "\n")
+    write_text_atomic(output / "report.html", page(runs, groups, source))
+    return first

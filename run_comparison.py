@@ -1,0 +1,613 @@
+"""Train and compare POGO chains over datasets, weights and seeds: config.yaml says which.
+
+Every run is a pogo_main.py of its own in logs/{env}/w2_{weights}/seed_{seed}. The command can be cut and repeated:
+finished runs are kept, runs that were cut go on from their last checkpoint, failed ones are tried again. It writes
+results/results.csv, results/results.md and results/report.html after every finished run.
+
+    python run_comparison.py --config config.yaml --dry_run
+    python run_comparison.py --config config.yaml --jobs 2
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import difflib
+import functools
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import torch
+import yaml
+
+import pogo_main
+from comparison_jobs import Job, LocalPool, Outcome, RayPool, is_held, read_attempts, seconds_spent
+from comparison_report import ComparedRun, write_report
+from offline_data import is_minari, make_env, normalized_score
+from pogo_agent import POGOAgent
+from pogo_main import POGOTrainerConfig
+from utils import (
+    RunFinished,
+    UserError,
+    check_run,
+    one_line,
+    parse_config,
+    plain_config,
+    progress,
+    run_cli,
+    warn,
+)
+
+SCRIPT = Path(pogo_main.__file__).resolve()
+POLL_SECONDS = 0.5
+
+
+@dataclass
+class RunComparisonConfig:
+    config: str = "config.yaml"  # the comparison, see docs/comparison.md
+    log_dir: str = "logs"  # folder of the runs
+    output: str = "results"  # folder of results.csv, results.md and report.html
+    only: str | None = None  # take only the runs whose name holds this text, as in hopper or "seed 0"
+    dry_run: bool = False  # say what would run, how long and how large, and stop
+    report_only: bool = False  # train nothing, write the results of what is finished
+    jobs: int | None = None  # runs at once; default: 1 here, on Ray as many as there is room for
+    threads: int | None = None  # CPU threads of a run; default: the cores shared among the jobs, on Ray 1
+    retries: int = 2  # new starts of a run that crashed; a run with bad settings or that diverged gets none
+    backend: str = "local"  # where runs train: local, or ray (requirements-cluster.txt)
+    address: str | None = None  # of the Ray cluster: host:port, ray://host:port, or auto
+    gpus_per_run: float | None = None  # of a node's GPUs, on Ray; default: 0.25 where the cluster has any
+    dataset_dir: str | None = None  # overrides config.yaml: folder of the data
+    max_timesteps: int | None = None  # overrides config.yaml: updates of every run
+    seeds: tuple[int, ...] | None = None  # overrides config.yaml: seeds of every run
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# config.yaml -> runs
+# ----------------------------------------------------------------------------------------------------------------
+
+SINKHORN = {
+    "K": "sinkhorn_K",
+    "blur": "sinkhorn_blur",
+    "backend": "sinkhorn_backend",
+    "blur_relative": "blur_relative",
+}
+DECIDED_HERE = {"seed", "w2_weights", "lr", "env", "run_dir", "resume", *SINKHORN.values()}
+SETTINGS = {field.name: field.name for field in dataclasses.fields(POGOTrainerConfig)}
+SWITCHES = {field.name for field in dataclasses.fields(POGOTrainerConfig) if field.type is bool}
+COMMON = {name: name for name in SETTINGS if name not in DECIDED_HERE} | {"learning_rate": "lr"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the comparison."""
+
+    config: POGOTrainerConfig  # all of its settings, run_dir included
+    variant: int  # which of its dataset's weights: 0, 1, ...
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def name(self) -> str:
+        weights = " ".join(f"{weight:g}" for weight in self.config.w2_weights)
+        return f"{self.config.env} w2 {weights} seed {self.config.seed}"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which no key stands twice: the second would silently replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key!r} stands twice", problem_mark=node.value[position][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The file's sections. Raises UserError for a file that cannot be read, is no YAML or has other sections."""
+    try:
+        sections = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot read it ({error.strerror}); give the path of a comparison") from None
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        fault = f"{error.problem}, line {mark.line + 1}" if mark else one_line(error)
+        raise UserError(f"{path}: not valid YAML ({fault}); mend the file") from None
+    known = ("common", "sinkhorn", "environments")
+    check_keys(path, "", sections, known)
+    if not sections.get("environments"):
+        raise UserError(f"{path}: environments is missing or empty; it names the datasets, see docs/comparison.md")
+    return {name: sections.get(name) or {} for name in known}
+
+
+def check_keys(path: Path, where: str, values: Any, known: Any) -> None:
+    """Raise UserError unless `values` is a mapping with keys among `known`."""
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: {where or 'the file'} must hold `key: value` lines, not {values!r}")
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.0)[0]
+            raise UserError(f"{path}: unknown key {where and where + '.'}{key}; the nearest one is {nearest!r}")
+
+
+def read_settings(path: Path, where: str, values: Any, fields: dict[str, str]) -> dict[str, Any]:
+    """Settings of pogo_main.py by field, typed as on its command line; `fields` maps keys to fields.
+
+    Raises UserError that names the file and the key.
+    """
+    check_keys(path, where, values, fields)
+    for key, value in values.items():
+        if isinstance(value, bool) != (fields[key] in SWITCHES):
+            words = "must be true or false" if fields[key] in SWITCHES else "must not be true or false"
+            raise UserError(f"{path}: {where}.{key}: {words}, not {value!r}")
+    arguments = [word for key, value in values.items() for word in _as_flags(fields[key], value)]
+    try:
+        config = parse_config(POGOTrainerConfig, arguments)
+    except UserError as error:
+        flag, _, fault = str(error).partition(" ")
+        keys = {f"--{field}": key for key, field in fields.items()}
+        key = keys.get(flag, flag)
+        words = re.search(r"(must be|needs|takes) .*", fault)
+        raise UserError(f"{path}: {where}.{key}: {words.group() if words else error}") from None
+    return {fields[key]: getattr(config, fields[key]) for key in values}
+
+
+def _as_flags(field: str, value: Any) -> list[str]:
+    """A value as it stands on a command line."""
+    if isinstance(value, bool):
+        return [f"--{field}" if value else f"--no_{field}"]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [f"--{field}", *(str(value).lower() if value is None else str(value) for value in values)]
+
+
+def _numbers(path: Path, where: str, values: Any, kind: type = float) -> tuple:
+    """A list of numbers, 3e-4 among them; UserError names the key."""
+    try:
+        if not isinstance(values, list) or not values or any(isinstance(value, bool | list | dict) for value in values):
+            raise ValueError
+        numbers = tuple(kind(value) for value in values)
+        if kind is int and list(numbers) != values:
+            raise ValueError
+    except (TypeError, ValueError):
+        words = "integers, as in [0, 1, 2]" if kind is int else "numbers, as in [0.4, 1.0]"
+        raise UserError(f"{path}: {where} must be a list of {words}, not {values!r}") from None
+    return numbers
+
+
+def weight_lists(path: Path, where: str, entry: dict[str, Any]) -> list[tuple[float, ...]]:
+    """The w2_weights of an entry: one list as it stands, or one for each third weight after the two of the base."""
+    names = ("w2_weights", "w2_weights_base", "w2_weights_third")
+    given = {name: _numbers(path, f"{where}.{name}", entry[name]) for name in names if name in entry}
+    if given.keys() not in ({"w2_weights"}, {"w2_weights_base", "w2_weights_third"}):
+        raise UserError(
+            f"{path}: {where} needs w2_weights, or both w2_weights_base and w2_weights_third; "
+            f"it has {' and '.join(given) or 'none'}"
+        )
+    if "w2_weights" in given:
+        return [given["w2_weights"]]
+    base = given["w2_weights_base"]
+    if len(base) != 2:
+        raise UserError(f"{path}: {where}.w2_weights_base: two weights, of actors 0 and 1, are needed, not {len(base)}")
+    return [(*base, third) for third in given["w2_weights_third"]]
+
+
+def expand(config: RunComparisonConfig) -> list[Run]:
+    """The runs that a comparison's file and flags ask for, in the file's order. Raises UserError in one line."""
+    path = Path(config.config)
+    sections = read_yaml(path)
+    common = dict(sections["common"]) if isinstance(sections["common"], dict) else sections["common"]
+    seeds = common.pop("seeds", [0]) if isinstance(common, dict) else [0]
+    common = read_settings(path, "common", common, COMMON)
+    common |= read_settings(path, "sinkhorn", sections["sinkhorn"], SINKHORN)
+    seeds = config.seeds or _numbers(path, "common.seeds", seeds, int)
+    if len(set(seeds)) != len(seeds):
+        raise UserError(f"{path}: common.seeds: {list(seeds)} holds a seed twice; give each once")
+    runs: dict[Path, Run] = {}
+    check_keys(path, "environments", sections["environments"], sections["environments"])
+    for environment, datasets in sections["environments"].items():
+        check_keys(path, f"environments.{environment}", datasets, datasets)
+        for dataset, entry in datasets.items():
+            where = f"environments.{environment}.{dataset}"
+            for run in expand_entry(path, where, f"{environment}-{dataset}-v2", entry, common, seeds, config):
+                if run.run_dir in runs:
+                    raise UserError(f"{path}: {where}: {run.run_dir} belongs to an earlier entry; leave one out")
+                runs[run.run_dir] = run
+    chosen = [run for run in runs.values() if config.only is None or config.only in run.name]
+    if not chosen:
+        raise UserError(
+            f"--only {config.only!r}: no run has that in its name; one is {next(iter(runs.values())).name!r}"
+        )
+    return chosen
+
+
+def expand_entry(
+    path: Path,
+    where: str,
+    dataset_id: str,
+    entry: Any,
+    common: dict[str, Any],
+    seeds: tuple[int, ...],
+    config: RunComparisonConfig,
+) -> list[Run]:
+    """The runs of one dataset, settings checked as pogo_main.py checks them."""
+    weights_keys = {"w2_weights": "", "w2_weights_base": "", "w2_weights_third": ""}
+    check_keys(path, where, entry, COMMON | weights_keys | {"env": "env", "sinkhorn": ""})
+    values = {key: value for key, value in entry.items() if key not in {*weights_keys, "sinkhorn"}}
+    settings = common | read_settings(path, where, values, COMMON | {"env": "env"})
+    settings |= read_settings(path, f"{where}.sinkhorn", entry.get("sinkhorn", {}), SINKHORN)
+    settings.setdefault("env", dataset_id)
+    overrides = {name: getattr(config, name) for name in ("dataset_dir", "max_timesteps")}
+    settings |= {name: value for name, value in overrides.items() if value is not None}
+    if "eval_workers" not in settings:
+        settings["eval_workers"] = min(threads_of(config) - 1, 7)
+    for name in ("dataset_dir", "checkpoint_dir"):
+        if settings.get(name):
+            settings[name] = str(Path(settings[name]).expanduser().resolve())  # a Ray task runs in another folder
+    runs = []
+    for variant, weights in enumerate(weight_lists(path, where, entry)):
+        for seed in seeds:
+            trainer = POGOTrainerConfig(**settings, w2_weights=weights, seed=seed, resume=True)
+            trainer.run_dir = str(Path(config.log_dir).resolve() / pogo_main.run_name(trainer))
+            try:
+                pogo_main.check(trainer)
+                if not is_minari(trainer.env):  # whose ids only Minari knows
+                    normalized_score(trainer.env, 0.0)
+            except UserError as error:
+                raise UserError(f"{path}: {where}: {str(error).removeprefix('--dataset ')}") from None
+            runs.append(Run(trainer, variant))
+    return runs
+
+
+def to_job(run: Run, threads: int) -> Job:
+    """The run's process: every setting is a flag, so that no file left by an earlier start decides one."""
+    flags = [word for name, value in plain_config(run.config).items() for word in _as_flags(name, value)]
+    variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    return Job(str(run.run_dir), str(SCRIPT), flags, dict.fromkeys(variables, str(threads)))
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_of(config: RunComparisonConfig) -> int:
+    """CPU threads of a run."""
+    return config.threads or (1 if config.backend == "ray" else max(cores() // (config.jobs or 1), 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What is done, and what the rest will take
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def is_finished(run: Run) -> bool:
+    """Whether a run of these very settings is finished. Raises UserError where its directory holds another run."""
+    config, remedy = run.config, "choose another --log_dir, or give the old settings"
+    try:
+        checkpoint = str(pogo_main.checkpoint_path(config))
+        check_run(run.run_dir, config, True, pogo_main.MAY_CHANGE_ON_RESUME, checkpoint)
+        return False
+    except RunFinished:
+        try:
+            steps = json.loads((run.run_dir / "finished.json").read_text())["steps"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{run.run_dir / 'finished.json'}: is damaged; move the directory away") from None
+        if steps != config.max_timesteps:
+            raise UserError(
+                f"{run.run_dir}: holds a finished run of {steps:,} updates, not of {config.max_timesteps:,}; {remedy}"
+            ) from None
+        return True
+    except UserError as error:
+        raise UserError(str(error).partition("; give the old")[0] + f"; {remedy}") from None
+
+
+def updates_done(run: Run) -> int:
+    """Updates that a run has logged so far."""
+    try:
+        with open(run.run_dir / "training" / "metrics.csv", "rb") as file:
+            file.seek(max(os.fstat(file.fileno()).st_size - 20_000, 0))
+            rows = file.read().split(b"\n")[:-1]
+        return min(int(rows[-1].split(b",")[0]), run.config.max_timesteps)
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def describe_state(run: Run, finished: set[Path]) -> str:
+    """finished, cut at some update, or not started; and how the last process ended if that was not well."""
+    if run.run_dir in finished:
+        return "finished"
+    attempts, done = read_attempts(run.run_dir), updates_done(run)
+    line = f" ({attempts[-1]['line']})" if attempts and attempts[-1]["code"] not in (None, 0, 130) else ""
+    return f"cut at update {done:,}{line}" if done else f"failed{line}" if line else "not started"
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes(env: str, dataset_dir: str | None) -> tuple[int, int, float, int, float]:
+    """Numbers of an environment: observation and action size, largest action, steps of an episode, seconds a step."""
+    environment: gymnasium.Env = make_env(env, dataset_dir)
+    try:
+        observation_dim, (action_dim,) = environment.observation_space.shape[0], environment.action_space.shape
+        environment.reset(seed=0)
+        began, steps = time.perf_counter(), 0
+        while steps < 50 or (steps < 1000 and time.perf_counter() - began < 0.3):
+            _, _, terminated, truncated, _ = environment.step(environment.action_space.sample())
+            if terminated or truncated:
+                environment.reset(seed=steps)
+            steps += 1
+        seconds = (time.perf_counter() - began) / steps
+        limit = getattr(environment.spec, "max_episode_steps", None) or 1000
+        return observation_dim, action_dim, float(environment.action_space.high.max()), limit, seconds
+    finally:
+        environment.close()
+
+
+def burst(config: POGOTrainerConfig, threads: int, seconds: float = 1.0) -> tuple[float, int]:
+    """Measured seconds of one update on made-up transitions, and bytes of a checkpoint."""
+    observation_dim, action_dim, max_action, *_ = _sizes(config.env, config.dataset_dir)
+    device, before = pogo_main.resolve_device(config.device), torch.get_num_threads()
+    generator, n = torch.Generator(device).manual_seed(0), config.batch_size
+    agent = POGOAgent(config, observation_dim, action_dim, max_action, generator, device)
+    shapes = {"observations": (n, observation_dim), "next_observations": (n, observation_dim), "rewards": (n,)}
+    batch = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    batch |= {"actions": torch.rand(n, action_dim, device=device), "terminated": torch.zeros(n, device=device)}
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(5):
+            agent.update(batch)
+        began, updates = time.perf_counter(), 0
+        while updates < 5 or time.perf_counter() - began < seconds:
+            float(agent.update(batch)["critic_loss"])  # waits for the device
+            updates += 1
+        taken = (time.perf_counter() - began) / updates
+    finally:
+        torch.set_num_threads(before)
+    buffer = io.BytesIO()
+    torch.save(agent.state_dict(), buffer)
+    return taken, buffer.tell()
+
+
+class Estimate:
+    """Seconds and bytes of runs: from finished ones of as many actors where there are some, else from bursts here."""
+
+    def __init__(self, runs: list[Run], finished: set[Path], threads: int):
+        self.threads, self.bursts, self.measured, self.guessed = threads, {}, 0, 0
+        self.known: dict[tuple, list[tuple[float, int]]] = collections.defaultdict(list)
+        for run in runs:
+            seconds = seconds_spent(run.run_dir) if run.run_dir in finished else None
+            if seconds:
+                size = sum(path.stat().st_size for path in run.run_dir.rglob("*") if path.is_file())
+                for key in ((run.config.env, len(run.config.w2_weights)), len(run.config.w2_weights)):
+                    self.known[key].append((seconds / run.config.max_timesteps, size))
+
+    def of(self, run: Run) -> tuple[float, int]:
+        """Seconds of the whole run, and its bytes."""
+        config, actors = run.config, len(run.config.w2_weights)
+        pairs = self.known.get((config.env, actors)) or self.known.get(actors)
+        if pairs:
+            self.measured += 1
+            rates, sizes = zip(*pairs, strict=True)
+            return config.max_timesteps * sum(rates) / len(rates), sum(sizes) // len(sizes)
+        self.guessed += 1
+        key = (config.env, actors, config.batch_size, config.hidden_dim, config.sinkhorn_K, config.sinkhorn_backend)
+        if key not in self.bursts:
+            self.bursts[key] = burst(config, self.threads)
+        update, checkpoint = self.bursts[key]
+        *_, limit, step = _sizes(config.env, config.dataset_dir)
+        evaluations = config.max_timesteps // config.eval_freq
+        episodes = 2 * actors * config.eval_episodes * (evaluations + config.final_runs)
+        rows = config.max_timesteps // config.log_freq + evaluations
+        size = checkpoint + 400_000 + 2 * rows * (12 * actors + 20) * 20 + episodes * 70
+        return config.max_timesteps * update + episodes * limit * step, size
+
+    def how(self) -> str:
+        """In words, what the figures come from."""
+        words = [f"{self.measured} of them from finished runs of this comparison"] if self.measured else []
+        if self.guessed:
+            words.append(
+                f"{self.guessed} of them from {len(self.bursts)} bursts of updates and environment steps on this "
+                "machine as it is now, evaluation episodes at full length and one at a time: at most, roughly"
+            )
+        return "; ".join(words)
+
+
+def dry_run(config: RunComparisonConfig, runs: list[Run], finished: set[Path]) -> None:
+    """Say what would run, and what it will take."""
+    for run in runs:
+        print(f"{run.name}: {describe_state(run, finished)}")
+    left = [run for run in runs if run.run_dir not in finished]
+    cut = sum(updates_done(run) > 0 for run in left)
+    print(f"{len(runs)} runs: {len(finished)} finished, {cut} cut, {len(left) - cut} not started")
+    if not left:
+        return
+    estimate, seconds, size = Estimate(runs, finished, threads_of(config)), 0.0, 0
+    for run in left:
+        whole, taken = estimate.of(run)
+        seconds += whole * (1 - updates_done(run) / run.config.max_timesteps)
+        size += taken
+    folder = Path(config.log_dir).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free, at_once = shutil.disk_usage(folder).free, config.jobs or 1
+    print(f"Disk: {in_bytes(size)} for the runs that are left; {in_bytes(free)} are free in {folder}")
+    print(f"Time: {in_time(seconds / at_once)} with {at_once} at once ({estimate.how()})")
+    if size > free:
+        raise UserError(f"--log_dir {config.log_dir}: {in_bytes(size)} are needed and {in_bytes(free)} are free")
+
+
+def in_bytes(size: float) -> str:
+    """1200000 as 1.2 MB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def in_time(seconds: float) -> str:
+    """In seconds, minutes or hours."""
+    for length, word in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {word}"
+    return f"{seconds:.0f} seconds"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Running
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class Comparison:
+    """The runs that are left, where they train, and what came of them."""
+
+    def __init__(self, config: RunComparisonConfig, runs: list[Run], finished: set[Path]):
+        self.config, self.runs, self.finished = config, runs, finished
+        self.left = collections.deque(run for run in runs if run.run_dir not in finished)
+        self.starts: collections.Counter[Path] = collections.Counter()
+        self.failed: dict[Path, str] = {}
+        self.done = {run.run_dir: updates_done(run) for run in runs}  # updates
+        self.looked, self.waiting = 0.0, 0  # when the directories were; runs that another process trains
+        self.threads = threads_of(config)
+
+    def open_pool(self) -> LocalPool | RayPool:
+        """Where the runs train. Raises UserError."""
+        config = self.config
+        if config.backend == "ray":
+            if not config.address:
+                raise UserError("--backend ray: needs --address host:port of the cluster, or auto for this machine's")
+            return RayPool(config.address, config.jobs, self.threads, config.gpus_per_run, config.retries)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+        return LocalPool(config.jobs or 1, devices)
+
+    def train(self) -> None:
+        """Run what is left; Ctrl-C stops the processes and keeps what they saved."""
+        if not self.left:
+            return
+        pool = self.open_pool()
+        total = sum(run.config.max_timesteps for run in self.runs)
+        bar = progress(total, "comparison", initial=sum(self.done.values()), unit="update", unit_scale=True)
+        try:
+            with bar:
+                while self.left or pool.running:
+                    self.start_some(pool)
+                    for run, outcome in pool.poll():
+                        self.take(run, outcome)
+                    self.show(bar, pool)
+                    time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:
+            print("stopping the runs at their last checkpoints; the same command continues them", file=sys.stderr)
+            raise
+        finally:
+            pool.stop()
+
+    def start_some(self, pool: LocalPool | RayPool) -> None:
+        """Start runs while there is room; one that another process trains waits at the end of the queue."""
+        self.waiting = 0
+        for _ in range(len(self.left)):
+            if not pool.room():
+                return
+            run = self.left.popleft()
+            try:
+                if is_held(run.run_dir):
+                    self.left.append(run)
+                    self.waiting += 1
+                elif is_finished(run):  # by that other process
+                    self.finished.add(run.run_dir)
+                else:
+                    self.starts[run.run_dir] += 1
+                    pool.start(run, to_job(run, self.threads))
+            except UserError as error:
+                self.failed[run.run_dir] = one_line(error)
+
+    def take(self, run: Run, outcome: Outcome) -> None:
+        """A process has ended: its run is finished, starts again, or has failed."""
+        if outcome.held:
+            self.left.append(run)
+            return
+        if outcome.code == 0 and is_finished(run):
+            self.finished.add(run.run_dir)
+            self.report()
+            return
+        words = f"exit code {outcome.code}: {outcome.line}" if outcome.code is not None else outcome.line
+        if outcome.code != 2 and self.starts[run.run_dir] <= self.config.retries:
+            warn(f"{run.name}: {words}; starting it again")
+            self.left.append(run)
+            return
+        self.failed[run.run_dir] = words
+        warn(f"{run.name}: failed, {words}; see {run.run_dir / 'output.log'}")
+
+    def show(self, bar: Any, pool: LocalPool | RayPool) -> None:
+        """The progress line: updates of all runs, with the time that is left at the present rate."""
+        if time.monotonic() - self.looked < 2 and self.left:
+            return
+        self.looked = time.monotonic()
+        for run in self.runs:
+            finished = run.run_dir in self.finished
+            self.done[run.run_dir] = run.config.max_timesteps if finished else updates_done(run)
+        counts = {"finished": f"{len(self.finished)}/{len(self.runs)}", "running": len(pool.running)}
+        counts |= {"failed": len(self.failed)} | ({"trained by others": self.waiting} if self.waiting else {})
+        bar.set_postfix(counts, refresh=False)
+        bar.update(max(sum(self.done.values()) - bar.n, 0))
+
+    def report(self) -> str:
+        """Write the results of what is finished; returns the table."""
+        compared = []
+        for run in self.runs:
+            finished = run.run_dir in self.finished
+            note = self.failed.get(run.run_dir) or describe_state(run, self.finished)
+            identity = (run.config.env, run.config.w2_weights, run.variant, run.config.seed)
+            seconds = seconds_spent(run.run_dir) if finished else None
+            compared.append(ComparedRun(*identity, run.run_dir, finished, "" if finished else note, seconds))
+        return write_report(compared, Path(self.config.output), Path(self.config.config).name)
+
+
+def check(config: RunComparisonConfig) -> None:
+    """One line for a flag that cannot work."""
+    if config.backend not in ("local", "ray"):
+        raise UserError(f"--backend {config.backend}: choose one of local, ray")
+    for name in ("jobs", "threads", "max_timesteps"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: at least 1 is needed")
+    if config.retries < 0:
+        raise UserError(f"--retries {config.retries}: at least 0 is needed")
+    if config.gpus_per_run is not None and not 0 <= config.gpus_per_run <= 64:
+        raise UserError(f"--gpus_per_run {config.gpus_per_run}: must be between 0 and 64")
+    if config.address and config.backend != "ray":
+        raise UserError(f"--address {config.address}: is of a Ray cluster; add --backend ray")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the comparison; exits 1 where runs failed."""
+    config = parse_config(RunComparisonConfig, argv, __doc__, config_flag="--settings")
+    check(config)
+    runs = expand(config)
+    finished = {run.run_dir for run in runs if is_finished(run)}
+    if config.dry_run:
+        return dry_run(config, runs, finished)
+    comparison = Comparison(config, runs, finished)
+    print(f"{len(runs)} runs, {len(finished)} finished; {runs[0].name} is the first")
+    if not config.report_only:
+        try:
+            comparison.train()
+        except KeyboardInterrupt:
+            comparison.report()
+            raise
+    table = comparison.report()
+    print(table)
+    print(f"outputs in {Path(config.output).resolve()}: report.html, results.csv, results.md")
+    if comparison.failed:
+        print(f"{len(comparison.failed)} runs failed; the same command tries them again", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_cli(main)
