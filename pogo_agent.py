@@ -25,6 +25,7 @@ Choices where the sources differ or are silent:
 - The default backend is `fused`, GeomLoss's problem to 1e-5 several times faster; `tensorized` is GeomLoss itself.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ SMALLEST_SPREAD = 1e-3  # of max_action: a cloud narrower than this counts as th
 class POGOConfig:
     w2_weights: tuple[float, ...] = (0.4, 1.0, 1.0)  # weight of each actor's distance; as many actors as weights
     lr: float = 3e-4  # Adam, of critic and actors (antmaze: 1e-4)
+    lr_decay: bool = True  # the actors' rate follows a cosine to 0 over the run
     discount: float = 0.99  # of rewards
     tau: float = 0.005  # rate of the target networks' Polyak average
     policy_noise: float = 0.2  # of the target action's Gaussian noise, times max_action
@@ -85,14 +87,16 @@ class POGOAgent:
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.actor_target = TransportActor(*sizes, max_action, config.hidden_dim).to(self.device).requires_grad_(False)
         self.actor_target.load_state_dict(self.actors[0].state_dict())
-        self.critic_optimizer = self._adam(self.critic.parameters())
-        self.actor_optimizers = [self._adam(actor.parameters()) for actor in self.actors]
+        # Tensors, so that a captured update reads them anew.
+        self.actor_lr = torch.tensor(config.lr, device=self.device)
+        self.critic_optimizer = self._adam(self.critic.parameters(), torch.tensor(config.lr, device=self.device))
+        self.actor_optimizers = [self._adam(actor.parameters(), self.actor_lr) for actor in self.actors]
         self.learning = [*self.critic.parameters(), *self.actors[0].parameters()]
         self.following = [*self.critic_target.parameters(), *self.actor_target.parameters()]
         self.step = 0
 
-    def _adam(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
-        return torch.optim.Adam(parameters, self.config.lr, fused=True, capturable=self.device.type == "cuda")
+    def _adam(self, parameters: Iterable[nn.Parameter], lr: Tensor) -> torch.optim.Adam:
+        return torch.optim.Adam(parameters, lr, fused=True, capturable=self.device.type == "cuda")
 
     # -- losses, in the order of an update ------------------------------------------------------------------------
 
@@ -179,6 +183,11 @@ class POGOAgent:
                 torch._foreach_lerp_(self.following, self.learning, self.config.tau)
         self.step += 1
         return info
+
+    def anneal(self, share: float) -> None:
+        """Set the actors' learning rate for a share of the run behind, 0 to 1; nothing without `lr_decay`."""
+        if self.config.lr_decay:
+            self.actor_lr.fill_(self.config.lr * (0.5 + 0.5 * math.cos(math.pi * share)))
 
     @torch.no_grad()
     def act(self, observations: Tensor, number: int = -1, stochastic: bool = False) -> Tensor:
@@ -269,4 +278,6 @@ class POGOAgent:
             getattr(self, name).load_state_dict(state[name])
         for optimizer, stored in zip(self.actor_optimizers, state["actor_optimizers"], strict=True):
             optimizer.load_state_dict(stored)
+            for group in optimizer.param_groups:  # loading has put copies in their place
+                group["lr"] = self.actor_lr
         self.step = int(state["step"])

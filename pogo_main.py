@@ -96,7 +96,7 @@ BOUNDS = {
 }
 MAY_CHANGE_ON_RESUME = {
     *("dataset_dir", "device", "cuda_graph", "eval_workers", "tensorboard", "wandb_project"),
-    *("save_model", "checkpoint_dir", "max_timesteps"),
+    *("save_model", "checkpoint_dir"),
 }
 MODES = ("deterministic", "stochastic")
 
@@ -153,13 +153,15 @@ class POGORun:
         check(config)
         self.config, self.device = config, resolve_device(config.device)
         self.run_dir, self.checkpoint = default_run_dir(config), checkpoint_path(config)
-        prepared = (config, config.resume, MAY_CHANGE_ON_RESUME, str(self.checkpoint))
-        check_run(self.run_dir, *prepared)  # before the data is made or loaded
+        # With decay the learning rate depends on the run's length, so that cannot change on the way.
+        may_change = MAY_CHANGE_ON_RESUME | (set() if config.lr_decay else {"max_timesteps"})
+        checkpoint = str(self.checkpoint)
+        check_run(self.run_dir, config, config.resume, may_change, checkpoint)  # before the data is made or loaded
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
         self.data = open_dataset(config)
         try:
             self.resources.enter_context(hold_run(self.run_dir))
-            self.open(prepare_run(self.run_dir, config, config.resume, str(self.checkpoint), MAY_CHANGE_ON_RESUME))
+            self.open(prepare_run(self.run_dir, config, config.resume, checkpoint, may_change))
         except BaseException:
             self.close()
             raise
@@ -205,6 +207,7 @@ class POGORun:
         total, means = config.max_timesteps, RunningMeans()
         with progress(total, config.env, initial=self.step, unit="update") as bar:
             while self.step < total:
+                self.agent.anneal(self.step / total)
                 means.add(update())
                 self.step += 1
                 bar.update()

@@ -265,6 +265,26 @@ def test_targets_follow_by_tau_and_policy_freq_skips_actors():
     assert agent.step == 4
 
 
+def test_the_actors_rate_follows_a_cosine_and_the_critics_stays():
+    agent, batch = make_agent(lr=1e-3), make_batch()
+    for share, expected in ((0.0, 1e-3), (0.5, 5e-4), (1.0, 0.0)):
+        agent.anneal(share)
+        rates = [float(group["lr"]) for optimizer in agent.actor_optimizers for group in optimizer.param_groups]
+        assert rates == pytest.approx([expected] * 3, abs=1e-9)
+        assert float(agent.critic_optimizer.param_groups[0]["lr"]) == pytest.approx(1e-3)
+    before = [tensor.clone() for tensor in agent.actors.parameters()], agent.critic.layers[0].weight.clone()
+    agent.update(batch)
+    assert same(before[0], list(agent.actors.parameters())) and not torch.equal(
+        before[1], agent.critic.layers[0].weight
+    )
+    steady = make_agent(lr=1e-3, lr_decay=False)
+    steady.anneal(1.0)
+    assert float(steady.actor_lr) == pytest.approx(1e-3)
+    agent.load_state_dict(steady.state_dict())
+    agent.anneal(0.5)  # still what the optimizers read
+    assert float(agent.actor_optimizers[1].param_groups[0]["lr"]) == pytest.approx(5e-4)
+
+
 def test_every_network_learns_and_the_chain_climbs():
     """With Q fixed to reward one corner, each actor goes further towards it than the one before."""
     agent, batch = make_agent(w2_weights=(4.0, 4.0, 4.0), lr=3e-3), make_batch()
