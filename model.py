@@ -552,6 +552,49 @@ class OfflineModel(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+class _OneDNNLinear(torch.autograd.Function):
+    """x W^T + b and ReLU by oneDNN.
+
+    PyTorch takes MKL for matrices in float32, which on an AMD CPU (family 26) is half as fast; on others it may not be.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, relu):
+        y = _onednn(x, weight, bias, "relu" if relu else "none")
+        ctx.relu = relu
+        ctx.save_for_backward(x, weight, y if relu else None)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, y = ctx.saved_tensors
+        if ctx.relu:
+            grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        to_x, to_weight, to_bias, _ = ctx.needs_input_grad
+        grad_x = _onednn(grad, weight.t(), None, "none") if to_x else None
+        grad_weight = _onednn(grad.t(), x.t(), None, "none") if to_weight else None
+        return grad_x, grad_weight, grad.sum(0) if to_bias else None, None
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """activation(x W^T + b); x [n, in] and weight [out, in] contiguous or transposed, anything else is very slow."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    """Whether this build of PyTorch has the operator that torch.compile uses for linear layers on a CPU."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    """A linear layer and its ReLU: x [..., in], weight [out, in], bias [out] -> [..., out], differentiable once."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and _has_onednn():
+        return _OneDNNLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, relu).view(*x.shape[:-1], -1)
+    y = F.linear(x, weight, bias)
+    return y.relu_() if relu else y
+
+
 class TransportActor(nn.Module):
     """A policy as a transport map a = T(s, z), z ~ N(0, I) of the action's size: tanh * max_action of an MLP."""
 
@@ -562,19 +605,21 @@ class TransportActor(nn.Module):
 
     def forward(self, observations: Tensor, z: Tensor) -> Tensor:
         """Actions [..., A] of observations [..., D] under z [..., A]; z [..., K, A] gives K actions a state."""
-        first, *rest = self.net
+        first, second, last = self.net[::2]
         # W [s, z] = W_s s + W_z z, so that a state's K samples share its part and nothing is concatenated.
-        h = F.linear(observations, first.weight[:, : self.observation_dim], first.bias)
+        state_part = F.linear(observations, first.weight[:, : self.observation_dim], first.bias)
         if z.dim() > observations.dim():
-            h = h.unsqueeze(-2)
-        h = h + F.linear(z, first.weight[:, self.observation_dim :])
-        for layer in rest:
-            h = layer(h)
-        return torch.tanh(h) * self.max_action
+            state_part = state_part.unsqueeze(-2)
+        h = F.linear(z, first.weight[:, self.observation_dim :]).add_(state_part).relu_()
+        h = dense(h, second.weight, second.bias, relu=True)
+        return torch.tanh(dense(h, last.weight, last.bias, relu=False)) * self.max_action
 
 
 class TwinCritic(nn.Module):
-    """Q1 and Q2 (s, a), MLPs of ReLU computed together. Observations [n, D], actions [n, A] -> [2, n]."""
+    """Q1 and Q2 (s, a), MLPs of ReLU. Observations [n, D], actions [n, A] -> [2, n].
+
+    Weights are stacked, so that a GPU computes both at once; a CPU is faster with one after the other.
+    """
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int = 256):
         super().__init__()
@@ -587,15 +632,22 @@ class TwinCritic(nn.Module):
         )
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        h = torch.cat([observations, actions], dim=-1).expand(2, -1, -1)
+        h = torch.cat([observations, actions], dim=-1)
+        if h.device.type == "cpu":
+            return torch.stack([self._one(number, h, frozen=False) for number in range(2)])
+        h = h.expand(2, -1, -1)
         for layer in self.layers[:-1]:
-            h = F.relu(layer(h))
+            h = layer(h).relu_()
         return self.layers[-1](h).squeeze(-1)
 
     def frozen_q1(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Q1 alone, [n], with a gradient to the actions and none to the weights."""
-        h = torch.cat([observations, actions], dim=-1)
-        for layer in self.layers[:-1]:
-            h = F.relu(torch.addmm(layer.bias[0].detach(), h, layer.weight[0].detach()))
-        last = self.layers[-1]
-        return torch.addmm(last.bias[0].detach(), h, last.weight[0].detach()).squeeze(-1)
+        return self._one(0, torch.cat([observations, actions], dim=-1), frozen=True)
+
+    def _one(self, number: int, h: Tensor, frozen: bool) -> Tensor:
+        for layer in self.layers:
+            weight, bias = layer.weight[number].t(), layer.bias[number, 0]
+            if frozen:
+                weight, bias = weight.detach(), bias.detach()
+            h = dense(h, weight, bias, relu=layer is not self.layers[-1])
+        return h.squeeze(-1)

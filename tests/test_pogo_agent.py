@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import TransportActor, TwinCritic
+from model import TransportActor, TwinCritic, dense
 from pogo_agent import POGOAgent, POGOConfig
 from transport import box_diameter, sinkhorn
 from utils import load_checkpoint, save_checkpoint
@@ -80,6 +80,24 @@ def test_the_critic_is_two_mlps_and_its_frozen_half_is_the_first():
             frozen.sum().backward()
             assert torch.allclose(a.grad, slope, atol=1e-6)
             assert all(parameter.grad is None for parameter in critic.parameters())
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5), (1, 5)])
+def test_dense_equals_the_usual_layer_and_its_gradients(relu, shape):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(4, 5, requires_grad=True), torch.randn(4, requires_grad=True)
+    x = torch.randn(shape, requires_grad=True)
+    usual = nn.functional.linear(x, weight, bias)
+    usual = usual.relu() if relu else usual
+    slope = torch.randn_like(usual)
+    for y in (dense(x, weight, bias, relu), dense(x, weight.t().contiguous().t(), bias, relu)):
+        assert torch.allclose(y, usual, atol=1e-5)
+        found, expected = (torch.autograd.grad(out, (x, weight, bias), slope, retain_graph=True) for out in (y, usual))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+    frozen = dense(x, weight.detach(), bias.detach(), relu)
+    assert torch.allclose(torch.autograd.grad(frozen, x, slope)[0], expected[0], atol=1e-5)
+    assert dense(x.double(), weight.double(), bias.double(), relu).dtype == torch.float64
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
