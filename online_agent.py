@@ -24,7 +24,7 @@ Deviations from the original OPSO code, each with its reason (docs/opso.md has t
 - Targets of Q and V span many steps, as offline.
 - Without the dataset's actions, a labeller a = g(s_t, s_{t+1}) learns from one's own transitions, random ones at
   first, and says which action lay between two states of the dataset; the inverse dynamics then learns from those as
-  from known ones (behavioural cloning from observation; Torabi et al., 2018). One step tells the action; many steps
+  from known ones (behavioural cloning from observation; Torabi et al., 2018). One step tells much of its action; many steps
   of random actions, which the inverse dynamics would have to learn from, tell almost nothing.
 """
 
@@ -181,33 +181,32 @@ class OnlineAgent:
     ) -> float:
         """Train the labeller on transitions of one's own, by a smooth L1 loss. Returns the last loss.
 
-        draw() gives features [n, d_model + D] of states, those of the next ones, and the actions between [n, A].
+        draw() gives normalised states [n, D], the next ones, and the actions between [n, A].
         """
         optimizer = torch.optim.AdamW(self.labeller.requires_grad_(True).parameters(), lr, weight_decay=1e-4)
         loss = torch.zeros(())
         for number in updates:
-            x, x_next, actions = draw()
+            states, later, actions = draw()
             for group in optimizer.param_groups:
                 group["lr"] = lr * (0.51 + 0.49 * math.cos(math.pi * number / total))
-            found = self.labeller(self.state(x), self.state(x_next))
-            loss = F.smooth_l1_loss(found, actions, beta=0.1)
+            loss = F.smooth_l1_loss(self.labeller(states, later), actions, beta=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         self.labeller.requires_grad_(False)
         return float(loss.detach())
 
-    def scale_labeller(self, x: Tensor, x_next: Tensor) -> None:
-        """Take the mean and deviation of a step from features [n, d_model + D] of states and of the next ones."""
-        difference = self.state(x_next) - self.state(x)
+    def scale_labeller(self, states: Tensor, later: Tensor) -> None:
+        """Take the mean and deviation of a step from normalised states [n, D] and the next ones."""
+        difference = later - states
         self.labeller.mean.copy_(difference.mean(0))
         self.labeller.scale.copy_(difference.std(0) + 1e-3)
 
     @torch.no_grad()
-    def label(self, x: Tensor, x_next: Tensor, block: int = 4096) -> Tensor:
-        """The actions that seem to lead from states to the next ones: features twice -> [n, A] in [-1, 1]."""
-        pairs = zip(self.state(x).split(block), self.state(x_next).split(block), strict=True)
-        return torch.cat([self.labeller(state, later).clamp(-1, 1) for state, later in pairs])
+    def label(self, states: Tensor, later: Tensor, block: int = 4096) -> Tensor:
+        """The actions that seem to lead from normalised states to the next ones: [n, D] twice -> [n, A] in [-1, 1]."""
+        pairs = zip(states.split(block), later.split(block), strict=True)
+        return torch.cat([self.labeller(here, there).clamp(-1, 1) for here, there in pairs])
 
     def state(self, features: Tensor) -> Tensor:
         """The normalised state in features: [..., d_model + D] -> [..., D]."""

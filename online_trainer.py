@@ -364,7 +364,8 @@ class EnvPool:
 class Evaluation:
     """Episodes of the five tasks, without exploration or noise, and their pictures.
 
-    The same episodes every time: one depends on the seed, its task and its number alone.
+    The same episodes every time: one depends on the seed, its task and its number alone, but for rounding, as states
+    are encoded together.
     """
 
     def __init__(self, dataset: str, seed: int):
@@ -472,8 +473,9 @@ class OnlineRun:
         known = config.inverse_dynamics_data == "offline"
         actions = self.data.actions if known else torch.zeros_like(self.data.actions)
         self.codes = CodeSet.from_dataset(self.data, self.agent, actions)
-        rows = self.codes.transitions
-        self.agent.scale_labeller(self.codes.states[rows], self.codes.states[rows + 1])
+        if not known:
+            rows, states = self.codes.transitions, self.agent.state(self.codes.states)
+            self.agent.scale_labeller(states[rows], states[rows + 1])
         self.node_rows = spaced_rows(self.data.episode_end, config.graph_nodes, config.aim_steps)
         self.limit = max_episode_steps(config.dataset)
         self.replay = EpisodeReplay(
@@ -562,7 +564,8 @@ class OnlineRun:
         def draw() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             number = torch.randint(len(source), (LABEL_PAIRS,), generator=generator, device=self.device)
             rows = source.transitions[number]
-            return source.states[rows], source.states[rows + 1], source.actions[rows]
+            states = self.agent.state(source.states)
+            return states[rows], states[rows + 1], source.actions[rows]
 
         bar = progress(range(updates), "fit the labeller", unit="update", leave=False)
         loss = self.agent.fit_labeller(draw, bar, updates, lr)
@@ -573,8 +576,8 @@ class OnlineRun:
 
     def relabel(self) -> None:
         """The labeller's actions between the dataset's states."""
-        rows = self.codes.transitions
-        self.codes.actions[rows] = self.agent.label(self.codes.states[rows], self.codes.states[rows + 1])
+        rows, states = self.codes.transitions, self.agent.state(self.codes.states)
+        self.codes.actions[rows] = self.agent.label(states[rows], states[rows + 1])
 
     def imitate(self) -> dict[str, float]:
         """After a round: learn from the dataset, once its actions are known or labelled, and from own episodes."""
@@ -771,6 +774,8 @@ def evaluate_file(config: OnlineTrainerConfig) -> None:
     """`--evaluate`: the episodes that the run's own evaluation takes, as many as asked for, in a folder beside it."""
     agent, graph, state = load_policy(config.evaluate, resolve_device(config.device))
     dataset, seed = state["dataset"], state["config"]["seed"]
+    if config.record_video:
+        try_video(dataset)
     folder = Path(config.run_dir or Path(config.evaluate).parent / "evaluation")
     with contextlib.closing(Evaluation(dataset, RandomStreams(seed).evaluation_seed)) as evaluation:
         figures = evaluation.run(agent, graph, config.eval_episodes)
@@ -803,7 +808,7 @@ def navigator_policy(
 
 def random_policy(seeds: list[int], action_dim: int):
     """Uniform actions in [-1, 1], drawn anew at each step, aimed at nothing."""
-    generators = [np.random.default_rng(seed) for seed in seeds]
+    generators = [np.random.default_rng([seed, 1]) for seed in seeds]  # the environment draws from the seed alone
 
     def policy(observations: np.ndarray, live: np.ndarray):
         actions = np.stack([generators[env].uniform(-1, 1, action_dim) for env in live])
@@ -828,6 +833,12 @@ def renderer(dataset: str):
     return env
 
 
+def try_video(dataset: str) -> None:
+    """Raises UserError where no film can be made."""
+    renderer(parse_dataset_id(dataset).id).close()
+    find_video_writer()
+
+
 def find_video_writer():
     """imageio with its MP4 writer; raises UserError without the package."""
     try:
@@ -842,11 +853,11 @@ def main(argv: list[str] | None = None) -> None:
     """Train and evaluate, or evaluate a file."""
     config = parse_config(OnlineTrainerConfig, argv, __doc__, default_run_dir=default_run_dir)
     began = time.perf_counter()
-    if config.record_video:  # say now what would fail after hours
-        renderer(parse_dataset_id(config.dataset).id).close()
-        find_video_writer()
+    check(config)
     if config.evaluate is not None:
         return evaluate_file(config)
+    if config.record_video:  # say now what would fail after hours
+        try_video(config.dataset)
     run = OnlineRun(config)
     print(
         f"{config.dataset}, seed {config.seed}, {run.device}; actions: {config.inverse_dynamics_data}; "
@@ -855,8 +866,8 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.closing(run):
         metrics = run.train()
         run.plot()
-    summary = {key: value for key, value in metrics.items() if key.startswith("eval/")}
-    mark_finished(run.run_dir, {**summary, "env_steps": run.env_steps, "dataset": config.dataset})
+        summary = {key: value for key, value in metrics.items() if key.startswith("eval/")}
+        mark_finished(run.run_dir, {**summary, "env_steps": run.env_steps, "dataset": config.dataset})
     print(
         f"{config.dataset}, {config.inverse_dynamics_data} actions, seed {config.seed}: last checkpoint after "
         f"{run.episodes} episodes, {run.env_steps} environment steps, {time.perf_counter() - began:.0f} seconds"

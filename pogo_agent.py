@@ -14,12 +14,14 @@ and the critics learn the value of the first actor, the one nearest to the data:
     data --w_0--> pi_0 --w_1--> pi_1 --w_2--> pi_2                 one update: critic, actors in this order, averages
                    '--> critic
 
-With one actor this is TD3+BC (Fujimoto & Gu, 2021) but for its noise z, its undelayed policy and, unless `td_actor`
-says otherwise, its bootstrap from the online actor; its alpha 2.5 is w_0 = 0.4.
+With one actor this is TD3+BC (Fujimoto & Gu, 2021) but for its noise z, its undelayed policy, the decay of its learning
+rate and, unless `td_actor` says otherwise, its bootstrap from the online actor; its alpha 2.5 is w_0 = 0.4.
 
 Choices where the sources differ or are silent:
 - lambda = 1 / mean|Q| over the batch (`q_normalization batch`), as the original text has a normalisation. The code
-  published later has lambda = 1 (`none`); docs/pogo.md measures both.
+  published later has lambda = 1 (`none`).
+- The actors' learning rate falls to 0 over the run (`lr_decay`): an actor follows one that moves at every step, and
+  lags behind by more than the step it is to make (docs/pogo.md).
 - K samples a state and policy; the distance takes all of them, Q the first: fewer passes through the critic, and no
   difference in expectation.
 - The default backend is `fused`, GeomLoss's problem to 1e-5 several times faster; `tensorized` is GeomLoss itself.
@@ -224,22 +226,22 @@ class POGOAgent:
         if number == 0:
             before = batch["actions"].unsqueeze(1).expand(-1, K, -1)
             with torch.no_grad():
-                distance, floor = l2(samples, before), torch.zeros_like(q)
+                distance, floor = l2(samples, before), torch.zeros_like(q[0])
         else:
             before = self.samples(number - 1, observations)
             with torch.no_grad():
                 distance = self.distance(samples, before)
                 floor = self.distance(self.samples(number - 1, observations), before)
-        scale = torch.ones_like(q) if self.config.q_normalization == "none" else 1 / q.abs()
-        weight, stayed = self.config.w2_weights[number], self._q_and_slope(observations, before)[0]
+        scale, weight = self.q_scale(q), self.config.w2_weights[number]
+        stayed = self._q_and_slope(observations, before)[0]
         figures = {
-            "q": q,
+            "q": q.mean(),
             "q_gradient": slope,
             "distance": distance,
             "floor": floor,
             "spread": cloud_spread(samples),
-            "energy": weight * distance - scale * q,
-            "energy_before": weight * floor - scale * stayed,
+            "energy": weight * distance - scale * q.mean(),
+            "energy_before": weight * floor - scale * stayed.mean(),
         }
         figures["energy_fell"] = (figures["energy"] < figures["energy_before"]).float()
         if number > 0:
@@ -252,11 +254,11 @@ class POGOAgent:
         return torch.as_tensor(self.config.sinkhorn_blur * unit[self.config.blur_relative], device=self.device)
 
     def _q_and_slope(self, observations: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean Q1 over samples [n, K, A], and the mean norm of its gradient by the action."""
+        """Q1 of samples [n, K, A], flat, and the mean norm of its gradient by the action, 0-d."""
         actions = samples.detach().flatten(0, 1).requires_grad_()
         q = self.critic.frozen_q1(observations.repeat_interleave(samples.shape[1], 0), actions)
         (slope,) = torch.autograd.grad(q.sum(), actions)
-        return q.detach().mean(), slope.norm(dim=-1).mean()
+        return q.detach(), slope.norm(dim=-1).mean()
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

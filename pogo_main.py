@@ -13,8 +13,8 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import make_dataset
 from evaluation import Episodes, Evaluator, episode_seeds
+from model import TransportActor
 from offline_data import OfflineData, load_transitions, make_env, normalized_score
 from pogo_agent import POGOAgent, POGOConfig
 from transport import BACKENDS, MAX_EXACT
@@ -38,6 +39,7 @@ from utils import (
     hold_run,
     load_checkpoint,
     mark_finished,
+    one_line,
     parse_config,
     plain_config,
     prepare_run,
@@ -46,6 +48,7 @@ from utils import (
     resolve_device,
     run_cli,
     save_checkpoint,
+    warn,
 )
 from visualize import plot_chain_curves
 
@@ -64,7 +67,7 @@ class POGOTrainerConfig(POGOConfig):
     final_runs: int = 5  # evaluations of so many episodes at the end, on seeds of their own
     eval_workers: int | None = None  # processes that step environments beside this one; default: cores - 1, at most 7
     log_freq: int = 1_000  # updates between rows of metrics.csv, with the diagnostics of the chain
-    q_limit: float = 10.0  # stop where mean |Q| passes so many times the largest return that the rewards allow
+    q_limit: float = 10.0  # stop where the mean of Q passes so many times the largest return that the rewards allow
     device: str = "auto"  # auto, cpu or cuda
     cuda_graph: bool = True  # on a GPU: capture the update once and replay it
     save_model: bool = True  # write checkpoints, without which a run cannot be resumed
@@ -73,6 +76,7 @@ class POGOTrainerConfig(POGOConfig):
     resume: bool = False  # continue the run from its last checkpoint
     tensorboard: bool = True  # write TensorBoard events
     wandb_project: str | None = None  # also log to Weights & Biases (requirements-tracking.txt)
+    evaluate: str | None = None  # train nothing: score the actors of this last.pth, final_runs x eval_episodes
 
 
 CHOICES = {
@@ -85,7 +89,7 @@ CHOICES = {
 BOUNDS = {
     **dict.fromkeys(("batch_size", "eval_freq", "eval_episodes", "log_freq", "policy_freq"), (1, 10**9)),
     **dict.fromkeys(("max_timesteps", "final_runs", "hidden_dim"), (1, 10**9)),
-    "sinkhorn_K": (1, 64),
+    "sinkhorn_K": (2, 64),
     "eval_workers": (0, 256),
     "seed": (0, 2**53),
     **dict.fromkeys(("lr", "sinkhorn_blur", "q_limit"), (1e-9, 1e9)),
@@ -96,8 +100,9 @@ BOUNDS = {
 }
 MAY_CHANGE_ON_RESUME = {
     *("dataset_dir", "device", "cuda_graph", "eval_workers", "tensorboard", "wandb_project"),
-    *("save_model", "checkpoint_dir"),
+    *("save_model", "checkpoint_dir", "evaluate"),
 }
+NOT_THE_MODEL = {"resume", "run_dir", "evaluate", *MAY_CHANGE_ON_RESUME}
 MODES = ("deterministic", "stochastic")
 
 
@@ -115,8 +120,8 @@ def check(config: POGOTrainerConfig) -> None:
         raise UserError(f"--w2_weights {weights}: give one weight for each actor, none negative, as in 0.4 1 1")
     if config.sinkhorn_backend == "exact" and config.sinkhorn_K > MAX_EXACT:
         raise UserError(f"--sinkhorn_K {config.sinkhorn_K}: --sinkhorn_backend exact takes at most {MAX_EXACT}")
-    if config.sinkhorn_backend in ("tensorized", "online", "auto") and config.blur_relative == "spread":
-        raise UserError("--blur_relative spread: needs --sinkhorn_backend fused or exact")
+    if config.resume and not config.save_model:
+        raise UserError("--resume --no_save_model: such a run leaves nothing to go on from; start it anew")
 
 
 def run_name(config: POGOTrainerConfig) -> Path:
@@ -151,6 +156,8 @@ class POGORun:
 
     def __init__(self, config: POGOTrainerConfig):
         check(config)
+        if config.checkpoint_dir:  # a run may be continued from another folder
+            config = replace(config, checkpoint_dir=str(Path(config.checkpoint_dir).resolve()))
         self.config, self.device = config, resolve_device(config.device)
         self.run_dir, self.checkpoint = default_run_dir(config), checkpoint_path(config)
         # With decay the learning rate depends on the run's length, so that cannot change on the way.
@@ -160,7 +167,8 @@ class POGORun:
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
         self.data = open_dataset(config)
         try:
-            self.resources.enter_context(hold_run(self.run_dir))
+            for folder in {self.run_dir.resolve(), self.checkpoint.parent}:
+                self.resources.enter_context(hold_run(folder))
             self.open(prepare_run(self.run_dir, config, config.resume, checkpoint, may_change))
         except BaseException:
             self.close()
@@ -179,7 +187,7 @@ class POGORun:
                 np.divide(np.subtract(observations, self.mean, out=observations), self.std, out=observations)
         self.q_bound = config.q_limit * float(np.abs(data.rewards).max()) / (1 - config.discount)
         self.buffer = data.replay_buffer(self.device)
-        self.step, self.best = 0, {"score": -math.inf}
+        self.step, self.best, self.warned = 0, {"score": -math.inf}, False
         if checkpoint is not None:
             self.load(checkpoint)
         resume_step = self.step if checkpoint else None
@@ -188,10 +196,9 @@ class POGORun:
         self.logger = MetricLogger(training, resume_step, config.tensorboard, config.wandb_project, config)
         self.resources.callback(self.logger.close)
         self.episodes = EpisodeLog(training / "evaluations.csv", resume_step)
-        workers = min((os.cpu_count() or 1) - 1, 7) if config.eval_workers is None else config.eval_workers
         policies = 2 * len(config.w2_weights)
         environment = functools.partial(make_env, config.env, config.dataset_dir)
-        self.evaluator = Evaluator(environment, policies * config.eval_episodes, workers)
+        self.evaluator = Evaluator(environment, policies * config.eval_episodes, num_workers(config))
         self.resources.callback(self.evaluator.close)
 
     def close(self) -> None:
@@ -235,8 +242,9 @@ class POGORun:
         def update() -> dict[str, torch.Tensor]:
             return self.agent.update(self.buffer.sample(config.batch_size, self.streams.sampling))
 
-        # Updates with and without the actors are different graphs, so that only their usual schedule is captured.
-        if self.device.type != "cuda" or not config.cuda_graph or config.policy_freq > 1:
+        # Updates with and without the actors are different graphs, and GeomLoss's solvers look at values on the host.
+        captured = config.policy_freq == 1 and config.sinkhorn_backend in ("fused", "exact")
+        if self.device.type != "cuda" or not config.cuda_graph or not captured:
             return update
         return GraphedStep(update, [self.streams.sampling, self.streams.policy])
 
@@ -257,29 +265,26 @@ class POGORun:
         generator = torch.Generator(self.device).manual_seed(self.streams.evaluation_seed)
         batch = self.buffer.sample(self.config.batch_size, generator)
         found = self.agent.diagnose(batch, self.streams.evaluation_seed)
-        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+        figures = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+        largest = max((value for name, value in figures.items() if name.endswith("blur_to_spread")), default=0.0)
+        if largest > 1 and not self.warned and self.config.sinkhorn_backend != "exact":
+            self.warned = True
+            warn(
+                f"the blur is {largest:.1f} times the spread of an actor's samples, so that distances see little but "
+                "their means; --blur_relative spread or a smaller --sinkhorn_blur would see more"
+            )
+        return figures
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def play(self, seeds: list[int], noise_seed: int, desc: str) -> Episodes:
         """Every actor, deterministic and stochastic, one episode a seed; policies in the order of `policy_names`."""
-        actors = len(self.config.w2_weights)
-        generator = torch.Generator(self.device).manual_seed(noise_seed)
-        mean, std = (torch.as_tensor(array, device=self.device) for array in (self.mean, self.std))
-        networks = self.agent.actors
-
-        @torch.no_grad()
-        def policies(observations: np.ndarray, alive: np.ndarray) -> torch.Tensor:
-            states = (torch.as_tensor(observations, device=self.device) - mean) / std
-            z = torch.zeros(*states.shape[:2], self.data.action_dim, device=self.device)
-            z[1::2].normal_(generator=generator)
-            return torch.cat([networks[i](states[2 * i : 2 * i + 2], z[2 * i : 2 * i + 2]) for i in range(actors)])
-
-        return self.evaluator.evaluate(policies, 2 * actors, seeds, desc)
+        actors, mean, std = self.agent.actors, torch.from_numpy(self.mean), torch.from_numpy(self.std)
+        return play(self.evaluator, actors, mean.to(self.device), std.to(self.device), seeds, noise_seed, desc)
 
     def policy_names(self) -> list[tuple[int, str]]:
         """Actor and mode of each evaluated policy."""
-        return [(number, mode) for number in range(len(self.config.w2_weights)) for mode in MODES]
+        return policy_names(len(self.config.w2_weights))
 
     def score(self, returns: np.ndarray) -> np.ndarray:
         """Normalised scores of returns, of any shape."""
@@ -303,21 +308,11 @@ class POGORun:
 
     def final_evaluation(self) -> dict[str, float]:
         """`final_runs` evaluations on seeds of their own: mean score of each actor, and the spread over the runs."""
-        config, figures = self.config, {}
-        first = (self.streams.evaluation_seed + 1) % 2**31
-        seeds = episode_seeds(first, config.final_runs * config.eval_episodes)
+        first, seeds = final_seeds(self.config, self.streams)
         played = self.play(seeds, first, "final evaluation")
         scores = self.score(played.returns)
         self.episodes.add(self.step, self.policy_names(), played.returns, played.lengths, scores, "final")
-        print(f"Final evaluation, last checkpoint: {config.final_runs} runs of {config.eval_episodes} episodes:")
-        for (number, mode), returns in zip(self.policy_names(), played.returns, strict=True):
-            runs = self.score(returns).reshape(config.final_runs, -1).mean(1)
-            figures[f"actor_{number}/{mode}/score"] = float(runs.mean())
-            print(
-                f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, "
-                f"D4RL score: {runs.mean():.3f} ± {runs.std():.3f} over runs"
-            )
-        return figures
+        return report_final(self.config, played, scores)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -328,7 +323,8 @@ class POGORun:
         self.agent.step = self.step
         state = {
             "env": self.config.env,
-            "config": {k: v for k, v in plain_config(self.config).items() if k not in NOT_THE_MODEL},
+            "config": self.model_config(),
+            "max_action": self.data.max_action,
             "observation_mean": torch.from_numpy(self.mean),
             "observation_std": torch.from_numpy(self.std),
             "agent": self.agent.state_dict(),
@@ -338,10 +334,22 @@ class POGORun:
         }
         save_checkpoint(self.checkpoint, state)
 
+    def model_config(self) -> dict[str, Any]:
+        """The settings that make this run what it is; where and how long it goes on are not among them."""
+        ignored = NOT_THE_MODEL | (set() if self.config.lr_decay else {"max_timesteps"})
+        return {name: value for name, value in plain_config(self.config).items() if name not in ignored}
+
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint; UserError where it is another model's or began on other data."""
+        """Continue from a checkpoint; UserError where it is another run's or model's, or began on other data."""
         state = load_checkpoint(path, self.device)
         try:
+            own = self.model_config()
+            other = next((name for name in own if state["config"].get(name) != own[name]), None)
+            if other is not None:
+                raise UserError(
+                    f"{path}: checkpoint of another run ({other} {state['config'].get(other)}, here {own[other]}); "
+                    "choose another --checkpoint_dir or --run_dir"
+                )
             mean, std = state["observation_mean"].cpu().numpy(), state["observation_std"].cpu().numpy()
             if not (np.array_equal(mean, self.mean) and np.array_equal(std, self.std)):
                 raise UserError(f"{path}: began on other data; give its --dataset_dir, or another --run_dir")
@@ -361,7 +369,90 @@ class POGORun:
         plot_chain_curves(metrics, self.run_dir / "training_curves.png", title, len(config.w2_weights), baseline)
 
 
-NOT_THE_MODEL = {"resume", "run_dir", *MAY_CHANGE_ON_RESUME}
+def policy_names(actors: int) -> list[tuple[int, str]]:
+    """Actor and mode of each policy that `play` plays."""
+    return [(number, mode) for number in range(actors) for mode in MODES]
+
+
+def play(
+    evaluator: Evaluator,
+    actors: Sequence[TransportActor],
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    seeds: list[int],
+    noise_seed: int,
+    desc: str,
+) -> Episodes:
+    """One episode a seed of every actor, deterministic (z = 0) and stochastic, on observations (s - mean) / std."""
+    generator = torch.Generator(mean.device).manual_seed(noise_seed)
+
+    @torch.no_grad()
+    def policies(observations: np.ndarray, alive: np.ndarray) -> torch.Tensor:
+        states = (torch.as_tensor(observations, device=mean.device) - mean) / std
+        z = torch.zeros(*states.shape[:2], actors[0].action_dim, device=mean.device)
+        z[1::2].normal_(generator=generator)
+        return torch.cat([actor(states[2 * i : 2 * i + 2], z[2 * i : 2 * i + 2]) for i, actor in enumerate(actors)])
+
+    return evaluator.evaluate(policies, 2 * len(actors), seeds, desc)
+
+
+def final_seeds(config: POGOTrainerConfig, streams: RandomStreams) -> tuple[int, list[int]]:
+    """Seed of the noise and reset seeds of the evaluation at the end, which no evaluation before has used."""
+    first = (streams.evaluation_seed + 1) % 2**31
+    return first, episode_seeds(first, config.final_runs * config.eval_episodes)
+
+
+def report_final(config: POGOTrainerConfig, played: Episodes, scores: np.ndarray) -> dict[str, float]:
+    """Print and return the mean score of each policy over `final_runs` runs; scores [P, episodes]."""
+    figures = {}
+    print(f"Final evaluation, last checkpoint: {config.final_runs} runs of {config.eval_episodes} episodes:")
+    for (number, mode), returns, score in zip(policy_names(len(scores) // 2), played.returns, scores, strict=True):
+        runs = score.reshape(config.final_runs, -1).mean(1)
+        figures[f"actor_{number}/{mode}/score"] = float(runs.mean())
+        print(
+            f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, "
+            f"D4RL score: {runs.mean():.3f} ± {runs.std():.3f} over runs"
+        )
+    return figures
+
+
+def load_policy(path: str | Path, device: str | torch.device = "cpu") -> tuple[list[TransportActor], dict[str, Any]]:
+    """The actors of a last.pth, and all that the file says: env, observation_mean and _std, config, step.
+
+    Raises UserError for a file that is no checkpoint of this script.
+    """
+    state = load_checkpoint(path, device)
+    try:
+        hidden_dim, weights = state["config"]["hidden_dim"], state["agent"]["actors"]
+        action_dim, actors = len(weights["0.net.4.bias"]), []
+        for number in range(len(state["config"]["w2_weights"])):
+            actor = TransportActor(len(state["observation_mean"]), action_dim, state["max_action"], hidden_dim)
+            prefix = f"{number}."
+            own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            actor.load_state_dict(own)
+            actors.append(actor.to(device).requires_grad_(False))
+        state["env"], state["observation_std"], state["config"]["seed"], state["step"]  # noqa: B018  used by callers
+    except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a checkpoint of pogo_main.py ({one_line(error)}); give its last.pth") from None
+    return actors, state
+
+
+def evaluate_file(config: POGOTrainerConfig) -> dict[str, float]:
+    """`--evaluate`: the evaluation at the end of a run once more, from its checkpoint alone."""
+    device = resolve_device(config.device)
+    actors, state = load_policy(config.evaluate, device)
+    env, mean, std = state["env"], state["observation_mean"].to(device), state["observation_std"].to(device)
+    first, seeds = final_seeds(config, RandomStreams(state["config"]["seed"], device))
+    environment = functools.partial(make_env, env, config.dataset_dir)
+    with Evaluator(environment, 2 * len(actors) * config.eval_episodes, num_workers(config)) as evaluator:
+        played = play(evaluator, actors, mean, std, seeds, first, "evaluate")
+    print(f"{env}, update {state['step']} of {config.evaluate}")
+    return report_final(config, played, normalized_score(env, played.returns, config.dataset_dir))
+
+
+def num_workers(config: POGOTrainerConfig) -> int:
+    """Processes that step environments beside this one."""
+    return min((os.cpu_count() or 1) - 1, 7) if config.eval_workers is None else config.eval_workers
 
 
 def describe(run: POGORun) -> str:
@@ -378,6 +469,9 @@ def describe(run: POGORun) -> str:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train one run to its end; returns what finished.json holds."""
     config = parse_config(POGOTrainerConfig, argv, __doc__, default_run_dir=default_run_dir)
+    if config.evaluate is not None:
+        check(config)
+        return evaluate_file(config)
     began = time.perf_counter()
     run = POGORun(config)
     print(describe(run))
@@ -385,10 +479,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with contextlib.closing(run):
         scores = run.train()
         run.plot()
+        summary = {**scores, "data_score": float(run.score(run.data.returns).mean()), "steps": run.step}
+        summary |= {"best": run.best, "w2_weights": list(config.w2_weights), "seed": config.seed, **run.data.facts()}
+        mark_finished(run.run_dir, summary)
     seconds = time.perf_counter() - began
-    summary = {**scores, "data_score": float(run.score(run.data.returns).mean()), "steps": run.step, "best": run.best}
-    summary |= {"w2_weights": list(config.w2_weights), "seed": config.seed, **run.data.facts()}
-    mark_finished(run.run_dir, summary)
     print(f"{run.step - first:,} updates in {seconds:.0f} seconds; outputs in {run.run_dir}")
     return summary
 

@@ -889,7 +889,7 @@ class MetricLogger:
         if resume_step is None or not id_file.exists():
             write_text_atomic(id_file, uuid.uuid4().hex)
         settings = plain_config(config) if config is not None else None
-        name, identity = run_dir.name, id_file.read_text().strip()
+        name, identity = "/".join(Path(run_dir).resolve().parts[-4:]), id_file.read_text().strip()
         run = wandb.init(project=project, dir=str(run_dir), name=name, id=identity, resume="allow", config=settings)
         self._trackers["wandb"] = _Wandb(run)
 
@@ -1091,6 +1091,11 @@ def check_run(
     """Whether a run may begin or go on here, as `prepare_run` asks, without writing anything: cheap, to ask first."""
     run_dir = Path(run_dir)
     finished, started = (run_dir / "finished.json").exists(), (run_dir / checkpoint_name).exists()
+    if started and not (run_dir / "config.yaml").exists():
+        raise UserError(
+            f"{run_dir / checkpoint_name}: belongs to another run, as {run_dir} has no config.yaml; choose another "
+            "folder of checkpoints, or the directory of that run"
+        )
     if finished or (started and resume):
         _check_same_config(run_dir, _stored_config(config), ALWAYS_MAY_CHANGE | set(may_change))
     if finished:

@@ -381,17 +381,16 @@ def test_the_labeller_finds_the_actions_of_states_alone():
     def transitions(count: int, spread: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         states = spread * torch.randn(count, 2, generator=generator)
         actions = 2 * torch.rand(count, ACTIONS, generator=generator) - 1
-        return agent.encode(states), agent.encode(states + actions @ push.T), actions
+        return agent.state(agent.encode(states)), agent.state(agent.encode(states + actions @ push.T)), actions
 
-    x, x_next, actions = transitions(500, 2.0)
-    agent.scale_labeller(x, x_next)
-    steps = (agent.state(x_next) - agent.state(x)).std(0)
-    assert torch.allclose(agent.labeller.scale, steps + 1e-3, atol=1e-5)
+    states, later, actions = transitions(500, 2.0)
+    agent.scale_labeller(states, later)
+    assert torch.allclose(agent.labeller.scale, (later - states).std(0) + 1e-3, atol=1e-5)
     heads = copy.deepcopy(agent.heads.state_dict())
-    blank = (agent.label(x, x_next) - actions).abs().mean()
+    blank = (agent.label(states, later) - actions).abs().mean()
     loss = agent.fit_labeller(lambda: transitions(64, 1.0), range(600), 600, 3e-3)
-    found = agent.label(x, x_next, block=64)
-    assert torch.allclose(found, agent.label(x, x_next), atol=1e-5) and found.abs().max() <= 1
+    found = agent.label(states, later, block=64)
+    assert torch.allclose(found, agent.label(states, later), atol=1e-5) and found.abs().max() <= 1
     # Two numbers of motion tell two actions.
     assert (found - actions)[:, :2].abs().mean() < 0.1 < blank and loss < 0.1
     assert all(torch.equal(before, agent.heads.state_dict()[name]) for name, before in heads.items())

@@ -201,10 +201,13 @@ def test_how_often_a_run_evaluates_changes_no_training_number(finished, argument
         assert np.array_equal(rows[column], fewer[column], equal_nan=True), column
 
 
-@pytest.mark.parametrize("stop_at", [0, 6])
-def test_a_resumed_run_equals_the_uninterrupted_one(stop_at, arguments, tmp_path, monkeypatch):
-    """Cut before the first episode, and a round past the checkpoint with the replay wrapped round."""
-    settings = {"max_episodes": 8, "eval_freq": 2, "replay_episodes": 3, "random_steps": STEPS}
+@pytest.mark.parametrize(
+    "stop_at,more", [(0, {}), (6, {}), (2, {"random_steps": 3 * STEPS}), (6, {"relabel_updates": 0})]
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(stop_at, more, arguments, tmp_path, monkeypatch):
+    """Cut before the first episode, among random ones, a round past the checkpoint with the replay wrapped round."""
+    settings = {"max_episodes": 8, "eval_freq": 2, "replay_episodes": 3, "random_steps": STEPS} | more
+    settings |= {"eval_freq": 1} if stop_at == 2 else {}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(arguments(whole, **settings))
     collect = OnlineRun.collect
@@ -217,7 +220,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(stop_at, arguments, tmp_path
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(OnlineRun, "collect", interrupted)
         train(arguments(cut, **settings))
-    assert last(cut)["episodes"] == {0: 0, 6: 4}[stop_at] and not (cut / "finished.json").exists()
+    assert last(cut)["episodes"] == {0: 0, 2: 2, 6: 4}[stop_at] and not (cut / "finished.json").exists()
     train(arguments(cut, "--resume", **settings))
     for name in ("checkpoints/last.pth", "best_model.pth", "metrics.csv", "finished.json"):
         assert digest(whole / name) == digest(cut / name), name

@@ -361,6 +361,19 @@ def test_diagnostics_change_nothing_and_say_what_moved():
     assert found["actor_1/blur_to_spread"] == pytest.approx(0.05 / found["actor_0/spread"], rel=0.3)
 
 
+@pytest.mark.parametrize("centre", [10.0, 0.0])
+def test_energies_are_the_losses(centre):
+    """Over many draws the mean of L_i, for values of one sign and of both."""
+    agent, batch = make_agent(), make_batch()
+    agent.critic.frozen_q1 = lambda observations, actions: 3 * actions.sum(-1) + observations[:, 0] + centre
+    found = [agent.diagnose(batch, seed) for seed in range(60)]
+    for number in range(3):
+        with torch.no_grad():
+            losses = [float(agent.actor_loss(number, batch)[0]) for _ in range(200)]
+        energy = np.mean([float(figures[f"chain/actor_{number}/energy"]) for figures in found])
+        assert energy == pytest.approx(np.mean(losses), abs=0.02)
+
+
 def test_the_energy_of_a_step_that_helps_falls():
     agent, batch = make_agent(w2_weights=(4.0, 4.0, 4.0), lr=3e-3), make_batch()
     agent.critic.frozen_q1 = lambda observations, actions: actions.sum(-1) + 10

@@ -22,17 +22,18 @@ TINY = {
     **{"env": DATASET, "max_timesteps": 12, "eval_freq": 6, "log_freq": 3, "eval_episodes": 2, "final_runs": 2},
     **{"hidden_dim": 8, "batch_size": 8, "eval_workers": 0, "device": "cpu", "seed": 0},
 }
+STEPS = 12  # of an episode
 WEIGHTS = ["--w2_weights", "0.4", "1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short_episodes():
-    """Episodes of 20 steps, so that an evaluation takes no time."""
+    """Episodes of a few steps, so that an evaluation takes no time."""
     make = pogo_main.make_env
 
     def shortened(*arguments):
         env = make(*arguments)
-        env._max_episode_steps = 20
+        env._limit = STEPS
         return env
 
     with pytest.MonkeyPatch.context() as patch:
@@ -112,6 +113,7 @@ def test_the_rows_hold_the_chain(finished):
 def test_every_episode_is_kept_and_the_scores_are_theirs(finished):
     rows = read_episodes(finished / "training/evaluations.csv")
     assert len(rows) == 2 * 4 * 2 + 4 * 4
+    assert max(row["length"] for row in rows) == STEPS  # the time limit is met
     final = [row for row in rows if row["evaluation"] == "final"]
     assert {row["step"] for row in final} == {12} and {row["episode"] for row in final} == {0, 1, 2, 3}
     summary = json.loads((finished / "finished.json").read_text())
@@ -268,11 +270,65 @@ def test_a_bad_file_is_named(arguments, tmp_path, capsys):
     for word, changed in faults.items():
         write_hdf5(path, **changed)
         line = exits(capsys, *flags)
-        assert word in line or "reward" in line
+        assert word.removesuffix("s") in line
     write_hdf5(path)
     path.write_bytes(path.read_bytes()[:-500])
     assert str(path) in exits(capsys, *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(arguments, tmp_path, capsys):
+    """Two runs that share a folder of checkpoints but not their settings."""
+    shared = ["--checkpoint_dir", str(tmp_path / "kept"), "--no_tensorboard"]
+    pogo_main.main([*arguments(tmp_path / "first", discount=0.5), *shared])
+    line = exits(capsys, *arguments(tmp_path / "second", "--resume", discount=0.9), *shared)
+    assert "another run" in line and not (tmp_path / "second").exists()
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    (tmp_path / "second/finished.json").unlink()
+    text = (tmp_path / "second/config.yaml").read_text().replace("discount: 0.5", "discount: 0.9")
+    (tmp_path / "second/config.yaml").write_text(text)
+    line = exits(capsys, *arguments(tmp_path / "second", "--resume", discount=0.9), *shared)
+    assert "another run (discount 0.5, here 0.9)" in line
+    assert "--no_save_model" in exits(capsys, *arguments(tmp_path / "third", "--resume", "--no_save_model"))
+
+
+def test_a_run_is_resumed_from_another_folder(arguments, tmp_path, monkeypatch):
+    """Its folder of checkpoints was given relative to the one it began in."""
+    make_update = POGORun.make_update
+
+    def interrupted(run):
+        update = make_update(run)
+        return lambda: update() if run.step < 8 else (_ for _ in ()).throw(KeyboardInterrupt)
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(POGORun, "make_update", interrupted)
+        train(arguments(tmp_path / "run", "--checkpoint_dir", "kept"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train(["--resume", "--run_dir", str(tmp_path / "run")])
+    assert read_metrics(tmp_path / "run/training")["step"] == [3, 6, 9, 12]
+    assert (tmp_path / "run/finished.json").exists() and not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_file_is_evaluated_as_its_run_evaluated_it(finished, arguments, tmp_path, capsys):
+    shutil.copy(finished / "checkpoints/last.pth", tmp_path / "policy.pth")
+    flags = ["--evaluate", str(tmp_path / "policy.pth"), "--eval_episodes", "2", "--final_runs", "2"]
+    figures = pogo_main.main([*flags, "--eval_workers", "0"])
+    expected = json.loads((finished / "finished.json").read_text())
+    assert len(figures) == 4 and all(expected[name] == pytest.approx(value) for name, value in figures.items())
+    assert "--eval_episodes 0" in exits(capsys, *flags, "--eval_episodes", 0)
+    (tmp_path / "policy.pth").write_bytes(b"nothing")
+    assert "policy.pth" in exits(capsys, *flags)
+    save_checkpoint(tmp_path / "policy.pth", {"a": 1})
+    assert "not a checkpoint of pogo_main.py" in exits(capsys, *flags)
+
+
+def test_a_blur_wider_than_the_samples_is_told_once(arguments, tmp_path, capsys):
+    train(arguments(tmp_path / "run", sinkhorn_blur=5.0))
+    assert capsys.readouterr().err.count("warning: the blur is") == 1
+    train(arguments(tmp_path / "exact", "--sinkhorn_backend", "exact", sinkhorn_blur=5.0))
+    assert "the blur" not in capsys.readouterr().err
 
 
 def test_a_diverging_run_stops_and_says_why(arguments, tmp_path, capsys):
