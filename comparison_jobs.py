@@ -29,7 +29,7 @@ HELD = "another process is training there"  # hold_run's words
 STOP_SECONDS = 20  # from an interrupt to a kill
 HELD_SECONDS = 120  # how long a Ray task waits for a directory that a lost node's process may still hold
 LINGER_SECONDS = 30  # how long Ctrl-C waits for a cluster's tasks
-PROBE_SECONDS = 5, 30  # for a connection to an address, and for Ray's answer behind it
+PROBE_SECONDS = 5, 45  # for a connection to an address, and for Ray's answer behind it
 
 
 @dataclass
@@ -332,10 +332,9 @@ def probe(address: str) -> None:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if not host or not port.isdigit():
             raise UserError(f"--address {address}: must be host:port, ray://host:port, or auto")
-        try:
-            socket.create_connection((host, int(port)), timeout=PROBE_SECONDS[0]).close()
-        except (OSError, OverflowError) as error:
-            raise UserError(f"--address {address}: no Ray cluster answers there ({error}); {remedy}") from None
+        faults = [_connection_fault(name, int(port)) for name in _names(host)]
+        if all(faults):
+            raise UserError(f"--address {address}: no Ray cluster answers there ({faults[0]}); {remedy}")
     code = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False)"
     try:
         command = [sys.executable, "-c", code, address]
@@ -345,3 +344,19 @@ def probe(address: str) -> None:
         fault = f"no answer in {PROBE_SECONDS[1]} seconds"
     if fault:
         raise UserError(f"--address {address}: no Ray cluster answers there ({fault[:200]}); {remedy}")
+
+
+def _names(host: str) -> list[str]:
+    """What Ray may understand a host as: it takes loopback for this machine's address in its network."""
+    import ray
+
+    return [host, ray.util.get_node_ip_address()] if host in ("localhost", "127.0.0.1") else [host]
+
+
+def _connection_fault(host: str, port: int) -> str:
+    """Why nothing accepts a connection there, or nothing."""
+    try:
+        socket.create_connection((host, port), timeout=PROBE_SECONDS[0]).close()
+        return ""
+    except (OSError, OverflowError) as error:
+        return one_line(error)

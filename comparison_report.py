@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student
 
 from utils import UserError, one_line, read_episodes, read_metrics, write_text_atomic
 
@@ -158,6 +159,14 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def paired_interval(gains: np.ndarray) -> tuple[float, float]:
+    """95% t-interval of a mean gain over seeds; nan with one. With three seeds a bootstrap would be far too sure."""
+    if len(gains) < 2:
+        return math.nan, math.nan
+    half = student.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / math.sqrt(len(gains))
+    return float(gains.mean() - half), float(gains.mean() + half)
+
+
 def across_seeds(results: list[Result], column: str) -> dict[str, np.ndarray]:
     """A column of metrics.csv at the updates that every seed logged: x, mean, and the ends of its interval, [T] each.
 
@@ -273,7 +282,7 @@ class Table:
 
     def html(self) -> str:
         def row(cells: tuple[str, ...], tag: str) -> str:
-            names = ["" if n < self.wide else ' class="n"' for n in range(len(cells))]
+            names = [' class="w"' if n < self.wide else ' class="n"' for n in range(len(cells))]
             return (
                 "<tr>"
                 + "".join(f"<{tag}{name}>{html.escape(cell)}</{tag}>" for name, cell in zip(names, cells, strict=True))
@@ -290,27 +299,24 @@ def _figure(value: float, digits: int = 1) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
 
-def _interval(ends: tuple[float, float], digits: int = 1) -> str:
-    return f"{ends[0]:.{digits}f} to {ends[1]:.{digits}f}" if math.isfinite(ends[0]) else "–"
+def _with_ends(value: float, ends: tuple[float, float], form: str = ".1f") -> str:
+    """A value and, in brackets, its 95% interval where there is one."""
+    return f"{value:{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if math.isfinite(ends[0]) else "")
 
 
 def _statistics(strata: list[np.ndarray]) -> tuple[str, ...]:
-    """Mean with its interval, IQM with its interval."""
+    """Mean and IQM, each with its interval."""
     pooled = np.concatenate(strata)
-    return tuple(
-        text
-        for statistic in (mean, iqm)
-        for text in (_figure(float(statistic(pooled))), _interval(bootstrap_interval(strata, statistic)))
-    )
+    return tuple(_with_ends(float(what(pooled)), bootstrap_interval(strata, what)) for what in (mean, iqm))
 
 
-STATISTICS = ("mean", "95% interval", "IQM", "95% interval")
+STATISTICS = ("mean [95%]", "IQM [95%]")
 
 
 def published_cells(dataset: str, official: bool) -> tuple[str, ...]:
     """The other methods' scores on the official file of that name, marked where the runs are on other data."""
     cells = PUBLISHED.get(dataset.removeprefix("local/"), ("",) * len(METHODS))
-    return tuple(f"{cell}{'' if official else ' ' + OTHER_DATA}" if cell else "–" for cell in cells)
+    return tuple(f"{cell}{'' if official else OTHER_DATA}" if cell else "–" for cell in cells)
 
 
 def last_actor_table(groups: list[Group]) -> Table:
@@ -322,7 +328,7 @@ def last_actor_table(groups: list[Group]) -> Table:
         cells = (group.dataset, group.label, *_statistics([scores]), str(len(scores)))
         cells += (_episodes([group], group.actors - 1), _figure(data))
         rows.append(cells + published_cells(group.dataset, group.official))
-    header = ("dataset", "w2_weights", *STATISTICS, "seeds", "episodes", "data's own", *METHODS)
+    header = ("dataset", "w2_weights", *STATISTICS, "seeds", "episodes", "data", *METHODS)
     return Table(header, rows + [suite_row(*suite) for suite in suites(groups)], 2)
 
 
@@ -347,7 +353,7 @@ def suites(groups: list[Group]) -> list[tuple[str, list[Group]]]:
         seeds = max(len(group.results) for group in members)
         members = [group for group in members if len(group.results) == seeds]
         if len(members) > 1:
-            complete.append((f"{name}, {len(members)} datasets, weights no. {variant + 1}", members))
+            complete.append((f"{len(members)} {name} sets, weights {variant + 1}", members))
     return complete
 
 
@@ -360,7 +366,7 @@ def suite_row(name: str, members: list[Group]) -> tuple[str, ...]:
     for cells in columns:
         steps = [[float(text) for text in cell.split(" / ")] for cell in cells if cell != "–"]
         means = " / ".join(f"{value:.1f}" for value in np.mean(steps, 0)) if len(steps) == len(members) else "–"
-        published.append(means if official or means == "–" else f"{means} {OTHER_DATA}")
+        published.append(means if official or means == "–" else means + OTHER_DATA)
     data = float(np.mean([group.mean(lambda result: result.summary["data_score"]) for group in members]))
     cells = (name, labels.pop() if len(labels) == 1 else "of each dataset")
     cells += (*_statistics([group.scores(last) for group in members]), str(len(members[0].results)))
@@ -413,7 +419,7 @@ def verdict(actor: int, distance: float, floor: float, gains: np.ndarray) -> str
         return "did not move"
     if len(gains) < 2:
         return "moved; one seed says nothing of its worth"
-    low, high = bootstrap_interval([gains], mean)
+    low, high = paired_interval(gains)
     return "moved and helped" if low > 0 else "moved and hurt" if high < 0 else "moved, no clear gain"
 
 
@@ -430,12 +436,12 @@ def diagnostics_table(groups: list[Group]) -> Table:
             gains = group.scores(actor) - (group.scores(actor - 1) if actor else own)
             distance, floor, blur = at_end("distance"), at_end("floor"), at_end("blur_to_spread")
             cells = (group.dataset, group.label, f"{actor}", verdict(actor, distance, floor, gains))
-            cells += (f"{gains.mean():+.1f}", _interval(bootstrap_interval([gains], mean)))
+            cells += (_with_ends(gains.mean(), paired_interval(gains), "+.1f"),)
             cells += (_figure(at_end("energy_before"), 3), _figure(at_end("energy"), 3))
             cells += (_figure(100 * at_end("energy_fell"), 0), f"{distance:.2g}", f"{floor:.2g}" if actor else "–")
             cells += (f"{at_end('q'):.4g}", f"{at_end('spread'):.2g}")
             rows.append((*cells, "–" if not _known(blur) else f"{blur:.2g}{' ⚠' if blur > 1 else ''}"))
-    header = ("dataset", "w2_weights", "actor", "step", "score gained", "95% interval", "energy before", "energy after")
+    header = ("dataset", "w2_weights", "actor", "step", "score gained [95%]", "energy before", "energy after")
     header += ("fell, % of rows", "distance", "its floor", "Q", "spread", "blur / spread")
     return Table(header, rows, 4)
 
@@ -601,10 +607,11 @@ h1 { font-size: 1.5rem; margin: 0.4em 0; } h2 { font-size: 1.2rem; margin: 2em 0
 h3 { font-size: 1rem; margin: 1.4em 0 0.3em; }
 p { max-width: 75ch; } .soft { color: var(--soft); }
 .scroll { overflow-x: auto; margin: 0.8em 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.85rem; overflow-wrap: normal; }
-th, td { padding: 4px 9px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: bottom; }
-td { white-space: nowrap; } .n { text-align: right; } th { color: var(--soft); font-weight: 600; min-width: 3.2em; }
-table.notes td { white-space: normal; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.78rem; overflow-wrap: normal; }
+th, td { padding: 4px 5px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+td { white-space: nowrap; } .n { text-align: right; } th { color: var(--soft); font-weight: 600; }
+table.notes td { white-space: normal; overflow-wrap: anywhere; min-width: 3em; }
+@media (max-width: 600px) { td.w:first-child { white-space: normal; max-width: 7.5em; } }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: 10px; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 11px; }
 svg .t { fill: var(--ink); font-size: 12px; font-weight: 600; } .grid { stroke: var(--line); }
@@ -623,7 +630,8 @@ HOW_MADE = (
     "Scores are D4RL's, 0 for a random policy and 100 for its expert, of each run's last checkpoint, acting with z = 0 "
     "unless a row says stochastic. A run's score is the mean over its final episodes; mean and IQM are over seeds. "
     "Intervals hold 95% of 10,000 bootstrap draws of seeds, stratified by dataset; a few seeds give rather too narrow "
-    "ones, one seed gives none (–), and of fewer than four scores the IQM is the mean. “Best in training” is "
+    "ones, one seed gives none, and of fewer than four scores the IQM is the mean. “Data” is the mean score of the "
+    "dataset's own episodes. “Best in training” is "
     "the highest of many evaluations, chosen after the fact: it is no result."
 )
 PUBLISHED_FOR = "Figures of other methods are published ones for D4RL's official files."
@@ -634,10 +642,10 @@ NOT_SAME_DATA = (
 HOW_TO_READ = (
     "At the end of training, the last tenth of the rows of metrics.csv, means over seeds. A step moved if its distance "
     "is at least twice its floor, the distance between two independent draws of the actor before it. It helped if the "
-    "interval of the score that it gained over the actor before it, on the same episodes (for actor 0: over the data), "
-    "lies above 0. Energy is the loss L of the step; before: had the actor stayed where the chain stood. ⚠ marks "
-    "a blur larger than the spread of the samples: the distance then understates how far apart two actors are, and "
-    "hardly holds the later one back."
+    "score that it gained over the actor before it on the same episodes (for actor 0: over the data) has a paired 95% "
+    "t-interval above 0. Energy is the loss L of the step; before: had the actor stayed where the chain stood. ⚠ "
+    "marks a blur larger than the spread of the samples: the distance then understates how far apart two actors are, "
+    "and hardly holds the later one back."
 )
 
 

@@ -24,8 +24,8 @@ Deviations from the original OPSO code, each with its reason (docs/opso.md has t
 - Targets of Q and V span many steps, as offline.
 - Without the dataset's actions, a labeller a = g(s_t, s_{t+1}) learns from one's own transitions, random ones at
   first, and says which action lay between two states of the dataset; the inverse dynamics then learns from those as
-  from known ones (behavioural cloning from observation; Torabi et al., 2018). One step tells much of its action; many steps
-  of random actions, which the inverse dynamics would have to learn from, tell almost nothing.
+  from known ones (behavioural cloning from observation; Torabi et al., 2018). One step tells much of its action; many
+  steps of random actions, which the inverse dynamics would have to learn from, tell almost nothing.
 """
 
 import copy

@@ -20,6 +20,8 @@ rate and, unless `td_actor` says otherwise, its bootstrap from the online actor;
 Choices where the sources differ or are silent:
 - lambda = 1 / mean|Q| over the batch (`q_normalization batch`), as the original text has a normalisation. The code
   published later has lambda = 1 (`none`).
+- All actors begin as copies of the first, as a step of the scheme begins where the one before it stands. From weights
+  of its own an actor spends the run on coming near the one before it, and never gets to its step (docs/pogo.md).
 - The actors' learning rate falls to 0 over the run (`lr_decay`): an actor follows one that moves at every step, and
   lags behind by more than the step it is to make (docs/pogo.md).
 - K samples a state and policy; the distance takes all of them, Q the first: fewer passes through the critic, and no
@@ -85,6 +87,8 @@ class POGOAgent:
         self.critic = TwinCritic(*sizes, config.hidden_dim).to(self.device)
         actors = [TransportActor(*sizes, max_action, config.hidden_dim) for _ in config.w2_weights]
         self.actors = nn.ModuleList(actors).to(self.device)
+        for actor in self.actors[1:]:
+            actor.load_state_dict(self.actors[0].state_dict())
         self.critic_target = TwinCritic(*sizes, config.hidden_dim).to(self.device).requires_grad_(False)
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.actor_target = TransportActor(*sizes, max_action, config.hidden_dim).to(self.device).requires_grad_(False)

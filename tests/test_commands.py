@@ -27,6 +27,19 @@ SMALLER = {
         "--max_episodes 0 --fit_updates 2 --batch_size 1 --graph_nodes 8 --eval_episodes 1",
         "eval/success_rate",
     ),
+    "pogo_main.py": (
+        "--env local/hopper-medium-v2 --dataset_dir datasets --max_timesteps 4 --eval_freq 2 --log_freq 2 "
+        "--eval_episodes 1 --final_runs 1 --hidden_dim 8 --batch_size 8 --eval_workers 0",
+        "D4RL score",
+    ),
+    "run_comparison.py": ("--dry_run --only hopper-medium-v2 --threads 1", "runs"),  # test_run_comparison.py trains some
+    "run_comparison.py --config config.yaml --report_only": ("", "report.html"),
+    "benchmarks/bench_pogo.py": (
+        "--device cpu --batch_size 8 --transitions 20 --updates 1 --repeats 1 --max_actors 1",
+        "pogo_updates_per_second_1_actors: ours",
+    ),
+    "benchmarks/bench_sinkhorn.py": ("--device cpu --repeats 1 --calls 1", ": ours"),
+    "benchmarks/bench_evaluation.py": ("--steps 110000 --episodes 1 --repeats 1", ": ours"),
     "benchmarks/bench_online.py": (
         "--num_envs 2 --graph_nodes 4 --context_length 4 --steps 2 --repeats 1",
         "acting_steps_per_second_2_envs: ours",
@@ -84,6 +97,8 @@ def beginning(command: str) -> str:
 def prepare(words: list[str]) -> None:
     """Make, in the current folder, what the command reads."""
     make_dataset.generate(DATASET, size=2, dataset_dir="datasets", progress=False)
+    if "config.yaml" in words:
+        shutil.copy(ROOT / "config.yaml", ".")
     for word in words:
         if word in MADE_BEFORE:
             dataset_id, size = MADE_BEFORE[word]

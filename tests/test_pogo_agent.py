@@ -15,10 +15,23 @@ from utils import load_checkpoint, save_checkpoint
 D, A, N = 5, 3, 32
 
 
-def make_agent(seed=0, device="cpu", max_action=1.0, **settings) -> POGOAgent:
+def make_agent(seed=0, device="cpu", max_action=1.0, apart=True, **settings) -> POGOAgent:
+    """An agent whose actors differ, unless they are to stand where they begin."""
     torch.manual_seed(seed)
     config = POGOConfig(**({"hidden_dim": 16, "w2_weights": (0.4, 1.0, 0.5)} | settings))
-    return POGOAgent(config, D, A, max_action, torch.Generator(device).manual_seed(seed), device)
+    agent = POGOAgent(config, D, A, max_action, torch.Generator(device).manual_seed(seed), device)
+    with torch.no_grad():
+        for parameter in agent.actors[1:].parameters() if apart else ():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return agent
+
+
+def test_actors_begin_as_copies_of_the_first_and_apart_in_memory():
+    agent = make_agent(apart=False)
+    first, *others = ([p for p in actor.parameters()] for actor in agent.actors)
+    assert all(same(first, other) for other in others)
+    agent.update(make_batch())
+    assert not any(same(first, other) for other in others) and not same(*others)
 
 
 def make_batch(seed=0, dtype=torch.float32, max_action=1.0) -> dict[str, torch.Tensor]:

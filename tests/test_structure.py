@@ -24,7 +24,7 @@ BENCHMARK_TOOLS = {"ogbench_utils", "d4rl_utils"}
 BELOW_ENTRY_POINTS = (
     AGENTS
     | BENCHMARK_TOOLS
-    | {"offline_data", "evaluation"}
+    | {"offline_data", "evaluation", "comparison_jobs", "comparison_report"}
     | {"benchmark_data", "visualize", "model", "transport", "utils", "algorithms", "walker"}
 )
 # What each module may import of this project; a package name stands for all that is in it.
@@ -32,6 +32,10 @@ MAY_IMPORT = {
     # An entry point may have make_dataset make what is missing; no other imports one.
     **dict.fromkeys(ENTRY_POINTS - {"make_dataset"}, BELOW_ENTRY_POINTS | {"make_dataset"}),
     "make_dataset": BELOW_ENTRY_POINTS,
+    # Its runs are pogo_main's: the settings, their checks and the directories are defined there once.
+    "run_comparison": BELOW_ENTRY_POINTS | {"pogo_main"},
+    "comparison_jobs": {"comparison_jobs", "utils"},  # itself: a Ray worker imports it by name
+    "comparison_report": {"utils"},
     **dict.fromkeys(AGENTS, {"model", "transport", "utils"}),
     "offline_data": {*BENCHMARK_TOOLS, "utils"},
     **dict.fromkeys(BENCHMARK_TOOLS, {"downloads", "utils"}),

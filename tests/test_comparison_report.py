@@ -1,0 +1,372 @@
+"""Results of a comparison: statistics against slow oracles, tables, and the page in a browser."""
+
+import csv
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import comparison_report
+from comparison_report import ComparedRun, bootstrap_interval, collect, iqm, mean, write_report
+from utils import EpisodeLog, MetricLogger
+
+OFFICIAL = {"hopper-medium-v2": 999_906, "walker2d-medium-v2": 999_995, "local/hopper-medium-v2": 100_000}
+STEPS = (100, 200, 300)
+
+
+def make_run(
+    root: Path, dataset: str, weights: tuple, seed: int, score: float = 50.0, variant=0, **more
+) -> ComparedRun:
+    """A finished run's directory with invented figures: actor i scores `score` + seed + 2 i, stochastic one less.
+
+    The evaluation in the middle of training is 7 better. Further arguments go to finished.json and `chain` to the
+    diagnostics.
+    """
+    name = "_".join(f"{weight:g}" for weight in weights)
+    run_dir = root / dataset / f"w2_{name}" / f"seed_{seed}"
+    (run_dir / "training").mkdir(parents=True)
+    chain = {"q": 5.0, "spread": 0.1, "energy": -0.5, "energy_before": -0.3, "energy_fell": 1.0, "distance": 0.02}
+    chain |= {"floor": 0.004, "blur_to_spread": 0.5, "q_gradient": 1.0} | more.pop("chain", {})
+    policies = [(actor, mode) for actor in range(len(weights)) for mode in comparison_report.MODES]
+    centre = np.array([[score + seed + 2 * actor - (mode == "stochastic")] for actor, mode in policies])
+    logger = MetricLogger(run_dir / "training", tensorboard=False)
+    episodes = EpisodeLog(run_dir / "training" / "evaluations.csv")
+    for number, step in enumerate(STEPS):
+        figures = {"critic_loss": 1.0, "q_data": 5.0}
+        for actor in range(len(weights)):
+            figures |= {f"chain/actor_{actor}/{name}": value for name, value in chain.items()}
+        scores = centre + 7 * (number == 1) + np.array([-1.0, 1.0])
+        episodes.add(step, policies, scores, np.full(scores.shape, 10), scores)
+        for (actor, mode), row in zip(policies, scores, strict=True):
+            figures[f"eval/actor_{actor}/{mode}/score"] = float(row.mean())
+        logger.log(step, figures)
+    scores = centre + np.array([-3.0, -1.0, 1.0, 3.0])
+    episodes.add(STEPS[-1], policies, scores, np.full(scores.shape, 10), scores, "final")
+    logger.close()
+    transitions = OFFICIAL.get(dataset, 1000)
+    summary = {"data_score": 40.0, "steps": STEPS[-1], "transitions": transitions, "seed": seed, "dataset": dataset}
+    (run_dir / "finished.json").write_text(json.dumps(summary | more))
+    return ComparedRun(dataset, weights, variant, seed, run_dir, True, "", 12.0)
+
+
+@pytest.fixture
+def comparison(tmp_path) -> list[ComparedRun]:
+    """Two official datasets and one local, three actors, three seeds; one more run has failed."""
+    runs = [
+        make_run(tmp_path, dataset, (0.4, 1.0, third), seed, score, variant)
+        for dataset, score in (
+            ("hopper-medium-v2", 60.0),
+            ("walker2d-medium-v2", 80.0),
+            ("local/hopper-medium-v2", 30.0),
+        )
+        for variant, third in enumerate((0.5, 2.0))
+        for seed in range(3)
+    ]
+    failed = ComparedRun("hopper-medium-v2", (0.4, 1.0, 0.5), 0, 3, tmp_path / "x", False, "exit code 2: mean Q <is> 9")
+    return [*runs, failed]
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def slow_iqm(scores: list[float]) -> float:
+    """A quarter of the scores removed one by one from either end."""
+    kept = sorted(scores)
+    for _ in range(len(scores) // 4):
+        kept.remove(min(kept))
+        kept.remove(max(kept))
+    return sum(kept) / len(kept)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 45])
+def test_iqm_is_the_mean_of_the_middle_half(count):
+    scores = np.random.default_rng(count).normal(size=count) ** 3
+    assert iqm(scores) == pytest.approx(slow_iqm(list(scores)), abs=1e-12)
+    scipy_stats = pytest.importorskip("scipy.stats")
+    assert iqm(scores) == pytest.approx(scipy_stats.trim_mean(scores, 0.25), abs=1e-12)  # rliable's definition
+
+
+def test_iqm_takes_the_last_axis_and_differs_from_the_mean():
+    scores = np.array([[0.0, 1.0, 2.0, 100.0], [5.0, 5.0, 5.0, 5.0]])
+    assert iqm(scores).tolist() == [1.5, 5.0]
+
+
+@pytest.mark.parametrize("statistic,slow", [(mean, lambda s: sum(s) / len(s)), (iqm, slow_iqm)])
+def test_bootstrap_equals_loops_with_the_same_generator(statistic, slow):
+    """Every dataset is drawn by itself, then all drawn scores are pooled."""
+    source = np.random.default_rng(3)
+    strata = [source.normal(size=5), 10 + source.normal(size=3), source.exponential(size=4)]
+    draws, generator = 200, np.random.default_rng(7)
+    chosen = [generator.integers(len(scores), size=(draws, len(scores))) for scores in strata]
+    values = []
+    for draw in range(draws):
+        pooled = [scores[place] for scores, rows in zip(strata, chosen, strict=True) for place in rows[draw]]
+        values.append(slow(pooled))
+    values.sort()
+    expected = []
+    for share in (0.025, 0.975):  # linear interpolation between order statistics
+        place = share * (draws - 1)
+        below = math.floor(place)
+        expected.append(values[below] + (place - below) * (values[below + 1] - values[below]))
+    assert bootstrap_interval(strata, statistic, draws, seed=7) == pytest.approx(expected, abs=1e-12)
+
+
+def test_intervals_cover_the_true_mean():
+    """20 seeds of a known distribution: about 95% of the intervals hold its mean, and never nearly all or few."""
+    source, hits = np.random.default_rng(0), 0
+    for number in range(300):
+        low, high = bootstrap_interval([source.normal(5.0, 2.0, size=20)], mean, draws=500, seed=number)
+        hits += low < 5.0 < high
+    assert 0.88 <= hits / 300 <= 0.98
+
+
+def test_strata_narrow_the_interval():
+    """Differences between datasets are not spread between seeds."""
+    strata = [np.array([0.0, 1.0, 2.0]), np.array([100.0, 101.0, 102.0])]
+    low, high = bootstrap_interval(strata, mean)
+    pooled_low, pooled_high = bootstrap_interval([np.concatenate(strata)], mean)
+    assert high - low < 2 and pooled_high - pooled_low > 50
+
+
+def test_gains_have_students_interval():
+    low, high = comparison_report.paired_interval(np.array([1.0, 2.0, 3.0]))
+    assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-5)  # t of a table, 2 df
+    assert all(map(math.isnan, comparison_report.paired_interval(np.array([1.0]))))
+
+
+def test_one_seed_has_no_interval():
+    assert all(map(math.isnan, bootstrap_interval([np.array([3.0])], mean)))
+    assert all(map(math.isnan, bootstrap_interval([np.array([3.0, 4.0]), np.array([1.0])], mean)))
+
+
+def test_curves_stand_where_every_seed_has_a_value(tmp_path):
+    runs = [make_run(tmp_path, "hopper-medium-v2", (0.4,), seed) for seed in range(2)]
+    (group,) = collect(runs)
+    column = "eval/actor_0/deterministic/score"
+    group.results[1].metrics[column][0] = math.nan
+    curve = comparison_report.across_seeds(group.results, column)
+    assert curve["x"].tolist() == [200, 300] and curve["mean"].tolist() == [57.5, 50.5]
+    assert curve["low"].tolist() == [57.0, 50.0] and curve["high"].tolist() == [58.0, 51.0]
+    assert np.isnan(comparison_report.across_seeds(group.results[:1], column)["low"]).all()
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_results_csv_has_a_row_for_each_run_actor_and_mode(comparison, tmp_path):
+    write_report(comparison, tmp_path / "results", "config.yaml")
+    with open(tmp_path / "results" / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 18 * 3 * 2
+    keys = [tuple(row[name] for name in ("dataset", "w2_weights", "seed", "actor", "mode")) for row in rows]
+    assert len(set(keys)) == len(rows)
+    row = rows[keys.index(("walker2d-medium-v2", "0.4 1 2", "2", "1", "stochastic"))]
+    assert float(row["score"]) == 80 + 2 + 2 - 1 and float(row["best_score_in_training"]) == 83 + 7
+    assert (row["step"], row["best_step"], row["episodes"], row["seconds"]) == ("300", "200", "4", "12.0")
+    assert (row["data_score"], row["official_data"], row["actors"]) == ("40.0", "True", "3")
+    local = next(row for row in rows if row["dataset"].startswith("local/"))
+    assert local["official_data"] == "False"
+
+
+def test_the_table_gives_statistics_over_seeds_beside_published_figures(comparison, tmp_path):
+    table = comparison_report.last_actor_table(collect(comparison))
+    rows = {row[:2]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    row = rows["walker2d-medium-v2", "0.4 1 2"]
+    assert row["mean [95%]"] == row["IQM [95%]"] == "85.0 [84.0, 86.0]"
+    assert (row["seeds"], row["episodes"], row["data"]) == ("3", "12", "40.0")
+    assert row["TD3+BC"] == "82.7" and row["POGO paper, 1 / 2 steps"] == "85.7 / 86.7"
+
+
+def test_published_figures_are_marked_beside_other_data(tmp_path):
+    """A local id, and a small file under an official name, are no comparison; the official file is."""
+    local = make_run(tmp_path, "local/hopper-medium-v2", (0.4,), 0)
+    small = make_run(tmp_path, "hopper-medium-v2", (0.4,), 0, transitions=100_000)
+    true = make_run(tmp_path, "walker2d-medium-v2", (0.4,), 0)
+    table = comparison_report.last_actor_table(collect([local, small, true]))
+    iql = [row[table.header.index("IQL")] for row in table.rows]
+    assert iql == ["67.5†", "67.5†", "80.9", "74.2†"]
+    assert "no comparison" in write_report([local], tmp_path / "a", "x")
+    assert "no comparison" not in write_report([true], tmp_path / "b", "x")
+    assert "no comparison" in (tmp_path / "a/report.html").read_text()
+    assert "no comparison" not in (tmp_path / "b/report.html").read_text()
+
+
+def test_every_published_row_names_an_official_dataset():
+    import d4rl_utils
+
+    assert set(comparison_report.PUBLISHED) <= set(d4rl_utils.official_ids())
+    for dataset, cells in comparison_report.PUBLISHED.items():
+        assert len(cells) == len(comparison_report.METHODS)
+        assert comparison_report.is_official(dataset, 2_000_000) and not comparison_report.is_official(dataset, 100_000)
+        assert not comparison_report.is_official(f"local/{dataset}", 2_000_000)
+
+
+def test_a_suite_pools_datasets_of_the_same_place_and_seeds(comparison, tmp_path):
+    """hopper has a fourth seed at the first weights, so walker2d, with three, is left out there."""
+    comparison[-1] = make_run(tmp_path, "hopper-medium-v2", (0.4, 1.0, 0.5), 3)
+    groups = collect(comparison)
+    ((name, members),) = comparison_report.suites(groups)
+    assert name == "2 MuJoCo sets, weights 2" and [m.dataset for m in members] == [
+        "hopper-medium-v2",
+        "walker2d-medium-v2",
+    ]
+    row = comparison_report.suite_row(name, members)
+    table = comparison_report.last_actor_table(groups)
+    cells = dict(zip(table.header, row, strict=True))
+    assert row[1:3] == ("0.4 1 2", "75.0 [74.3, 75.7]") and cells["episodes"] == "24"
+    assert cells["TD3+BC"] == f"{(60.4 + 82.7) / 2:.1f}" and cells["POGO paper, 1 / 2 steps"] == "75.2 / 80.8"
+
+
+def test_the_best_of_training_is_not_the_result(comparison):
+    table = comparison_report.actor_table(collect(comparison))
+    rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    assert len(rows) == 6 * 3 * 2
+    assert (rows[0]["actor"], rows[0]["mode"], rows[0]["best in training"]) == ("0", "deterministic", "68.0")
+    assert rows[0]["mean [95%]"] == "61.0 [60.0, 62.0]"  # of the last checkpoint
+
+
+@pytest.mark.parametrize(
+    "chain,scores,words",
+    [
+        ({}, (50.0, 50.0), "moved and helped"),
+        ({"distance": 0.005}, (50.0, 50.0), "did not move"),
+        ({}, (50.0,), "one seed says nothing"),
+    ],
+)
+def test_diagnostics_say_whether_a_step_moved_and_helped(tmp_path, chain, scores, words):
+    runs = [make_run(tmp_path, "hopper-medium-v2", (0.4, 1.0), seed, s, chain=chain) for seed, s in enumerate(scores)]
+    table = comparison_report.diagnostics_table(collect(runs))
+    first, second = (dict(zip(table.header, row, strict=True)) for row in table.rows)
+    assert words in second["step"] and second["score gained [95%]"].startswith("+2.0")
+    assert first["score gained [95%]"].startswith(f"{np.mean(scores) + np.mean(range(len(scores))) - 40:+.1f}")
+    assert (first["energy before"], first["energy after"], first["fell, % of rows"]) == ("-0.300", "-0.500", "100")
+
+
+def test_verdicts_follow_the_interval_of_the_gain():
+    say = comparison_report.verdict
+    assert say(1, 1.0, 0.1, np.array([-2.0, -1.8, -2.2])) == "moved and hurt"
+    assert say(1, 1.0, 0.1, np.array([-2.0, 4.0, 1.0])) == "moved, no clear gain"
+    assert say(0, 0.0, 0.0, np.array([1.9, 2.0])) == "moved and helped"  # the first has no floor
+
+
+def test_a_blur_above_the_spread_is_marked(tmp_path):
+    run = make_run(tmp_path, "hopper-medium-v2", (0.4, 1.0), 0, chain={"blur_to_spread": 1.5})
+    assert comparison_report.diagnostics_table(collect([run])).rows[1][-1] == "1.5 ⚠"
+    run = make_run(tmp_path / "b", "hopper-medium-v2", (0.4, 1.0), 0)
+    assert comparison_report.diagnostics_table(collect([run])).rows[1][-1] == "0.5"
+
+
+def test_unfinished_runs_are_listed_with_their_reason(comparison, tmp_path):
+    text = write_report(comparison, tmp_path / "out", "config.yaml")
+    assert "| hopper-medium-v2 | 0.4 1 0.5 | 3 | exit code 2: mean Q <is> 9 |" in text
+    page = (tmp_path / "out/report.html").read_text()
+    assert "18 of 19 runs finished" in page and "mean Q &lt;is&gt; 9" in page and "<is>" not in page
+
+
+def test_a_damaged_run_is_listed_and_stops_nothing(comparison, tmp_path):
+    (comparison[0].run_dir / "training" / "evaluations.csv").write_text("no such table\n")
+    (comparison[1].run_dir / "finished.json").write_text("{}")
+    text = write_report(comparison, tmp_path / "out", "config.yaml")
+    assert text.count("evaluations.csv") == 1 and text.count("finished.json") == 1
+    assert not comparison[0].finished and comparison[2].finished
+
+
+def test_nothing_finished_still_makes_a_report(tmp_path):
+    runs = [ComparedRun("hopper-medium-v2", (0.4,), 0, 0, tmp_path / "x", False)]
+    write_report(runs, tmp_path / "out", "config.yaml")
+    assert "No run is finished yet" in (tmp_path / "out/report.html").read_text()
+    assert "not started" in (tmp_path / "out/results.md").read_text()
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+class Checked(html.parser.HTMLParser):
+    """Counts tags, and remembers what would be fetched and what was left open."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.fetched, self.open = {}, [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        values = dict(attributes)
+        self.fetched += [values[name] for name in ("src", "href") if not values.get(name, "data:").startswith("data:")]
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.count[tag] = self.count.get(tag, 0) + 1
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_fetches_nothing(comparison, tmp_path):
+    write_report(comparison, tmp_path, "config.yaml")
+    page = Checked()
+    text = (tmp_path / "report.html").read_text()
+    page.feed(text)
+    assert not page.open and not page.fetched and "script" not in page.count
+    assert not re.search(r"url\(|@import|nan", text)
+    # 6 groups: a chart of scores each, and four of the chain; four tables.
+    assert (page.count["svg"], page.count["table"]) == (6 * 5, 4)
+
+
+def test_ticks_are_round_and_within_bounds():
+    assert comparison_report._ticks(0, 1_000_000, 4) == [0, 500_000, 1_000_000]
+    assert comparison_report._ticks(-3, 17) == [0, 5, 10, 15]
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+# Loads the report at a width in a frame of that width, as headless windows are never narrower than 500 pixels.
+PROBE = """<!DOCTYPE html><html><body><script>
+const errors = [];
+function load(width) {
+  return new Promise(done => {
+    const frame = document.createElement('iframe');
+    frame.style.width = width + 'px'; frame.style.height = '900px'; frame.style.border = '0';
+    frame.src = 'report.html';
+    frame.onload = () => {
+      const page = frame.contentDocument;
+      page.querySelectorAll('details').forEach(d => { d.open = true; });
+      const wide = page.documentElement.scrollWidth;
+      const charts = [...page.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().width > 100).length;
+      const lines = [...page.querySelectorAll('polyline.line')].filter(s => s.getBBox().width > 50).length;
+      done({width, wide, tables: page.querySelectorAll('table').length, charts, lines});
+    };
+    document.body.append(frame);
+  });
+}
+(async () => {
+  const found = [];
+  for (const width of [400, 1200]) found.push(await load(width));
+  document.body.textContent = 'FOUND ' + JSON.stringify(found) + ' END';
+})();
+</script></body></html>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine")
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_page_in_a_browser(comparison, tmp_path, broken):
+    """No message in the console, tables and curves are there, nothing is wider than the window; a broken page fails."""
+    write_report(comparison, tmp_path, "config.yaml")
+    if broken:
+        page = tmp_path / "report.html"
+        page.write_text(page.read_text().replace("</body>", "<p style='width:900px'>.</p><script>x.y</script></body>"))
+    (tmp_path / "probe.html").write_text(PROBE)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--dump-dom"]
+    command = [BROWSER, *flags, (tmp_path / "probe.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = json.loads(re.search(r"FOUND (.*) END", done.stdout).group(1))
+    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    assert [(page["width"], page["tables"], page["charts"]) for page in found] == [(400, 4, 30), (1200, 4, 30)]
+    assert all(page["lines"] >= 6 * 3 for page in found)
+    assert (not console and all(page["wide"] <= page["width"] for page in found)) is not broken, (console, found)

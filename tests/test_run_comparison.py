@@ -1,0 +1,663 @@
+"""The comparison command: what it runs, what it leaves alone, and how it survives what goes wrong.
+
+Most tests put a tiny trainer in the place of pogo_main.py: it keeps the same files, needs no torch and notes every
+start and end in a ledger. One test runs pogo_main.py itself.
+"""
+
+import collections
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import comparison_jobs
+import make_dataset
+import run_comparison
+from pogo_main import POGOTrainerConfig
+from run_comparison import expand
+from utils import UserError, hold_run, parse_config, read_metrics, run_cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Trains by waiting. Its --dataset_dir is its folder of notes: ledger.txt, and behaviour.json, seed -> what goes wrong.
+TRAINER = r"""
+import fcntl, json, os, sys, time, yaml
+from pathlib import Path
+
+flags, name = {}, None
+for word in sys.argv[1:]:
+    if word.startswith("--"):
+        name = word[2:]
+        flags[name.removeprefix("no_")] = not name.startswith("no_")
+    elif name == "w2_weights":
+        flags[name] = [*flags[name], float(word)] if isinstance(flags[name], list) else [float(word)]
+    else:
+        flags[name] = None if word == "none" and name.endswith(("_dir", "_project")) else yaml.safe_load(word)
+run_dir, notes, steps = Path(flags["run_dir"]), Path(flags["dataset_dir"]), flags["max_timesteps"]
+behaviours = json.loads((notes / "behaviour.json").read_text()) if (notes / "behaviour.json").exists() else {}
+behaviour = behaviours.get(str(flags["seed"]))
+
+def note(event):
+    with open(notes / "ledger.txt", "a") as file:
+        threads = os.environ["OMP_NUM_THREADS"]
+        file.write(f"{event} {run_dir.parent.name}/{run_dir.name} {step} {os.getpid()} {threads}\n")
+
+folder = os.open(run_dir, os.O_RDONLY)
+try:
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print(f"error: {run_dir}: another process is training there; choose another --run_dir")
+    sys.exit(2)
+checkpoint, training = run_dir / "checkpoints" / "last.pth", run_dir / "training"
+step = int(checkpoint.read_text()) if checkpoint.exists() else 0
+note("start")
+print("output of", run_dir)
+for path in (training, checkpoint.parent):
+    path.mkdir(exist_ok=True)
+stored = {key: value for key, value in flags.items() if key != "resume"}
+(run_dir / "config.yaml").write_text(yaml.safe_dump(stored))
+rows = [f"{s},{s / 10},{s / 20}\n" for s in range(10, step + 1, 10)]
+while step < steps:
+    if behaviour == "diverge" and step >= steps // 2:
+        print(f"error: {run_dir}: mean Q is 9e9 at update {step}; raise --w2_weights", file=sys.stderr)
+        sys.exit(2)
+    first = behaviour == "crash once" and step == 20 and not (notes / "crashed").exists()
+    if first or behaviour == "crash" and step >= steps // 2:
+        (notes / "crashed").touch()
+        raise RuntimeError("a defect")
+    time.sleep(flags["lr"] * (8 if behaviour == "slow" else 1))
+    step += 10
+    rows.append(f"{step},{step / 10},{step / 20}\n")
+    (training / "metrics.csv").write_text("step,critic_loss,chain/actor_0/q\n" + "".join(rows))
+    checkpoint.with_suffix(".tmp").write_text(str(step))
+    os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+text = "evaluation,step,actor,mode,episode,length,return,score\n"
+for kind in ("training", "final"):
+    for actor in range(len(flags["w2_weights"])):
+        for mode in ("deterministic", "stochastic"):
+            text += f"{kind},{step},{actor},{mode},0,10,1.0,{50.0 + actor}\n"
+(training / "evaluations.csv").write_text(text)
+note("end")
+summary = {"data_score": 40.0, "steps": step, "transitions": 1000}
+(run_dir / "finished.tmp").write_text(json.dumps(summary))
+os.replace(run_dir / "finished.tmp", run_dir / "finished.json")
+"""
+START = """
+import sys
+sys.path.insert(0, {root!r})
+import run_comparison, utils
+run_comparison.SCRIPT = {script!r}
+utils.run_cli(run_comparison.main)
+"""
+SECOND = 0.02  # of an update of ten, in the trainer above; `learning_rate` sets it
+BASE = {
+    "common": {"max_timesteps": 50, "seeds": [0, 1]},
+    "environments": {"hopper": {"medium": {"w2_weights": [0.4, 1.0], "learning_rate": SECOND}}},
+}
+
+
+class Place:
+    """A folder with a comparison, the trainer above, and its notes."""
+
+    def __init__(self, folder: Path, monkeypatch):
+        self.folder, self.config, self.notes = folder, folder / "comparison.yaml", folder / "notes"
+        self.notes.mkdir()
+        self.script = folder / "trainer.py"
+        self.script.write_text(TRAINER)
+        monkeypatch.setattr(run_comparison, "SCRIPT", self.script)
+        monkeypatch.setattr(run_comparison, "POLL_SECONDS", 0.02)
+        self.write(BASE)
+
+    def write(self, comparison: dict) -> None:
+        self.config.write_text(yaml.safe_dump(comparison))
+
+    def behave(self, **behaviours: str) -> None:
+        (self.notes / "behaviour.json").write_text(
+            json.dumps({k.removeprefix("seed_"): v for k, v in behaviours.items()})
+        )
+
+    def flags(self, *more: str) -> list[str]:
+        own = {"config": self.config, "log_dir": self.folder / "logs", "output": self.folder / "results"}
+        own |= {"dataset_dir": self.notes}
+        return [word for name, value in own.items() for word in (f"--{name}", str(value))] + list(more)
+
+    def run(self, *more: str) -> None:
+        run_comparison.main(self.flags(*more))
+
+    def start(self, *more: str) -> subprocess.Popen:
+        """The command in a process of its own."""
+        code = START.format(root=str(ROOT), script=str(self.script))
+        command = [sys.executable, "-c", code, *self.flags(*more)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def ledger(self) -> list[list[str]]:
+        path = self.notes / "ledger.txt"
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+    def count(self, event: str) -> collections.Counter:
+        return collections.Counter(line[1] for line in self.ledger() if line[0] == event)
+
+    def rows(self) -> list[dict]:
+        with open(self.folder / "results" / "results.csv") as file:
+            return list(csv.DictReader(file))
+
+    def run_dir(self, seed: int) -> Path:
+        return self.folder / "logs" / "hopper-medium-v2" / "w2_0.4_1" / f"seed_{seed}"
+
+    def wait_for(self, condition, process: subprocess.Popen, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline, "it never happened"
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Place:
+    return Place(tmp_path, monkeypatch)
+
+
+def alive(pid: str) -> bool:
+    """Whether a process runs; one that has ended and that nobody has asked after is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def ends(pid: str, seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not alive(pid)
+
+
+def exits(capsys, *flags) -> str:
+    """Run the command in this process; it must exit 2 with one line on stderr, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda _: run_comparison.main(list(flags)))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+# --- config.yaml -> runs ---------------------------------------------------------------------------------------------
+
+
+def settings(path: Path, *more: str) -> run_comparison.RunComparisonConfig:
+    return parse_config(run_comparison.RunComparisonConfig, ["--config", str(path), *more], config_flag="--settings")
+
+
+def test_the_shipped_comparison_expands(tmp_path):
+    runs = expand(settings(ROOT / "config.yaml", "--log_dir", str(tmp_path)))
+    datasets = list(dict.fromkeys(run.config.env for run in runs))
+    assert len(runs) == 15 * 3 * 3 and len(datasets) == 15
+    assert datasets[0] == "halfcheetah-medium-v2" and datasets[-1] == "antmaze-large-diverse-v2"
+    assert {run.config.lr for run in runs if "antmaze" in run.config.env} == {1e-4}
+    assert {run.config.lr for run in runs if "antmaze" not in run.config.env} == {3e-4}
+    first = [(run.config.w2_weights, run.variant, run.config.seed) for run in runs[:9]]
+    assert first == [((0.4, 1.0, w), n, seed) for n, w in enumerate((0.5, 1.0, 2.0)) for seed in (0, 1, 2)]
+    assert runs[0].run_dir == tmp_path / "halfcheetah-medium-v2" / "w2_0.4_1_0.5" / "seed_0"
+    assert runs[0].config.max_timesteps == 1_000_000 and runs[0].config.sinkhorn_blur == 0.05
+
+
+def test_every_part_of_the_file_reaches_its_runs(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        """
+        common: {batch_size: 32, normalize: false, seeds: [5], learning_rate: 1e-3, dataset_dir: data}
+        sinkhorn: {K: 2, blur: 1e-1, backend: exact}
+        environments:
+          local/hopper:
+            medium: {w2_weights_base: [1, 2e-1], w2_weights_third: [3, 4.5]}
+          any:
+            thing: {w2_weights: [0.7], env: antmaze-medium-navigate-singletask-v0, batch_size: 8, learning_rate: 3e-4,
+                    sinkhorn: {blur: 0.2}}
+        """
+    )
+    first, second, other = (run.config for run in expand(settings(path, "--jobs", "1", "--threads", "3")))
+    assert (first.env, first.w2_weights, second.w2_weights) == ("local/hopper-medium-v2", (1, 0.2, 3), (1, 0.2, 4.5))
+    assert (first.batch_size, first.normalize, first.seed, first.lr) == (32, False, 5, 1e-3)
+    assert (first.sinkhorn_K, first.sinkhorn_blur, first.sinkhorn_backend) == (2, 0.1, "exact")
+    assert first.dataset_dir == str(Path("data").resolve()) and first.eval_workers == 2
+    assert (other.env, other.w2_weights) == ("antmaze-medium-navigate-singletask-v0", (0.7,))
+    assert (other.batch_size, other.lr, other.sinkhorn_K, other.sinkhorn_blur) == (8, 3e-4, 2, 0.2)
+
+
+def test_flags_override_the_file(place):
+    runs = expand(settings(place.config, "--seeds", "7", "8", "9", "--max_timesteps", "20", "--only", "seed 8"))
+    assert [(run.config.seed, run.config.max_timesteps) for run in runs] == [(8, 20)]
+
+
+def test_a_process_is_told_every_setting(place):
+    """No default and no file left by an earlier start can decide one."""
+    run = expand(settings(place.config, "--dataset_dir", "x"))[1]
+    job = run_comparison.to_job(run, 3)
+    assert {flag[2:].removeprefix("no_") for flag in job.flags if flag.startswith("--")} == set(run_comparison.SETTINGS)
+    assert parse_config(POGOTrainerConfig, job.flags) == run.config and run.config.resume
+    assert job.environment["OMP_NUM_THREADS"] == "3"
+
+
+def test_cores_are_shared_among_jobs(place, monkeypatch):
+    monkeypatch.setattr(run_comparison, "cores", lambda: 8)
+    found = {}
+    for jobs in (1, 2, 3, 100):
+        config = settings(place.config, "--jobs", str(jobs))
+        found[jobs] = (run_comparison.threads_of(config), expand(config)[0].config.eval_workers)
+    assert found == {1: (4, 7), 2: (4, 3), 3: (2, 1), 100: (1, 0)}
+
+
+BAD = [
+    ("common: {bacth_size: 4}", "common.bacth_size", "batch_size"),
+    ("common: {batch_size: many}", "common.batch_size", "must be an integer"),
+    ("common: {batch_size: 2.5}", "common.batch_size", "must be an integer"),
+    ("common: {batch_size: true}", "common.batch_size", "must not be true or false"),
+    ("common: {normalize: 3}", "common.normalize", "must be true or false"),
+    ("common: {tau: [1, 2]}", "common.tau", "takes one value"),
+    ("common: {tau: 7}", "environments.hopper.medium", "--tau 7"),
+    ("common: {run_dir: x}", "common.run_dir", "unknown key"),
+    ("common: {seeds: [0, 0]}", "common.seeds", "twice"),
+    ("common: {seeds: [0.5]}", "common.seeds", "integers"),
+    ("common: {seeds: 3}", "common.seeds", "list"),
+    ("common: [1]", "common", "key: value"),
+    ("sinkhorn: {k: 4}", "sinkhorn.k", "'K'"),
+    ("sinkhorn: {blur: wide}", "sinkhorn.blur", "must be a number"),
+    ("sinkhorn: {backend: fast}", "environments.hopper.medium", "--sinkhorn_backend fast"),
+    ("settings: {}", "unknown key settings", ""),
+    ("common: {tau: 0.1, tau: 0.2}", "stands twice", "line 1"),
+    ("common: [", "not valid YAML", ""),
+    ("environments: {}", "environments is missing", ""),
+    ("environments: {hopper: medium}", "environments.hopper", "key: value"),
+    ("environments: {hopper: {medium: }}", "environments.hopper.medium", "key: value"),
+    ("environments: {hopper: {medum: {w2_weights: [1]}}}", "environments.hopper.medum", "hopper-medium-v2"),
+    ("environments: {hopper: {medium: {learning_rate: 3e-4}}}", "environments.hopper.medium", "needs w2_weights"),
+    ("environments: {hopper: {medium: {w2_weights: []}}}", "medium.w2_weights", "list of numbers"),
+    ("environments: {hopper: {medium: {w2_weights: [x]}}}", "medium.w2_weights", "list of numbers"),
+    ("environments: {hopper: {medium: {w2_weights: [-1]}}}", "environments.hopper.medium", "--w2_weights -1"),
+    ("environments: {hopper: {medium: {w2_weights_base: [1, 2]}}}", "medium", "both w2_weights_base and"),
+    (
+        "environments: {hopper: {medium: {w2_weights_base: [1, 2, 3], w2_weights_third: [1]}}}",
+        "medium.w2_weights_base",
+        "two weights, of actors 0 and 1, are needed, not 3",
+    ),
+    ("environments: {hopper: {medium: {w2_weights: [1], w2_weights_third: [1]}}}", "medium", "it has w2_weights and"),
+    (
+        "environments: {hopper: {medium: {w2_weights_base: [1, 1], w2_weights_third: [2, 2]}}}",
+        "medium",
+        "earlier entry",
+    ),
+    ("environments: {hopper: {medium: {w2_weights: [1], learning_rate: fast}}}", "medium.learning_rate", "a number"),
+]
+
+
+@pytest.mark.parametrize("text,where,words", BAD, ids=[f"{where}: {words}" for _, where, words in BAD])
+def test_a_bad_file_is_named_with_its_key(text, where, words, tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    good = "\nenvironments: {hopper: {medium: {w2_weights: [0.4, 1.0]}}}\n"
+    path.write_text(text + (good if not text.startswith("environments") else ""))
+    line = exits(capsys, "--config", str(path), "--log_dir", str(tmp_path / "logs"))
+    assert "c.yaml" in line and where in line and words in line, line
+    assert not (tmp_path / "logs").exists()
+
+
+def test_bad_flags_are_named(place, capsys, monkeypatch):
+    assert "no.yaml" in exits(capsys, "--config", "no.yaml")
+    assert "--only 'cheetah'" in exits(capsys, *place.flags("--only", "cheetah"))
+    assert "--jobs 0" in exits(capsys, *place.flags("--jobs", "0"))
+    assert "--retries -1" in exits(capsys, *place.flags("--retries", "-1"))
+    assert "--backend slurm" in exits(capsys, *place.flags("--backend", "slurm"))
+    assert "add --backend ray" in exits(capsys, *place.flags("--address", "auto"))
+    assert "needs --address" in exits(capsys, *place.flags("--backend", "ray"))
+    assert "--gpus_per_run -1" in exits(capsys, *place.flags("--gpus_per_run", "-1"))
+    assert "--conifg" in exits(capsys, "--conifg", "x")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    line = exits(capsys, *place.flags("--backend", "ray", "--address", "auto"))
+    assert "requirements-cluster.txt" in line
+    assert not place.ledger()
+
+
+# --- saying what would run -------------------------------------------------------------------------------------------
+
+
+def test_dry_run_says_what_it_would_do_and_does_nothing(place, capsys):
+    place.run("--dry_run", "--jobs", "2")
+    out = capsys.readouterr().out
+    assert "hopper-medium-v2 w2 0.4 1 seed 1: not started" in out
+    assert "2 runs: 0 finished, 0 cut, 2 not started" in out and " free in " in out
+    assert re.search(r"Time: \d+(\.\d)? (seconds|minutes|hours) with 2 at once \(2 of them from 1 bursts", out)
+    assert {path.name for path in place.folder.iterdir()} == {"comparison.yaml", "notes", "trainer.py"}
+
+
+def test_dry_run_measures_on_finished_runs_where_it_can(place, capsys):
+    place.run("--only", "seed 0")
+    attempts = json.loads((place.run_dir(0) / "attempts.json").read_text())
+    attempts[0]["seconds"] = 5000.0
+    (place.run_dir(0) / "attempts.json").write_text(json.dumps(attempts))
+    capsys.readouterr()
+    place.run("--dry_run")
+    out = capsys.readouterr().out
+    assert "seed 0: finished" in out and "1 finished, 0 cut, 1 not started" in out
+    assert "Time: 83.3 minutes with 1 at once (1 of them from finished runs of this comparison)" in out
+
+
+def test_a_burst_grows_with_the_work(place):
+    """A chain of three actors takes longer than one of one, and its checkpoint is larger."""
+    config = expand(settings(place.config))[0].config
+    config.w2_weights, config.hidden_dim = (0.4,), 64
+    short, small = run_comparison.burst(config, 1, seconds=0.2)
+    config.w2_weights = (0.4, 1.0, 1.0, 1.0, 1.0)
+    long, large = run_comparison.burst(config, 1, seconds=0.2)
+    assert 0 < short < long < 5 and small < large
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_trained_once_and_reported(place, capsys):
+    place.run("--jobs", "2", "--threads", "1")
+    out = capsys.readouterr().out
+    assert place.count("start") == place.count("end") == {"w2_0.4_1/seed_0": 1, "w2_0.4_1/seed_1": 1}
+    assert len(place.rows()) == 2 * 2 * 2 and float(place.rows()[0]["seconds"]) > 5 * SECOND
+    assert {row["score"] for row in place.rows()} == {"50.0", "51.0"}
+    assert "hopper-medium-v2 | 0.4 1 | 51.0 [51.0, 51.0]" in out and "report.html" in out
+    log = (place.run_dir(0) / "output.log").read_text()
+    assert "output of" in log and "--max_timesteps 50" in log and {line[4] for line in place.ledger()} == {"1"}
+    page = (place.folder / "results" / "report.html").read_text()
+    place.run()
+    place.run("--backend", "ray", "--address", "127.0.0.1:1")  # with nothing left, no cluster is asked
+    assert sum(place.count("start").values()) == 2  # nothing that is finished runs again
+    assert "2 of 2 runs finished" in page
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_so_many_run_at_once(place, jobs):
+    place.write(BASE | {"common": {"max_timesteps": 100, "seeds": [0, 1, 2]}})
+    place.run("--jobs", str(jobs))
+    running = most = 0
+    for line in place.ledger():
+        running += 1 if line[0] == "start" else -1
+        most = max(most, running)
+    assert most == jobs
+
+
+def test_report_only_trains_nothing(place, capsys):
+    place.run("--only", "seed 1")
+    place.run("--report_only")
+    assert sum(place.count("start").values()) == 1
+    assert len(place.rows()) == 4 and "| hopper-medium-v2 | 0.4 1 | 0 | not started |" in capsys.readouterr().out
+
+
+def test_a_crash_is_tried_again_from_the_checkpoint(place, capsys):
+    place.behave(seed_0="crash once")
+    place.run()
+    starts = [line for line in place.ledger() if line[0] == "start" and "seed_0" in line[1]]
+    assert [line[2] for line in starts] == ["0", "20"] and len(place.rows()) == 8
+    assert "exit code 1: RuntimeError: a defect; starting it again" in capsys.readouterr().err
+    attempts = comparison_jobs.read_attempts(place.run_dir(0))
+    assert [attempt["code"] for attempt in attempts] == [1, 0]
+    assert comparison_jobs.seconds_spent(place.run_dir(0)) == sum(attempt["seconds"] for attempt in attempts)
+
+
+def test_tries_end_and_divergence_gets_none(place, capsys):
+    place.behave(seed_0="crash", seed_1="diverge")
+    place.write(BASE | {"common": {"max_timesteps": 50, "seeds": [0, 1, 2]}})
+    with pytest.raises(SystemExit) as stop:
+        place.run("--retries", "1")
+    assert stop.value.code == 1
+    assert place.count("start") == {"w2_0.4_1/seed_0": 2, "w2_0.4_1/seed_1": 1, "w2_0.4_1/seed_2": 1}
+    said = capsys.readouterr()
+    assert "exit code 2" in said.err and "mean Q is 9e9 at update 30" in said.err and "2 runs failed" in said.err
+    assert len(place.rows()) == 4  # of seed 2
+    page = (place.folder / "results" / "report.html").read_text()
+    assert "mean Q is 9e9" in page and "a defect" in page
+    place.behave()
+    place.run()  # mended: both go on from their checkpoints
+    assert [line[2] for line in place.ledger() if line[0] == "start"][-2:] == ["30", "30"]
+    assert len(place.rows()) == 12
+
+
+def test_other_settings_are_refused_before_anything_runs(place, capsys):
+    place.run("--only", "seed 0")
+    entry = BASE["environments"]["hopper"]["medium"] | {"batch_size": 3}
+    place.write(BASE | {"environments": {"hopper": {"medium": entry}}})
+    line = exits(capsys, *place.flags())
+    assert "batch_size was 256 and is now 3" in line and "--log_dir" in line
+    place.write(BASE)
+    assert "max_timesteps" in exits(capsys, *place.flags("--max_timesteps", "60"))
+    assert sum(place.count("start").values()) == 1
+
+
+def test_a_run_that_another_process_trains_is_waited_for(place):
+    process = None
+    with hold_run(place.run_dir(0)):
+        process = place.start()
+        place.wait_for(lambda: place.count("end")["w2_0.4_1/seed_1"], process)
+        time.sleep(1)
+        assert not (place.run_dir(0) / "attempts.json").exists()  # no process was started to find out
+    assert process.wait(30) == 0, process.stderr.read()
+    assert place.count("end") == {"w2_0.4_1/seed_0": 1, "w2_0.4_1/seed_1": 1}
+
+
+def test_a_start_that_loses_the_race_for_a_directory_waits_its_turn(place, monkeypatch):
+    """The look at the lock says free, the process finds it taken: no failure, and no try is used up."""
+    held = hold_run(place.run_dir(0))
+    held.__enter__()
+    looks = []
+
+    def looks_free(run_dir):
+        looks.append(run_dir)
+        if len(looks) == 3:
+            held.__exit__(None, None, None)
+        return False
+
+    monkeypatch.setattr(run_comparison, "is_held", looks_free)
+    place.run("--retries", "0")
+    assert place.count("end") == {"w2_0.4_1/seed_0": 1, "w2_0.4_1/seed_1": 1}
+    assert len(comparison_jobs.read_attempts(place.run_dir(0))) >= 2
+
+
+# --- what goes wrong from outside ------------------------------------------------------------------------------------
+
+LONGER = BASE | {"common": {"max_timesteps": 200, "seeds": [0, 1, 2, 3]}}
+
+
+def cut(place: Place) -> bool:
+    """Whether seed 0 is finished and seed 1, which is slow, is on its way."""
+    path = place.run_dir(1) / "checkpoints" / "last.pth"
+    return (place.run_dir(0) / "finished.json").exists() and path.exists() and int(path.read_text()) >= 50
+
+
+def test_kill_of_the_parent_and_of_a_run_lose_nothing(place):
+    """kill -9 of the command: its processes end with it. kill -9 of one process: it is started again."""
+    place.write(LONGER)
+    place.behave(seed_1="slow")
+    process = place.start("--jobs", "2")
+    place.wait_for(lambda: cut(place), process)
+    process.kill()
+    process.wait()
+    started = [line for line in place.ledger() if line[0] == "start"]
+    assert all(ends(line[3]) for line in started), "a run goes on without its comparison"
+    finished_first = {f"w2_0.4_1/{path.parent.name}" for path in place.folder.glob("logs/*/*/*/finished.json")}
+    assert "w2_0.4_1/seed_0" in finished_first and "w2_0.4_1/seed_1" not in finished_first, "killed too late"
+    before = len(place.ledger())
+
+    process = place.start("--jobs", "2")
+    place.wait_for(lambda: len(place.ledger()) > before, process)
+    victim = place.ledger()[before]
+    os.kill(int(victim[3]), signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "exit code -9" in err and "starting it again" in err
+    later = [line[1] for line in place.ledger()[before:] if line[0] == "start"]
+    assert not finished_first & set(later)
+    assert set(place.count("end")) == {f"w2_0.4_1/seed_{seed}" for seed in range(4)}
+    resumed = [int(line[2]) for line in place.ledger()[before:] if line[0] == "start"]
+    assert max(resumed) >= 50  # the cut run went on, it did not begin anew
+    for seed in range(4):
+        assert read_metrics(place.run_dir(seed) / "training")["step"] == list(range(10, 201, 10))
+    keys = [(row["seed"], row["actor"], row["mode"]) for row in place.rows()]
+    assert len(keys) == len(set(keys)) == 4 * 2 * 2
+
+
+def test_ctrl_c_stops_the_runs_and_the_same_command_continues(place):
+    place.write(LONGER)
+    place.behave(seed_1="slow")
+    process = place.start("--jobs", "2")
+    place.wait_for(lambda: cut(place), process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command continues" in err and "Traceback" not in err
+    assert all(ends(line[3], 0.1) for line in place.ledger() if line[0] == "start")
+    rows = place.rows()
+    assert rows and len(rows) < 16  # what was finished is in the table
+    codes = {attempt["code"] for s in range(4) for attempt in comparison_jobs.read_attempts(place.run_dir(s))}
+    assert codes & {130, 1, -2}, codes
+    place.behave()
+    place.run("--jobs", "2")
+    assert len(place.rows()) == 16 and place.count("start")["w2_0.4_1/seed_0"] == 1
+
+
+def test_seconds_of_a_process_that_died_with_its_parent_reach_to_its_last_words(tmp_path):
+    attempts = [{"began": "2026-01-01T00:00:00+00:00", "seconds": None, "code": None, "line": None}]
+    (tmp_path / "attempts.json").write_text(json.dumps(attempts))
+    (tmp_path / "output.log").write_text("x")
+    began = 1767225600  # the same moment
+    os.utime(tmp_path / "output.log", (began + 90, began + 90))
+    assert comparison_jobs.seconds_spent(tmp_path) == 90
+    assert comparison_jobs.seconds_spent(tmp_path / "none") is None
+
+
+def test_several_gpus_are_dealt_in_turn(place, tmp_path):
+    script = tmp_path / "show.py"
+    script.write_text("import os, time; print('gpu', os.environ.get('CUDA_VISIBLE_DEVICES')); time.sleep(0.2)")
+    for devices, expected in ((["2", "5"], ["2", "5", "2"]), (["0"], ["None"] * 3)):
+        pool = comparison_jobs.LocalPool(3, devices)
+        folders = [tmp_path / f"{len(devices)}_{number}" for number in range(3)]
+        for folder in folders:
+            pool.start(folder, comparison_jobs.Job(str(folder), str(script), [], {}))
+        deadline = time.monotonic() + 30
+        while pool.running and time.monotonic() < deadline:
+            assert all(outcome.code == 0 for _, outcome in pool.poll())
+            time.sleep(0.02)
+        found = [re.search(r"^gpu (.*)$", (folder / "output.log").read_text(), re.M)[1] for folder in folders]
+        environment = os.environ.get("CUDA_VISIBLE_DEVICES", "None")
+        assert found == (expected if len(devices) > 1 else [environment] * 3)
+
+
+# --- the real trainer ------------------------------------------------------------------------------------------------
+
+
+def test_real_runs_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_dataset.generate("local/hopper-medium-v2", size=300, dataset_dir="data", progress=False)
+    common = {"max_timesteps": 20, "eval_freq": 10, "log_freq": 5, "eval_episodes": 1, "final_runs": 2, "seeds": [0]}
+    common |= {"hidden_dim": 8, "batch_size": 8, "tensorboard": False, "dataset_dir": "data"}
+    entry = {"w2_weights_base": [0.4, 1.0], "w2_weights_third": [0.5], "learning_rate": 3e-4}
+    Path("c.yaml").write_text(yaml.safe_dump({"common": common, "environments": {"local/hopper": {"medium": entry}}}))
+    run_comparison.main(["--config", "c.yaml"])
+    with open("results/results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 and {row["dataset"] for row in rows} == {"local/hopper-medium-v2"}
+    assert {(row["episodes"], row["step"], row["official_data"]) for row in rows} == {("2", "20", "False")}
+    summary = json.loads(Path("logs/local/hopper-medium-v2/w2_0.4_1_0.5/seed_0/finished.json").read_text())
+    for row in rows:
+        assert float(row["score"]) == pytest.approx(summary[f"actor_{row['actor']}/{row['mode']}/score"])
+        assert float(row["data_score"]) == summary["data_score"]
+    assert "67.5†" in capsys.readouterr().out
+    page = Path("results/report.html").read_text()
+    assert page.count("<svg") == 5 and "one seed says nothing" in page + "did not move"
+    before = Path("results/results.csv").read_text()
+    run_comparison.main(["--config", "c.yaml", "--report_only"])
+    assert Path("results/results.csv").read_text() == before
+
+
+# --- Ray -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_address_where_nobody_answers_is_one_line(place):
+    pytest.importorskip("ray")
+    with socket.socket() as taken:  # bound, and not listening
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for given in (address, f"ray://{address}"):
+            began = time.monotonic()
+            with pytest.raises(UserError, match=f"--address {given}: no Ray cluster answers"):
+                comparison_jobs.RayPool(given, None, 1, None, 1)
+            assert time.monotonic() - began < 15
+    for given in ("nowhere", "host:port", "host:"):
+        with pytest.raises(UserError, match="must be host:port"):
+            comparison_jobs.probe(given)
+
+
+def test_a_port_that_is_not_rays_is_one_line(monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(comparison_jobs, "PROBE_SECONDS", (2, 4))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UserError, match="no Ray cluster answers there"):
+            comparison_jobs.probe(address)
+
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+small = {"object_store_memory": 80_000_000, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+nodes = [cluster.add_node(num_cpus=1, object_store_memory=80_000_000) for _ in range(2)]
+print("address", cluster.address, flush=True)
+sys.stdin.readline()
+cluster.remove_node(nodes[0], allow_graceful=False)
+print("removed", flush=True)
+sys.stdin.readline()
+cluster.shutdown()
+"""
+
+
+def test_a_ray_cluster_survives_the_loss_of_a_node(place, monkeypatch):
+    """Two nodes, one run on each; one node is killed: its run goes on on the other, the rest is not run again."""
+    pytest.importorskip("ray")
+    place.write(LONGER | {"common": {"max_timesteps": 200, "seeds": [0, 1, 2]}})
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # every node has the loopback address
+    place.behave(seed_0="slow", seed_1="slow")
+    cluster = subprocess.Popen([sys.executable, "-c", CLUSTER], start_new_session=True, **pipes)
+    try:
+        address = next(line for line in cluster.stdout if line.startswith("address")).split()[1]
+        process = place.start("--backend", "ray", "--address", address, "--gpus_per_run", "0")
+        checkpoints = [place.run_dir(seed) / "checkpoints" / "last.pth" for seed in (0, 1)]
+        place.wait_for(lambda: all(path.exists() for path in checkpoints), process, 120)
+        cluster.stdin.write("remove\n")
+        cluster.stdin.flush()
+        _, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err
+        assert place.count("end") == {f"w2_0.4_1/seed_{seed}": 1 for seed in range(3)}
+        starts = place.count("start")
+        assert sorted(starts.values()) == [1, 1, 2], starts
+        again = next(name for name, count in starts.items() if count == 2)
+        steps = [int(line[2]) for line in place.ledger() if line[:2] == ["start", again]]
+        assert steps[0] == 0 < steps[1]
+        assert len(place.rows()) == 3 * 2 * 2
+    finally:
+        os.killpg(cluster.pid, signal.SIGKILL)
+        cluster.wait()
+
+
+def test_shown_command_lines_are_the_ones_of_the_page():
+    """docs/comparison.md shows commands that exist with flags that exist."""
+    text = (ROOT / "docs" / "comparison.md").read_text()
+    shown = [shlex.split(line.strip())[2:] for line in text.splitlines() if "python run_comparison.py" in line]
+    assert len(shown) >= 4
+    for words in shown:
+        parse_config(run_comparison.RunComparisonConfig, words, config_flag="--settings")
