@@ -32,7 +32,8 @@ SMALLER = {
         "--eval_episodes 1 --final_runs 1 --hidden_dim 8 --batch_size 8 --eval_workers 0",
         "D4RL score",
     ),
-    "run_comparison.py": ("--dry_run --only hopper-medium-v2 --threads 1", "runs"),  # test_run_comparison.py trains some
+    # test_run_comparison.py trains some.
+    "run_comparison.py": ("--dry_run --only hopper-medium-v2 --threads 1", "runs"),
     "run_comparison.py --config config.yaml --report_only": ("", "report.html"),
     "benchmarks/bench_pogo.py": (
         "--device cpu --batch_size 8 --transitions 20 --updates 1 --repeats 1 --max_actors 1",
