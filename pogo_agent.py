@@ -20,8 +20,9 @@ rate and, unless `td_actor` says otherwise, its bootstrap from the online actor;
 Choices where the sources differ or are silent:
 - lambda = 1 / mean|Q| over the batch (`q_normalization batch`), as the original text has a normalisation. The code
   published later has lambda = 1 (`none`).
-- All actors begin as copies of the first, as a step of the scheme begins where the one before it stands. From weights
-  of its own an actor spends the run on coming near the one before it, and never gets to its step (docs/pogo.md).
+- All actors begin as copies of the first, and before its own gradient step an actor takes over the change of weights
+  that the one before it has just made (`follow`), as a step of the scheme begins where the one before it stands.
+  Without that an actor spends the run on coming near the one before, and never gets to its step (docs/pogo.md).
 - The actors' learning rate falls to 0 over the run (`lr_decay`): an actor follows one that moves at every step, and
   lags behind by more than the step it is to make (docs/pogo.md).
 - K samples a state and policy; the distance takes all of them, Q the first: fewer passes through the critic, and no
@@ -46,6 +47,7 @@ SMALLEST_SPREAD = 1e-3  # of max_action: a cloud narrower than this counts as th
 class POGOConfig:
     w2_weights: tuple[float, ...] = (0.4, 1.0, 1.0)  # weight of each actor's distance; as many actors as weights
     lr: float = 3e-4  # Adam, of critic and actors (antmaze: 1e-4)
+    follow: bool = True  # before its own step an actor makes the step that the one before it has just made
     lr_decay: bool = True  # the actors' rate follows a cosine to 0 over the run
     discount: float = 0.99  # of rewards
     tau: float = 0.005  # rate of the target networks' Polyak average
@@ -179,11 +181,18 @@ class POGOAgent:
         loss.backward()
         self.critic_optimizer.step()
         if self.step % self.config.policy_freq == 0:
+            change: list[Tensor] = []
             for number, optimizer in enumerate(self.actor_optimizers):
+                parameters = list(self.actors[number].parameters())
+                before = [parameter.detach().clone() for parameter in parameters]
+                if number > 0 and self.config.follow:
+                    with torch.no_grad():
+                        torch._foreach_add_(parameters, change)
                 loss, more = self.actor_loss(number, batch)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+                change = torch._foreach_sub([parameter.detach() for parameter in parameters], before)
                 info |= more
             with torch.no_grad():
                 torch._foreach_lerp_(self.following, self.learning, self.config.tau)

@@ -283,6 +283,23 @@ def test_actors_follow_in_order_and_each_refers_to_the_one_just_updated(monkeypa
         assert torch.equal(weight, agent.actors[number].net[0].weight) and not torch.equal(weight, before[number])
 
 
+def test_an_actor_takes_over_the_change_of_the_one_before_it():
+    """With no weight on its own loss's gradient an actor keeps its distance in weights; without `follow` it stays."""
+    for follow in (True, False):
+        agent = make_agent(follow=follow, lr_decay=False)
+        agent.actor_optimizers[1:] = [torch.optim.SGD(actor.parameters(), 0.0) for actor in agent.actors[1:]]
+        before = [[p.detach().clone() for p in actor.parameters()] for actor in agent.actors]
+        agent.update(make_batch())
+        changes = [
+            [new.detach() - old for new, old in zip(actor.parameters(), kept, strict=True)]
+            for actor, kept in zip(agent.actors, before, strict=True)
+        ]
+        assert max(float(change.abs().max()) for change in changes[0]) > 1e-4
+        for own in changes[1:]:
+            for change, first in zip(own, changes[0], strict=True):
+                assert torch.allclose(change, first if follow else torch.zeros_like(first), atol=1e-6)
+
+
 def test_targets_follow_by_tau_and_policy_freq_skips_actors():
     agent, batch = make_agent(policy_freq=3, tau=0.1), make_batch()
     for step in range(4):
