@@ -45,7 +45,7 @@ SMALLEST_SPREAD = 1e-3  # of max_action: a cloud narrower than this counts as th
 
 @dataclass
 class POGOConfig:
-    w2_weights: tuple[float, ...] = (0.4, 1.0, 1.0)  # weight of each actor's distance; as many actors as weights
+    w2_weights: tuple[float, ...] = (0.4, 0.5, 0.5)  # weight of each actor's distance; as many actors as weights
     lr: float = 3e-4  # Adam, of critic and actors (antmaze: 1e-4)
     follow: bool = True  # before its own step an actor makes the step that the one before it has just made
     lr_decay: bool = True  # the actors' rate follows a cosine to 0 over the run

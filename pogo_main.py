@@ -63,7 +63,7 @@ class POGOTrainerConfig(POGOConfig):
     normalize: bool = True  # observations to (s - mean) / (std + 1e-3) of the data
     antmaze_reward_shift: float = -1.0  # added to the rewards of D4RL's antmazes, and to no others
     eval_freq: int = 5_000  # updates between evaluations; each one writes a checkpoint
-    eval_episodes: int = 10  # of every actor, deterministic and stochastic, on the same seeds
+    eval_episodes: int = 10  # episodes of every actor, deterministic and stochastic, on the same seeds
     final_runs: int = 5  # evaluations of so many episodes at the end, on seeds of their own
     eval_workers: int | None = None  # processes that step environments beside this one; default: cores - 1, at most 7
     log_freq: int = 1_000  # updates between rows of metrics.csv, with the diagnostics of the chain
@@ -117,7 +117,7 @@ def check(config: POGOTrainerConfig) -> None:
             raise UserError(f"--{name} {value}: must be at least {least:g} and at most {most:g}")
     weights = " ".join(f"{weight:g}" for weight in config.w2_weights)
     if not config.w2_weights or not all(0 <= weight < math.inf for weight in config.w2_weights):
-        raise UserError(f"--w2_weights {weights}: give one weight for each actor, none negative, as in 0.4 1 1")
+        raise UserError(f"--w2_weights {weights}: give one weight for each actor, none negative, as in 0.4 0.5 0.5")
     if config.sinkhorn_backend == "exact" and config.sinkhorn_K > MAX_EXACT:
         raise UserError(f"--sinkhorn_K {config.sinkhorn_K}: --sinkhorn_backend exact takes at most {MAX_EXACT}")
     if config.resume and not config.save_model:
@@ -409,10 +409,8 @@ def report_final(config: POGOTrainerConfig, played: Episodes, scores: np.ndarray
     for (number, mode), returns, score in zip(policy_names(len(scores) // 2), played.returns, scores, strict=True):
         runs = score.reshape(config.final_runs, -1).mean(1)
         figures[f"actor_{number}/{mode}/score"] = float(runs.mean())
-        print(
-            f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, "
-            f"D4RL score: {runs.mean():.3f} ± {runs.std():.3f} over runs"
-        )
+        spread = f" ± {runs.std():.3f} over runs" if len(runs) > 1 else ""
+        print(f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, D4RL score: {runs.mean():.3f}{spread}")
     return figures
 
 
@@ -431,7 +429,8 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> tuple[l
             own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
             actor.load_state_dict(own)
             actors.append(actor.to(device).requires_grad_(False))
-        state["env"], state["observation_std"], state["config"]["seed"], state["step"]  # noqa: B018  used by callers
+        state["env"], state["observation_std"], state["step"]  # noqa: B018  used by callers, as are these
+        [state["config"][name] for name in ("seed", "eval_episodes", "final_runs")]
     except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a checkpoint of pogo_main.py ({one_line(error)}); give its last.pth") from None
     return actors, state
@@ -441,6 +440,10 @@ def evaluate_file(config: POGOTrainerConfig) -> dict[str, float]:
     """`--evaluate`: the evaluation at the end of a run once more, from its checkpoint alone."""
     device = resolve_device(config.device)
     actors, state = load_policy(config.evaluate, device)
+    # As many episodes as the run itself played at its end, unless other numbers are asked for.
+    counts = {name: state["config"][name] for name in ("eval_episodes", "final_runs")}
+    usual = {name: getattr(POGOTrainerConfig, name) for name in counts}
+    config = replace(config, **{name: n for name, n in counts.items() if getattr(config, name) == usual[name]})
     env, mean, std = state["env"], state["observation_mean"].to(device), state["observation_std"].to(device)
     first, seeds = final_seeds(config, RandomStreams(state["config"]["seed"], device))
     environment = functools.partial(make_env, env, config.dataset_dir)

@@ -214,14 +214,22 @@ def plot_chain_curves(
             _curve(axes[0], steps, values, color=colour, linestyle=style, marker=".", label=f"{name}, {mode}")
         _curve(axes[1], steps, metrics.get(f"{chain}/q", []), color=colour, label=name)
         _curve(axes[2], steps, metrics.get(f"{chain}/distance", []), color=colour, label=name)
-        _curve(axes[2], steps, metrics.get(f"{chain}/floor", []), color=colour, linestyle=":", label=f"{name}, floor")
+        if number > 0:  # the data has no floor
+            floor = metrics.get(f"{chain}/floor", [])
+            _curve(axes[2], steps, floor, color=colour, linestyle=":", label=f"{name}, floor")
         gain = np.subtract(metrics.get(f"{chain}/energy_before", []), metrics.get(f"{chain}/energy", []))
         _curve(axes[3], steps, gain, color=colour, label=name)
         _curve(axes[4], steps, metrics.get(f"{chain}/spread", []), color=colour, label=name)
     axes[0].axhline(data_score, color="black", linestyle="--", linewidth=1, label="the data's episodes")
     axes[3].axhline(0, color="black", linewidth=1)
     _curve(axes[5], steps, metrics.get("critic_loss", []), color="black", label="both critics")
-    names = ("Score", "Q of each actor", "Distance to the one before", "Energy won by the step", "Spread of samples")
+    names = (
+        "D4RL score",
+        "Q of each actor",
+        "Distance to the one before",
+        "Energy saved by the step (above 0: it pays)",
+        "Spread of samples",
+    )
     for axis, name in zip(axes, (*names, "Critic loss"), strict=True):
         axis.set_title(name)
         axis.set_xlabel("update")

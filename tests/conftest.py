@@ -2,11 +2,16 @@
 
 import importlib.util
 import os
+import signal
 import socket
 from pathlib import Path
 
 import pytest
 import torch
+
+# A shell that starts this in the background has Ctrl-C ignored, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two workers share two cores; child processes inherit the variable.
 os.environ["OMP_NUM_THREADS"] = "1"

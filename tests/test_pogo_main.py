@@ -313,7 +313,7 @@ def test_a_run_is_resumed_from_another_folder(arguments, tmp_path, monkeypatch):
 
 def test_a_file_is_evaluated_as_its_run_evaluated_it(finished, arguments, tmp_path, capsys):
     shutil.copy(finished / "checkpoints/last.pth", tmp_path / "policy.pth")
-    flags = ["--evaluate", str(tmp_path / "policy.pth"), "--eval_episodes", "2", "--final_runs", "2"]
+    flags = ["--evaluate", str(tmp_path / "policy.pth")]  # as many episodes as the run played
     figures = pogo_main.main([*flags, "--eval_workers", "0"])
     expected = json.loads((finished / "finished.json").read_text())
     assert len(figures) == 4 and all(expected[name] == pytest.approx(value) for name, value in figures.items())
