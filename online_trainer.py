@@ -756,6 +756,8 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> tuple[O
     Raises UserError for a file that is no policy of this script.
     """
     state = load_checkpoint(Path(path), device)
+    if "pretrained" not in state:
+        raise UserError(f"{path}: not a policy of online_trainer.py; give the best_model.pth of one of its runs")
     try:
         settings, before = state["config"], state["pretrained"]
         shape = {name: before[name] for name in ("n_layers", "d_state", "d_conv", "expand")}

@@ -420,6 +420,8 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> tuple[l
     Raises UserError for a file that is no checkpoint of this script.
     """
     state = load_checkpoint(path, device)
+    if "observation_mean" not in state:
+        raise UserError(f"{path}: not a checkpoint of pogo_main.py; give the checkpoints/last.pth of one of its runs")
     try:
         hidden_dim, weights = state["config"]["hidden_dim"], state["agent"]["actors"]
         action_dim, actors = len(weights["0.net.4.bias"]), []

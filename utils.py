@@ -125,14 +125,21 @@ def parse_config(
     hints = {field.name: types_by_name[field.name] for field in dataclasses.fields(config_class) if field.init}
     groups, config_path = _group_arguments(arguments, hints, config_flag)
     given = {key: _flag_to_tokens(key, values, hints[key]) for key, values in groups.items()}
+    resumes = False  # whether the settings are those of the run to continue
     if config_path is None and groups.get("resume") is True:
         folder = groups["run_dir"][-1] if groups.get("run_dir") else None
         if folder is None and default_run_dir is not None:
             folder = default_run_dir(_call_tyro(config_class, given, hints, description))
         if folder is not None and (Path(folder) / "config.yaml").exists():
             config_path = Path(folder) / "config.yaml"
+            resumes = True
             given["run_dir"] = _value_to_tokens("run_dir", str(folder))  # it may have been moved since it began
-    stored = {} if config_path is None else _read_config(Path(config_path), hints)
+    try:
+        stored = {} if config_path is None else _read_config(Path(config_path), hints)
+    except UserError as error:
+        if not resumes:
+            raise
+        raise UserError(f"--resume: {error}; is it a run of another command, or of another version?") from None
     tokens = {key: _value_to_tokens(key, value) for key, value in stored.items()} | given
     return _call_tyro(config_class, tokens, hints, description)
 

@@ -565,6 +565,9 @@ def test_a_resumed_run_reads_its_own_settings(finished, arguments, tmp_path, mon
 
 def test_a_run_of_another_command_is_recognised(pretrained, arguments, capsys):
     assert "another command" in exits(capsys, *arguments(pretrained))
+    assert "another command" in exits(capsys, *arguments(pretrained, "--resume"))
+    line = exits(capsys, "--evaluate", str(pretrained / "best_model.pth"))
+    assert "not a policy of online_trainer.py" in line and "best_model.pth" in line
 
 
 def test_where_nothing_can_render_the_variable_is_named(arguments, tmp_path):
