@@ -184,7 +184,8 @@ class POGOAgent:
             change: list[Tensor] = []
             for number, optimizer in enumerate(self.actor_optimizers):
                 parameters = list(self.actors[number].parameters())
-                before = [parameter.detach().clone() for parameter in parameters]
+                followed = self.config.follow and number + 1 < len(self.actors)
+                before = [parameter.detach().clone() for parameter in parameters] if followed else []
                 if number > 0 and self.config.follow:
                     with torch.no_grad():
                         torch._foreach_add_(parameters, change)
@@ -192,7 +193,8 @@ class POGOAgent:
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-                change = torch._foreach_sub([parameter.detach() for parameter in parameters], before)
+                if followed:
+                    change = torch._foreach_sub([parameter.detach() for parameter in parameters], before)
                 info |= more
             with torch.no_grad():
                 torch._foreach_lerp_(self.following, self.learning, self.config.tau)
