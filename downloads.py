@@ -18,7 +18,7 @@ def download(url: str, path: Path, check: Callable[[Path], object], advice: str)
 
     Args:
         url: address of the file.
-        path: where it goes. Its folder is made; one process at a time fetches into it.
+        path: where it goes. Its folder is made, and unmade if nothing comes; one process at a time fetches into it.
         check: called with the temporary path; raises UserError `<path>: <fault>; <remedy>` for a wrong file.
         advice: what to do when it cannot be had, the end of every message.
 
@@ -27,7 +27,9 @@ def download(url: str, path: Path, check: Callable[[Path], object], advice: str)
     """
     import requests
 
-    part = path.with_name(path.name + ".part")
+    part, made = path.with_name(path.name + ".part"), not path.parent.exists()
+    if made:
+        advice = f"{path.parent} did not exist: check the folder, or {advice}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_folder(path.parent):
@@ -49,6 +51,9 @@ def download(url: str, path: Path, check: Callable[[Path], object], advice: str)
         raise UserError(f"cannot download {url} ({error if plain else type(error).__name__}); {advice}") from None
     except OSError as error:
         raise UserError(f"{path.parent}: cannot store {path.name} there ({error.strerror or error})") from None
+    finally:
+        if made and path.parent.is_dir() and not any(path.parent.iterdir()):
+            path.parent.rmdir()
 
 
 def _fetch_with_retry(url: str, part: Path) -> None:

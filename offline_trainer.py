@@ -24,6 +24,7 @@ from utils import (
     RandomStreams,
     RunningMeans,
     UserError,
+    check_bounds,
     check_run,
     hold_run,
     load_checkpoint,
@@ -329,10 +330,7 @@ def default_run_dir(config: OfflineTrainerConfig) -> Path:
 def check(config: OfflineTrainerConfig) -> None:
     """One line for a setting that cannot work, before anything is made or loaded."""
     parse_dataset_id(config.dataset)
-    for name, (least, most) in BOUNDS.items():
-        value = getattr(config, name)
-        if value is not None and not least <= value <= most:  # nan is not either
-            raise UserError(f"--{name} {value}: must be at least {least:g} and at most {most:g}")
+    check_bounds(config, BOUNDS)
     if abs(config.p_self + config.p_future + config.p_random - 1) > 1e-6:
         raise UserError(f"--p_self {config.p_self} --p_future {config.p_future} --p_random {config.p_random}: sum to 1")
     inner = config.expand * config.d_model

@@ -32,6 +32,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class OnlineAgentConfig:
     state_temperature: float = 0.3  # of the proposer: a subgoal weighs exp(temperature * steps it saves)
     action_temperature: float = 0.0  # of the inverse dynamics, likewise; 0 weighs all actions alike
     max_weight: float = 20.0  # cap of these weights
-    acting: str = "search"  # how z' is chosen: search (over dataset states) or proposer (next_state)
+    acting: Literal["search", "proposer"] = "search"  # where z' comes from: dataset states, or next_state
     graph_nodes: int = 20_000  # dataset states in the graph, evenly spaced in time
     num_links: int = 10  # nearest states by the metric that each state is linked to
     link_cost: float = 3.0  # steps that a link costs beside its length: a change of trajectory

@@ -19,7 +19,7 @@ import sys
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from utils import (
     RandomStreams,
     RunningMeans,
     UserError,
+    check_bounds,
     check_run,
     hold_run,
     load_checkpoint,
@@ -67,8 +68,8 @@ class OnlineTrainerConfig(OnlineAgentConfig):
     dataset: str = "local/pointmaze-medium-navigate-v0"  # OGBench id, or local/<id> for one generated here
     dataset_dir: str | None = None  # folder of the data; default OGBENCH_DATASET_DIR, else datasets/ beside the code
     offline_run_dir: str | None = None  # run of offline_trainer.py; default logs/offline/<dataset>/seed_<seed>
-    offline_checkpoint: str = "last"  # which of its models: last, or best (lowest validation loss)
-    inverse_dynamics_data: str = "online"  # online: own actions alone; offline: the dataset's actions too
+    offline_checkpoint: Literal["last", "best"] = "last"  # which of its models: last, or best (lowest validation loss)
+    inverse_dynamics_data: Literal["online", "offline"] = "online"  # own actions alone; offline: the dataset's too
     max_trajectories: int | None = None  # use the dataset's first so many episodes; default: those of the pretraining
     max_episodes: int = 64  # episodes to act in; 0 fits on the dataset and evaluates
     num_envs: int = 8  # environments at once; a round is one episode in each
@@ -101,11 +102,6 @@ class OnlineTrainerConfig(OnlineAgentConfig):
     evaluate: str | None = None  # train nothing: evaluate this best_model.pth or last.pth, on --eval_episodes a task
 
 
-CHOICES = {
-    "acting": ("search", "proposer"),
-    "inverse_dynamics_data": ("online", "offline"),
-    "offline_checkpoint": ("last", "best"),
-}
 # What each number may be: smallest and largest value, ends included.
 BOUNDS = {
     **dict.fromkeys(("horizon", "subgoal_steps", "replan_every", "patience", "batch_size", "num_links"), (1, 10**9)),
@@ -151,13 +147,7 @@ VIDEO_SKIP = 3  # environment steps a frame
 def check(config: OnlineTrainerConfig) -> None:
     """One line for a setting that cannot work, before anything is loaded."""
     parse_dataset_id(config.dataset)
-    for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise UserError(f"--{name} {getattr(config, name)}: choose one of {', '.join(choices)}")
-    for name, (least, most) in BOUNDS.items():
-        value = getattr(config, name)
-        if value is not None and not least <= value <= most:  # nan is not either
-            raise UserError(f"--{name} {value}: must be at least {least:g} and at most {most:g}")
+    check_bounds(config, BOUNDS)
     if abs(config.p_self + config.p_future + config.p_random - 1) > 1e-6:
         raise UserError(f"--p_self {config.p_self} --p_future {config.p_future} --p_random {config.p_random}: sum to 1")
     if config.inverse_dynamics_data == "online" and config.max_episodes == 0:

@@ -33,34 +33,35 @@ Choices where the sources differ or are silent:
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from model import TransportActor, TwinCritic
-from transport import box_diameter, cloud_spread, l2, sinkhorn
+from transport import Backend, box_diameter, cloud_spread, l2, sinkhorn
 
 SMALLEST_SPREAD = 1e-3  # of max_action: a cloud narrower than this counts as this wide where a blur is relative to it
 
 
 @dataclass
 class POGOConfig:
-    w2_weights: tuple[float, ...] = (0.4, 0.5, 0.5)  # weight of each actor's distance; as many actors as weights
-    lr: float = 3e-4  # Adam, of critic and actors (antmaze: 1e-4)
-    follow: bool = True  # before its own step an actor makes the step that the one before it has just made
-    lr_decay: bool = True  # the actors' rate follows a cosine to 0 over the run
-    discount: float = 0.99  # of rewards
+    w2_weights: tuple[float, ...] = (0.4, 0.5, 0.5)  # weight of each actor's distance: more keeps it nearer
+    lr: float = 3e-4  # learning rate of Adam for critic and actors; 1e-4 is usual on antmaze
+    follow: bool = True  # an actor first repeats the change of weights that the actor before it has just made
+    lr_decay: bool = True  # let the actors' learning rate fall to 0 along a cosine over the run
+    discount: float = 0.99  # discount factor of rewards
     tau: float = 0.005  # rate of the target networks' Polyak average
-    policy_noise: float = 0.2  # of the target action's Gaussian noise, times max_action
-    noise_clip: float = 0.5  # that noise is cut here, times max_action
-    policy_freq: int = 1  # critic updates to each update of the actors and targets
-    q_normalization: str = "batch"  # lambda = 1 / mean|Q| over the batch; none: lambda = 1
-    td_actor: str = "online"  # which pi_0 the critics bootstrap from: online, or its target copy
+    policy_noise: float = 0.2  # standard deviation of the noise on the target's action, in units of max_action
+    noise_clip: float = 0.5  # largest such noise, in units of max_action
+    policy_freq: int = 1  # updates of the critics for each update of the actors and target networks
+    q_normalization: Literal["batch", "none"] = "batch"  # batch divides Q by its mean size in the batch
+    td_actor: Literal["online", "target"] = "online"  # critics bootstrap from actor 0 or its target copy
     hidden_dim: int = 256  # width of the two hidden layers of every network
-    sinkhorn_K: int = 4  # samples a state and policy
-    sinkhorn_blur: float = 0.05  # entropic smoothing, in units of actions
-    sinkhorn_backend: str = "fused"  # fused, exact; GeomLoss's: tensorized, online (needs pykeops), auto
-    blur_relative: str = "none"  # blur times: none (as it is), max_action, or spread (of the previous actor's samples)
+    sinkhorn_K: int = 4  # samples of a policy in a state, between which distances are measured
+    sinkhorn_blur: float = 0.05  # entropic smoothing of distances, in units of actions
+    sinkhorn_backend: Backend = "fused"  # solver of distances; tensorized, online (needs pykeops), auto: GeomLoss's
+    blur_relative: Literal["none", "max_action", "spread"] = "none"  # multiply the blur by this
 
 
 class POGOAgent:

@@ -27,7 +27,7 @@ from evaluation import Episodes, Evaluator, episode_seeds
 from model import TransportActor
 from offline_data import OfflineData, load_transitions, make_env, normalized_score
 from pogo_agent import POGOAgent, POGOConfig
-from transport import BACKENDS, MAX_EXACT
+from transport import MAX_EXACT
 from utils import (
     EpisodeLog,
     GraphedStep,
@@ -35,6 +35,7 @@ from utils import (
     RandomStreams,
     RunningMeans,
     UserError,
+    check_bounds,
     check_run,
     hold_run,
     load_checkpoint,
@@ -55,36 +56,30 @@ from visualize import plot_chain_curves
 
 @dataclass
 class POGOTrainerConfig(POGOConfig):
-    env: str = "local/hopper-medium-v2"  # dataset id: D4RL's, local/<id>, minari/<id>, or OGBench's single tasks
-    dataset_dir: str | None = None  # folder of the data; default D4RL_DATASET_DIR or the benchmark's own, see docs
-    seed: int = 0  # of initialisation, sampling, noise and evaluation, each its own stream
-    max_timesteps: int = 10_000  # updates; 1,000,000 for a result to quote
+    env: str = "local/hopper-medium-v2"  # id of the dataset: D4RL's, local/<id>, minari/<id>, or OGBench's single tasks
+    dataset_dir: str | None = None  # folder of the data; default: D4RL_DATASET_DIR, or the benchmark's usual folder
+    seed: int = 0  # seed of initialisation, sampling, noise and evaluation, each a stream of its own
+    max_timesteps: int = 10_000  # updates of the run; 1,000,000 for a result to quote
     batch_size: int = 256  # transitions in an update
-    normalize: bool = True  # observations to (s - mean) / (std + 1e-3) of the data
+    normalize: bool = True  # train on (s - mean) / (std + 1e-3), with the data's mean and standard deviation
     antmaze_reward_shift: float = -1.0  # added to the rewards of D4RL's antmazes, and to no others
     eval_freq: int = 5_000  # updates between evaluations; each one writes a checkpoint
-    eval_episodes: int = 10  # episodes of every actor, deterministic and stochastic, on the same seeds
-    final_runs: int = 5  # evaluations of so many episodes at the end, on seeds of their own
-    eval_workers: int | None = None  # processes that step environments beside this one; default: cores - 1, at most 7
-    log_freq: int = 1_000  # updates between rows of metrics.csv, with the diagnostics of the chain
-    q_limit: float = 10.0  # stop where the mean of Q passes so many times the largest return that the rewards allow
-    device: str = "auto"  # auto, cpu or cuda
+    eval_episodes: int = 10  # episodes of an evaluation, for every actor, deterministic and stochastic
+    final_runs: int = 5  # evaluations at the end, on seeds that no other evaluation uses
+    eval_workers: int | None = None  # more processes that step environments; default: cores - 1, at most 7
+    log_freq: int = 1_000  # updates between rows of metrics.csv, with the chain's diagnostics
+    q_limit: float = 10.0  # stop the run where mean Q passes so many times the largest return that the rewards allow
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:<index>
     cuda_graph: bool = True  # on a GPU: capture the update once and replay it
     save_model: bool = True  # write checkpoints, without which a run cannot be resumed
-    checkpoint_dir: str | None = None  # folder of checkpoints, under it env/weights/seed; default: in the run's own
-    run_dir: str | None = None  # default logs/{env}/w2_{weights}/seed_{seed} in the current folder
+    checkpoint_dir: str | None = None  # keep checkpoints in <this>/{env}/w2_{weights}/seed_{seed} instead
+    run_dir: str | None = None  # directory of the run; default: logs/{env}/w2_{weights}/seed_{seed} here
     resume: bool = False  # continue the run from its last checkpoint
     tensorboard: bool = True  # write TensorBoard events
     wandb_project: str | None = None  # also log to Weights & Biases (requirements-tracking.txt)
-    evaluate: str | None = None  # train nothing: score the actors of this last.pth, final_runs x eval_episodes
+    evaluate: str | None = None  # train nothing: score the actors of this last.pth as at the end of a run
 
 
-CHOICES = {
-    "q_normalization": ("batch", "none"),
-    "td_actor": ("online", "target"),
-    "sinkhorn_backend": BACKENDS,
-    "blur_relative": ("none", "max_action", "spread"),
-}
 # What each number may be: smallest and largest value, ends included.
 BOUNDS = {
     **dict.fromkeys(("batch_size", "eval_freq", "eval_episodes", "log_freq", "policy_freq"), (1, 10**9)),
@@ -108,13 +103,7 @@ MODES = ("deterministic", "stochastic")
 
 def check(config: POGOTrainerConfig) -> None:
     """One line for a setting that cannot work, before anything is loaded."""
-    for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise UserError(f"--{name} {getattr(config, name)}: choose one of {', '.join(choices)}")
-    for name, (least, most) in BOUNDS.items():
-        value = getattr(config, name)
-        if value is not None and not least <= value <= most:  # nan is not either
-            raise UserError(f"--{name} {value}: must be at least {least:g} and at most {most:g}")
+    check_bounds(config, BOUNDS)
     weights = " ".join(f"{weight:g}" for weight in config.w2_weights)
     if not config.w2_weights or not all(0 <= weight < math.inf for weight in config.w2_weights):
         raise UserError(f"--w2_weights {weights}: give one weight for each actor, none negative, as in 0.4 0.5 0.5")

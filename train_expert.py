@@ -24,7 +24,7 @@ import io
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,7 @@ from utils import (
     MetricLogger,
     RandomStreams,
     UserError,
+    check_bounds,
     hold_run,
     load_checkpoint,
     mark_finished,
@@ -596,10 +597,7 @@ def plot_learning_curve(run_dir: Path, title: str) -> None:
 def check(config: TrainExpertConfig) -> None:
     """One line for a setting that cannot work, before anything is made."""
     expert_env(config.env)
-    for name, value in asdict(config).items():
-        least, most = BOUNDS.get(name, (None, None))
-        if least is not None and value is not None and not least <= value <= most:  # nan is not either
-            raise UserError(f"--{name} {value}: must be at least {least:g} and at most {most:g}")
+    check_bounds(config, BOUNDS)
     interval = RECIPES[config.env].interval
     for name in ("max_timesteps", "snapshot_every", "log_every"):
         if (getattr(config, name) or 0) % interval:

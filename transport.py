@@ -21,11 +21,13 @@ import functools
 import importlib.util
 import itertools
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("tensorized", "online", "auto", "fused", "exact")
+Backend = Literal["tensorized", "online", "auto", "fused", "exact"]
+BACKENDS = get_args(Backend)
 MAX_EXACT = 6  # samples a cloud, 720 assignments; 7 would take seven times as long and as much memory
 
 
@@ -38,7 +40,7 @@ def sinkhorn(
     x: Tensor,
     y: Tensor,
     blur: float = 0.05,
-    backend: str = "tensorized",
+    backend: Backend = "tensorized",
     diameter: float | None = None,
     scale: float | Tensor | None = None,
 ) -> Tensor:

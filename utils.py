@@ -205,7 +205,7 @@ def _flag_to_tokens(name: str, values: bool | list[str], hint: Any) -> list[str]
         return _value_to_tokens(name, None)
     if any(typing.get_origin(option) is tuple for option in options):
         text = " ".join(values)
-        if text.startswith(("[", "(")):
+        if "," in text or text.startswith(("[", "(")):
             return _value_to_tokens(name, _read_bracketed(name, text, hint))
         return [f"--{name}", *values]
     if len(values) > 1:
@@ -214,11 +214,11 @@ def _flag_to_tokens(name: str, values: bool | list[str], hint: Any) -> list[str]
 
 
 def _read_bracketed(name: str, text: str, hint: Any) -> tuple:
-    """The tuple that "[0.2, 0.2]" or "(0.2, 0.2)" spells."""
-    if text.startswith("(") and text.endswith(")"):
-        text = f"[{text[1:-1]}]"
+    """The tuple that "[0.2, 0.2]", "(0.2, 0.2)" or "0.2,0.2" spells."""
+    brackets = text[:1] + text[-1:]
+    inner = text[1:-1] if brackets in ("[]", "()") else text
     try:
-        return _coerce(yaml.safe_load(text), hint)
+        return _coerce(yaml.safe_load(f"[{inner}]"), hint)
     except (yaml.YAMLError, ValueError):
         raise UserError(f"--{name} must be {_expected(hint)}, not {text!r}") from None
 
@@ -312,6 +312,17 @@ def _call_tyro(config_class: type, tokens: dict[str, list[str]], hints: dict[str
             raise UserError(f"--{name} is required; see --help") from None
         given = " ".join(tokens[name]).removeprefix(f"--{name}").lstrip("= ")
         raise UserError(f"--{name} {given}: must be {_expected(hints[name])}") from None
+
+
+def check_bounds(config: Any, bounds: dict[str, tuple[float, float]]) -> None:
+    """Raises UserError for the first setting that lies outside its bounds, ends included; None is not checked.
+
+    bounds: smallest and largest value of each named setting.
+    """
+    for name, (least, most) in bounds.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:  # nan is not either
+            raise UserError(f"--{name} {value}: must be at least {least:g} and at most {most:g}")
 
 
 def check_counts(config: Any) -> None:
@@ -1113,13 +1124,13 @@ def check_run(
 
 
 def _last_figures(run_dir: Path) -> str:
-    """` (name 0.123, ...)`: the first figures of finished.json, or nothing where it cannot be read."""
+    """` (name 0.123, ...)`: the first eight figures of finished.json, or nothing where it cannot be read."""
     try:
         summary = json.loads((run_dir / "finished.json").read_text())
         figures = [f"{name} {value:.3f}" for name, value in summary.items() if isinstance(value, float)]
     except (OSError, ValueError, AttributeError):
         return ""
-    return f" ({', '.join(figures[:4])})" if figures else ""
+    return f" ({', '.join(figures[:8])})" if figures else ""
 
 
 def _no_run_dir(run_dir: Path, error: OSError) -> Exception:

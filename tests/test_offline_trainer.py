@@ -1,6 +1,6 @@
 """The offline command: what it writes, how it resumes, and what it says about bad input."""
 
-import hashlib
+import functools
 import os
 import shutil
 import signal
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from running import digest, error_line
 
 import make_dataset
 import offline_trainer
@@ -40,10 +41,6 @@ def arguments(dataset_dir, run_dir, *more) -> list[str]:
 def start(*flags, **options) -> subprocess.Popen:
     script = Path(offline_trainer.__file__)
     return subprocess.Popen([sys.executable, str(script), *flags], stderr=subprocess.PIPE, text=True, **options)
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +136,7 @@ def test_a_run_cut_after_its_last_checkpoint_still_finishes(finished, dataset_di
     assert (run / "value_map.png").exists()
 
 
-def exits(capsys, *flags) -> str:
-    """Run the command in this process; it must exit 2 with one line on stderr, which is returned."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run_cli(lambda _: offline_trainer.main(list(flags)))
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert stop.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+exits = functools.partial(error_line, offline_trainer.main)
 
 
 def test_a_finished_run_says_so_and_stops(finished, dataset_dir, capsys):

@@ -1,7 +1,7 @@
 """The online command: what it writes, how it resumes, whose actions it reads, and what it says about bad input."""
 
 import ctypes.util
-import hashlib
+import functools
 import json
 import os
 import shlex
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.registration import EnvSpec
+from running import digest, error_line
 
 import make_dataset
 import offline_trainer
@@ -97,10 +98,6 @@ def train(flags: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnlineRun, "plot", lambda run: None)
         online_trainer.main([*flags, "--no_tensorboard"])
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def last(run_dir: Path) -> dict:
@@ -589,14 +586,7 @@ def test_where_nothing_can_render_the_variable_is_named(arguments, tmp_path):
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def exits(capsys, *flags) -> str:
-    """Run the command in this process; it must exit 2 with one line on stderr, which is returned."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run_cli(lambda _: online_trainer.main(list(flags)))
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
-    assert stop.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+exits = functools.partial(error_line, online_trainer.main)
 
 
 @pytest.mark.parametrize("name", sorted(online_trainer.BOUNDS))

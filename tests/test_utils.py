@@ -50,6 +50,8 @@ class RunConfig(SmallConfig):
         (["--resume", "--no_resume", "--seed", "1", "--seed", "2"], {"seed": 2}),
         (["--w2_weights", "0.2", "0.2", "0.2"], {"w2_weights": (0.2, 0.2, 0.2)}),
         (["--w2_weights", "[0.2, 0.2, 0.2]"], {"w2_weights": (0.2, 0.2, 0.2)}),
+        (["--w2_weights", "0.2,0.2,3e-4"], {"w2_weights": (0.2, 0.2, 3e-4)}),
+        (["--w2_weights", "0.2,", "0.2"], {"w2_weights": (0.2, 0.2)}),
         (["--w2_weights", "[1,", "-2e-1]"], {"w2_weights": (1.0, -0.2)}),
         (["--w2_weights", "-1", "-2", "--limit", "none"], {"w2_weights": (-1.0, -2.0)}),
         (["--dataset=--odd name", "--limit", "3"], {"dataset": "--odd name", "limit": 3}),

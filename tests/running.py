@@ -1,0 +1,24 @@
+"""What the tests of several commands share."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from utils import run_cli
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def error_line(main: Callable, capsys: pytest.CaptureFixture, *flags: object) -> str:
+    """Run a command's `main` in this process; it must exit 2 with one line on stderr, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda _: main(list(map(str, flags))))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
