@@ -3,7 +3,8 @@
 Scores are those of each run's last checkpoint, from the episodes that it kept in training/evaluations.csv. Statistics
 follow rliable (Agarwal et al., 2021): the interquartile mean is the mean of the middle half of all scores, and an
 interval holds the middle 95% of a statistic over 10,000 bootstrap draws of seeds, each dataset (stratum) drawn by
-itself. A few seeds give few different draws, so that such an interval is rather too narrow, and one seed gives none.
+itself. A few seeds give few different draws, so that such an interval is rather too narrow. Two seeds give no more than
+their range, which is written as one, and one seed gives nothing.
 
 The figures of other methods are for D4RL's official files; beside runs on other data they are marked (`is_official`).
 """
@@ -28,6 +29,7 @@ from scipy.stats import t as student
 from utils import UserError, one_line, read_episodes, read_metrics, write_text_atomic
 
 DRAWS = 10_000  # of the bootstrap
+LEAST_SEEDS = 3  # for an interval; of two seeds a bootstrap's ends are the two scores
 MODES = ("deterministic", "stochastic")
 METHODS = ("TD3+BC", "IQL", "CQL", "ReBRAC", "EDAC", "MOBILE", "POGO paper, 1 / 2 steps")
 # Scores on the official files, in the order of METHODS, last checkpoints: CORL's README and the papers.
@@ -51,6 +53,7 @@ PUBLISHED = {
 # Rows of the official files; a file of less than nine tenths of them is not the official one, whatever its name.
 _REPLAY_ROWS = {"halfcheetah": 202_000, "hopper": 402_000, "walker2d": 302_000}
 OTHER_DATA = "†"
+COLUMNS, SHOWN = 100, 10  # of a terminal; runs without a result that are listed there
 
 
 @dataclass
@@ -157,6 +160,13 @@ def bootstrap_interval(
         drawn.append(scores[generator.integers(len(scores), size=(draws, len(scores)))])
     low, high = np.percentile(statistic(np.concatenate(drawn, axis=1)), [2.5, 97.5])
     return float(low), float(high)
+
+
+def score_range(strata: Iterable[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
+    """The statistic of every stratum's lowest score, and of every one's highest: no draw of seeds lies beyond them."""
+    strata = [np.asarray(scores) for scores in strata]
+    low, high = (np.concatenate([np.full(len(s), end(s)) for s in strata]) for end in (np.min, np.max))
+    return float(statistic(low)), float(statistic(high))
 
 
 def paired_interval(gains: np.ndarray) -> tuple[float, float]:
@@ -270,11 +280,21 @@ def csv_text(groups: list[Group]) -> str:
 
 @dataclass
 class Table:
-    """Rows of text under a header; `wide` counts the leading columns that hold words rather than figures."""
+    """Rows of text under a header."""
 
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
-    wide: int
+    wide: int  # leading columns that hold words rather than figures
+    soft: int = 0  # trailing columns that are no result
+
+    def text(self) -> str:
+        """Aligned columns for a terminal."""
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        lines = [self.header, tuple("-" * width for width in widths), *self.rows]
+        return "\n".join(
+            "  ".join(f"{cell:{'<' if n < self.wide else '>'}{widths[n]}}" for n, cell in enumerate(line)).rstrip()
+            for line in lines
+        )
 
     def markdown(self) -> str:
         lines = [self.header, tuple("---" if n < self.wide else "---:" for n in range(len(self.header))), *self.rows]
@@ -282,7 +302,8 @@ class Table:
 
     def html(self) -> str:
         def row(cells: tuple[str, ...], tag: str) -> str:
-            names = [' class="w"' if n < self.wide else ' class="n"' for n in range(len(cells))]
+            kinds = ["w" if n < self.wide else "n" for n in range(len(cells))]
+            names = [f' class="{kind}{" soft" * (n >= len(cells) - self.soft)}"' for n, kind in enumerate(kinds)]
             return (
                 "<tr>"
                 + "".join(f"<{tag}{name}>{html.escape(cell)}</{tag}>" for name, cell in zip(names, cells, strict=True))
@@ -304,13 +325,23 @@ def _with_ends(value: float, ends: tuple[float, float], form: str = ".1f") -> st
     return f"{value:{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if math.isfinite(ends[0]) else "")
 
 
+def _statistic(strata: list[np.ndarray], what: Callable[[np.ndarray], np.ndarray]) -> str:
+    """A statistic of all scores with its 95% interval, or of two seeds with their range in round brackets."""
+    value = float(what(np.concatenate(strata)))
+    fewest = min(map(len, strata))
+    if 1 < fewest < LEAST_SEEDS:
+        low, high = score_range(strata, what)
+        return f"{value:.1f} ({low:.1f} to {high:.1f})"
+    return _with_ends(value, bootstrap_interval(strata, what))
+
+
 def _statistics(strata: list[np.ndarray]) -> tuple[str, ...]:
-    """Mean and IQM, each with its interval."""
-    pooled = np.concatenate(strata)
-    return tuple(_with_ends(float(what(pooled)), bootstrap_interval(strata, what)) for what in (mean, iqm))
+    """Mean and IQM, each with its interval or range."""
+    return _statistic(strata, mean), _statistic(strata, iqm)
 
 
 STATISTICS = ("mean [95%]", "IQM [95%]")
+BEST = "highest in training (no result)"
 
 
 def published_cells(dataset: str, official: bool) -> tuple[str, ...]:
@@ -319,22 +350,53 @@ def published_cells(dataset: str, official: bool) -> tuple[str, ...]:
     return tuple(f"{cell}{'' if official else OTHER_DATA}" if cell else "–" for cell in cells)
 
 
+def pools(groups: list[Group]) -> list[tuple[str, list[Group]]]:
+    """What the rows of a table are over, with a name: each group by itself, then the groups of each suite."""
+    return [(group.dataset, [group]) for group in groups] + suites(groups)
+
+
 def last_actor_table(groups: list[Group]) -> Table:
     """The chain's last actor, deterministic, beside the published figures; a row a group, then a row a suite."""
     rows = []
-    for group in groups:
-        scores = group.scores(group.actors - 1)
-        data = group.mean(lambda result: result.summary["data_score"])
-        cells = (group.dataset, group.label, *_statistics([scores]), str(len(scores)))
-        cells += (_episodes([group], group.actors - 1), _figure(data))
-        rows.append(cells + published_cells(group.dataset, group.official))
-    header = ("dataset", "w2_weights", *STATISTICS, "seeds", "episodes", "data", *METHODS)
-    return Table(header, rows + [suite_row(*suite) for suite in suites(groups)], 2)
+    for name, members in pools(groups):
+        last = members[0].actors - 1
+        cells = (name, _weights(members), *_statistics([group.scores(last) for group in members]))
+        cells += (str(len(members[0].results)), _episodes(members, last), _data_score(members), _minutes(members))
+        rows.append(cells + published_means(members))
+    return Table(("dataset", "w2_weights", *STATISTICS, "seeds", "episodes", "data", "minutes", *METHODS), rows, 2)
+
+
+def terminal_table(groups: list[Group]) -> Table:
+    """What of the last actors fits a terminal, and which actor has the highest mean."""
+    rows = []
+    for name, members in pools(groups):
+        strata = [[group.scores(actor) for group in members] for actor in range(members[0].actors)]
+        means = [float(mean(np.concatenate(scores))) for scores in strata]
+        cells = (name, _weights(members), str(len(members[0].results)), _data_score(members), _figure(means[-1]))
+        rows.append((*cells, _statistic(strata[-1], iqm), str(int(np.argmax(means)))))
+    return Table(("dataset", "w2_weights", "seeds", "data", "mean", STATISTICS[1], "best"), rows, 2)
+
+
+def _weights(members: list[Group]) -> str:
+    """The weights of all members where they are the same."""
+    labels = {group.label for group in members}
+    return labels.pop() if len(labels) == 1 else "of each dataset"
 
 
 def _episodes(groups: list[Group], actor: int) -> str:
     """Final episodes of one actor over all seeds."""
     return str(sum(len(result.final[actor, MODES[0]]) for group in groups for result in group.results))
+
+
+def _data_score(members: list[Group]) -> str:
+    """Mean score of the datasets' own episodes."""
+    return _figure(float(np.mean([group.mean(lambda result: result.summary["data_score"]) for group in members])))
+
+
+def _minutes(members: list[Group]) -> str:
+    """Mean wall time of a run, over those whose times are known."""
+    known = [[r.run.seconds for r in group.results if r.run.seconds is not None] for group in members]
+    return _figure(float(np.mean([np.mean(seconds) for seconds in known])) / 60) if all(known) else "–"
 
 
 def suites(groups: list[Group]) -> list[tuple[str, list[Group]]]:
@@ -357,34 +419,31 @@ def suites(groups: list[Group]) -> list[tuple[str, list[Group]]]:
     return complete
 
 
-def suite_row(name: str, members: list[Group]) -> tuple[str, ...]:
-    """Statistics over the datasets of a suite, each a stratum, and the published means over the same datasets."""
-    last = members[0].actors - 1
-    labels, official = {group.label for group in members}, all(group.official for group in members)
+def published_means(members: list[Group]) -> tuple[str, ...]:
+    """The other methods' scores beside a row: of its dataset, or their means over the datasets of a suite."""
+    if len(members) == 1:
+        return published_cells(members[0].dataset, members[0].official)
+    official = all(group.official for group in members)
     columns = zip(*(published_cells(group.dataset, True) for group in members), strict=True)
     published = []
     for cells in columns:
         steps = [[float(text) for text in cell.split(" / ")] for cell in cells if cell != "–"]
         means = " / ".join(f"{value:.1f}" for value in np.mean(steps, 0)) if len(steps) == len(members) else "–"
         published.append(means if official or means == "–" else means + OTHER_DATA)
-    data = float(np.mean([group.mean(lambda result: result.summary["data_score"]) for group in members]))
-    cells = (name, labels.pop() if len(labels) == 1 else "of each dataset")
-    cells += (*_statistics([group.scores(last) for group in members]), str(len(members[0].results)))
-    return cells + (_episodes(members, last), _figure(data), *published)
+    return tuple(published)
 
 
 def actor_table(groups: list[Group]) -> Table:
-    """Every actor in both modes, with the best evaluation of training marked as what it is."""
+    """Every actor in both modes; the highest evaluation of training stands last and is marked as no result."""
     rows = []
     for group in groups:
         for actor in range(group.actors):
             for mode in MODES:
                 scores = group.scores(actor, mode)
                 best = group.mean(lambda result, key=(actor, mode): result.best[key][0])
-                cells = (group.dataset, group.label, f"{actor}", mode, *_statistics([scores]), _figure(best))
-                rows.append((*cells, str(len(scores)), _episodes([group], actor)))
-    header = ("dataset", "w2_weights", "actor", "mode", *STATISTICS, "best in training", "seeds", "episodes")
-    return Table(header, rows, 4)
+                cells = (group.dataset, group.label, f"{actor}", mode, *_statistics([scores]), str(len(scores)))
+                rows.append((*cells, _episodes([group], actor), _figure(best)))
+    return Table(("dataset", "w2_weights", "actor", "mode", *STATISTICS, "seeds", "episodes", BEST), rows, 4, soft=1)
 
 
 def unfinished_table(runs: list[ComparedRun]) -> Table:
@@ -450,7 +509,7 @@ def diagnostics_table(groups: list[Group]) -> Table:
 # Curves, as SVG that takes its colours from the page
 # ----------------------------------------------------------------------------------------------------------------
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 230, 46, 8, 30, 34
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 230, 54, 8, 30, 34
 
 
 @dataclass
@@ -463,20 +522,42 @@ class Line:
     dashed: bool = False
 
 
-def _ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers within [low, high]."""
-    rough = (high - low) / count
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
-    return [round(number * step, 12) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to eight round numbers within [low, high], as few as there can be."""
+    power = 10 ** math.floor(math.log10(high - low))
+    for factor in (2, 1, 0.5, 0.2):
+        numbers = range(math.ceil(low / (power * factor)), math.floor(high / (power * factor)) + 1)
+        if len(numbers) >= 3:
+            break
+    return [float(f"{number * power * factor:.12g}") for number in numbers]
 
 
-def _short(value: float) -> str:
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between 10**low and 10**high: powers of ten, or 1, 2 and 5 of each, or evenly spaced ones."""
+    for factors in ((1,), (1, 2, 5)):
+        powers = range(math.floor(low), math.ceil(high) + 1)
+        numbers = [float(f"{factor}e{power}") for power in powers for factor in factors]
+        ticks = [number for number in numbers if low <= math.log10(number) <= high]
+        if len(ticks) >= 3:
+            return ticks
+    return _ticks(10**low, 10**high)
+
+
+def _short(value: float, digits: int = 4) -> str:
     """1200000 as 1.2M."""
     for size, suffix in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:.4g}{suffix}"
-    return f"{value:.4g}"
+            return f"{value / size:.{digits}g}{suffix}"
+    return f"{value:.{digits}g}"
+
+
+def _labels(ticks: list[float]) -> list[str]:
+    """The ticks in words, with as many digits as tell them apart."""
+    for digits in range(4, 13):
+        labels = [_short(tick, digits) for tick in ticks]
+        if len(set(labels)) == len(ticks):
+            break
+    return labels
 
 
 def _bounds(arrays: list[np.ndarray]) -> tuple[float, float]:
@@ -484,7 +565,8 @@ def _bounds(arrays: list[np.ndarray]) -> tuple[float, float]:
     values = np.concatenate(arrays)
     values = values[np.isfinite(values)]
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-    margin = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
+    flat = high - low <= 1e-6 * max(abs(low), abs(high))  # rounding errors are no curve
+    margin = abs(high) * 0.1 or 1.0 if flat else 0.05 * (high - low)
     return low - margin, high + margin
 
 
@@ -532,20 +614,17 @@ def chart(title: str, lines: list[Line], baseline: tuple[str, float] | None = No
 def _axes(low: float, high: float, right: float, log: bool, at: Callable) -> str:
     """Grid lines with their numbers."""
     parts = []
-    if log:
-        ticks = [float(power) for power in range(math.ceil(low), math.floor(high) + 1)] or _ticks(low, high, 2)
-    else:
-        ticks = _ticks(low, high)
-    for tick in ticks:
-        left, end = at([0, right], np.full(2, tick)).split()
+    ticks = _log_ticks(low, high) if log else _ticks(low, high)
+    for tick, label in zip(ticks, _labels(ticks), strict=True):
+        left, end = at([0, right], np.full(2, math.log10(tick) if log else tick)).split()
         (x1, y1), (x2, y2) = left.split(","), end.split(",")
-        label = f"{10**tick:.1g}" if log else _short(tick)
         parts.append(f'<line class="grid" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>')
         parts.append(f'<text x="{LEFT - 5}" y="{float(y1) + 4:.1f}" text-anchor="end">{label}</text>')
-    for tick in _ticks(0, right, 4):
+    ticks = _ticks(0, right)
+    for tick, label in zip(ticks, _labels(ticks), strict=True):
         x = LEFT + tick / right * (WIDTH - LEFT - RIGHT)
         anchor = "end" if x > WIDTH - 30 else "middle"
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{_short(tick)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{label}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 4}" text-anchor="middle">updates</text>')
     return "".join(parts)
@@ -607,19 +686,20 @@ h1 { font-size: 1.5rem; margin: 0.4em 0; } h2 { font-size: 1.2rem; margin: 2em 0
 h3 { font-size: 1rem; margin: 1.4em 0 0.3em; }
 p { max-width: 75ch; } .soft { color: var(--soft); }
 .scroll { overflow-x: auto; margin: 0.8em 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.78rem; overflow-wrap: normal; }
-th, td { padding: 4px 5px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.75rem; overflow-wrap: normal; }
+th, td { padding: 4px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 td { white-space: nowrap; } .n { text-align: right; } th { color: var(--soft); font-weight: 600; }
 table.notes td { white-space: normal; overflow-wrap: anywhere; min-width: 3em; }
-@media (max-width: 600px) { td.w:first-child { white-space: normal; max-width: 7.5em; } }
+@media (max-width: 600px) { td.w:first-child { white-space: normal; min-width: 11em; max-width: 11em; } }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: 10px; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 11px; }
+svg { width: 100%; height: auto; display: block; overflow: visible; } svg text { fill: var(--soft); font-size: 11px; }
 svg .t { fill: var(--ink); font-size: 12px; font-weight: 600; } .grid { stroke: var(--line); }
 .line, .dot, .base { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .dot { stroke-dasharray: 1.5 4; stroke-linecap: round; }
 .base { stroke: var(--base); stroke-dasharray: 6 4; stroke-width: 1.2; }
 .key { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 0.85rem; } .key i { display: inline-block; width: 22px;
-  border-top: 3px solid; vertical-align: middle; margin-right: 6px; } .key i.d { border-top: 2px dashed var(--base); }
+  border-top: 3px solid; vertical-align: middle; margin-right: 6px; }
+.key .dashes { border-top: 2px dashed var(--base); } .key .dots { border-top: 2px dotted; }
 summary { cursor: pointer; margin: 0.5em 0; }
 """ + "".join(
     f".c{n} {{ stroke: var(--c{n}); }} .b{n} {{ fill: var(--c{n}); opacity: 0.16; }} .f{n} {{ fill: var(--c{n}); }} "
@@ -628,11 +708,16 @@ summary { cursor: pointer; margin: 0.5em 0; }
 
 HOW_MADE = (
     "Scores are D4RL's, 0 for a random policy and 100 for its expert, of each run's last checkpoint, acting with z = 0 "
-    "unless a row says stochastic. A run's score is the mean over its final episodes; mean and IQM are over seeds. "
-    "Intervals hold 95% of 10,000 bootstrap draws of seeds, stratified by dataset; a few seeds give rather too narrow "
-    "ones, one seed gives none, and of fewer than four scores the IQM is the mean. “Data” is the mean score of the "
-    "dataset's own episodes. “Best in training” is "
-    "the highest of many evaluations, chosen after the fact: it is no result."
+    "unless a row says stochastic. A run's score is the mean over its final episodes; mean and IQM (the mean without "
+    "the lowest and highest quarter) are over seeds. Square brackets hold 95% of 10,000 bootstrap draws of seeds, "
+    "stratified by dataset. Of a few seeds they are rather too narrow: of three they reach from the lowest score to "
+    "the highest. Of two, that range stands in round brackets and claims nothing; one seed has none. “Data” is the "
+    "mean score of the dataset's own episodes, “minutes” the wall time of one run, mean over seeds."
+)
+SAME_IQM = "With fewer than four seeds, a dataset's IQM is its mean."
+NO_RESULT = (
+    "The last column is the highest of many evaluations in training, chosen after the fact: it is no result. The "
+    "scores to quote are the others, of the last checkpoint."
 )
 PUBLISHED_FOR = "Figures of other methods are published ones for D4RL's official files."
 NOT_SAME_DATA = (
@@ -662,13 +747,13 @@ def page(runs: list[ComparedRun], groups: list[Group], source: str) -> str:
         f"<h1>POGO comparison: {html.escape(source)}</h1><p class='soft'>{facts}. Written {now}.</p>",
         "<h2>The last actor of each chain</h2>",
         last_actor_table(groups).html() if groups else "<p>No run is finished yet.</p>",
-        f"<p class='soft'>{HOW_MADE} {PUBLISHED_FOR}</p>" + (f"<p><b>{NOT_SAME_DATA}</b></p>" if other else ""),
+        f"<p class='soft'>{how_made(groups)}</p>" + (f"<p><b>{NOT_SAME_DATA}</b></p>" if other else ""),
     ]
     if unfinished.rows:
         parts += ["<h2>Failed and unfinished runs</h2>", unfinished.html().replace("<table>", '<table class="notes">')]
     if groups:
         parts += ["<h2>Learning curves</h2>", curves_section(groups)]
-        parts += ["<h2>Actor by actor</h2>", actor_table(groups).html()]
+        parts += [f"<h2>Actor by actor</h2><p class='soft'>{no_result(groups)}</p>", actor_table(groups).html()]
         parts += ["<h2>What each step of the chain did</h2>", f"<p class='soft'>{HOW_TO_READ}</p>"]
         parts += [diagnostics_table(groups).html(), diagnostics_section(groups)]
     body = "\n".join(parts)
@@ -679,17 +764,35 @@ def page(runs: list[ComparedRun], groups: list[Group], source: str) -> str:
     )
 
 
-def _key(groups: list[Group]) -> str:
-    """The colours of the actors."""
+def _key(groups: list[Group], *others: tuple[str, str]) -> str:
+    """The colours of the actors, then other kinds of lines, each with its class and its meaning."""
     actors = max(group.actors for group in groups)
     names = [f"<span><i style='border-color: var(--c{n % 6})'></i>actor {n}</span>" for n in range(actors)]
-    return f"<p class='key'>{''.join(names)}<span><i class='d'></i>the data's own episodes, or 0</span></p>"
+    names += [f"<span><i class='{kind}'></i>{words}</span>" for kind, words in others]
+    return f"<p class='key'>{''.join(names)}</p>"
+
+
+def same_iqm(groups: list[Group]) -> list[str]:
+    """The note on rows whose IQM is their mean, where there are any."""
+    return [SAME_IQM] * any(len(group.results) < 4 for group in groups)
+
+
+def how_made(groups: list[Group]) -> str:
+    """What the figures of the first table are."""
+    return " ".join([*same_iqm(groups), HOW_MADE, PUBLISHED_FOR])
+
+
+def no_result(groups: list[Group]) -> str:
+    """What the last column of the table of actors is not."""
+    return " ".join([NO_RESULT, *same_iqm(groups)])
 
 
 def curves_section(groups: list[Group]) -> str:
     """Scores over training, a heading a dataset."""
-    note = "Deterministic scores in training, mean over seeds; bands: 95% bootstrap intervals of the mean."
-    parts = [f"<p class='soft'>{note}</p>{_key(groups)}"]
+    note = (
+        "Deterministic scores in training, mean over seeds. Bands: 95% bootstrap intervals, of two seeds their range."
+    )
+    parts = [f"<p class='soft'>{note}</p>{_key(groups, ('dashes', 'the data’s own episodes'))}"]
     for dataset in dict.fromkeys(group.dataset for group in groups):
         charts = "".join(score_chart(group) for group in groups if group.dataset == dataset)
         parts.append(f'<h3>{html.escape(dataset)}</h3><div class="charts">{charts}</div>')
@@ -698,7 +801,8 @@ def curves_section(groups: list[Group]) -> str:
 
 def diagnostics_section(groups: list[Group]) -> str:
     """The chain's curves, folded away but for the first group."""
-    parts = [_key(groups)]
+    floor = [("dots", "floor of a distance, in its actor's colour")] if any(g.actors > 1 for g in groups) else []
+    parts = [_key(groups, *floor, ("dashes", "no energy won"))]
     for number, group in enumerate(groups):
         title = html.escape(f"{group.dataset}, w2_weights {group.label}")
         parts.append(
@@ -708,8 +812,22 @@ def diagnostics_section(groups: list[Group]) -> str:
     return "\n".join(parts)
 
 
+def terminal_text(runs: list[ComparedRun], groups: list[Group]) -> str:
+    """What the command prints: the last actors, and the first runs without a result, in lines for a terminal."""
+    notes = ["Scores of the last actor; best: number of the actor with the highest mean.", *same_iqm(groups)]
+    notes += ["Round brackets: the range of two seeds."] * any(len(group.results) == 2 for group in groups)
+    words = "\n".join([terminal_table(groups).text(), "", *notes]) if groups else "No run is finished yet."
+    unfinished = unfinished_table(runs)
+    if unfinished.rows:
+        count, unfinished.rows = len(unfinished.rows), unfinished.rows[:SHOWN]
+        more = f"\nand {count - SHOWN} more" if count > SHOWN else ""
+        lines = [line if len(line) <= COLUMNS else f"{line[: COLUMNS - 1]}…" for line in unfinished.text().split("\n")]
+        words += "\n\nWithout a result:\n\n" + "\n".join(lines) + more
+    return words
+
+
 def write_report(runs: list[ComparedRun], output: Path, source: str) -> str:
-    """Write results.csv, results.md and report.html; returns the table of the last actors as Markdown.
+    """Write results.csv, results.md and report.html; returns a summary for the terminal.
 
     `source` names the comparison. Raises OSError that names a file that cannot be written.
     """
@@ -717,14 +835,14 @@ def write_report(runs: list[ComparedRun], output: Path, source: str) -> str:
     tables = [last_actor_table(groups), actor_table(groups), diagnostics_table(groups)]
     marked = any(OTHER_DATA in cell for row in tables[0].rows for cell in row)
     unfinished = unfinished_table(runs)
-    first = tables[0].markdown() + (f"\n\n{NOT_SAME_DATA}" if marked else "")
-    if unfinished.rows:
-        first += f"\n\nWithout a result:\n\n{unfinished.markdown()}"
     titles = ("The last actor of each chain", "Actor by actor", "What each step of the chain did")
     sections = [f"## {title}\n\n{table.markdown()}" for title, table in zip(titles, tables, strict=True)]
-    sections[0] = f"## {titles[0]}\n\n{first}\n\n{HOW_MADE} {PUBLISHED_FOR}"
+    sections[0] += f"\n\n{NOT_SAME_DATA}" if marked else ""
+    sections[0] += f"\n\nWithout a result:\n\n{unfinished.markdown()}" if unfinished.rows else ""
+    sections[0] += f"\n\n{how_made(groups)}"
+    sections[1] += f"\n\n{no_result(groups)}"
     text = "\n\n".join([f"# POGO comparison: {source}", *sections, HOW_TO_READ])
     write_text_atomic(output / "results.csv", csv_text(groups))
     write_text_atomic(output / "results.md", text + "\n")
     write_text_atomic(output / "report.html", page(runs, groups, source))
-    return first
+    return terminal_text(runs, groups)

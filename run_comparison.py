@@ -22,7 +22,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import torch
@@ -52,21 +52,21 @@ POLL_SECONDS = 0.5
 
 @dataclass
 class RunComparisonConfig:
-    config: str = "config.yaml"  # the comparison, see docs/comparison.md
-    log_dir: str = "logs"  # folder of the runs
-    output: str = "results"  # folder of results.csv, results.md and report.html
-    only: str | None = None  # take only the runs whose name holds this text, as in hopper or "seed 0"
-    dry_run: bool = False  # say what would run, how long and how large, and stop
-    report_only: bool = False  # train nothing, write the results of what is finished
-    jobs: int | None = None  # runs at once; default: 1 here, on Ray as many as there is room for
-    threads: int | None = None  # CPU threads of a run; default: the cores shared among the jobs, at most 4; on Ray 1
-    retries: int = 2  # new starts of a run that crashed; a run with bad settings or that diverged gets none
-    backend: str = "local"  # where runs train: local, or ray (requirements-cluster.txt)
-    address: str | None = None  # of the Ray cluster: host:port, ray://host:port, or auto
-    gpus_per_run: float | None = None  # of a node's GPUs, on Ray; default: 0.25 where the cluster has any
-    dataset_dir: str | None = None  # overrides config.yaml: folder of the data
-    max_timesteps: int | None = None  # overrides config.yaml: updates of every run
-    seeds: tuple[int, ...] | None = None  # overrides config.yaml: seeds of every run
+    config: str = "config.yaml"  # read the comparison from this YAML file, which docs/comparison.md explains
+    log_dir: str = "logs"  # keep every run in a directory of its own in this folder
+    output: str = "results"  # write results.csv, results.md and report.html to this folder
+    only: str | None = None  # take only the runs whose name, as --dry_run shows it, holds this text
+    dry_run: bool = False  # list the runs, say what time and disk space those that are left will take, and stop
+    report_only: bool = False  # train nothing, only write the results of the runs that are finished
+    jobs: int | None = None  # train this many runs at once; default: 1, on Ray as many as the cluster has room for
+    threads: int | None = None  # give a run this many CPU threads; default: its share of the cores, at most 4; on Ray 1
+    retries: int = 2  # start a crashed run again up to this many times, but never one that diverged or has bad settings
+    backend: Literal["local", "ray"] = "local"  # train on this machine (local) or on the Ray cluster at --address (ray)
+    address: str | None = None  # connect to this Ray cluster: host:port, ray://host:port, or auto for this machine's
+    gpus_per_run: float | None = None  # give each run on Ray this share of a GPU; default: 0.25 if there are GPUs
+    dataset_dir: str | None = None  # read the data from this folder, whatever the comparison's file says
+    max_timesteps: int | None = None  # train every run for this many updates, whatever the comparison's file says
+    seeds: tuple[int, ...] | None = None  # train every chain with these seeds, whatever the comparison's file says
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -410,14 +410,13 @@ class Estimate:
         return config.max_timesteps * update + episodes * limit * step, size
 
     def how(self) -> str:
-        """In words, what the figures come from."""
-        words = [f"{self.measured} of them from finished runs of this comparison"] if self.measured else []
-        if self.guessed:
-            words.append(
-                f"{self.guessed} of them from {len(self.bursts)} bursts of updates and environment steps on this "
-                "machine as it is now, evaluation episodes at full length and one at a time: at most, roughly"
-            )
-        return "; ".join(words)
+        """A sentence on what the figures come from."""
+        if not self.guessed:
+            return "This is what finished runs of this comparison took."
+        start, rest = "This is", ""
+        if self.measured:
+            start, rest = f"For {self.guessed} of the runs this is", "; finished runs tell the rest"
+        return f"{start} a guess from a short trial on this machine{rest}."
 
 
 def dry_run(config: RunComparisonConfig, runs: list[Run], finished: set[Path]) -> None:
@@ -439,7 +438,8 @@ def dry_run(config: RunComparisonConfig, runs: list[Run], finished: set[Path]) -
         folder = folder.parent
     free, at_once = shutil.disk_usage(folder).free, config.jobs or 1
     print(f"Disk: {in_bytes(size)} for the runs that are left; {in_bytes(free)} are free in {folder}")
-    print(f"Time: {in_time(seconds / at_once)} with {at_once} at once ({estimate.how()})")
+    most = " at most" if estimate.guessed else ""
+    print(f"Time: about {in_time(seconds / at_once)}{most}, with {at_once} at once. {estimate.how()}")
     if size > free:
         raise UserError(f"--log_dir {config.log_dir}: {in_bytes(size)} are needed and {in_bytes(free)} are free")
 
@@ -556,7 +556,7 @@ class Comparison:
         bar.update(max(sum(self.done.values()) - bar.n, 0))
 
     def report(self) -> str:
-        """Write the results of what is finished; returns the table."""
+        """Write the results of what is finished; returns a summary of them for the terminal."""
         # Settings were compared at the start, so that what is finished now is a run of these.
         self.finished |= {run.run_dir for run in self.runs if (run.run_dir / "finished.json").exists()}
         compared = []
@@ -571,8 +571,6 @@ class Comparison:
 
 def check(config: RunComparisonConfig) -> None:
     """One line for a flag that cannot work."""
-    if config.backend not in ("local", "ray"):
-        raise UserError(f"--backend {config.backend}: choose one of local, ray")
     for name in ("jobs", "threads", "max_timesteps"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: at least 1 is needed")
@@ -592,6 +590,10 @@ def main(argv: list[str] | None = None) -> None:
     finished = {run.run_dir for run in runs if is_finished(run)}
     if config.dry_run:
         return dry_run(config, runs, finished)
+    if config.report_only and not any(run.run_dir.exists() for run in runs):
+        raise UserError(
+            f"--log_dir {config.log_dir}: none of the runs asked for is there; give the folder that has some"
+        )
     comparison = Comparison(config, runs, finished)
     print(f"{len(runs)} runs, {len(finished)} finished; {runs[0].name} is the first")
     if not config.report_only:
@@ -600,9 +602,8 @@ def main(argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             comparison.report()
             raise
-    table = comparison.report()
-    print(table)
-    print(f"outputs in {Path(config.output).resolve()}: report.html, results.csv, results.md")
+    print(f"\n{comparison.report()}\n")
+    print(f"All tables, curves and scores: report.html, results.md and results.csv in {Path(config.output).resolve()}")
     if comparison.failed:
         print(f"{len(comparison.failed)} runs failed; the same command tries them again", file=sys.stderr)
         sys.exit(1)

@@ -140,6 +140,36 @@ def test_gains_have_students_interval():
     assert all(map(math.isnan, comparison_report.paired_interval(np.array([1.0]))))
 
 
+def test_two_seeds_have_a_range_that_no_draw_leaves():
+    """Of one dataset it is the two scores, of several the statistic of all lowest and of all highest ones."""
+    strata = [np.array([3.0, 5.0]), np.array([10.0, 20.0])]
+    assert comparison_report.score_range(strata[:1], mean) == (3.0, 5.0)
+    assert comparison_report.score_range(strata, iqm) == (6.5, 12.5)
+    generator = np.random.default_rng(0)
+    draws = [[*generator.choice(strata[0], 2), *generator.choice(strata[1], 2)] for _ in range(500)]
+    statistics = [slow_iqm(draw) for draw in draws]
+    assert min(statistics) == 6.5 and max(statistics) == 12.5
+
+
+@pytest.mark.parametrize(
+    "seeds,cell",
+    [(1, "52.0"), (2, "52.5 (52.0 to 53.0)"), (3, "53.0 [52.0, 54.0]"), (5, "54.0 [52.8, 55.2]")],
+)
+def test_a_range_of_two_seeds_does_not_look_like_an_interval(tmp_path, seeds, cell):
+    (group,) = collect([make_run(tmp_path, "walker2d-medium-v2", (0.4, 1.0), seed) for seed in range(seeds)])
+    table = comparison_report.last_actor_table([group])
+    assert dict(zip(table.header, table.rows[0], strict=True))["mean [95%]"] == cell
+    assert ("range of two seeds" in comparison_report.terminal_text([], [group])) is (seeds == 2)
+
+
+def test_the_text_says_where_iqm_and_mean_are_the_same(tmp_path):
+    runs = [make_run(tmp_path, "walker2d-medium-v2", (0.4,), seed) for seed in range(4)]
+    for count, said in ((3, True), (4, False)):
+        text = write_report(runs[:count], tmp_path / "out", "x")
+        for place in (text, *((tmp_path / "out" / name).read_text() for name in ("results.md", "report.html"))):
+            assert (comparison_report.SAME_IQM in place) is said
+
+
 def test_one_seed_has_no_interval():
     assert all(map(math.isnan, bootstrap_interval([np.array([3.0])], mean)))
     assert all(map(math.isnan, bootstrap_interval([np.array([3.0, 4.0]), np.array([1.0])], mean)))
@@ -179,8 +209,50 @@ def test_the_table_gives_statistics_over_seeds_beside_published_figures(comparis
     rows = {row[:2]: dict(zip(table.header, row, strict=True)) for row in table.rows}
     row = rows["walker2d-medium-v2", "0.4 1 2"]
     assert row["mean [95%]"] == row["IQM [95%]"] == "85.0 [84.0, 86.0]"
-    assert (row["seeds"], row["episodes"], row["data"]) == ("3", "12", "40.0")
+    assert (row["seeds"], row["episodes"], row["data"], row["minutes"]) == ("3", "12", "40.0", "0.2")
     assert row["TD3+BC"] == "82.7" and row["POGO paper, 1 / 2 steps"] == "85.7 / 86.7"
+
+
+def test_minutes_are_a_mean_over_the_runs_whose_time_is_known(tmp_path):
+    runs = [make_run(tmp_path, "walker2d-medium-v2", (0.4,), seed) for seed in range(3)]
+    for seconds, minutes in (((60.0, 180.0, None), "2.0"), ((None, None, None), "–")):
+        for run, value in zip(runs, seconds, strict=True):
+            run.seconds = value
+        write_report(runs, tmp_path / "out", "x")
+        row = re.search(r"^\| walker2d-medium-v2 .*$", (tmp_path / "out/results.md").read_text(), re.M)[0]
+        assert row.split(" | ")[7] == minutes
+        assert f'<td class="n">{minutes}</td>' in (tmp_path / "out/report.html").read_text()
+
+
+def test_the_terminal_gets_a_table_that_fits_it(comparison, tmp_path):
+    """Aligned columns of at most 100 characters, the same figures as the wide table, and the best actor's number."""
+    long = "local/halfcheetah-medium-replay-v2"
+    comparison += [make_run(tmp_path, long, (0.4, 0.5, 0.25), seed, 100.0) for seed in range(3)]
+    text = write_report(comparison, tmp_path / "out", "config.yaml")
+    lines = text.split("\n")
+    assert max(map(len, lines)) <= 100 and "|" not in text and "TD3+BC" not in text
+    header, row = lines[0], next(line for line in lines if re.match("walker2d-medium-v2 +0.4 1 2 ", line))
+    assert header.split() == ["dataset", "w2_weights", "seeds", "data", "mean", "IQM", "[95%]", "best"]
+    assert row.split() == ["walker2d-medium-v2", "0.4", "1", "2", "3", "40.0", "85.0", "85.0", "[84.0,", "86.0]", "2"]
+    assert len(row) == len(header) and row.index("0.4") == header.index("w2_weights")
+    assert any(line.startswith("2 MuJoCo sets, weights 1") for line in lines)
+
+
+def test_the_best_actor_of_a_chain_need_not_be_its_last(tmp_path):
+    runs = [make_run(tmp_path, "walker2d-medium-v2", (0.4, 1.0), seed) for seed in range(2)]
+    (group,) = collect(runs)
+    assert comparison_report.terminal_table([group]).rows[0][-1] == "1"
+    for result in group.results:
+        result.final[0, "deterministic"] += 5
+    assert comparison_report.terminal_table([group]).rows[0][-1] == "0"
+
+
+def test_the_terminal_lists_few_of_many_unfinished_runs(tmp_path):
+    runs = [ComparedRun("hopper-medium-v2", (0.4,), 0, seed, tmp_path, False, "fault " * 40) for seed in range(25)]
+    lines = write_report(runs, tmp_path / "out", "x").split("\n")
+    assert max(map(len, lines)) == 100 and lines[-1] == "and 15 more" and lines[-2].endswith("…")
+    assert sum(line.startswith("hopper-medium-v2") for line in lines) == 10
+    assert (tmp_path / "out/results.md").read_text().count("| hopper-medium-v2 |") == 25
 
 
 def test_published_figures_are_marked_beside_other_data(tmp_path):
@@ -191,10 +263,11 @@ def test_published_figures_are_marked_beside_other_data(tmp_path):
     table = comparison_report.last_actor_table(collect([local, small, true]))
     iql = [row[table.header.index("IQL")] for row in table.rows]
     assert iql == ["67.5†", "67.5†", "80.9", "74.2†"]
-    assert "no comparison" in write_report([local], tmp_path / "a", "x")
-    assert "no comparison" not in write_report([true], tmp_path / "b", "x")
-    assert "no comparison" in (tmp_path / "a/report.html").read_text()
-    assert "no comparison" not in (tmp_path / "b/report.html").read_text()
+    write_report([local], tmp_path / "a", "x")
+    write_report([true], tmp_path / "b", "x")
+    for name in ("results.md", "report.html"):
+        assert "no comparison" in (tmp_path / "a" / name).read_text()
+        assert "no comparison" not in (tmp_path / "b" / name).read_text()
 
 
 def test_every_published_row_names_an_official_dataset():
@@ -216,19 +289,26 @@ def test_a_suite_pools_datasets_of_the_same_place_and_seeds(comparison, tmp_path
         "hopper-medium-v2",
         "walker2d-medium-v2",
     ]
-    row = comparison_report.suite_row(name, members)
     table = comparison_report.last_actor_table(groups)
+    (row,) = (row for row in table.rows if row[0] == name)
     cells = dict(zip(table.header, row, strict=True))
     assert row[1:3] == ("0.4 1 2", "75.0 [74.3, 75.7]") and cells["episodes"] == "24"
     assert cells["TD3+BC"] == f"{(60.4 + 82.7) / 2:.1f}" and cells["POGO paper, 1 / 2 steps"] == "75.2 / 80.8"
 
 
-def test_the_best_of_training_is_not_the_result(comparison):
+def test_the_highest_of_training_cannot_be_taken_for_the_result(comparison, tmp_path):
+    """It stands last, apart from the results, under a header that says so, in a softer colour, with a note."""
     table = comparison_report.actor_table(collect(comparison))
     rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
-    assert len(rows) == 6 * 3 * 2
-    assert (rows[0]["actor"], rows[0]["mode"], rows[0]["best in training"]) == ("0", "deterministic", "68.0")
+    assert len(rows) == 6 * 3 * 2 and table.header[-1] == comparison_report.BEST and "no result" in table.header[-1]
+    assert (rows[0]["actor"], rows[0]["mode"], rows[0][comparison_report.BEST]) == ("0", "deterministic", "68.0")
     assert rows[0]["mean [95%]"] == "61.0 [60.0, 62.0]"  # of the last checkpoint
+    cells = re.findall(r'<td class="(\w+(?: soft)?)">([^<]*)', table.html())[: len(table.header)]
+    assert [text for kind, text in cells if "soft" in kind] == ["68.0"]
+    write_report(comparison, tmp_path / "out", "x")
+    for name in ("results.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert text.index("Actor by actor") < text.index(comparison_report.NO_RESULT) < text.index("What each step")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +344,10 @@ def test_a_blur_above_the_spread_is_marked(tmp_path):
 
 def test_unfinished_runs_are_listed_with_their_reason(comparison, tmp_path):
     text = write_report(comparison, tmp_path / "out", "config.yaml")
-    assert "| hopper-medium-v2 | 0.4 1 0.5 | 3 | exit code 2: mean Q <is> 9 |" in text
+    assert re.search(r"^hopper-medium-v2 +0\.4 1 0\.5 +3 +exit code 2: mean Q <is> 9$", text, re.M)
+    assert (
+        "| hopper-medium-v2 | 0.4 1 0.5 | 3 | exit code 2: mean Q <is> 9 |" in (tmp_path / "out/results.md").read_text()
+    )
     page = (tmp_path / "out/report.html").read_text()
     assert "18 of 19 runs finished" in page and "mean Q &lt;is&gt; 9" in page and "<is>" not in page
 
@@ -272,14 +355,15 @@ def test_unfinished_runs_are_listed_with_their_reason(comparison, tmp_path):
 def test_a_damaged_run_is_listed_and_stops_nothing(comparison, tmp_path):
     (comparison[0].run_dir / "training" / "evaluations.csv").write_text("no such table\n")
     (comparison[1].run_dir / "finished.json").write_text("{}")
-    text = write_report(comparison, tmp_path / "out", "config.yaml")
+    write_report(comparison, tmp_path / "out", "config.yaml")
+    text = (tmp_path / "out/results.md").read_text()
     assert text.count("evaluations.csv") == 1 and text.count("finished.json") == 1
     assert not comparison[0].finished and comparison[2].finished
 
 
 def test_nothing_finished_still_makes_a_report(tmp_path):
     runs = [ComparedRun("hopper-medium-v2", (0.4,), 0, 0, tmp_path / "x", False)]
-    write_report(runs, tmp_path / "out", "config.yaml")
+    assert write_report(runs, tmp_path / "out", "config.yaml").startswith("No run is finished yet")
     assert "No run is finished yet" in (tmp_path / "out/report.html").read_text()
     assert "not started" in (tmp_path / "out/results.md").read_text()
 
@@ -320,8 +404,46 @@ def test_the_page_is_whole_and_fetches_nothing(comparison, tmp_path):
 
 
 def test_ticks_are_round_and_within_bounds():
-    assert comparison_report._ticks(0, 1_000_000, 4) == [0, 500_000, 1_000_000]
+    assert comparison_report._ticks(0, 1_000_000) == [0, 500_000, 1_000_000]
     assert comparison_report._ticks(-3, 17) == [0, 5, 10, 15]
+    assert comparison_report._log_ticks(-4.2, -1.9) == [1e-4, 1e-3, 1e-2]
+    assert comparison_report._log_ticks(-1.5, -0.5) == [0.05, 0.1, 0.2]
+
+
+def test_every_axis_has_three_ticks_with_labels_of_their_own():
+    """However little the values span, and wherever they lie."""
+    source = np.random.default_rng(0)
+    for _ in range(2000):
+        low, span = source.normal() * 10 ** source.uniform(-3, 6), 10 ** source.uniform(-4, 3)
+        power, powers = source.uniform(-6, 3), 10 ** source.uniform(-4, 1)
+        plain, log = comparison_report._ticks(low, low + span), comparison_report._log_ticks(power, power + powers)
+        assert 3 <= len(plain) <= 8 and low - 1e-9 <= plain[0] and plain[-1] <= low + span + 1e-9
+        assert 3 <= len(log) <= 11 and power - 1e-9 <= math.log10(log[0])
+        assert math.log10(log[-1]) <= power + powers + 1e-9
+        for labels in map(comparison_report._labels, (plain, log)):
+            assert len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.1 + 1e-15], [0.0, 0.0], [0.012, 0.013], [1234.5, 1234.6], [-70.0, -69.0]])
+@pytest.mark.parametrize("log", [False, True])
+def test_a_chart_of_little_span_has_three_different_ticks(values, log):
+    curve = {"x": np.array([0.0, 300.0]), **dict.fromkeys(("mean", "low", "high"), np.abs(values) if log else values)}
+    curve = {name: np.asarray(column) for name, column in curve.items()}
+    picture = comparison_report.chart("x", [comparison_report.Line("a", 0, curve)], log=log)
+    labels = re.findall(r'text-anchor="end">([^<]+)<', picture)
+    across = re.findall(r'y="211" text-anchor="end">([^<]+)<', picture)
+    assert len(labels) - len(across) >= 3 and len(set(labels)) == len(labels)
+
+
+def test_each_section_has_a_key_of_its_own(comparison, tmp_path):
+    """A dashed line is the data's score above, and no energy won below; floors are only there where actors follow."""
+    write_report(comparison, tmp_path, "config.yaml")
+    curves, chain = re.findall(r"<p class='key'>.*?</p>", (tmp_path / "report.html").read_text())
+    assert curves.count("actor ") == chain.count("actor ") == 3
+    assert curves.count("dashes") == 1 and "own episodes" in curves and "energy" not in curves and "floor" not in curves
+    assert chain.count("dashes") == 1 and "no energy won" in chain and "floor" in chain and "episodes" not in chain
+    write_report([make_run(tmp_path / "one", "hopper-medium-v2", (0.4,), 0)], tmp_path, "config.yaml")
+    assert "floor" not in re.findall(r"<p class='key'>.*?</p>", (tmp_path / "report.html").read_text())[1]
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

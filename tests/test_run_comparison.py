@@ -5,7 +5,9 @@ start and end in a ledger. One test runs pogo_main.py itself.
 """
 
 import collections
+import contextlib
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -273,7 +276,7 @@ BAD = [
     ("common: [1]", "common", "key: value"),
     ("sinkhorn: {k: 4}", "sinkhorn.k", "'K'"),
     ("sinkhorn: {blur: wide}", "sinkhorn.blur", "must be a number"),
-    ("sinkhorn: {backend: fast}", "environments.hopper.medium", "--sinkhorn_backend fast"),
+    ("sinkhorn: {backend: fast}", "sinkhorn.backend", "must be one of"),
     ("settings: {}", "unknown key settings", ""),
     ("common: {tau: 0.1, tau: 0.2}", "stands twice", "line 1"),
     ("common: [", "not valid YAML", ""),
@@ -316,7 +319,7 @@ def test_bad_flags_are_named(place, capsys, monkeypatch):
     assert "--only 'cheetah'" in exits(capsys, *place.flags("--only", "cheetah"))
     assert "--jobs 0" in exits(capsys, *place.flags("--jobs", "0"))
     assert "--retries -1" in exits(capsys, *place.flags("--retries", "-1"))
-    assert "--backend slurm" in exits(capsys, *place.flags("--backend", "slurm"))
+    assert "--backend slurm: must be one of local, ray" in exits(capsys, *place.flags("--backend", "slurm"))
     assert "add --backend ray" in exits(capsys, *place.flags("--address", "auto"))
     assert "needs --address" in exits(capsys, *place.flags("--backend", "ray"))
     assert "--gpus_per_run -1" in exits(capsys, *place.flags("--gpus_per_run", "-1"))
@@ -335,7 +338,8 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(place, capsys):
     out = capsys.readouterr().out
     assert "hopper-medium-v2 w2 0.4 1 seed 1: not started" in out
     assert "2 runs: 0 finished, 0 cut, 2 not started" in out and " free in " in out
-    assert re.search(r"Time: \d+(\.\d)? (seconds|minutes|hours) with 2 at once \(2 of them from 1 bursts", out)
+    time_line = r"^Time: about \d+(\.\d)? (seconds|minutes|hours) at most, with 2 at once\. "
+    assert re.search(time_line + r"This is a guess from a short trial on this machine\.$", out, re.M), out
     assert {path.name for path in place.folder.iterdir()} == {"comparison.yaml", "notes", "trainer.py"}
 
 
@@ -348,7 +352,30 @@ def test_dry_run_measures_on_finished_runs_where_it_can(place, capsys):
     place.run("--dry_run")
     out = capsys.readouterr().out
     assert "seed 0: finished" in out and "1 finished, 0 cut, 1 not started" in out
-    assert "Time: 83.3 minutes with 1 at once (1 of them from finished runs of this comparison)" in out
+    assert "Time: about 83.3 minutes, with 1 at once. This is what finished runs of this comparison took.\n" in out
+
+
+def test_an_estimate_of_two_sources_says_how_many_runs_are_guessed(place):
+    estimate = run_comparison.Estimate([], set(), 1)
+    estimate.measured, estimate.guessed = 3, 2
+    words = "For 2 of the runs this is a guess from a short trial on this machine; finished runs tell the rest."
+    assert estimate.how() == words
+
+
+def test_help_says_what_each_option_does(capsys, monkeypatch):
+    """A phrase with a verb each, and the words that an option takes."""
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        run_comparison.main(["--help"])
+    options = capsys.readouterr().out.split("show this help message")[1]
+    text = re.sub(r"[│\s]+", " ", options)
+    kind = r"(?:, --no_\w+| (?:\{None\}\|)?(?:[A-Z]+|\{.*?\}))"
+    words = dict(re.findall(rf" --(\w+){kind} ([a-z].*?) \(default: ", text))
+    assert words.keys() == {field.name for field in dataclasses.fields(run_comparison.RunComparisonConfig)}, words
+    verbs = ("keep", "write", "take", "list", "train", "give", "start", "connect", "read")
+    assert all(phrase.startswith(verbs) and phrase.count(" ") >= 5 for phrase in words.values()), words
+    assert "--backend {local,ray}" in text and "(local)" in words["backend"] and "(ray)" in words["backend"]
+    assert "host:port" in words["address"] and "auto" in words["address"]
 
 
 def test_a_burst_grows_with_the_work(place):
@@ -370,7 +397,8 @@ def test_runs_are_trained_once_and_reported(place, capsys):
     assert place.count("start") == place.count("end") == {"w2_0.4_1/seed_0": 1, "w2_0.4_1/seed_1": 1}
     assert len(place.rows()) == 2 * 2 * 2 and float(place.rows()[0]["seconds"]) > 5 * SECOND
     assert {row["score"] for row in place.rows()} == {"50.0", "51.0"}
-    assert "hopper-medium-v2 | 0.4 1 | 51.0 [51.0, 51.0]" in out and "report.html" in out
+    assert re.search(r"^hopper-medium-v2  0\.4 1 +2 +40\.0 +51\.0  51\.0 \(51\.0 to 51\.0\)     1$", out, re.M), out
+    assert f"report.html, results.md and results.csv in {place.folder / 'results'}" in out
     log = (place.run_dir(0) / "output.log").read_text()
     assert "output of" in log and "--max_timesteps 50" in log and {line[4] for line in place.ledger()} == {"1"}
     page = (place.folder / "results" / "report.html").read_text()
@@ -395,7 +423,21 @@ def test_report_only_trains_nothing(place, capsys):
     place.run("--only", "seed 1")
     place.run("--report_only")
     assert sum(place.count("start").values()) == 1
-    assert len(place.rows()) == 4 and "| hopper-medium-v2 | 0.4 1 | 0 | not started |" in capsys.readouterr().out
+    assert len(place.rows()) == 4
+    assert re.search(r"^hopper-medium-v2  0\.4 1 +0 +not started$", capsys.readouterr().out, re.M)
+
+
+def test_report_only_of_a_folder_without_any_run_is_one_line(place, capsys):
+    """A slip in --log_dir must not replace good results by an empty table; a run that was begun is enough."""
+    place.run("--only", "seed 1")
+    before = (place.folder / "results" / "results.csv").read_text()
+    line = exits(capsys, *place.flags("--report_only", "--log_dir", str(place.folder / "lgos")))
+    assert f"--log_dir {place.folder / 'lgos'}: none of the runs asked for is there" in line
+    assert "none of the runs" in exits(capsys, *place.flags("--report_only", "--only", "seed 0"))
+    assert (place.folder / "results" / "results.csv").read_text() == before
+    place.run_dir(0).mkdir()
+    place.run("--report_only", "--only", "seed 0")
+    assert "No run is finished yet" in capsys.readouterr().out
 
 
 def test_a_crash_is_tried_again_from_the_checkpoint(place, capsys):
@@ -574,7 +616,7 @@ def test_real_runs_end_to_end(tmp_path, monkeypatch, capsys):
     for row in rows:
         assert float(row["score"]) == pytest.approx(summary[f"actor_{row['actor']}/{row['mode']}/score"])
         assert float(row["data_score"]) == summary["data_score"]
-    assert "67.5†" in capsys.readouterr().out
+    assert "67.5†" in Path("results/results.md").read_text() and "67.5" not in capsys.readouterr().out
     page = Path("results/report.html").read_text()
     assert page.count("<svg") == 5 and "one seed says nothing" in page + "did not move"
     before = Path("results/results.csv").read_text()
@@ -600,13 +642,70 @@ def test_an_address_where_nobody_answers_is_one_line(place):
             comparison_jobs.probe(given)
 
 
-def test_a_port_that_is_not_rays_is_one_line(monkeypatch):
+class Listener(threading.Thread):
+    """A server that answers the first words of every connection with its own, after some seconds, or not at all."""
+
+    def __init__(self, answer: bytes = b"", seconds: float = 0.0):
+        super().__init__(daemon=True)
+        self.server, self.answer, self.seconds = socket.create_server(("127.0.0.1", 0)), answer, seconds
+        self.port, self.open = self.server.getsockname()[1], []
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):  # the server is closed
+            while True:
+                connection, _ = self.server.accept()
+                self.open.append(connection)
+                connection.recv(100)
+                time.sleep(self.seconds)
+                connection.sendall(self.answer)
+
+    def close(self) -> None:
+        for one in (self.server, *self.open):
+            one.close()
+
+
+@pytest.fixture
+def listen():
+    """Makes listeners, and closes them."""
+    made = []
+    yield lambda *arguments: made.append(Listener(*arguments)) or made[-1].port
+    for listener in made:
+        listener.close()
+
+
+def test_a_port_that_accepts_and_stays_silent_is_one_line_in_15_seconds(listen):
     pytest.importorskip("ray")
-    monkeypatch.setattr(comparison_jobs, "PROBE_SECONDS", (2, 4))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(UserError, match="no Ray cluster answers there"):
-            comparison_jobs.probe(address)
+    address, began = f"127.0.0.1:{listen()}", time.monotonic()
+    with pytest.raises(UserError, match=rf"--address {address}: no Ray cluster answers there \(no answer in time\)"):
+        comparison_jobs.RayPool(address, None, 1, None, 1)
+    assert time.monotonic() - began < 15 and sum(comparison_jobs.PROBE_SECONDS[:2]) < 15
+
+
+def test_a_port_of_another_service_is_one_line_at_once(listen):
+    pytest.importorskip("ray")
+    address, began = f"127.0.0.1:{listen(b'HTTP/1.1 400 Bad Request')}", time.monotonic()
+    with pytest.raises(UserError, match="no Ray cluster answers there .what answers is not Ray"):
+        comparison_jobs.probe(address)
+    assert time.monotonic() - began < 5
+
+
+def test_a_slow_server_of_rays_kind_is_given_its_time(listen, monkeypatch):
+    """It may take seconds to greet; and one that expects TLS is left to Ray."""
+    greeting = bytes([0, 0, 6, 4, 0, 0, 0, 0, 0]) + bytes(6)
+    assert comparison_jobs._connection_fault("127.0.0.1", listen(greeting, 3.0)) == ""
+    monkeypatch.setattr(comparison_jobs, "PROBE_SECONDS", (5, 0.2, 45))
+    silent = listen()
+    assert comparison_jobs._connection_fault("127.0.0.1", silent) == "no answer in time"
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    assert comparison_jobs._connection_fault("127.0.0.1", silent) == ""
+
+
+def test_what_greets_and_then_says_nothing_is_one_line(listen, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(comparison_jobs, "PROBE_SECONDS", (5, 5, 4))
+    with pytest.raises(UserError, match="no Ray cluster answers there .no answer in 4 seconds"):
+        comparison_jobs.probe(f"127.0.0.1:{listen(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))}")
 
 
 CLUSTER = """
@@ -652,6 +751,16 @@ def test_a_ray_cluster_survives_the_loss_of_a_node(place, monkeypatch):
     finally:
         os.killpg(cluster.pid, signal.SIGKILL)
         cluster.wait()
+
+
+def test_the_shown_file_works_and_has_the_shipped_weights(tmp_path):
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "comparison.md").read_text(), re.S)[1])
+    weights = {}
+    for path in (shown, ROOT / "config.yaml"):
+        runs = expand(settings(path, "--log_dir", str(tmp_path), "--seeds", "0"))
+        weights[path] = [run.config.w2_weights for run in runs if run.config.env == "hopper-medium-v2"]
+    assert len(weights[shown]) == 3 and weights[shown] == weights[ROOT / "config.yaml"]
 
 
 def test_shown_command_lines_are_the_ones_of_the_page():
