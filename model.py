@@ -411,15 +411,12 @@ class MambaEncoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def mlp(input_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:
-    """Two hidden layers of ReLU."""
-    return nn.Sequential(
-        nn.Linear(input_dim, hidden_dim),
-        nn.ReLU(),
-        nn.Linear(hidden_dim, hidden_dim),
-        nn.ReLU(),
-        nn.Linear(hidden_dim, output_dim),
-    )
+def mlp(input_dim: int, hidden_dim: int, output_dim: int, hidden_layers: int = 2) -> nn.Sequential:
+    """Hidden layers of ReLU, then a linear one."""
+    layers: list[nn.Module] = []
+    for width in [input_dim] + [hidden_dim] * (hidden_layers - 1):
+        layers += [nn.Linear(width, hidden_dim), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden_dim, output_dim))
 
 
 class EnsembleLinear(nn.Module):
@@ -595,59 +592,106 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     return y.relu_() if relu else y
 
 
+def run_mlp(net: nn.Sequential, x: Tensor) -> Tensor:
+    """What `net(x)` gives, an `mlp`, by `dense`."""
+    layers = [layer for layer in net if isinstance(layer, nn.Linear)]
+    for layer in layers:
+        x = dense(x, layer.weight, layer.bias, relu=layer is not layers[-1])
+    return x
+
+
 class TransportActor(nn.Module):
     """A policy as a transport map a = T(s, z), z ~ N(0, I) of the action's size: tanh * max_action of an MLP."""
 
-    def __init__(self, observation_dim: int, action_dim: int, max_action: float = 1.0, hidden_dim: int = 256):
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        max_action: float = 1.0,
+        hidden_dim: int = 256,
+        hidden_layers: int = 2,
+    ):
         super().__init__()
         self.observation_dim, self.action_dim, self.max_action = observation_dim, action_dim, max_action
-        self.net = mlp(observation_dim + action_dim, hidden_dim, action_dim)
+        self.net = mlp(observation_dim + action_dim, hidden_dim, action_dim, hidden_layers)
 
     def forward(self, observations: Tensor, z: Tensor) -> Tensor:
         """Actions [..., A] of observations [..., D] under z [..., A]; z [..., K, A] gives K actions a state."""
-        first, second, last = self.net[::2]
+        first, *hidden, last = [layer for layer in self.net if isinstance(layer, nn.Linear)]
         # W [s, z] = W_s s + W_z z, so that a state's K samples share its part and nothing is concatenated.
         state_part = F.linear(observations, first.weight[:, : self.observation_dim], first.bias)
         if z.dim() > observations.dim():
             state_part = state_part.unsqueeze(-2)
         h = F.linear(z, first.weight[:, self.observation_dim :]).add_(state_part).relu_()
-        h = dense(h, second.weight, second.bias, relu=True)
+        for layer in hidden:
+            h = dense(h, layer.weight, layer.bias, relu=True)
         return torch.tanh(dense(h, last.weight, last.bias, relu=False)) * self.max_action
 
 
-class TwinCritic(nn.Module):
-    """Q1 and Q2 (s, a), MLPs of ReLU. Observations [n, D], actions [n, A] -> [2, n].
+class StateValue(nn.Module):
+    """V(s), an MLP of ReLU: [n, D] -> [n]."""
 
-    Weights are stacked, so that a GPU computes both at once; a CPU is faster with one after the other.
+    def __init__(self, observation_dim: int, hidden_dim: int = 256):
+        super().__init__()
+        self.net = mlp(observation_dim, hidden_dim, 1)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return run_mlp(self.net, observations).squeeze(-1)
+
+
+class EnsembleCritic(nn.Module):
+    """Several Q(s, a), MLPs of ReLU. Observations [n, D], actions [n, A] -> [size, n].
+
+    Weights are stacked, so that a GPU computes all at once; a CPU is faster with one after the other.
     """
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int = 256):
+    def __init__(
+        self, observation_dim: int, action_dim: int, hidden_dim: int = 256, size: int = 2, hidden_layers: int = 2
+    ):
         super().__init__()
-        self.layers = nn.ModuleList(
-            [
-                EnsembleLinear(2, observation_dim + action_dim, hidden_dim),
-                EnsembleLinear(2, hidden_dim, hidden_dim),
-                EnsembleLinear(2, hidden_dim, 1),
-            ]
-        )
+        self.size, self.observation_dim = size, observation_dim
+        widths = [observation_dim + action_dim, *[hidden_dim] * hidden_layers, 1]
+        self.layers = nn.ModuleList(EnsembleLinear(size, a, b) for a, b in zip(widths, widths[1:], strict=False))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        h = torch.cat([observations, actions], dim=-1)
-        if h.device.type == "cpu":
-            return torch.stack([self._one(number, h, frozen=False) for number in range(2)])
-        h = h.expand(2, -1, -1)
-        for layer in self.layers[:-1]:
-            h = layer(h).relu_()
-        return self.layers[-1](h).squeeze(-1)
+        return self._run(torch.cat([observations, actions], dim=-1), self.size, frozen=False)
+
+    def frozen(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """[size, n], with a gradient to the actions and none to the weights."""
+        return self._run(torch.cat([observations, actions], dim=-1), self.size, frozen=True)
 
     def frozen_q1(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Q1 alone, [n], with a gradient to the actions and none to the weights."""
-        return self._one(0, torch.cat([observations, actions], dim=-1), frozen=True)
+        """The first Q alone, [n], with a gradient to the actions and none to the weights."""
+        return self._run(torch.cat([observations, actions], dim=-1), 1, frozen=True).squeeze(0)
 
-    def _one(self, number: int, h: Tensor, frozen: bool) -> Tensor:
-        for layer in self.layers:
-            weight, bias = layer.weight[number].t(), layer.bias[number, 0]
-            if frozen:
-                weight, bias = weight.detach(), bias.detach()
-            h = dense(h, weight, bias, relu=layer is not self.layers[-1])
+    def action_gradients(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """dQ_k/da [size, n, A], differentiable by the weights, as a chain of matrix products through the ReLUs."""
+        with torch.no_grad():  # which ReLUs pass is all that the forward pass is for: it has no derivative
+            h, masks = torch.cat([observations, actions], dim=-1).expand(self.size, -1, -1), []
+            for layer in self.layers[:-1]:
+                h = layer(h).relu_()
+                masks.append(h > 0)
+        slope = self.layers[-1].weight.transpose(1, 2)  # [size, 1, hidden]
+        for layer, mask in zip(reversed(self.layers[1:-1]), reversed(masks[1:]), strict=True):
+            slope = (slope * mask) @ layer.weight.transpose(1, 2)
+        return (slope * masks[0]) @ self.layers[0].weight[:, self.observation_dim :].transpose(1, 2)
+
+    def _run(self, h: Tensor, members: int, frozen: bool) -> Tensor:
+        """The first members' values [members, n] of inputs [n, D + A]."""
+        layers = [(layer.weight[:members], layer.bias[:members]) for layer in self.layers]
+        if frozen:
+            layers = [(weight.detach(), bias.detach()) for weight, bias in layers]
+        if h.device.type == "cpu":
+            unbound = [list(zip(weight.unbind(), bias.unbind(), strict=True)) for weight, bias in layers]
+            return torch.stack([self._one([layer[number] for layer in unbound], h) for number in range(members)])
+        h = h.expand(members, -1, -1)
+        for number, (weight, bias) in enumerate(layers):
+            h = torch.baddbmm(bias, h, weight)
+            h = h.relu_() if number < len(layers) - 1 else h
+        return h.squeeze(-1)
+
+    @staticmethod
+    def _one(layers: list[tuple[Tensor, Tensor]], h: Tensor) -> Tensor:
+        for number, (weight, bias) in enumerate(layers):
+            h = dense(h, weight.t(), bias[0], relu=number < len(layers) - 1)
         return h.squeeze(-1)

@@ -38,7 +38,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model import TransportActor, TwinCritic
+from model import EnsembleCritic, TransportActor
 from transport import Backend, box_diameter, cloud_spread, l2, sinkhorn
 
 SMALLEST_SPREAD = 1e-3  # of max_action: a cloud narrower than this counts as this wide where a blur is relative to it
@@ -87,12 +87,12 @@ class POGOAgent:
         self.config, self.max_action, self.action_dim = config, max_action, action_dim
         self.generator, self.device = generator, torch.device(device)
         sizes = (observation_dim, action_dim)
-        self.critic = TwinCritic(*sizes, config.hidden_dim).to(self.device)
+        self.critic = EnsembleCritic(*sizes, config.hidden_dim).to(self.device)
         actors = [TransportActor(*sizes, max_action, config.hidden_dim) for _ in config.w2_weights]
         self.actors = nn.ModuleList(actors).to(self.device)
         for actor in self.actors[1:]:
             actor.load_state_dict(self.actors[0].state_dict())
-        self.critic_target = TwinCritic(*sizes, config.hidden_dim).to(self.device).requires_grad_(False)
+        self.critic_target = EnsembleCritic(*sizes, config.hidden_dim).to(self.device).requires_grad_(False)
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.actor_target = TransportActor(*sizes, max_action, config.hidden_dim).to(self.device).requires_grad_(False)
         self.actor_target.load_state_dict(self.actors[0].state_dict())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import TransportActor, TwinCritic, dense
+from model import EnsembleCritic, TransportActor, dense
 from pogo_agent import POGOAgent, POGOConfig
 from transport import box_diameter, sinkhorn
 from utils import load_checkpoint, save_checkpoint
@@ -79,7 +79,7 @@ def test_the_actor_is_an_mlp_of_state_and_noise():
 
 def test_the_critic_is_two_mlps_and_its_frozen_half_is_the_first():
     torch.manual_seed(0)
-    critic, s, a = TwinCritic(D, A, 8), torch.randn(N, D), torch.randn(N, A, requires_grad=True)
+    critic, s, a = EnsembleCritic(D, A, 8), torch.randn(N, D), torch.randn(N, A, requires_grad=True)
     for number in range(2):
         h = torch.cat([s, a], -1)
         for layer in critic.layers:
@@ -234,7 +234,7 @@ def plain_update(critics, targets, actor, optimizers, batch, generator, weight) 
             slow.data.mul_(0.995).add_(0.005 * fast.data)
 
 
-def copy_critic(critic: TwinCritic, number: int) -> nn.Sequential:
+def copy_critic(critic: EnsembleCritic, number: int) -> nn.Sequential:
     """One of the twins as a usual MLP."""
     layers = []
     for layer in critic.layers:
@@ -430,3 +430,5 @@ def test_a_captured_update_equals_the_eager_one(backend):
         expected, found = agents[0].update(batch), captured()
         for name in expected:
             assert np.isclose(float(found[name]), float(expected[name]), rtol=1e-4, atol=1e-5), name
+    states = [tensors(agent.state_dict()) for agent in agents]
+    assert all(torch.allclose(*pair, rtol=1e-3, atol=1e-5) for pair in zip(*states, strict=True))

@@ -1,0 +1,169 @@
+"""What the algorithms of this folder share: plumbing, no update rule.
+
+An algorithm's `update` reads top to bottom in its own file. Where the actor's turn comes it calls `update_actors`,
+which is its own single step unless a chain of actors takes that place (pogo_multi.MultiActor):
+
+    actor_loss(distribution, draw, batch)        of the algorithm's actor, and of a chain's first
+    next_actor_loss(distribution, draw, batch)   of a chain's later ones, without the distance to the one before
+
+`distribution` is what `policy(observations)` gives, `draw` one action a state of it. A batch holds observations,
+next_observations [n, D], actions [n, A], rewards, terminated [n] float32.
+"""
+
+import abc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from algorithms.offline.pogo_policies import Distribution, Draw
+
+Batch = dict[str, Tensor]
+Info = dict[str, Tensor]  # 0-d tensors on the device
+UpdateActors = Callable[[Batch], Info]
+
+
+@dataclass
+class OfflineConfig:
+    discount: float = 0.99  # discount factor of rewards
+    tau: float = 0.005  # rate of the target networks' Polyak average
+    hidden_dim: int = 256  # width of the hidden layers of every network
+    actor_lr: float = 3e-4  # learning rate of Adam for the actors
+    qf_lr: float = 3e-4  # learning rate of Adam for the critics
+
+
+class OfflineAlgorithm(abc.ABC):
+    """Networks with an Adam each, target networks, noise, checkpoints.
+
+    Args:
+        config: settings of the algorithm.
+        sizes: observation_dim, action_dim, max_action: actions lie in [-max_action, max_action].
+        generator: of all noise, on the device.
+        device: where everything lives.
+        make_actor: makes the policy that it trains and that its critics bootstrap from, given sizes and hidden_dim;
+            default: the algorithm's own.
+    """
+
+    actor_lr_decay = False  # whether the actors' learning rate falls to 0 along a cosine over the run
+
+    def __init__(
+        self,
+        config: OfflineConfig,
+        sizes: tuple[int, int, float],
+        generator: torch.Generator,
+        device: str | torch.device = "cpu",
+        make_actor: Callable[..., nn.Module] | None = None,
+    ):
+        self.config, self.generator, self.device = config, generator, torch.device(device)
+        self.max_action, self.make_actor = sizes[2], make_actor or self.default_actor()
+        self.networks: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.targets: list[tuple[list[Tensor], list[Tensor]]] = []  # parameters that follow, and those they follow
+        self.actor_lr = torch.tensor(config.actor_lr, device=self.device)
+        self.actor = self.add("actor", self.make_actor(*sizes, config.hidden_dim), self.actor_lr)
+        self.build(*sizes)
+        self.step = 0
+
+    def add(self, name: str, network: nn.Module, lr: float | Tensor) -> nn.Module:
+        """Keep a network that is trained by an Adam of its own."""
+        self.networks[name] = network.to(self.device)
+        self.optimizers[name] = self.adam(network.parameters(), lr)
+        return network
+
+    def add_target(self, name: str, network: nn.Module, source: nn.Module) -> nn.Module:
+        """Keep a network that begins as a copy of another and follows it by `follow`."""
+        self.networks[name] = network.to(self.device).requires_grad_(False)
+        network.load_state_dict(source.state_dict())
+        self.targets.append((list(network.parameters()), list(source.parameters())))
+        return network
+
+    def adam(self, parameters: Any, lr: float | Tensor) -> torch.optim.Adam:
+        """Adam with a learning rate that is a tensor, so that a captured update reads it anew."""
+        lr = torch.as_tensor(lr, device=self.device)
+        return torch.optim.Adam(parameters, lr, fused=True, capturable=self.device.type == "cuda")
+
+    def minimise(self, name: str, loss: Tensor) -> None:
+        """One step of a network's Adam."""
+        self.optimizers[name].zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizers[name].step()
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Polyak average of all target networks."""
+        for following, learning in self.targets:
+            torch._foreach_lerp_(following, learning, self.config.tau)
+
+    def noise(self, *shape: int) -> Tensor:
+        """Standard normal [*shape, A] from the algorithm's generator."""
+        return torch.randn(*shape, self.actor.action_dim, generator=self.generator, device=self.device)
+
+    def draw(self, policy: nn.Module, observations: Tensor) -> tuple[Distribution, Draw]:
+        """A policy's distribution in each state, and one action of it."""
+        distribution = policy(observations)
+        return distribution, distribution.draw(self.noise(len(observations)))
+
+    def anneal(self, share: float) -> None:
+        """Set the actors' learning rate for a share of the run behind, 0 to 1; nothing without `actor_lr_decay`."""
+        if self.actor_lr_decay:
+            self.actor_lr.fill_(self.config.actor_lr * (0.5 + 0.5 * math.cos(math.pi * share)))
+
+    # -- what an algorithm defines ----------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def default_actor(self) -> Callable[..., nn.Module]:
+        """What makes the algorithm's own policy."""
+
+    @abc.abstractmethod
+    def build(self, observation_dim: int, action_dim: int, max_action: float) -> None:
+        """Make everything but the actor: critics, target networks, temperatures."""
+
+    @abc.abstractmethod
+    def update(self, batch: Batch, update_actors: UpdateActors | None = None) -> Info:
+        """One step. `update_actors` trains the actors in place of `update_actor`."""
+
+    @abc.abstractmethod
+    def actor_loss(self, distribution: Distribution, draw: Draw, batch: Batch) -> tuple[Tensor, Info]:
+        """Loss of the algorithm's actor."""
+
+    @abc.abstractmethod
+    def next_actor_loss(self, distribution: Distribution, draw: Draw, batch: Batch) -> tuple[Tensor, Info]:
+        """What a chain's later actors minimise beside their distance to the one before."""
+
+    # -- the actor --------------------------------------------------------------------------------------------------
+
+    def update_actor(self, batch: Batch) -> Info:
+        """The algorithm alone: one step of its actor."""
+        distribution, draw = self.draw(self.actor, batch["observations"])
+        loss, info = self.actor_loss(distribution, draw, batch)
+        self.minimise("actor", loss)
+        return info | {"actor_loss": loss.detach()}
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, stochastic: bool = False) -> Tensor:
+        """Actions [n, A]: the mode, or a draw from the algorithm's generator."""
+        distribution = self.actor(observations)
+        return distribution.draw(self.noise(len(observations))).actions if stochastic else distribution.mode
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next update depends on but the generator, which is the caller's."""
+        return {
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+            if name.startswith("actor"):
+                optimizer.param_groups[0]["lr"] = self.actor_lr  # loading has put a copy in its place
+        self.step = int(state["step"])

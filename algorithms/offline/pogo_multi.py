@@ -1,0 +1,161 @@
+"""POGO's chain of actors over an offline algorithm: its critics, V and temperature stay, its actor becomes a chain.
+
+    actor 0       the algorithm's own actor loss + w_0 D(pi_0, data)
+    actor i >= 1  the algorithm's improvement      + w_i D(pi_i, pi_{i-1})
+
+and everything of the algorithm that asks for an action (targets, advantages, penalties) asks actor 0. Actors are
+trained in order, each after the one before has made its step, which gives no gradient.
+
+D is half of W2 squared between the two policies' actions in a state, averaged over states, whatever the policies are:
+
+| between | D | factor |
+|---|---|---|
+| a policy and the data's action | E||pi(s, z) - a||^2 / 2, closed form for a Gaussian | exact: one coupling |
+| two points | ||pi_i(s) - pi_{i-1}(s)||^2 / 2 | exact |
+| two Gaussians | (||mean - mean'||^2 + ||std - std'||^2) / 2 | exact, before actions are cut to the box |
+| any other two | Sinkhorn divergence of `sinkhorn_K` draws each | GeomLoss's, which is half of W2 squared too |
+
+so that a weight means the same everywhere. (`pogo_agent.py` has the mean over elements in actor 0: w there is 2 w / A
+here.) As there, an actor of the same class as the one before begins as its copy and takes over its change of weights
+before it makes its own step (`follow`), without which it would spend the run on catching up.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from algorithms.offline.base import Batch, Info, OfflineAlgorithm, OfflineConfig
+from algorithms.offline.pogo_policies import (
+    DeterministicMLP,
+    Distribution,
+    Draw,
+    Gaussian,
+    GaussianMLP,
+    Point,
+    StochasticMLP,
+    TanhGaussianMLP,
+)
+from transport import Backend, box_diameter, gaussian_w2, sinkhorn
+
+POLICIES = {
+    "stochastic": StochasticMLP,
+    "deterministic": DeterministicMLP,
+    "gaussian": GaussianMLP,
+    "tanh_gaussian": TanhGaussianMLP,
+}
+
+
+@dataclass
+class ChainConfig:
+    w2_weights: tuple[float, ...] = (10.0, 10.0, 10.0)  # weight of each actor's distance: more keeps it nearer
+    follow: bool = True  # an actor first repeats the change of weights that the actor before it has just made
+    sinkhorn_K: int = 4  # samples of a policy in a state, between which distances are measured
+    sinkhorn_blur: float = 0.05  # entropic smoothing of distances, in units of actions
+    sinkhorn_backend: Backend = "fused"  # solver of distances; tensorized, online (needs pykeops), auto: GeomLoss's
+
+
+class MultiActor:
+    """An algorithm with a chain of actors in the place of its one.
+
+    Args:
+        algorithm: class of the algorithm.
+        config: its settings.
+        chain: those of the chain; as many actors as weights.
+        sizes: observation_dim, action_dim, max_action.
+        generator, device: the algorithm's.
+        policies: what makes each actor's policy, given sizes and hidden_dim; default: the algorithm's own for all.
+    """
+
+    def __init__(
+        self,
+        algorithm: type[OfflineAlgorithm],
+        config: OfflineConfig,
+        chain: ChainConfig,
+        sizes: tuple[int, int, float],
+        generator: torch.Generator,
+        device: str | torch.device = "cpu",
+        policies: Sequence[Callable[..., nn.Module]] | None = None,
+    ):
+        self.algorithm = algorithm(config, sizes, generator, device, policies[0] if policies else None)
+        self.chain, self.actors = chain, [self.algorithm.actor]
+        makers = policies or [self.algorithm.make_actor] * len(chain.w2_weights)
+        if len(makers) != len(chain.w2_weights):
+            raise ValueError(f"{len(makers)} policies for {len(chain.w2_weights)} weights")
+        for number, make in enumerate(makers[1:], 1):
+            actor = make(*sizes, config.hidden_dim)
+            if type(actor) is type(self.actors[-1]):
+                actor.load_state_dict(self.actors[-1].state_dict())
+            self.actors.append(self.algorithm.add(f"actor_{number}", actor, self.algorithm.actor_lr))
+
+    def update(self, batch: Batch) -> Info:
+        """One step of the algorithm, with all actors in the place of its one."""
+        return self.algorithm.update(batch, self.update_actors)
+
+    def update_actors(self, batch: Batch) -> Info:
+        """A step of each actor, in order."""
+        info: Info = {}
+        change: list[Tensor] | None = None
+        for number, actor in enumerate(self.actors):
+            parameters = list(actor.parameters())
+            before = [parameter.detach().clone() for parameter in parameters]
+            if change is not None and type(actor) is type(self.actors[number - 1]):
+                with torch.no_grad():
+                    torch._foreach_add_(parameters, change)
+            loss, more = self.actor_loss(number, batch)
+            self.algorithm.minimise("actor" if number == 0 else f"actor_{number}", loss)
+            if self.chain.follow:
+                change = torch._foreach_sub([parameter.detach() for parameter in parameters], before)
+            info |= more
+        return info
+
+    def actor_loss(self, number: int, batch: Batch) -> tuple[Tensor, Info]:
+        """Loss of one actor with its distance to what it follows."""
+        observations, actor = batch["observations"], self.actors[number]
+        if number == 0:
+            distribution, draw = self.algorithm.draw(actor, observations)
+            loss, info = self.algorithm.actor_loss(distribution, draw, batch)
+            distance = distance_to_data(distribution, draw, batch["actions"])
+        else:
+            noise = (len(observations), self.chain.sinkhorn_K)
+            distribution = actor(observations)
+            draw = distribution.draw(self.algorithm.noise(*noise))
+            loss, info = self.algorithm.next_actor_loss(distribution, draw.first(), batch)
+            with torch.no_grad():
+                reference = self.actors[number - 1](observations)
+                reference_draw = reference.draw(self.algorithm.noise(*noise))
+            distance = self.distance(distribution, draw, reference, reference_draw)
+        loss = loss + self.chain.w2_weights[number] * distance
+        info = {f"actor_{number}_{name}": value for name, value in info.items()}
+        return loss, info | {f"actor_{number}_loss": loss.detach(), f"w2_{number}_distance": distance.detach()}
+
+    def distance(self, policy: Distribution, draw: Draw, reference: Distribution, reference_draw: Draw) -> Tensor:
+        """D, 0-d, of the table above."""
+        if isinstance(policy, Gaussian) and isinstance(reference, Gaussian):
+            return gaussian_w2(policy.mean, policy.std, reference.mean, reference.std).mean()
+        if isinstance(policy, Point) and isinstance(reference, Point):
+            return (policy.mode - reference.mode).square().sum(-1).mean() / 2
+        chain, diameter = self.chain, box_diameter(self.algorithm.max_action, draw.actions.shape[-1])
+        clouds = (draw.actions, reference_draw.actions)
+        return sinkhorn(*clouds, chain.sinkhorn_blur, chain.sinkhorn_backend, diameter).mean()
+
+    def anneal(self, share: float) -> None:
+        """Set the actors' learning rate for a share of the run behind, 0 to 1, where the algorithm lets it fall."""
+        self.algorithm.anneal(share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next update depends on but the generator, which is the caller's."""
+        return self.algorithm.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self.algorithm.load_state_dict(state)
+
+
+def distance_to_data(distribution: Distribution, draw: Draw, actions: Tensor) -> Tensor:
+    """Half of W2 squared between a policy and the data's action in a state, averaged over states, 0-d."""
+    if isinstance(distribution, Gaussian):
+        return gaussian_w2(distribution.mean, distribution.std, actions, torch.zeros_like(actions)).mean()
+    return (draw.actions - actions).square().sum(-1).mean() / 2
