@@ -15,6 +15,7 @@ or found (`backend='auto'`).
 import functools
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -549,28 +550,88 @@ class OfflineModel(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class _OneDNNLinear(torch.autograd.Function):
-    """x W^T + b and ReLU by oneDNN.
+class _MLP(torch.autograd.Function):
+    """An MLP of ReLU by oneDNN, as one node of the graph: layer by layer, overhead would take as long as the products.
 
     PyTorch takes MKL for matrices in float32, which on an AMD CPU (family 26) is half as fast; on others it may not be.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, relu):
-        y = _onednn(x, weight, bias, "relu" if relu else "none")
-        ctx.relu = relu
-        ctx.save_for_backward(x, weight, y if relu else None)
+    def forward(ctx, x, *parameters):
+        """x [n, in], then weight [out, in] and bias [out] of each layer."""
+        *inputs, y = _mlp_forward(x, parameters[::2], parameters[1::2])
+        ctx.save_for_backward(*inputs, *parameters[::2])
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, weight, y = ctx.saved_tensors
-        if ctx.relu:
-            grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        to_x, to_weight, to_bias, _ = ctx.needs_input_grad
-        grad_x = _onednn(grad, weight.t(), None, "none") if to_x else None
-        grad_weight = _onednn(grad.t(), x.t(), None, "none") if to_weight else None
-        return grad_x, grad_weight, grad.sum(0) if to_bias else None, None
+        saved, (to_x, *to_parameters) = ctx.saved_tensors, ctx.needs_input_grad
+        half = len(saved) // 2
+        grad_x, slopes = _mlp_backward(grad.contiguous(), saved[:half], saved[half:], to_x, any(to_parameters), False)
+        return grad_x, *slopes
+
+
+class _EnsembleMLP(torch.autograd.Function):
+    """The first `members` of stacked MLPs of one output, on the same x [n, in] -> [members, n].
+
+    Weights [size, in, out], biases [size, 1, out]. Gradients go to all members or, where some are left out, to x alone.
+    """
+
+    @staticmethod
+    def forward(ctx, x, members, *parameters):
+        weights, biases = parameters[::2], parameters[1::2]
+        outputs, saved = [], []
+        for k in range(members):
+            *inputs, y = _mlp_forward(x, [weight[k].t() for weight in weights], [bias[k, 0] for bias in biases])
+            outputs.append(y.squeeze(-1))
+            saved += inputs[1:]
+        ctx.save_for_backward(x, *saved, *weights)
+        ctx.layers = len(weights)
+        return torch.stack(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x, *saved), depth = ctx.saved_tensors, ctx.layers
+        weights, hidden = saved[-depth:], saved[:-depth]
+        to_x, _, *to_parameters = ctx.needs_input_grad
+        grad_x, slopes = None, []
+        for k, slope in enumerate(grad.unsqueeze(-1).contiguous().unbind()):
+            inputs = [x, *hidden[k * (depth - 1) : (k + 1) * (depth - 1)]]
+            own = [weight[k].t() for weight in weights]
+            to_one, more = _mlp_backward(slope, inputs, own, to_x, any(to_parameters), True)
+            grad_x = to_one if grad_x is None else grad_x.add_(to_one)
+            slopes.append(more)
+        if any(to_parameters):  # bias [out] of each member -> [size, 1, out]
+            stacked = [torch.stack(parts) for parts in zip(*slopes, strict=True)]
+            slopes = [part.unsqueeze(1) if number % 2 else part for number, part in enumerate(stacked)]
+        else:
+            slopes = slopes[0]
+        return grad_x, None, *slopes
+
+
+def _mlp_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    """The input of every layer, and the output."""
+    values, last = [x], len(weights) - 1
+    for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        values.append(_onednn(values[-1], weight, bias, "none" if number == last else "relu"))
+    return values
+
+
+def _mlp_backward(
+    grad: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor], to_x: bool, to_parameters: bool, transposed: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of the input and, in the order of `_MLP.forward`, of the parameters (weights [in, out] if transposed)."""
+    slopes: list[Tensor | None] = []
+    for number in range(len(weights) - 1, -1, -1):
+        x, slope = inputs[number], None
+        if to_parameters:
+            slope = _onednn(x.t(), grad.t(), None, "none") if transposed else _onednn(grad.t(), x.t(), None, "none")
+        slopes += [grad.sum(0) if to_parameters else None, slope]
+        if number > 0:
+            grad = torch.ops.aten.threshold_backward(_onednn(grad, weights[number].t(), None, "none"), x, 0)
+    return _onednn(grad, weights[0].t(), None, "none") if to_x else None, slopes[::-1]
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -584,20 +645,15 @@ def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def dense(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    """A linear layer and its ReLU: x [..., in], weight [out, in], bias [out] -> [..., out], differentiable once."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and _has_onednn():
-        return _OneDNNLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, relu).view(*x.shape[:-1], -1)
-    y = F.linear(x, weight, bias)
-    return y.relu_() if relu else y
+def _takes_onednn(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and _has_onednn()
 
 
 def run_mlp(net: nn.Sequential, x: Tensor) -> Tensor:
-    """What `net(x)` gives, an `mlp`, by `dense`."""
-    layers = [layer for layer in net if isinstance(layer, nn.Linear)]
-    for layer in layers:
-        x = dense(x, layer.weight, layer.bias, relu=layer is not layers[-1])
-    return x
+    """What `net(x)` gives, an `mlp`, x [..., in] -> [..., out]; differentiable once."""
+    if not _takes_onednn(x):
+        return net(x)
+    return _MLP.apply(x.reshape(-1, x.shape[-1]), *net.parameters()).view(*x.shape[:-1], -1)
 
 
 class TransportActor(nn.Module):
@@ -612,20 +668,14 @@ class TransportActor(nn.Module):
         hidden_layers: int = 2,
     ):
         super().__init__()
-        self.observation_dim, self.action_dim, self.max_action = observation_dim, action_dim, max_action
+        self.action_dim, self.max_action = action_dim, max_action
         self.net = mlp(observation_dim + action_dim, hidden_dim, action_dim, hidden_layers)
 
     def forward(self, observations: Tensor, z: Tensor) -> Tensor:
         """Actions [..., A] of observations [..., D] under z [..., A]; z [..., K, A] gives K actions a state."""
-        first, *hidden, last = [layer for layer in self.net if isinstance(layer, nn.Linear)]
-        # W [s, z] = W_s s + W_z z, so that a state's K samples share its part and nothing is concatenated.
-        state_part = F.linear(observations, first.weight[:, : self.observation_dim], first.bias)
         if z.dim() > observations.dim():
-            state_part = state_part.unsqueeze(-2)
-        h = F.linear(z, first.weight[:, self.observation_dim :]).add_(state_part).relu_()
-        for layer in hidden:
-            h = dense(h, layer.weight, layer.bias, relu=True)
-        return torch.tanh(dense(h, last.weight, last.bias, relu=False)) * self.max_action
+            observations = observations.unsqueeze(-2).expand(*z.shape[:-1], -1)
+        return torch.tanh(run_mlp(self.net, torch.cat([observations, z], dim=-1))) * self.max_action
 
 
 class StateValue(nn.Module):
@@ -678,20 +728,13 @@ class EnsembleCritic(nn.Module):
 
     def _run(self, h: Tensor, members: int, frozen: bool) -> Tensor:
         """The first members' values [members, n] of inputs [n, D + A]."""
-        layers = [(layer.weight[:members], layer.bias[:members]) for layer in self.layers]
+        parameters = [value for layer in self.layers for value in (layer.weight, layer.bias)]
         if frozen:
-            layers = [(weight.detach(), bias.detach()) for weight, bias in layers]
-        if h.device.type == "cpu":
-            unbound = [list(zip(weight.unbind(), bias.unbind(), strict=True)) for weight, bias in layers]
-            return torch.stack([self._one([layer[number] for layer in unbound], h) for number in range(members)])
+            parameters = [value.detach() for value in parameters]
+        if _takes_onednn(h):
+            return _EnsembleMLP.apply(h, members, *parameters)
         h = h.expand(members, -1, -1)
-        for number, (weight, bias) in enumerate(layers):
-            h = torch.baddbmm(bias, h, weight)
-            h = h.relu_() if number < len(layers) - 1 else h
-        return h.squeeze(-1)
-
-    @staticmethod
-    def _one(layers: list[tuple[Tensor, Tensor]], h: Tensor) -> Tensor:
-        for number, (weight, bias) in enumerate(layers):
-            h = dense(h, weight.t(), bias[0], relu=number < len(layers) - 1)
+        for number, (weight, bias) in enumerate(zip(parameters[::2], parameters[1::2], strict=True)):
+            h = torch.baddbmm(bias[:members], h, weight[:members])
+            h = h.relu_() if number < len(self.layers) - 1 else h
         return h.squeeze(-1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import EnsembleCritic, TransportActor, dense
+from model import EnsembleCritic, TransportActor, mlp, run_mlp
 from pogo_agent import POGOAgent, POGOConfig
 from transport import box_diameter, sinkhorn
 from utils import load_checkpoint, save_checkpoint
@@ -95,22 +95,42 @@ def test_the_critic_is_two_mlps_and_its_frozen_half_is_the_first():
             assert all(parameter.grad is None for parameter in critic.parameters())
 
 
-@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5), (1, 5)])
-def test_dense_equals_the_usual_layer_and_its_gradients(relu, shape):
+@pytest.mark.parametrize("hidden_layers", [1, 2, 3])
+def test_run_mlp_equals_the_module_and_its_gradients(shape, hidden_layers):
     torch.manual_seed(0)
-    weight, bias = torch.randn(4, 5, requires_grad=True), torch.randn(4, requires_grad=True)
-    x = torch.randn(shape, requires_grad=True)
-    usual = nn.functional.linear(x, weight, bias)
-    usual = usual.relu() if relu else usual
-    slope = torch.randn_like(usual)
-    for y in (dense(x, weight, bias, relu), dense(x, weight.t().contiguous().t(), bias, relu)):
-        assert torch.allclose(y, usual, atol=1e-5)
-        found, expected = (torch.autograd.grad(out, (x, weight, bias), slope, retain_graph=True) for out in (y, usual))
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
-    frozen = dense(x, weight.detach(), bias.detach(), relu)
-    assert torch.allclose(torch.autograd.grad(frozen, x, slope)[0], expected[0], atol=1e-5)
-    assert dense(x.double(), weight.double(), bias.double(), relu).dtype == torch.float64
+    net, x = mlp(5, 6, 4, hidden_layers), torch.randn(shape, requires_grad=True)
+    usual, found = net(x), run_mlp(net, x)
+    assert found.shape == usual.shape and torch.allclose(found, usual, atol=1e-6)
+    slope, among = torch.randn_like(usual), [x, *net.parameters()]
+    pairs = zip(*(torch.autograd.grad(y, among, slope) for y in (found, usual)), strict=True)
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in pairs)
+    net.requires_grad_(False)
+    assert torch.allclose(
+        *(torch.autograd.grad(run(x), x, slope)[0] for run in (net, lambda x: run_mlp(net, x))), atol=1e-5
+    )
+    assert not run_mlp(net, x.detach()).requires_grad
+    assert run_mlp(net.double(), x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("size, hidden_layers", [(1, 1), (2, 2), (5, 3)])
+def test_the_critics_gradients_are_those_of_batched_products(size, hidden_layers):
+    """On a CPU one member after the other, by hand; in float64 all at once, by autograd."""
+    torch.manual_seed(0)
+    critic = EnsembleCritic(D, A, 8, size, hidden_layers)
+    exact, s, a = copy.deepcopy(critic).double(), torch.randn(N, D), torch.randn(N, A, requires_grad=True)
+    slope = torch.randn(size, N)
+    for frozen in (False, True):
+        q = critic.frozen(s, a) if frozen else critic(s, a)
+        expected = (exact.frozen if frozen else exact)(s.double(), a.double())
+        assert q.shape == (size, N) and torch.allclose(q.double(), expected, atol=1e-5)
+        among = [(a, *critic.parameters()), (a, *exact.parameters())] if not frozen else [(a,), (a,)]
+        found = torch.autograd.grad(q, among[0], slope)
+        wanted = torch.autograd.grad(expected, among[1], slope.double())
+        assert all(torch.allclose(x.double(), y.double(), atol=1e-4) for x, y in zip(found, wanted, strict=True))
+    gradients = critic.action_gradients(s, a)
+    for k in range(size):
+        assert torch.allclose(gradients[k], torch.autograd.grad(critic(s, a)[k].sum(), a)[0], atol=1e-5)
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
