@@ -622,7 +622,7 @@ def _mlp_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor])
 def _mlp_backward(
     grad: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor], to_x: bool, to_parameters: bool, transposed: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of the input and, in the order of `_MLP.forward`, of the parameters (weights [in, out] if transposed)."""
+    """Gradients of the input and, as `_MLP.forward` has them, of the parameters (weights [in, out] if transposed)."""
     slopes: list[Tensor | None] = []
     for number in range(len(weights) - 1, -1, -1):
         x, slope = inputs[number], None
