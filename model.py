@@ -550,6 +550,9 @@ class OfflineModel(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+CACHED_ROWS = 256  # rows at a time on a CPU, whose activations then stay in its cache: a sixth faster than 1024
+
+
 class _MLP(torch.autograd.Function):
     """An MLP of ReLU by oneDNN, as one node of the graph: layer by layer, overhead would take as long as the products.
 
@@ -564,7 +567,6 @@ class _MLP(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         saved, (to_x, *to_parameters) = ctx.saved_tensors, ctx.needs_input_grad
         half = len(saved) // 2
@@ -591,7 +593,6 @@ class _EnsembleMLP(torch.autograd.Function):
         return torch.stack(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (x, *saved), depth = ctx.saved_tensors, ctx.layers
         weights, hidden = saved[-depth:], saved[:-depth]
@@ -623,6 +624,10 @@ def _mlp_backward(
     grad: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor], to_x: bool, to_parameters: bool, transposed: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients of the input and, as `_MLP.forward` has them, of the parameters (weights [in, out] if transposed)."""
+    if torch.is_grad_enabled():  # create_graph: what follows would silently be taken for a constant
+        raise RuntimeError(
+            "an MLP on a CPU in float32 is differentiable once; use float64, or the module's own forward"
+        )
     slopes: list[Tensor | None] = []
     for number in range(len(weights) - 1, -1, -1):
         x, slope = inputs[number], None
@@ -653,7 +658,9 @@ def run_mlp(net: nn.Sequential, x: Tensor) -> Tensor:
     """What `net(x)` gives, an `mlp`, x [..., in] -> [..., out]; differentiable once."""
     if not _takes_onednn(x):
         return net(x)
-    return _MLP.apply(x.reshape(-1, x.shape[-1]), *net.parameters()).view(*x.shape[:-1], -1)
+    rows, parameters = x.reshape(-1, x.shape[-1]), list(net.parameters())
+    y = torch.cat([_MLP.apply(some, *parameters) for some in rows.split(CACHED_ROWS)])
+    return y.view(*x.shape[:-1], -1)
 
 
 class TransportActor(nn.Module):
@@ -732,7 +739,8 @@ class EnsembleCritic(nn.Module):
         if frozen:
             parameters = [value.detach() for value in parameters]
         if _takes_onednn(h):
-            return _EnsembleMLP.apply(h, members, *parameters)
+            values = [_EnsembleMLP.apply(some, members, *parameters) for some in h.split(CACHED_ROWS)]
+            return torch.cat(values, dim=1)
         h = h.expand(members, -1, -1)
         for number, (weight, bias) in enumerate(zip(parameters[::2], parameters[1::2], strict=True)):
             h = torch.baddbmm(bias[:members], h, weight[:members])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import model
 from model import EnsembleCritic, TransportActor, mlp, run_mlp
 from pogo_agent import POGOAgent, POGOConfig
 from transport import box_diameter, sinkhorn
@@ -111,6 +112,27 @@ def test_run_mlp_equals_the_module_and_its_gradients(shape, hidden_layers):
     )
     assert not run_mlp(net, x.detach()).requires_grad
     assert run_mlp(net.double(), x.double()).dtype == torch.float64
+
+
+def test_many_rows_are_worked_on_in_blocks_to_the_same_values(monkeypatch):
+    torch.manual_seed(0)
+    net, critic, x = mlp(D, 6, 4), EnsembleCritic(D, A, 8), torch.randn(50, D, requires_grad=True)
+    a = torch.randn(50, A)
+    found = []
+    for rows in (256, 7):
+        monkeypatch.setattr(model, "CACHED_ROWS", rows)
+        y, q = run_mlp(net, x), critic(x, a)
+        slopes = torch.autograd.grad(y.square().sum() + q.square().sum(), [x, *net.parameters(), *critic.parameters()])
+        found.append([y, q, *slopes])
+    assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("run", [lambda x: run_mlp(mlp(D, 6, 1), x), lambda x: EnsembleCritic(D, A, 8)(x, x[:, :A])])
+def test_a_second_derivative_is_refused_rather_than_wrong(run):
+    """A gradient penalty through one node of the graph would silently get zeros."""
+    x = torch.randn(N, D, requires_grad=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(run(x).sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("size, hidden_layers", [(1, 1), (2, 2), (5, 3)])
