@@ -625,9 +625,7 @@ def _mlp_backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients of the input and, as `_MLP.forward` has them, of the parameters (weights [in, out] if transposed)."""
     if torch.is_grad_enabled():  # create_graph: what follows would silently be taken for a constant
-        raise RuntimeError(
-            "an MLP on a CPU in float32 is differentiable once; use float64, or the module's own forward"
-        )
+        raise RuntimeError("an MLP in float32 on a CPU is differentiable once; use float64, or call the module")
     slopes: list[Tensor | None] = []
     for number in range(len(weights) - 1, -1, -1):
         x, slope = inputs[number], None
