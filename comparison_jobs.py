@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,7 @@ HELD = "another process is training there"  # hold_run's words
 STOP_SECONDS = 20  # from an interrupt to a kill
 HELD_SECONDS = 120  # how long a Ray task waits for a directory that a lost node's process may still hold
 LINGER_SECONDS = 30  # how long Ctrl-C waits for a cluster's tasks
-PROBE_SECONDS = 5, 7, 45  # for a connection to an address, for a sign of gRPC behind it, for Ray's own answer
-# HTTP/2, on which gRPC runs: what a client says first, and the type of the frame that a server answers with (RFC 9113).
-HTTP2_HELLO, HTTP2_SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), 4
+PROBE_SECONDS = 5, 45  # for a connection to an address, and for Ray's answer behind it
 
 
 @dataclass
@@ -335,18 +332,16 @@ def probe(address: str) -> None:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if not host or not port.isdigit():
             raise UserError(f"--address {address}: must be host:port, ray://host:port, or auto")
-        names = _names(host)
-        with ThreadPoolExecutor(len(names)) as threads:
-            faults = list(threads.map(lambda name: _connection_fault(name, int(port)), names))
+        faults = [_connection_fault(name, int(port)) for name in _names(host)]
         if all(faults):
             raise UserError(f"--address {address}: no Ray cluster answers there ({faults[0]}); {remedy}")
     code = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False)"
     try:
         command = [sys.executable, "-c", code, address]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS[2])
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS[1])
         fault = "" if done.returncode == 0 else one_line((done.stderr.strip().splitlines() or ["no message"])[-1])
     except subprocess.TimeoutExpired:
-        fault = f"no answer in {PROBE_SECONDS[2]} seconds"
+        fault = f"no answer in {PROBE_SECONDS[1]} seconds"
     if fault:
         raise UserError(f"--address {address}: no Ray cluster answers there ({fault[:200]}); {remedy}")
 
@@ -359,19 +354,9 @@ def _names(host: str) -> list[str]:
 
 
 def _connection_fault(host: str, port: int) -> str:
-    """Why no gRPC server, as Ray's are, can be reached there, or nothing.
-
-    Such a server greets before it looks at a request, however busy its cluster: silence need not be given Ray's time.
-    """
+    """Why nothing accepts a connection there, or nothing."""
     try:
-        with socket.create_connection((host, port), timeout=PROBE_SECONDS[0]) as connection:
-            if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-                return ""  # it expects another greeting
-            connection.settimeout(PROBE_SECONDS[1])
-            connection.sendall(HTTP2_HELLO)
-            answer = connection.recv(9)
-        return "" if answer[3:4] == bytes([HTTP2_SETTINGS]) else "what answers is not Ray"
-    except TimeoutError:
-        return "no answer in time"
+        socket.create_connection((host, port), timeout=PROBE_SECONDS[0]).close()
+        return ""
     except (OSError, OverflowError) as error:
         return one_line(error)

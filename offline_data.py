@@ -48,6 +48,7 @@ class OfflineData:
     truncated: np.ndarray  # [N] bool: the episode was cut here, values go on
     returns: np.ndarray  # [E] float64: undiscounted, of whole episodes, without reward_shift
     reward_shift: float  # added to every reward
+    reached: np.ndarray | None = None  # [E] bool: of a single task, the episodes that reach its goal
 
     @property
     def observation_dim(self) -> int:
@@ -200,6 +201,7 @@ def _load_singletask(dataset_id: str, dataset_dir: str | os.PathLike | None) -> 
         truncated=cut[rows] & ~terminated,
         returns=d4rl_utils.task_returns(rewards, terminated, ends),
         reward_shift=0.0,
+        reached=np.logical_or.reduceat(terminated, np.append(0, ends[:-1] + 1)),
     )
 
 
@@ -306,6 +308,16 @@ def make_env(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> g
     if d4rl_utils.parse_dataset_id(dataset_id).robot in d4rl_utils.ENVIRONMENTS:
         return d4rl_utils.QuickRunner(dataset_id)
     return d4rl_utils.make_env(dataset_id)
+
+
+def data_scores(data: OfflineData, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:
+    """Scores of the dataset's own whole episodes, [E] float64, comparable with `normalized_score` of a policy's.
+
+    A single task's recordings are shorter than an evaluation, so that their returns alone do not say who failed.
+    """
+    if data.reached is not None:
+        return 100.0 * data.reached
+    return normalized_score(data.dataset_id, data.returns, dataset_dir)
 
 
 def normalized_score(dataset_id: str, returns: ArrayLike, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:

@@ -100,8 +100,8 @@ class POGOAgent:
         self.actor_lr = torch.tensor(config.lr, device=self.device)
         self.critic_optimizer = self._adam(self.critic.parameters(), torch.tensor(config.lr, device=self.device))
         self.actor_optimizers = [self._adam(actor.parameters(), self.actor_lr) for actor in self.actors]
-        self.learning = [*self.critic.parameters(), *self.actors[0].parameters()]
-        self.following = [*self.critic_target.parameters(), *self.actor_target.parameters()]
+        self.online_parameters = [*self.critic.parameters(), *self.actors[0].parameters()]
+        self.target_parameters = [*self.critic_target.parameters(), *self.actor_target.parameters()]
         self.step = 0
 
     def _adam(self, parameters: Iterable[nn.Parameter], lr: Tensor) -> torch.optim.Adam:
@@ -198,7 +198,7 @@ class POGOAgent:
                     change = torch._foreach_sub([parameter.detach() for parameter in parameters], before)
                 info |= more
             with torch.no_grad():
-                torch._foreach_lerp_(self.following, self.learning, self.config.tau)
+                torch._foreach_lerp_(self.target_parameters, self.online_parameters, self.config.tau)
         self.step += 1
         return info
 

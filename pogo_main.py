@@ -25,7 +25,7 @@ from tqdm import tqdm
 import make_dataset
 from evaluation import Episodes, Evaluator, episode_seeds
 from model import TransportActor
-from offline_data import OfflineData, load_transitions, make_env, normalized_score
+from offline_data import OfflineData, data_scores, load_transitions, make_env, normalized_score
 from pogo_agent import POGOAgent, POGOConfig
 from transport import MAX_EXACT
 from utils import (
@@ -72,12 +72,15 @@ class POGOTrainerConfig(POGOConfig):
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:<index>
     cuda_graph: bool = True  # on a GPU: capture the update once and replay it
     save_model: bool = True  # write checkpoints, without which a run cannot be resumed
+    keep_checkpoints: bool = False  # keep each evaluation's checkpoint too, as step_<updates>.pth
     checkpoint_dir: str | None = None  # keep checkpoints in <this>/{env}/w2_{weights}/seed_{seed} instead
     run_dir: str | None = None  # directory of the run; default: logs/{env}/w2_{weights}/seed_{seed} here
     resume: bool = False  # continue the run from its last checkpoint
     tensorboard: bool = True  # write TensorBoard events
     wandb_project: str | None = None  # also log to Weights & Biases (requirements-tracking.txt)
-    evaluate: str | None = None  # train nothing: score the actors of this last.pth as at the end of a run
+    evaluate: str | None = None  # train nothing: score the actors of this last.pth as at the end of its run
+    evaluate_episodes: int | None = None  # with --evaluate: so many episodes instead
+    evaluate_seed: int | None = None  # with --evaluate: on other episodes than the run itself
 
 
 # What each number may be: smallest and largest value, ends included.
@@ -86,7 +89,8 @@ BOUNDS = {
     **dict.fromkeys(("max_timesteps", "final_runs", "hidden_dim"), (1, 10**9)),
     "sinkhorn_K": (2, 64),
     "eval_workers": (0, 256),
-    "seed": (0, 2**53),
+    "evaluate_episodes": (1, 10**9),
+    **dict.fromkeys(("seed", "evaluate_seed"), (0, 2**53)),
     **dict.fromkeys(("lr", "sinkhorn_blur", "q_limit"), (1e-9, 1e9)),
     **dict.fromkeys(("policy_noise", "noise_clip"), (0.0, 1e3)),
     "antmaze_reward_shift": (-1e6, 1e6),
@@ -94,10 +98,10 @@ BOUNDS = {
     "tau": (1e-9, 1.0),
 }
 MAY_CHANGE_ON_RESUME = {
-    *("dataset_dir", "device", "cuda_graph", "eval_workers", "tensorboard", "wandb_project"),
-    *("save_model", "checkpoint_dir", "evaluate"),
+    *("dataset_dir", "device", "cuda_graph", "eval_workers", "tensorboard", "wandb_project", "save_model"),
+    *("keep_checkpoints", "evaluate", "evaluate_episodes", "evaluate_seed"),
 }
-NOT_THE_MODEL = {"resume", "run_dir", "evaluate", *MAY_CHANGE_ON_RESUME}
+NOT_THE_MODEL = {"resume", "run_dir", "checkpoint_dir", *MAY_CHANGE_ON_RESUME}
 MODES = ("deterministic", "stochastic")
 
 
@@ -149,16 +153,14 @@ class POGORun:
             config = replace(config, checkpoint_dir=str(Path(config.checkpoint_dir).resolve()))
         self.config, self.device = config, resolve_device(config.device)
         self.run_dir, self.checkpoint = default_run_dir(config), checkpoint_path(config)
-        # With decay the learning rate depends on the run's length, so that cannot change on the way.
-        may_change = MAY_CHANGE_ON_RESUME | (set() if config.lr_decay else {"max_timesteps"})
-        checkpoint = str(self.checkpoint)
-        check_run(self.run_dir, config, config.resume, may_change, checkpoint)  # before the data is made or loaded
+        where = {"may_change": MAY_CHANGE_ON_RESUME, "checkpoint_name": str(self.checkpoint)}
+        check_run(self.run_dir, config, config.resume, **where)  # before the data is made or loaded
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
         self.data = open_dataset(config)
         try:
             for folder in {self.run_dir.resolve(), self.checkpoint.parent}:
                 self.resources.enter_context(hold_run(folder))
-            self.open(prepare_run(self.run_dir, config, config.resume, checkpoint, may_change))
+            self.open(prepare_run(self.run_dir, config, config.resume, **where))
         except BaseException:
             self.close()
             raise
@@ -279,6 +281,10 @@ class POGORun:
         """Normalised scores of returns, of any shape."""
         return normalized_score(self.config.env, returns, self.config.dataset_dir)
 
+    def data_score(self) -> float:
+        """Mean score of the dataset's own episodes."""
+        return float(data_scores(self.data, self.config.dataset_dir).mean())
+
     def evaluate(self) -> dict[str, float]:
         """Score every actor on the run's evaluation episodes, print the block, keep every episode."""
         seeds = episode_seeds(self.streams.evaluation_seed, self.config.eval_episodes)
@@ -297,11 +303,11 @@ class POGORun:
 
     def final_evaluation(self) -> dict[str, float]:
         """`final_runs` evaluations on seeds of their own: mean score of each actor, and the spread over the runs."""
-        first, seeds = final_seeds(self.config, self.streams)
+        first, seeds = final_seeds(self.streams, self.config.final_runs * self.config.eval_episodes)
         played = self.play(seeds, first, "final evaluation")
         scores = self.score(played.returns)
         self.episodes.add(self.step, self.policy_names(), played.returns, played.lengths, scores, "final")
-        return report_final(self.config, played, scores)
+        return report_final("Final evaluation, last checkpoint", played, scores, self.config.final_runs)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -312,6 +318,7 @@ class POGORun:
         self.agent.step = self.step
         state = {
             "env": self.config.env,
+            "data": self.data.facts(),
             "config": self.model_config(),
             "max_action": self.data.max_action,
             "observation_mean": torch.from_numpy(self.mean),
@@ -322,11 +329,12 @@ class POGORun:
             "best": self.best,
         }
         save_checkpoint(self.checkpoint, state)
+        if self.config.keep_checkpoints:
+            save_checkpoint(self.checkpoint.with_name(f"step_{self.step}.pth"), state)
 
     def model_config(self) -> dict[str, Any]:
         """The settings that make this run what it is; where and how long it goes on are not among them."""
-        ignored = NOT_THE_MODEL | (set() if self.config.lr_decay else {"max_timesteps"})
-        return {name: value for name, value in plain_config(self.config).items() if name not in ignored}
+        return {name: value for name, value in plain_config(self.config).items() if name not in NOT_THE_MODEL}
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint; UserError where it is another run's or model's, or began on other data."""
@@ -340,7 +348,8 @@ class POGORun:
                     "choose another --checkpoint_dir or --run_dir"
                 )
             mean, std = state["observation_mean"].cpu().numpy(), state["observation_std"].cpu().numpy()
-            if not (np.array_equal(mean, self.mean) and np.array_equal(std, self.std)):
+            same = np.array_equal(mean, self.mean) and np.array_equal(std, self.std)
+            if not same or state["data"] != self.data.facts():
                 raise UserError(f"{path}: began on other data; give its --dataset_dir, or another --run_dir")
             self.agent.load_state_dict(state["agent"])
             self.streams.load_state_dict(state["streams"])
@@ -353,7 +362,7 @@ class POGORun:
         config = self.config
         weights = " ".join(f"{weight:g}" for weight in config.w2_weights)
         title = f"{config.env}, w2_weights {weights}, seed {config.seed}"
-        baseline = float(self.score(self.data.returns).mean())
+        baseline = self.data_score()
         metrics = read_metrics(self.run_dir / "training")
         plot_chain_curves(metrics, self.run_dir / "training_curves.png", title, len(config.w2_weights), baseline)
 
@@ -385,63 +394,79 @@ def play(
     return evaluator.evaluate(policies, 2 * len(actors), seeds, desc)
 
 
-def final_seeds(config: POGOTrainerConfig, streams: RandomStreams) -> tuple[int, list[int]]:
+def final_seeds(streams: RandomStreams, count: int) -> tuple[int, list[int]]:
     """Seed of the noise and reset seeds of the evaluation at the end, which no evaluation before has used."""
     first = (streams.evaluation_seed + 1) % 2**31
-    return first, episode_seeds(first, config.final_runs * config.eval_episodes)
+    return first, episode_seeds(first, count)
 
 
-def report_final(config: POGOTrainerConfig, played: Episodes, scores: np.ndarray) -> dict[str, float]:
-    """Print and return the mean score of each policy over `final_runs` runs; scores [P, episodes]."""
+def report_final(title: str, played: Episodes, scores: np.ndarray, runs: int) -> dict[str, float]:
+    """Print and return the mean score of each policy over runs of equally many episodes; scores [P, episodes]."""
     figures = {}
-    print(f"Final evaluation, last checkpoint: {config.final_runs} runs of {config.eval_episodes} episodes:")
+    count = scores.shape[1] // runs
+    print(f"{title}: {runs} runs of {count} episodes:" if runs > 1 else f"{title}: {count} episodes:")
     for (number, mode), returns, score in zip(policy_names(len(scores) // 2), played.returns, scores, strict=True):
-        runs = score.reshape(config.final_runs, -1).mean(1)
-        figures[f"actor_{number}/{mode}/score"] = float(runs.mean())
-        spread = f" ± {runs.std():.3f} over runs" if len(runs) > 1 else ""
-        print(f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, D4RL score: {runs.mean():.3f}{spread}")
+        means = score.reshape(runs, -1).mean(1)
+        figures[f"actor_{number}/{mode}/score"] = float(means.mean())
+        spread = f" ± {means.std():.3f} over runs" if runs > 1 else ""
+        print(f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, D4RL score: {means.mean():.3f}{spread}")
     return figures
 
 
-def load_policy(path: str | Path, device: str | torch.device = "cpu") -> tuple[list[TransportActor], dict[str, Any]]:
-    """The actors of a last.pth, and all that the file says: env, observation_mean and _std, config, step.
+class Policy:
+    """A trained chain from its last.pth alone, to act with.
+
+    policy = Policy("logs/.../checkpoints/last.pth"); action = policy.act(observation)
 
     Raises UserError for a file that is no checkpoint of this script.
     """
-    state = load_checkpoint(path, device)
-    if "observation_mean" not in state:
-        raise UserError(f"{path}: not a checkpoint of pogo_main.py; give the checkpoints/last.pth of one of its runs")
-    try:
-        hidden_dim, weights = state["config"]["hidden_dim"], state["agent"]["actors"]
-        action_dim, actors = len(weights["0.net.4.bias"]), []
-        for number in range(len(state["config"]["w2_weights"])):
-            actor = TransportActor(len(state["observation_mean"]), action_dim, state["max_action"], hidden_dim)
-            prefix = f"{number}."
+
+    def __init__(self, path: str | Path, device: str | torch.device = "cpu"):
+        state = load_checkpoint(path, device)
+        if "observation_mean" not in state:
+            raise UserError(f"{path}: not a checkpoint of pogo_main.py; give the last.pth of one of its runs")
+        try:
+            self.env, self.config, self.step = state["env"], state["config"], state["step"]
+            self.seed, self.eval_episodes, self.final_runs = (
+                self.config[name] for name in ("seed", "eval_episodes", "final_runs")
+            )
+            self.mean, self.std = state["observation_mean"].to(device), state["observation_std"].to(device)
+            self.actors = self._build(state, device)
+        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a checkpoint of pogo_main.py ({one_line(error)})") from None
+
+    def _build(self, state: dict[str, Any], device: str | torch.device) -> list[TransportActor]:
+        weights, actors = state["agent"]["actors"], []
+        sizes = (len(self.mean), len(weights["0.net.4.bias"]), state["max_action"], self.config["hidden_dim"])
+        for number in range(len(self.config["w2_weights"])):
+            prefix, actor = f"{number}.", TransportActor(*sizes)
             own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
             actor.load_state_dict(own)
             actors.append(actor.to(device).requires_grad_(False))
-        state["env"], state["observation_std"], state["step"]  # noqa: B018  used by callers, as are these
-        [state["config"][name] for name in ("seed", "eval_episodes", "final_runs")]
-    except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a checkpoint of pogo_main.py ({one_line(error)}); give its last.pth") from None
-    return actors, state
+        return actors
+
+    @torch.no_grad()
+    def act(self, observations: np.ndarray, actor: int = -1, stochastic: bool = False) -> np.ndarray:
+        """Actions [..., A] of raw observations [..., D]: of the last actor, with z = 0 unless stochastic."""
+        states = torch.as_tensor(observations, dtype=torch.float32, device=self.mean.device)
+        z = states.new_zeros(*states.shape[:-1], self.actors[actor].action_dim)
+        return self.actors[actor]((states - self.mean) / self.std, z.normal_() if stochastic else z).cpu().numpy()
 
 
 def evaluate_file(config: POGOTrainerConfig) -> dict[str, float]:
     """`--evaluate`: the evaluation at the end of a run once more, from its checkpoint alone."""
     device = resolve_device(config.device)
-    actors, state = load_policy(config.evaluate, device)
-    # As many episodes as the run itself played at its end, unless other numbers are asked for.
-    counts = {name: state["config"][name] for name in ("eval_episodes", "final_runs")}
-    usual = {name: getattr(POGOTrainerConfig, name) for name in counts}
-    config = replace(config, **{name: n for name, n in counts.items() if getattr(config, name) == usual[name]})
-    env, mean, std = state["env"], state["observation_mean"].to(device), state["observation_std"].to(device)
-    first, seeds = final_seeds(config, RandomStreams(state["config"]["seed"], device))
-    environment = functools.partial(make_env, env, config.dataset_dir)
-    with Evaluator(environment, 2 * len(actors) * config.eval_episodes, num_workers(config)) as evaluator:
-        played = play(evaluator, actors, mean, std, seeds, first, "evaluate")
-    print(f"{env}, update {state['step']} of {config.evaluate}")
-    return report_final(config, played, normalized_score(env, played.returns, config.dataset_dir))
+    policy = Policy(config.evaluate, device)
+    runs, episodes = policy.final_runs, policy.eval_episodes
+    if config.evaluate_episodes is not None:
+        runs, episodes = 1, config.evaluate_episodes
+    seed = policy.seed if config.evaluate_seed is None else config.evaluate_seed
+    first, seeds = final_seeds(RandomStreams(seed, device), runs * episodes)
+    environment = functools.partial(make_env, policy.env, config.dataset_dir)
+    with Evaluator(environment, 2 * len(policy.actors) * min(episodes, 10), num_workers(config)) as evaluator:
+        played = play(evaluator, policy.actors, policy.mean, policy.std, seeds, first, "evaluate")
+    title = f"{policy.env}, update {policy.step} of {config.evaluate}"
+    return report_final(title, played, normalized_score(policy.env, played.returns, config.dataset_dir), runs)
 
 
 def num_workers(config: POGOTrainerConfig) -> int:
@@ -452,7 +477,7 @@ def num_workers(config: POGOTrainerConfig) -> int:
 def describe(run: POGORun) -> str:
     """What is trained on: the data in one line."""
     facts, data = run.data.facts(), run.data
-    score = float(run.score(data.returns).mean())
+    score = run.data_score()
     shift = f", rewards shifted by {data.reward_shift:g}" if data.reward_shift else ""
     return (
         f"{data.dataset_id}: {len(data):,} transitions, {facts['episodes']} episodes, mean return "
@@ -473,7 +498,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with contextlib.closing(run):
         scores = run.train()
         run.plot()
-        summary = {**scores, "data_score": float(run.score(run.data.returns).mean()), "steps": run.step}
+        summary = {**scores, "data_score": run.data_score(), "steps": run.step}
         summary |= {"best": run.best, "w2_weights": list(config.w2_weights), "seed": config.seed, **run.data.facts()}
         mark_finished(run.run_dir, summary)
     seconds = time.perf_counter() - began

@@ -80,9 +80,10 @@ SINKHORN = {
     "blur_relative": "blur_relative",
 }
 DECIDED_HERE = {"seed", "w2_weights", "lr", "env", "run_dir", "resume", *SINKHORN.values()}
+NO_TRAINING = {"evaluate", "evaluate_episodes", "evaluate_seed"}
 SETTINGS = {field.name: field.name for field in dataclasses.fields(POGOTrainerConfig)}
 SWITCHES = {field.name for field in dataclasses.fields(POGOTrainerConfig) if field.type is bool}
-COMMON = {name: name for name in SETTINGS if name not in DECIDED_HERE} | {"learning_rate": "lr"}
+COMMON = {name: name for name in SETTINGS if name not in DECIDED_HERE | NO_TRAINING} | {"learning_rate": "lr"}
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,7 @@ def threads_of(config: RunComparisonConfig) -> int:
 def is_finished(run: Run) -> bool:
     """Whether a run of these very settings is finished. Raises UserError where its directory holds another run."""
     checkpoint = str(pogo_main.checkpoint_path(run.config))
-    may_change = pogo_main.MAY_CHANGE_ON_RESUME - {"max_timesteps"}  # results of one table have one length
+    may_change = pogo_main.MAY_CHANGE_ON_RESUME - {"dataset_dir"}  # a result is one of its data
     try:
         check_run(run.run_dir, run.config, True, may_change, checkpoint)
         return False
@@ -527,7 +528,8 @@ class Comparison:
 
     def take(self, run: Run, outcome: Outcome) -> None:
         """A process has ended: its run is finished, starts again, or has failed."""
-        if outcome.held:
+        if outcome.held:  # which is no try
+            self.starts[run.run_dir] -= 1
             self.left.append(run)
             return
         if outcome.code == 0 and is_finished(run):

@@ -640,25 +640,34 @@ class GraphedStep:
 
     def __init__(self, step: Callable[[], dict[str, torch.Tensor]], generators: Iterable[torch.Generator]):
         self.step, self.generators = step, list(generators)
+        self.device = self.generators[0].device
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.calls, self.stream = 0, torch.cuda.Stream()
+        self.calls, self.stream = 0, torch.cuda.Stream(self.device)
 
     def __call__(self) -> dict[str, torch.Tensor]:
-        self.calls += 1
-        if self.calls <= self.WARMUP:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # a capture needs what autograd keeps to be of another stream
-                output = self.step()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return output
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            for generator in self.generators:
-                self.graph.register_generator_state(generator)
-            with torch.cuda.graph(self.graph):
-                self.output = self.step()
-        self.graph.replay()
-        return self.output
+        with torch.cuda.device(self.device):  # which need not be the current one
+            self.calls += 1
+            if self.calls <= self.WARMUP:
+                return self._run_beside()
+            if self.graph is None:
+                self._capture()
+            self.graph.replay()
+            return self.output
+
+    def _run_beside(self) -> dict[str, torch.Tensor]:
+        """The step on a stream of its own: a capture needs what autograd keeps to be of another stream."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            output = self.step()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return output
+
+    def _capture(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            self.graph.register_generator_state(generator)
+        with torch.cuda.graph(self.graph):
+            self.output = self.step()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1114,7 +1123,7 @@ def check_run(
             f"{run_dir / checkpoint_name}: belongs to another run, as {run_dir} has no config.yaml; choose another "
             "folder of checkpoints, or the directory of that run"
         )
-    if finished or (started and resume):
+    if finished or (resume and (run_dir / "config.yaml").exists()):
         _check_same_config(run_dir, _stored_config(config), ALWAYS_MAY_CHANGE | set(may_change))
     if finished:
         figures = _last_figures(run_dir)

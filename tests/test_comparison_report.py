@@ -14,7 +14,7 @@ import pytest
 
 import comparison_report
 from comparison_report import ComparedRun, bootstrap_interval, collect, iqm, mean, write_report
-from utils import EpisodeLog, MetricLogger
+from utils import EpisodeLog, MetricLogger, UserError
 
 OFFICIAL = {"hopper-medium-v2": 999_906, "walker2d-medium-v2": 999_995, "local/hopper-medium-v2": 100_000}
 STEPS = (100, 200, 300)
@@ -23,18 +23,19 @@ STEPS = (100, 200, 300)
 def make_run(
     root: Path, dataset: str, weights: tuple, seed: int, score: float = 50.0, variant=0, **more
 ) -> ComparedRun:
-    """A finished run's directory with invented figures: actor i scores `score` + seed + 2 i, stochastic one less.
+    """A finished run's directory with invented figures: actor i scores `score` + seed + gain i, stochastic one less.
 
-    The evaluation in the middle of training is 7 better. Further arguments go to finished.json and `chain` to the
-    diagnostics.
+    The gain is 2; the evaluation in the middle of training is 7 better. Further arguments go to finished.json and
+    `chain` to the diagnostics.
     """
     name = "_".join(f"{weight:g}" for weight in weights)
     run_dir = root / dataset / f"w2_{name}" / f"seed_{seed}"
     (run_dir / "training").mkdir(parents=True)
     chain = {"q": 5.0, "spread": 0.1, "energy": -0.5, "energy_before": -0.3, "energy_fell": 1.0, "distance": 0.02}
     chain |= {"floor": 0.004, "blur_to_spread": 0.5, "q_gradient": 1.0} | more.pop("chain", {})
+    gain = more.pop("gain", 2)
     policies = [(actor, mode) for actor in range(len(weights)) for mode in comparison_report.MODES]
-    centre = np.array([[score + seed + 2 * actor - (mode == "stochastic")] for actor, mode in policies])
+    centre = np.array([[score + seed + gain * actor - (mode == "stochastic")] for actor, mode in policies])
     logger = MetricLogger(run_dir / "training", tensorboard=False)
     episodes = EpisodeLog(run_dir / "training" / "evaluations.csv")
     for number, step in enumerate(STEPS):
@@ -314,13 +315,17 @@ def test_the_highest_of_training_cannot_be_taken_for_the_result(comparison, tmp_
 @pytest.mark.parametrize(
     "chain,scores,words",
     [
-        ({}, (50.0, 50.0), "moved and helped"),
-        ({"distance": 0.005}, (50.0, 50.0), "did not move"),
-        ({}, (50.0,), "one seed says nothing"),
+        ({}, (50.0, 50.0, 50.0), "moved and helped"),
+        ({"distance": 0.005}, (50.0, 50.0, 50.0), "did not move"),
+        ({}, (50.0, 50.0), "too few seeds"),
     ],
 )
 def test_diagnostics_say_whether_a_step_moved_and_helped(tmp_path, chain, scores, words):
-    runs = [make_run(tmp_path, "hopper-medium-v2", (0.4, 1.0), seed, s, chain=chain) for seed, s in enumerate(scores)]
+    gains = (2.1, 1.9, 2.0)  # of each seed
+    runs = [
+        make_run(tmp_path, "hopper-medium-v2", (0.4, 1.0), seed, score, chain=chain, gain=gain)
+        for seed, (score, gain) in enumerate(zip(scores, gains, strict=False))
+    ]
     table = comparison_report.diagnostics_table(collect(runs))
     first, second = (dict(zip(table.header, row, strict=True)) for row in table.rows)
     assert words in second["step"] and second["score gained [95%]"].startswith("+2.0")
@@ -332,7 +337,18 @@ def test_verdicts_follow_the_interval_of_the_gain():
     say = comparison_report.verdict
     assert say(1, 1.0, 0.1, np.array([-2.0, -1.8, -2.2])) == "moved and hurt"
     assert say(1, 1.0, 0.1, np.array([-2.0, 4.0, 1.0])) == "moved, no clear gain"
-    assert say(0, 0.0, 0.0, np.array([1.9, 2.0])) == "moved and helped"  # the first has no floor
+    assert say(0, 0.0, 0.0, np.array([1.9, 2.1, 2.0])) == "moved and helped"  # the first has no floor
+    assert say(1, 1.0, 0.1, np.array([1.9, 2.0])) == "moved; too few seeds to say more"
+    # Scores that move in steps are alike by chance.
+    assert say(1, 1.0, 0.1, np.array([4.0, 4.0, 4.0])) == "moved, no clear gain"
+
+
+def test_seeds_of_other_data_are_not_pooled(tmp_path):
+    first = make_run(tmp_path, "hopper-medium-v2", (0.4, 1.0), 0)
+    for more in ({"data_score": 41.0}, {"transitions": 999}):
+        second = make_run(tmp_path / str(more), "hopper-medium-v2", (0.4, 1.0), 1, **more)
+        with pytest.raises(UserError, match=f"seed_1: trained on other data .*seed_0 .{next(iter(more))}"):
+            collect([first, second])
 
 
 def test_a_blur_above_the_spread_is_marked(tmp_path):

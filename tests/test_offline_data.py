@@ -10,7 +10,7 @@ import torch
 from test_d4rl_utils import ANTMAZE, HOPPER, many_columns, maze_columns, put
 
 import offline_data
-from offline_data import OfflineData, load_transitions, make_env, normalized_score
+from offline_data import OfflineData, data_scores, load_transitions, make_env, normalized_score
 from utils import UserError
 
 # --- D4RL ------------------------------------------------------------------------------------------------------------
@@ -115,6 +115,8 @@ def test_single_tasks_are_relabelled_as_ogbench_does(tmp_path, name, task, dims)
     steps = [np.append(reached, True).argmax() for reached in data.terminated.reshape(40, 100)]
     np.testing.assert_array_equal(data.returns, -np.array(steps))
     scores = np.where(data.returns == -100, 0, 100)
+    assert 0 < scores.mean() < 100
+    np.testing.assert_array_equal(data_scores(data), scores)  # of recordings far shorter than an evaluation
     np.testing.assert_array_equal(normalized_score(dataset_id, np.where(scores, data.returns, -1000)), scores)
 
 

@@ -308,11 +308,58 @@ def test_a_file_is_evaluated_as_its_run_evaluated_it(finished, arguments, tmp_pa
     figures = pogo_main.main([*flags, "--eval_workers", "0"])
     expected = json.loads((finished / "finished.json").read_text())
     assert len(figures) == 4 and all(expected[name] == pytest.approx(value) for name, value in figures.items())
-    assert "--eval_episodes 0" in exits(capsys, *flags, "--eval_episodes", 0)
+    assert "--evaluate_episodes 0" in exits(capsys, *flags, "--evaluate_episodes", 0)
+    few = pogo_main.main([*flags, "--eval_workers", "0", "--evaluate_episodes", "3"])
+    assert "3 episodes:" in capsys.readouterr().out
+    other = pogo_main.main([*flags, "--eval_workers", "0", "--evaluate_episodes", "3", "--evaluate_seed", "5"])
+    assert few.keys() == figures.keys() and few != other
     (tmp_path / "policy.pth").write_bytes(b"nothing")
     assert "policy.pth" in exits(capsys, *flags)
     save_checkpoint(tmp_path / "policy.pth", {"a": 1})
     assert "not a checkpoint of pogo_main.py" in exits(capsys, *flags)
+
+
+def test_a_policy_acts_from_its_file_alone_as_in_training(finished, arguments):
+    policy = pogo_main.Policy(finished / "checkpoints/last.pth")
+    run = POGORun(parse_config(POGOTrainerConfig, arguments(finished.parent / "like", "--no_tensorboard")))
+    run.load(finished / "checkpoints/last.pth")
+    rows, raw = torch.from_numpy(run.data.observations[:5]), run.data.observations[:5] * run.std + run.mean
+    for number in range(2):
+        expected = run.agent.act(rows, number).numpy()
+        np.testing.assert_allclose(policy.act(raw, number), expected, atol=1e-4)
+    np.testing.assert_array_equal(policy.act(raw), policy.act(raw, 1))
+    np.testing.assert_allclose(policy.act(raw[0]), policy.act(raw)[0], atol=1e-5)  # one observation, or many
+    assert not np.array_equal(policy.act(raw, stochastic=True), policy.act(raw)) and policy.env == DATASET
+    run.close()
+
+
+def test_a_checkpoint_of_each_evaluation_can_be_kept(finished, arguments, tmp_path):
+    train(arguments(tmp_path / "run", "--keep_checkpoints"))
+    kept = tmp_path / "run/checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == ["last.pth", "step_12.pth", "step_6.pth"]
+    assert digest(kept / "last.pth") == digest(kept / "step_12.pth") == digest(finished / "checkpoints/last.pth")
+    assert load_checkpoint(kept / "step_6.pth")["step"] == 6
+
+
+def test_another_folder_of_checkpoints_does_not_wipe_a_run(arguments, tmp_path, monkeypatch, capsys):
+    """Its log would be begun anew while its checkpoint lies elsewhere."""
+    monkeypatch.setattr(POGORun, "final_evaluation", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(arguments(tmp_path / "run", "--checkpoint_dir", str(tmp_path / "kept")))
+    before = digest(tmp_path / "run/training/metrics.csv")
+    line = exits(capsys, *arguments(tmp_path / "run", "--resume"), "--checkpoint_dir", tmp_path / "empty")
+    assert "checkpoint_dir was" in line and str(tmp_path / "kept") in line
+    assert digest(tmp_path / "run/training/metrics.csv") == before
+
+
+def test_a_checkpoint_of_other_data_is_refused(arguments, tmp_path, monkeypatch, capsys):
+    """Without normalisation too, where mean and std are 0 and 1 whatever the data."""
+    monkeypatch.setattr(POGORun, "final_evaluation", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(arguments(tmp_path / "run", "--no_normalize"))
+    make_dataset.generate(DATASET, size=300, dataset_dir=tmp_path / "other", progress=False)
+    flags = arguments(tmp_path / "run", "--no_normalize", "--resume", dataset_dir=str(tmp_path / "other"))
+    assert "began on other data" in exits(capsys, *flags)
 
 
 def test_a_blur_wider_than_the_samples_is_told_once(arguments, tmp_path, capsys):
@@ -326,8 +373,8 @@ def test_a_diverging_run_stops_and_says_why(arguments, tmp_path, capsys):
     line = exits(capsys, *arguments(tmp_path / "run"), "--q_limit", "1e-6", "--no_tensorboard")
     assert "--q_limit" in line and "update 3" in line and "--w2_weights" in line
     assert not (tmp_path / "run/finished.json").exists()
-    line = exits(capsys, *arguments(tmp_path / "nan"), "--lr", "1e9", "--no_tensorboard")
-    assert "--lr" in line or "--q_limit" in line
+    line = exits(capsys, *arguments(tmp_path / "nan"), "--lr", "1e9", "--no_tensorboard", "--q_limit", "1e9")
+    assert "is nan at update" in line and "lower --lr" in line
 
 
 def test_what_cannot_be_resumed_is_refused(finished, arguments, tmp_path, capsys):

@@ -167,6 +167,28 @@ def test_following_actors_begin_as_copies_and_take_over_changes():
         assert torch.allclose(new, old + change, atol=1e-6) and not torch.equal(new, old)
 
 
+def test_policies_of_one_class_that_are_built_differently_are_not_copies():
+    """AWAC's own Gaussian has three hidden layers and no tanh; CQL's own has other bounds."""
+    for name, other in (("awac", "gaussian"), ("cql", "tanh_gaussian")):
+        algorithm, config = ALGORITHMS[name]
+        own = algorithm(config, SIZES, torch.Generator()).make_actor
+        makers = [own, own, POLICIES[other], POLICIES[other]]
+        chain = MultiActor(algorithm, config, ChainConfig((1.0,) * 4), SIZES, torch.Generator(), policies=makers)
+        assert chain.is_copy == [False, True, False, True]
+        chain.update(make_batch())
+
+
+def test_every_actor_can_be_asked_for_actions():
+    chain, observations = make_chain("iql"), make_batch()["observations"]
+    for seed in range(5):
+        chain.update(make_batch(seed))
+    for number in range(3):
+        assert torch.equal(chain.act(observations, number), chain.actors[number](observations).mode)
+    assert torch.equal(chain.act(observations), chain.act(observations, 2))
+    assert not torch.equal(chain.act(observations, 0), chain.act(observations, 2))
+    assert not torch.equal(chain.act(observations, 0, stochastic=True), chain.act(observations, 0))
+
+
 def test_wrong_numbers_of_policies_are_refused():
     with pytest.raises(ValueError, match="2 policies for 3 weights"):
         make_chain("iql", policies=["gaussian"] * 2)

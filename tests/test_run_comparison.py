@@ -5,7 +5,6 @@ start and end in a ledger. One test runs pogo_main.py itself.
 """
 
 import collections
-import contextlib
 import csv
 import dataclasses
 import json
@@ -16,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -504,8 +502,17 @@ def test_a_start_that_loses_the_race_for_a_directory_waits_its_turn(place, monke
         return False
 
     monkeypatch.setattr(run_comparison, "is_held", looks_free)
+    starts = []
+    take = run_comparison.Comparison.take
+
+    def taken(comparison, run, outcome):
+        take(comparison, run, outcome)
+        starts.append((outcome.held, comparison.starts[run.run_dir]))
+
+    monkeypatch.setattr(run_comparison.Comparison, "take", taken)
     place.run("--retries", "0")
     assert place.count("end") == {"w2_0.4_1/seed_0": 1, "w2_0.4_1/seed_1": 1}
+    assert (True, 0) in starts and {count for held, count in starts if not held} == {1}
     assert len(comparison_jobs.read_attempts(place.run_dir(0))) >= 2
 
 
@@ -618,7 +625,7 @@ def test_real_runs_end_to_end(tmp_path, monkeypatch, capsys):
         assert float(row["data_score"]) == summary["data_score"]
     assert "67.5†" in Path("results/results.md").read_text() and "67.5" not in capsys.readouterr().out
     page = Path("results/report.html").read_text()
-    assert page.count("<svg") == 5 and "one seed says nothing" in page + "did not move"
+    assert page.count("<svg") == 5 and ("too few seeds" in page or "did not move" in page)
     before = Path("results/results.csv").read_text()
     run_comparison.main(["--config", "c.yaml", "--report_only"])
     assert Path("results/results.csv").read_text() == before
@@ -642,70 +649,13 @@ def test_an_address_where_nobody_answers_is_one_line(place):
             comparison_jobs.probe(given)
 
 
-class Listener(threading.Thread):
-    """A server that answers the first words of every connection with its own, after some seconds, or not at all."""
-
-    def __init__(self, answer: bytes = b"", seconds: float = 0.0):
-        super().__init__(daemon=True)
-        self.server, self.answer, self.seconds = socket.create_server(("127.0.0.1", 0)), answer, seconds
-        self.port, self.open = self.server.getsockname()[1], []
-        self.start()
-
-    def run(self) -> None:
-        with contextlib.suppress(OSError):  # the server is closed
-            while True:
-                connection, _ = self.server.accept()
-                self.open.append(connection)
-                connection.recv(100)
-                time.sleep(self.seconds)
-                connection.sendall(self.answer)
-
-    def close(self) -> None:
-        for one in (self.server, *self.open):
-            one.close()
-
-
-@pytest.fixture
-def listen():
-    """Makes listeners, and closes them."""
-    made = []
-    yield lambda *arguments: made.append(Listener(*arguments)) or made[-1].port
-    for listener in made:
-        listener.close()
-
-
-def test_a_port_that_accepts_and_stays_silent_is_one_line_in_15_seconds(listen):
+def test_a_port_that_is_not_rays_is_one_line(monkeypatch):
     pytest.importorskip("ray")
-    address, began = f"127.0.0.1:{listen()}", time.monotonic()
-    with pytest.raises(UserError, match=rf"--address {address}: no Ray cluster answers there \(no answer in time\)"):
-        comparison_jobs.RayPool(address, None, 1, None, 1)
-    assert time.monotonic() - began < 15 and sum(comparison_jobs.PROBE_SECONDS[:2]) < 15
-
-
-def test_a_port_of_another_service_is_one_line_at_once(listen):
-    pytest.importorskip("ray")
-    address, began = f"127.0.0.1:{listen(b'HTTP/1.1 400 Bad Request')}", time.monotonic()
-    with pytest.raises(UserError, match="no Ray cluster answers there .what answers is not Ray"):
-        comparison_jobs.probe(address)
-    assert time.monotonic() - began < 5
-
-
-def test_a_slow_server_of_rays_kind_is_given_its_time(listen, monkeypatch):
-    """It may take seconds to greet; and one that expects TLS is left to Ray."""
-    greeting = bytes([0, 0, 6, 4, 0, 0, 0, 0, 0]) + bytes(6)
-    assert comparison_jobs._connection_fault("127.0.0.1", listen(greeting, 3.0)) == ""
-    monkeypatch.setattr(comparison_jobs, "PROBE_SECONDS", (5, 0.2, 45))
-    silent = listen()
-    assert comparison_jobs._connection_fault("127.0.0.1", silent) == "no answer in time"
-    monkeypatch.setenv("RAY_USE_TLS", "1")
-    assert comparison_jobs._connection_fault("127.0.0.1", silent) == ""
-
-
-def test_what_greets_and_then_says_nothing_is_one_line(listen, monkeypatch):
-    pytest.importorskip("ray")
-    monkeypatch.setattr(comparison_jobs, "PROBE_SECONDS", (5, 5, 4))
-    with pytest.raises(UserError, match="no Ray cluster answers there .no answer in 4 seconds"):
-        comparison_jobs.probe(f"127.0.0.1:{listen(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))}")
+    monkeypatch.setattr(comparison_jobs, "PROBE_SECONDS", (2, 4))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UserError, match="no Ray cluster answers there"):
+            comparison_jobs.probe(address)
 
 
 CLUSTER = """

@@ -3,8 +3,8 @@
     critics   y = r + discount (1 - terminated) min_k Q'_k(s', a'), a' ~ pi(s')                      equation 3
     actor     E[min(exp((Q(s, a) - Q(s, a_pi)) / lambda), 100) (-log pi(a|s))], Q the lesser         equation 13
 
-with a_pi ~ pi(s), cut to the box as all actions are. Three hidden layers. Deviation: none known; CORL's file gives the
-same numbers from the same draws.
+with a_pi ~ pi(s), cut to the box as all actions are. Three hidden layers. Deviation from CORL:
+none; benchmarks/bench_corl.py compares the two.
 """
 
 import functools
@@ -40,7 +40,7 @@ class AWAC(OfflineAlgorithm):
         loss, info = self.critic_loss(batch)
         self.minimise("critic", loss)
         info |= (update_actors or self.update_actor)(batch)
-        self.follow()
+        self.update_targets()
         self.step += 1
         return info
 

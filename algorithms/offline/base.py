@@ -61,7 +61,7 @@ class OfflineAlgorithm(abc.ABC):
         self.max_action, self.make_actor = sizes[2], make_actor or self.default_actor()
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.targets: list[tuple[list[Tensor], list[Tensor]]] = []  # parameters that follow, and those they follow
+        self.targets: list[tuple[list[Tensor], list[Tensor]]] = []  # target networks' parameters, and the online ones
         self.actor_lr = torch.tensor(config.actor_lr, device=self.device)
         self.actor = self.add("actor", self.make_actor(*sizes, config.hidden_dim), self.actor_lr)
         self.build(*sizes)
@@ -74,7 +74,7 @@ class OfflineAlgorithm(abc.ABC):
         return network
 
     def add_target(self, name: str, network: nn.Module, source: nn.Module) -> nn.Module:
-        """Keep a network that begins as a copy of another and follows it by `follow`."""
+        """Keep a network that begins as a copy of another and follows it by `update_targets`."""
         self.networks[name] = network.to(self.device).requires_grad_(False)
         network.load_state_dict(source.state_dict())
         self.targets.append((list(network.parameters()), list(source.parameters())))
@@ -92,10 +92,10 @@ class OfflineAlgorithm(abc.ABC):
         self.optimizers[name].step()
 
     @torch.no_grad()
-    def follow(self) -> None:
+    def update_targets(self) -> None:
         """Polyak average of all target networks."""
-        for following, learning in self.targets:
-            torch._foreach_lerp_(following, learning, self.config.tau)
+        for target, online in self.targets:
+            torch._foreach_lerp_(target, online, self.config.tau)
 
     def noise(self, *shape: int) -> Tensor:
         """Standard normal [*shape, A] from the algorithm's generator."""
@@ -145,8 +145,13 @@ class OfflineAlgorithm(abc.ABC):
     @torch.no_grad()
     def act(self, observations: Tensor, stochastic: bool = False) -> Tensor:
         """Actions [n, A]: the mode, or a draw from the algorithm's generator."""
-        distribution = self.actor(observations)
-        return distribution.draw(self.noise(len(observations))).actions if stochastic else distribution.mode
+        return self.act_with(self.actor, observations, stochastic)
+
+    def act_with(self, policy: nn.Module, observations: Tensor, stochastic: bool) -> Tensor:
+        """Actions [n, A] of any policy."""
+        if stochastic:
+            return self.draw(policy, observations)[1].actions
+        return policy(observations).mode
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ class CQL(OfflineAlgorithm):
         self.minimise("temperature", loss)
         if self.config.cql_lagrange:
             self.minimise("multiplier", self.multiplier.loss(self.config.cql_alpha * gaps))
-        self.follow()
+        self.update_targets()
         self.step += 1
         return info | {"alpha_loss": loss.detach(), "entropy": -here.log_prob.mean()}
 

@@ -4,8 +4,8 @@
     Q       E[(r + discount (1 - terminated) V(s') - Q_k(s, a))^2], V before this update             equation 6
     actor   E[min(exp(beta u), 100) L(s, a)],  L = -log pi(a|s) of a density, else ||pi(s) - a||^2   equation 7
 
-`iql_tau` is the expectile, `tau` the targets' rate. The actor's learning rate falls along a cosine. Deviation: none
-known; CORL's file gives the same numbers from the same draws.
+`iql_tau` is the expectile, `tau` the targets' rate. The actor's learning rate falls along a cosine. Deviation from
+CORL: none; benchmarks/bench_corl.py compares the two.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class IQL(OfflineAlgorithm):
         self.minimise("value", loss)
         loss, more = self.critic_loss(batch | {"next_value": next_value})
         self.minimise("critic", loss)
-        self.follow()
+        self.update_targets()
         info |= more | (update_actors or self.update_actor)(batch | {"advantage": advantage})
         self.step += 1
         return info

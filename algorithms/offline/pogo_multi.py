@@ -16,7 +16,7 @@ D is half of W2 squared between the two policies' actions in a state, averaged o
 | any other two | Sinkhorn divergence of `sinkhorn_K` draws each | GeomLoss's, which is half of W2 squared too |
 
 so that a weight means the same everywhere. (`pogo_agent.py` has the mean over elements in actor 0: w there is 2 w / A
-here.) As there, an actor of the same class as the one before begins as its copy and takes over its change of weights
+here.) As there, an actor of the same kind as the one before begins as its copy and takes over its change of weights
 before it makes its own step (`follow`), without which it would spend the run on catching up.
 """
 
@@ -84,9 +84,11 @@ class MultiActor:
         makers = policies or [self.algorithm.make_actor] * len(chain.w2_weights)
         if len(makers) != len(chain.w2_weights):
             raise ValueError(f"{len(makers)} policies for {len(chain.w2_weights)} weights")
+        # Of the same maker, not of the same class: one class may hold differently built policies.
+        self.is_copy = [number > 0 and make is makers[number - 1] for number, make in enumerate(makers)]
         for number, make in enumerate(makers[1:], 1):
             actor = make(*sizes, config.hidden_dim)
-            if type(actor) is type(self.actors[-1]):
+            if self.is_copy[number]:
                 actor.load_state_dict(self.actors[-1].state_dict())
             self.actors.append(self.algorithm.add(f"actor_{number}", actor, self.algorithm.actor_lr))
 
@@ -97,17 +99,17 @@ class MultiActor:
     def update_actors(self, batch: Batch) -> Info:
         """A step of each actor, in order."""
         info: Info = {}
-        change: list[Tensor] | None = None
-        for number, actor in enumerate(self.actors):
-            parameters = list(actor.parameters())
-            before = [parameter.detach().clone() for parameter in parameters]
-            if change is not None and type(actor) is type(self.actors[number - 1]):
-                with torch.no_grad():
-                    torch._foreach_add_(parameters, change)
+        change: list[Tensor] = []
+        follows = [self.chain.follow and is_copy for is_copy in self.is_copy]
+        for number, (actor, followed) in enumerate(zip(self.actors, [*follows[1:], False], strict=True)):
+            parameters = [parameter.detach() for parameter in actor.parameters()]
+            before = [parameter.clone() for parameter in parameters] if followed else []
+            if follows[number]:
+                torch._foreach_add_(parameters, change)
             loss, more = self.actor_loss(number, batch)
             self.algorithm.minimise("actor" if number == 0 else f"actor_{number}", loss)
-            if self.chain.follow:
-                change = torch._foreach_sub([parameter.detach() for parameter in parameters], before)
+            if followed:
+                change = torch._foreach_sub(parameters, before)
             info |= more
         return info
 
@@ -140,6 +142,11 @@ class MultiActor:
         chain, diameter = self.chain, box_diameter(self.algorithm.max_action, draw.actions.shape[-1])
         clouds = (draw.actions, reference_draw.actions)
         return sinkhorn(*clouds, chain.sinkhorn_blur, chain.sinkhorn_backend, diameter).mean()
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, number: int = -1, stochastic: bool = False) -> Tensor:
+        """Actions [n, A] of one actor, the last by default: its mode, or a draw from the algorithm's generator."""
+        return self.algorithm.act_with(self.actors[number], observations, stochastic)
 
     def anneal(self, share: float) -> None:
         """Set the actors' learning rate for a share of the run behind, 0 to 1, where the algorithm lets it fall."""

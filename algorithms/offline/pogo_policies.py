@@ -6,7 +6,7 @@ runs once, whatever is drawn from it.
 | class | actions | density | used by default in |
 |---|---|---|---|
 | DeterministicMLP | tanh(net(s)) | no, a point | TD3+BC, IQL where `iql_deterministic` |
-| StochasticMLP | tanh(net([s, z])), z ~ N(0, I) | no, samples alone | the chain over IQL, TD3+BC, AWAC |
+| StochasticMLP | tanh(net([s, z])), z ~ N(0, I) | no, samples alone | none |
 | GaussianMLP | N(mean(s), std), cut to the box | yes | IQL, AWAC |
 | TanhGaussianMLP | tanh of N(mean(s), std(s)) | yes | CQL, SAC-N, EDAC |
 

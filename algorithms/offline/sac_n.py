@@ -45,7 +45,7 @@ class SACN(OfflineAlgorithm):
         info |= (update_actors or self.update_actor)(batch)
         loss, more = self.critic_loss(batch)
         self.minimise("critic", loss)
-        self.follow()
+        self.update_targets()
         self.step += 1
         return info | more
 

@@ -5,8 +5,8 @@ TD3, whose actor is also held near the data's actions:
     critics   y = r + discount (1 - terminated) min_k Q'_k(s', clip(pi'(s') + clipped noise))       TD3, algorithm 1
     actor     -lambda E[Q1(s, pi(s))] + E[(pi(s) - a)^2],   lambda = alpha / mean|Q|                equation 5
 
-The actor and all target networks move every `policy_freq` updates. Deviation: none known; CORL's file gives the same
-numbers from the same draws.
+The actor and all target networks move every `policy_freq` updates. Deviation from CORL:
+none; benchmarks/bench_corl.py compares the two.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class TD3BC(OfflineAlgorithm):
         self.step += 1
         if self.step % self.config.policy_freq == 0:
             info |= (update_actors or self.update_actor)(batch)
-            self.follow()
+            self.update_targets()
         return info
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Info]:
