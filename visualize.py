@@ -138,7 +138,7 @@ ONLINE_CURVES = {  # column of metrics.csv -> name of the curve
 
 
 def plot_online_curves(metrics: dict[str, list[float]], path: str | Path, title: str) -> None:
-    """What the online stage logs, against episodes; the evaluated success beside that of the acting episodes.
+    """What the online stage logs, against environment steps; the evaluated success beside that of the acting episodes.
 
     Args: as in `plot_training_curves`.
     """
@@ -148,18 +148,18 @@ def plot_online_curves(metrics: dict[str, list[float]], path: str | Path, title:
     rows = math.ceil(len(shown) / 4)
     figure = Figure(figsize=(14, 3.2 * rows), layout="constrained")
     figure.suptitle(title)
-    episodes = np.asarray(metrics["step"], dtype=float)
+    steps = np.asarray(metrics["env_steps"], dtype=float)
     for axis, (column, name) in zip(
         figure.subplots(rows, min(len(shown), 4), squeeze=False).ravel(), shown, strict=False
     ):
-        _curve(axis, episodes, metrics.get(column, []), color="tab:blue", marker=".", label="acting, with exploration")
+        _curve(axis, steps, metrics.get(column, []), color="tab:blue", marker=".", label="acting, with exploration")
         if column == "success_rate":
             evaluated = metrics.get("eval/success_rate", [])
-            _curve(axis, episodes, evaluated, color="tab:green", marker="o", label="evaluation, five tasks")
+            _curve(axis, steps, evaluated, color="tab:green", marker="o", label="evaluation, five tasks")
             axis.set_ylim(-0.02, 1.02)
             axis.legend(fontsize=8)
         axis.set_title(name)
-        axis.set_xlabel("episode")
+        axis.set_xlabel("environment steps")
         axis.grid(alpha=0.3)
     _save(figure, path)
 

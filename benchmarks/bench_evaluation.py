@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import d4rl_utils
 import offline_data
+import pogo_main
 from benchmark_data import experts
 from evaluation import Evaluator, episode_seeds
 from utils import check_counts, parse_config, run_cli
@@ -46,6 +47,7 @@ class Actor(nn.Module):
 
     def __init__(self, policy: experts.Policy):
         super().__init__()
+        self.action_dim = policy.action_dim
         layers = [nn.Linear(policy.observation_dim, 256), nn.Linear(256, 256), nn.Linear(256, policy.action_dim)]
         for layer, name in zip(layers, ("hidden.0", "hidden.1", "mean"), strict=True):
             layer.weight.data = torch.from_numpy(policy.weights[f"{name}.weight"].T.copy())
@@ -79,27 +81,10 @@ def one_at_a_time(actors: list[Actor], env, seeds: list[int]) -> tuple[np.ndarra
     return returns, steps
 
 
-@torch.inference_mode()
 def all_at_once(actors: list[Actor], evaluator: Evaluator, seeds: list[int]) -> tuple[np.ndarray, int]:
-    """The same through the Evaluator: the actors' weights are stacked, one matrix product a layer."""
-    generator = torch.Generator().manual_seed(0)
-    linears = [[layer for layer in actor.mean if isinstance(layer, nn.Linear)] for actor in actors]
-    # [2 actors, in, out] and [2 actors, 1, out] a layer: each actor twice, deterministic and stochastic.
-    layers = list(zip(*linears, strict=True))
-    weights = [torch.stack([linear.weight.T for linear in layer]).repeat_interleave(2, 0) for layer in layers]
-    biases = [torch.stack([linear.bias[None] for linear in layer]).repeat_interleave(2, 0) for layer in layers]
-
-    shift, scale = torch.zeros(weights[0].shape[1]), torch.ones(weights[0].shape[1])
-
-    def policies(observations: np.ndarray, alive: np.ndarray) -> torch.Tensor:
-        noise = torch.zeros(*alive.shape, biases[-1].shape[-1])
-        noise[1::2].normal_(generator=generator)
-        hidden = (torch.from_numpy(observations) - shift) / scale
-        for weight, bias in zip(weights[:2], biases[:2], strict=True):
-            hidden = actors[0].activation(torch.baddbmm(bias, hidden, weight))
-        return torch.tanh(torch.baddbmm(biases[2], hidden, weights[2]) + 0.1 * noise)
-
-    found = evaluator.evaluate(policies, 2 * len(actors), seeds)
+    """The same as pogo_main.py evaluates."""
+    size = actors[0].mean[0].in_features
+    found = pogo_main.play(evaluator, actors, torch.zeros(size), torch.ones(size), seeds, 0, "all at once")
     return found.returns, int(found.lengths.sum())
 
 
