@@ -98,11 +98,12 @@ def beginning(command: str) -> str:
 def prepare(words: list[str]) -> None:
     """Make, in the current folder, what the command reads."""
     make_dataset.generate(DATASET, size=2, dataset_dir="datasets", progress=False)
-    if "config.yaml" in words:
-        shutil.copy(ROOT / "config.yaml", ".")
     if "--report_only" in words:  # of one run that was begun; without any it is refused
         Path("logs/hopper-medium-v2/w2_0.4_0.5_0.25/seed_0").mkdir(parents=True)
     for word in words:
+        if word.endswith(".yaml") and (ROOT / word).exists():
+            Path(word).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / word, word)
         if word in MADE_BEFORE:
             dataset_id, size = MADE_BEFORE[word]
             make_dataset.generate(dataset_id, size=size, dataset_dir="datasets", progress=False)

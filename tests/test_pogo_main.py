@@ -73,6 +73,25 @@ def train(flags: list[str]) -> None:
         pogo_main.main([*flags, "--no_tensorboard"])
 
 
+def train_until(stop_at: int, flags: list[str]) -> None:
+    """A run that is interrupted after so many updates."""
+    make_update = POGORun.make_update
+
+    def interrupted(run):
+        update = make_update(run)
+
+        def step():
+            if run.step == stop_at:
+                raise KeyboardInterrupt
+            return update()
+
+        return step
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(POGORun, "make_update", interrupted)
+        train(flags)
+
+
 OUTPUTS = ("checkpoints/last.pth", "training/metrics.csv", "training/evaluations.csv", "finished.json")
 
 
@@ -181,23 +200,10 @@ def test_how_often_a_run_evaluates_or_logs_changes_no_number(finished, arguments
 
 
 @pytest.mark.parametrize("stop_at", [6, 10])
-def test_a_resumed_run_equals_the_uninterrupted_one(stop_at, finished, arguments, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_the_uninterrupted_one(stop_at, finished, arguments, tmp_path):
     """Cut right after a checkpoint, and between two."""
-    cut, make_update = tmp_path / "cut", POGORun.make_update
-
-    def interrupted(run):
-        update = make_update(run)
-
-        def step():
-            if run.step == stop_at:
-                raise KeyboardInterrupt
-            return update()
-
-        return step
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(POGORun, "make_update", interrupted)
-        train(arguments(cut))
+    cut = tmp_path / "cut"
+    train_until(stop_at, arguments(cut))
     assert load_checkpoint(cut / "checkpoints/last.pth")["step"] == 6
     train(arguments(cut, "--resume"))
     for name in OUTPUTS:
@@ -285,16 +291,8 @@ def test_a_checkpoint_of_another_run_is_not_taken(arguments, tmp_path, capsys):
 
 def test_a_run_is_resumed_from_another_folder(arguments, tmp_path, monkeypatch):
     """Its folder of checkpoints was given relative to the one it began in."""
-    make_update = POGORun.make_update
-
-    def interrupted(run):
-        update = make_update(run)
-        return lambda: update() if run.step < 8 else (_ for _ in ()).throw(KeyboardInterrupt)
-
     monkeypatch.chdir(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(POGORun, "make_update", interrupted)
-        train(arguments(tmp_path / "run", "--checkpoint_dir", "kept"))
+    train_until(8, arguments(tmp_path / "run", "--checkpoint_dir", "kept"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     train(["--resume", "--run_dir", str(tmp_path / "run")])
@@ -341,25 +339,34 @@ def test_a_checkpoint_of_each_evaluation_can_be_kept(finished, arguments, tmp_pa
     assert load_checkpoint(kept / "step_6.pth")["step"] == 6
 
 
-def test_another_folder_of_checkpoints_does_not_wipe_a_run(arguments, tmp_path, monkeypatch, capsys):
+def test_another_folder_of_checkpoints_does_not_wipe_a_run(arguments, tmp_path, capsys):
     """Its log would be begun anew while its checkpoint lies elsewhere."""
-    monkeypatch.setattr(POGORun, "final_evaluation", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        train(arguments(tmp_path / "run", "--checkpoint_dir", str(tmp_path / "kept")))
+    train_until(10, arguments(tmp_path / "run", "--checkpoint_dir", str(tmp_path / "kept")))
     before = digest(tmp_path / "run/training/metrics.csv")
     line = exits(capsys, *arguments(tmp_path / "run", "--resume"), "--checkpoint_dir", tmp_path / "empty")
     assert "checkpoint_dir was" in line and str(tmp_path / "kept") in line
     assert digest(tmp_path / "run/training/metrics.csv") == before
 
 
-def test_a_checkpoint_of_other_data_is_refused(arguments, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_of_other_data_is_refused(arguments, tmp_path, capsys):
     """Without normalisation too, where mean and std are 0 and 1 whatever the data."""
-    monkeypatch.setattr(POGORun, "final_evaluation", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        train(arguments(tmp_path / "run", "--no_normalize"))
+    train_until(10, arguments(tmp_path / "run", "--no_normalize"))
     make_dataset.generate(DATASET, size=300, dataset_dir=tmp_path / "other", progress=False)
     flags = arguments(tmp_path / "run", "--no_normalize", "--resume", dataset_dir=str(tmp_path / "other"))
     assert "began on other data" in exits(capsys, *flags)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_trains_resumes_and_evaluates(arguments, tmp_path):
+    """Its update is captured, batches drawn inside the graph; from the middle on it goes on to about the same."""
+    train(arguments(tmp_path / "whole", device="cuda"))
+    train(arguments(tmp_path / "eager", "--no_cuda_graph", device="cuda"))
+    train_until(10, arguments(tmp_path / "cut", device="cuda"))
+    train(arguments(tmp_path / "cut", "--resume", device="cuda"))
+    whole = load_checkpoint(tmp_path / "whole/checkpoints/last.pth")["agent"]["actors"]
+    for other in ("eager", "cut"):
+        found = load_checkpoint(tmp_path / other / "checkpoints/last.pth")["agent"]["actors"]
+        assert all(torch.allclose(whole[name], found[name], rtol=1e-3, atol=1e-4) for name in whole), other
 
 
 def test_a_blur_wider_than_the_samples_is_told_once(arguments, tmp_path, capsys):
