@@ -112,8 +112,8 @@ class OnlineAgent:
         self.labeller = StepInverse(self.encoder.observation_dim, hidden_dim, action_dim).to(self.device)
         self.target = nn.ModuleDict({name: copy.deepcopy(self.heads[name]) for name in ("q", "v")})
         self.target.requires_grad_(False)
-        self.learning = [p for name in ("q", "v") for p in self.heads[name].parameters()]
-        self.following = [p for name in ("q", "v") for p in self.target[name].parameters()]
+        self.online_parameters = [p for name in ("q", "v") for p in self.heads[name].parameters()]
+        self.target_parameters = [p for name in ("q", "v") for p in self.target[name].parameters()]
         lr = torch.tensor(config.lr, device=self.device)
         self.optimizer = torch.optim.Adam(
             self.heads.parameters(), lr=lr, fused=True, capturable=self.device.type == "cuda"
@@ -306,7 +306,7 @@ class OnlineAgent:
         sum(loss for loss, _ in terms.values()).backward()
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.following, self.learning, self.config.tau)
+            torch._foreach_lerp_(self.target_parameters, self.online_parameters, self.config.tau)
         self.step += 1
         info = {f"{name}_loss": loss.detach() for name, (loss, _) in terms.items()}
         return info | {key: value.detach() for _, extra in terms.values() for key, value in extra.items()}

@@ -29,11 +29,12 @@ import torch
 import yaml
 
 import pogo_main
+from chain_run import MAY_CHANGE_ON_RESUME
 from comparison_jobs import Job, LocalPool, Outcome, RayPool, is_held, read_attempts, seconds_spent
 from comparison_report import ComparedRun, write_report
 from offline_data import is_minari, make_env, normalized_score
 from pogo_agent import POGOAgent
-from pogo_main import POGOTrainerConfig
+from pogo_main import POGORun, POGOTrainerConfig
 from utils import (
     RunFinished,
     UserError,
@@ -42,6 +43,7 @@ from utils import (
     parse_config,
     plain_config,
     progress,
+    resolve_device,
     run_cli,
     warn,
 )
@@ -260,7 +262,7 @@ def expand_entry(
     for variant, weights in enumerate(weight_lists(path, where, entry)):
         for seed in seeds:
             trainer = POGOTrainerConfig(**settings, w2_weights=weights, seed=seed, resume=True)
-            trainer.run_dir = str(Path(config.log_dir).resolve() / pogo_main.run_name(trainer))
+            trainer.run_dir = str(Path(config.log_dir).resolve() / POGORun.run_name(trainer))
             try:
                 pogo_main.check(trainer)
                 if not is_minari(trainer.env):  # whose ids only Minari knows
@@ -300,8 +302,8 @@ def threads_of(config: RunComparisonConfig) -> int:
 
 def is_finished(run: Run) -> bool:
     """Whether a run of these very settings is finished. Raises UserError where its directory holds another run."""
-    checkpoint = str(pogo_main.checkpoint_path(run.config))
-    may_change = pogo_main.MAY_CHANGE_ON_RESUME - {"dataset_dir"}  # a result is one of its data
+    checkpoint = str(POGORun.checkpoint_path(run.config))
+    may_change = MAY_CHANGE_ON_RESUME - {"dataset_dir"}  # a result is one of its data
     try:
         check_run(run.run_dir, run.config, True, may_change, checkpoint)
         return False
@@ -355,7 +357,7 @@ def _sizes(env: str, dataset_dir: str | None) -> tuple[int, int, float, int, flo
 def burst(config: POGOTrainerConfig, threads: int, seconds: float = 1.0) -> tuple[float, int]:
     """Measured seconds of one update on made-up transitions, and bytes of a checkpoint."""
     observation_dim, action_dim, max_action, *_ = _sizes(config.env, config.dataset_dir)
-    device, before = pogo_main.resolve_device(config.device), torch.get_num_threads()
+    device, before = resolve_device(config.device), torch.get_num_threads()
     generator, n = torch.Generator(device).manual_seed(0), config.batch_size
     agent = POGOAgent(config, observation_dim, action_dim, max_action, generator, device)
     shapes = {"observations": (n, observation_dim), "next_observations": (n, observation_dim), "rewards": (n,)}

@@ -21,9 +21,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import chain_run
 import d4rl_utils
 import offline_data
-import pogo_main
 from benchmark_data import experts
 from evaluation import Evaluator, episode_seeds
 from utils import check_counts, parse_config, run_cli
@@ -84,7 +84,8 @@ def one_at_a_time(actors: list[Actor], env, seeds: list[int]) -> tuple[np.ndarra
 def all_at_once(actors: list[Actor], evaluator: Evaluator, seeds: list[int]) -> tuple[np.ndarray, int]:
     """The same as pogo_main.py evaluates."""
     size = actors[0].mean[0].in_features
-    found = pogo_main.play(evaluator, actors, torch.zeros(size), torch.ones(size), seeds, 0, "all at once")
+    normalizer = (torch.zeros(size), torch.ones(size))
+    found = chain_run.play(evaluator, actors, actors[0].action_dim, *normalizer, seeds, 0, "all at once")
     return found.returns, int(found.lengths.sum())
 
 

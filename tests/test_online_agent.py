@@ -31,7 +31,7 @@ def make_agent(seed=0, kind=OnlineAgent, discount=DISCOUNT, **settings) -> Onlin
     model = OfflineModel(2, d_model=WIDTH, hidden_dim=16, n_layers=1, d_state=8)
     agent = kind(OnlineAgentConfig(**(SETTINGS | settings)), model, ACTIONS, 16, discount)
     with torch.no_grad():  # so that a target taken from the online network shows, and values lie inside (0, 1)
-        for parameter in agent.following:
+        for parameter in agent.target_parameters:
             parameter.add_(0.1 * torch.randn_like(parameter))
         agent.target["v"].net[-1].bias.add_(0.5)
         agent.target["q"].layers[-1].bias.add_(0.5)

@@ -345,11 +345,11 @@ def test_an_actor_takes_over_the_change_of_the_one_before_it():
 def test_targets_follow_by_tau_and_policy_freq_skips_actors():
     agent, batch = make_agent(policy_freq=3, tau=0.1), make_batch()
     for step in range(4):
-        actors, target = [p.clone() for p in agent.actors.parameters()], [p.clone() for p in agent.following]
+        actors, target = [p.clone() for p in agent.actors.parameters()], [p.clone() for p in agent.target_parameters]
         info = agent.update(batch)
         moved = not same(actors, list(agent.actors.parameters()))
         assert moved == (step % 3 == 0) == ("actor_0/loss" in info)
-        for before, slow, fast in zip(target, agent.following, agent.learning, strict=True):
+        for before, slow, fast in zip(target, agent.target_parameters, agent.online_parameters, strict=True):
             expected = 0.9 * before + 0.1 * fast if moved else before
             assert torch.allclose(slow, expected, atol=1e-6)
     assert agent.step == 4

@@ -12,10 +12,11 @@ import pytest
 import torch
 from running import digest, error_line
 
+import chain_run
 import make_dataset
 import pogo_main
 from evaluation import episode_seeds
-from pogo_main import POGORun, POGOTrainerConfig, run_name
+from pogo_main import POGORun, POGOTrainerConfig
 from utils import load_checkpoint, parse_config, read_episodes, read_metrics, run_cli, save_checkpoint
 
 DATASET = "local/hopper-medium-v2"
@@ -30,7 +31,7 @@ WEIGHTS = ["--w2_weights", "0.4", "1"]
 @pytest.fixture(scope="module", autouse=True)
 def short_episodes():
     """Episodes of a few steps, so that an evaluation takes no time."""
-    make = pogo_main.make_env
+    make = chain_run.make_env
 
     def shortened(*arguments):
         env = make(*arguments)
@@ -38,7 +39,7 @@ def short_episodes():
         return env
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pogo_main, "make_env", shortened)
+        patch.setattr(chain_run, "make_env", shortened)
         yield
 
 
@@ -108,7 +109,7 @@ def test_a_run_writes_all_its_outputs(finished):
     assert (finished / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((finished / "finished.json").read_text())
     assert summary["steps"] == 12 and summary["dataset"] == DATASET and summary["w2_weights"] == [0.4, 1.0]
-    assert {f"actor_{i}/{mode}/score" for i in (0, 1) for mode in pogo_main.MODES} <= set(summary)
+    assert {f"actor_{i}/{mode}/score" for i in (0, 1) for mode in chain_run.MODES} <= set(summary)
 
 
 def test_the_rows_hold_the_chain(finished):
@@ -127,7 +128,7 @@ def test_every_episode_is_kept_and_the_scores_are_theirs(finished):
     assert {row["step"] for row in final} == {12} and {row["episode"] for row in final} == {0, 1, 2, 3}
     summary = json.loads((finished / "finished.json").read_text())
     for actor in (0, 1):
-        for mode in pogo_main.MODES:
+        for mode in chain_run.MODES:
             own = [row for row in final if (row["actor"], row["mode"]) == (actor, mode)]
             assert all(row["score"] == pytest.approx(100 * (row["return"] + 20.272305) / 3254.572305) for row in own)
             assert summary[f"actor_{actor}/{mode}/score"] == pytest.approx(np.mean([row["score"] for row in own]))
@@ -141,7 +142,7 @@ def test_the_evaluation_block_is_printed(arguments, tmp_path, capsys):
     train(arguments(tmp_path / "run"))
     out = capsys.readouterr()
     block = (out.out + out.err).split("Evaluation over 2 episodes:\n")[1].splitlines()[:4]
-    for line, (actor, mode) in zip(block, [(i, mode) for i in (0, 1) for mode in pogo_main.MODES], strict=True):
+    for line, (actor, mode) in zip(block, [(i, mode) for i in (0, 1) for mode in chain_run.MODES], strict=True):
         assert line.startswith(f"  Actor {actor} - {mode.capitalize()}: ") and ", D4RL score: " in line
 
 
@@ -149,7 +150,7 @@ def test_evaluation_equals_stepping_one_environment_by_hand(arguments, tmp_path,
     run = POGORun(parse_config(POGOTrainerConfig, [*arguments(tmp_path / "run"), "--no_tensorboard"]))
     seeds = episode_seeds(5, 2)
     played = run.play(seeds, 7, "evaluate")
-    env = pogo_main.make_env(DATASET)
+    env = chain_run.make_env(DATASET)
     for actor in (0, 1):
         for episode, seed in enumerate(seeds):
             observation, total, over = env.reset(seed=seed)[0], 0.0, False
@@ -172,8 +173,8 @@ def test_actors_can_be_updated_less_often(arguments, tmp_path):
 
 def test_directories_carry_env_weights_and_seed(arguments, tmp_path, monkeypatch):
     config = POGOTrainerConfig(env="halfcheetah-medium-v2", w2_weights=(0.2, 0.25, 10.0), seed=3)
-    assert str(run_name(config)) == "halfcheetah-medium-v2/w2_0.2_0.25_10/seed_3"
-    assert str(pogo_main.default_run_dir(config)) == f"logs/{run_name(config)}"
+    assert str(POGORun.run_name(config)) == "halfcheetah-medium-v2/w2_0.2_0.25_10/seed_3"
+    assert str(POGORun.default_run_dir(config)) == f"logs/{POGORun.run_name(config)}"
     train(arguments(tmp_path / "run", "--checkpoint_dir", str(tmp_path / "kept")))
     assert (tmp_path / "kept" / DATASET / "w2_0.4_1/seed_0/last.pth").exists()
     assert not (tmp_path / "run/checkpoints").exists()
@@ -381,7 +382,7 @@ def test_a_diverging_run_stops_and_says_why(arguments, tmp_path, capsys):
     assert "--q_limit" in line and "update 3" in line and "--w2_weights" in line
     assert not (tmp_path / "run/finished.json").exists()
     line = exits(capsys, *arguments(tmp_path / "nan"), "--lr", "1e9", "--no_tensorboard", "--q_limit", "1e9")
-    assert "is nan at update" in line and "lower --lr" in line
+    assert "is nan at update" in line and "lower the learning rates" in line
 
 
 def test_what_cannot_be_resumed_is_refused(finished, arguments, tmp_path, capsys):

@@ -24,7 +24,7 @@ BENCHMARK_TOOLS = {"ogbench_utils", "d4rl_utils"}
 BELOW_ENTRY_POINTS = (
     AGENTS
     | BENCHMARK_TOOLS
-    | {"offline_data", "evaluation", "comparison_jobs", "comparison_report"}
+    | {"offline_data", "evaluation", "chain_run", "comparison_jobs", "comparison_report"}
     | {"benchmark_data", "visualize", "model", "transport", "utils", "algorithms", "walker"}
 )
 # What each module may import of this project; a package name stands for all that is in it.
@@ -41,12 +41,22 @@ MAY_IMPORT = {
     **dict.fromkeys(BENCHMARK_TOOLS, {"downloads", "utils"}),
     "downloads": {"utils"},
     "evaluation": {"utils"},
+    "chain_run": {"offline_data", "evaluation", "visualize", "utils"},
     "benchmark_data": {"benchmark_data", *BENCHMARK_TOOLS, "walker", "utils"},
     "visualize": {"utils"},
     "model": set(),
     "transport": set(),
     "utils": set(),
-    "algorithms": {"algorithms", "model", "transport", "utils", "d4rl_utils", "offline_data", "evaluation"},
+    "algorithms": {
+        "algorithms",
+        "model",
+        "transport",
+        "utils",
+        "d4rl_utils",
+        "offline_data",
+        "evaluation",
+        "chain_run",
+    },
     "walker": {"walker", "algorithms", "model", "utils", "evaluation"},
 }
 UNRESTRICTED = {"tests", "benchmarks"}

@@ -1,0 +1,445 @@
+"""One training run of a chain of actors on offline data: all but the algorithm.
+
+A command derives from `ChainRun` what its algorithm needs, and from `ChainRunConfig` its settings. Shared are the loop,
+the data's normalisation, evaluation of all actors, and the run's directory:
+
+    config.yaml, versions.json                  settings and versions
+    training/metrics.csv, evaluations.csv       rows of training; every evaluated episode
+    checkpoints/last.pth                        all that the next update depends on
+    training_curves.png, finished.json          at the end
+"""
+
+import abc
+import contextlib
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from evaluation import Episodes, Evaluator, episode_seeds
+from offline_data import OfflineData, data_scores, make_env, normalized_score
+from utils import (
+    EpisodeLog,
+    GraphedStep,
+    MetricLogger,
+    RandomStreams,
+    RunningMeans,
+    UserError,
+    check_run,
+    hold_run,
+    load_checkpoint,
+    mark_finished,
+    plain_config,
+    prepare_run,
+    progress,
+    read_metrics,
+    resolve_device,
+    save_checkpoint,
+)
+from visualize import plot_chain_curves
+
+MODES = ("deterministic", "stochastic")
+Act = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of observations [..., D] and noise z [..., A]; z = 0: mode
+
+
+@dataclass
+class ChainRunConfig:
+    env: str = "local/hopper-medium-v2"  # id of the dataset: D4RL's, local/<id>, minari/<id>, or OGBench's single tasks
+    dataset_dir: str | None = None  # folder of the data; default: D4RL_DATASET_DIR, or the benchmark's usual folder
+    seed: int = 0  # seed of initialisation, sampling, noise and evaluation, each a stream of its own
+    max_timesteps: int = 10_000  # updates of the run; 1,000,000 for a result to quote
+    batch_size: int = 256  # transitions in an update
+    normalize: bool = True  # train on (s - mean) / (std + 1e-3), with the data's mean and standard deviation
+    eval_freq: int = 5_000  # updates between evaluations; each one writes a checkpoint
+    eval_episodes: int = 10  # episodes of an evaluation, for every actor, deterministic and stochastic
+    final_runs: int = 5  # evaluations at the end, on seeds that no other evaluation uses
+    eval_workers: int | None = None  # more processes that step environments; default: cores - 1, at most 7
+    log_freq: int = 1_000  # updates between rows of metrics.csv, with the chain's diagnostics
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:<index>
+    cuda_graph: bool = True  # on a GPU: capture the update once and replay it
+    save_model: bool = True  # write checkpoints, without which a run cannot be resumed
+    keep_checkpoints: bool = False  # keep each evaluation's checkpoint too, as step_<updates>.pth
+    checkpoint_dir: str | None = None  # keep checkpoints in <this>/{env}/w2_{weights}/seed_{seed} instead
+    run_dir: str | None = None  # directory of the run; default: logs/{env}/w2_{weights}/seed_{seed} here
+    resume: bool = False  # continue the run from its last checkpoint
+    tensorboard: bool = True  # write TensorBoard events
+    wandb_project: str | None = None  # also log to Weights & Biases (requirements-tracking.txt)
+    evaluate: str | None = None  # train nothing: score the actors of this last.pth as at the end of its run
+    evaluate_episodes: int | None = None  # with --evaluate: so many episodes instead
+    evaluate_seed: int | None = None  # with --evaluate: on other episodes than the run itself
+
+
+# What each number may be: smallest and largest value, ends included.
+BOUNDS = {
+    **dict.fromkeys(("batch_size", "eval_freq", "eval_episodes", "log_freq"), (1, 10**9)),
+    **dict.fromkeys(("max_timesteps", "final_runs", "evaluate_episodes"), (1, 10**9)),
+    "eval_workers": (0, 256),
+    **dict.fromkeys(("seed", "evaluate_seed"), (0, 2**53)),
+}
+MAY_CHANGE_ON_RESUME = {
+    *("dataset_dir", "device", "cuda_graph", "eval_workers", "tensorboard", "wandb_project", "save_model"),
+    *("keep_checkpoints", "evaluate", "evaluate_episodes", "evaluate_seed"),
+}
+NOT_THE_MODEL = {"resume", "run_dir", "checkpoint_dir", *MAY_CHANGE_ON_RESUME}
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """One weight for each actor, none negative; UserError otherwise."""
+    if not weights or not all(0 <= weight < math.inf for weight in weights):
+        words = " ".join(f"{weight:g}" for weight in weights)
+        raise UserError(f"--w2_weights {words}: give one weight for each actor, none negative, as in 0.4 0.5 0.5")
+
+
+class ChainRun(abc.ABC):
+    """One run: the data, the agent, its environments, its random streams and its directory.
+
+    The agent has `update(batch)`, `anneal(share)`, `state_dict()`, `load_state_dict()` and `step`. Raises UserError
+    where the run cannot begin or go on.
+    """
+
+    def __init__(self, config: ChainRunConfig):
+        if config.checkpoint_dir:  # a run may be continued from another folder
+            config = replace(config, checkpoint_dir=str(Path(config.checkpoint_dir).resolve()))
+        self.config, self.device = config, resolve_device(config.device)
+        self.run_dir, self.checkpoint = self.default_run_dir(config), self.checkpoint_path(config)
+        where = {"may_change": MAY_CHANGE_ON_RESUME, "checkpoint_name": str(self.checkpoint)}
+        check_run(self.run_dir, config, config.resume, **where)  # before the data is made or loaded
+        self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
+        self.data = self.load_data()
+        try:
+            for folder in {self.run_dir.resolve(), self.checkpoint.parent}:
+                self.resources.enter_context(hold_run(folder))
+            self.open(prepare_run(self.run_dir, config, config.resume, **where))
+        except BaseException:
+            self.close()
+            raise
+
+    def open(self, checkpoint: Path | None) -> None:
+        """Build the agent, move the data to the device, continue from the checkpoint if there is one."""
+        config, data = self.config, self.data
+        with self.streams.initialising():
+            sizes = (data.observation_dim, data.action_dim, data.max_action)
+            self.agent = self.make_agent(*sizes)
+        self.mean, self.std = np.zeros(data.observation_dim, np.float32), np.ones(data.observation_dim, np.float32)
+        if config.normalize:
+            self.mean, self.std = data.normalizer()
+            for observations in (data.observations, data.next_observations):
+                np.divide(np.subtract(observations, self.mean, out=observations), self.std, out=observations)
+        self.buffer = data.replay_buffer(self.device)
+        self.step, self.best = 0, {"score": -math.inf}
+        if checkpoint is not None:
+            self.load(checkpoint)
+        resume_step = self.step if checkpoint else None
+        training = self.run_dir / "training"
+        training.mkdir(exist_ok=True)
+        self.logger = MetricLogger(training, resume_step, config.tensorboard, config.wandb_project, config)
+        self.resources.callback(self.logger.close)
+        self.episodes = EpisodeLog(training / "evaluations.csv", resume_step)
+        policies = 2 * len(self.acting())
+        environment = functools.partial(make_env, config.env, config.dataset_dir)
+        self.evaluator = Evaluator(environment, policies * config.eval_episodes, num_workers(config))
+        self.resources.callback(self.evaluator.close)
+
+    def close(self) -> None:
+        """Release the directory, the environments and the log; closing twice is harmless."""
+        self.resources.close()
+
+    # -- what an algorithm defines -----------------------------------------------------------------------------------
+
+    @staticmethod
+    @abc.abstractmethod
+    def run_name(config: ChainRunConfig) -> Path:
+        """Where the run lies under logs/, and its checkpoint under `checkpoint_dir`."""
+
+    @abc.abstractmethod
+    def load_data(self) -> OfflineData:
+        """The transitions."""
+
+    @abc.abstractmethod
+    def make_agent(self, observation_dim: int, action_dim: int, max_action: float) -> Any:
+        """The agent, freshly initialised."""
+
+    @abc.abstractmethod
+    def acting(self) -> list[Act]:
+        """How each actor acts, in the order of the chain."""
+
+    def can_be_captured(self) -> bool:
+        """Whether every update does the same work on the device, without a look at a value on the host."""
+        return True
+
+    def diagnose(self) -> dict[str, float]:
+        """Further figures for a row of metrics.csv; no training number may depend on them."""
+        return {}
+
+    # -- directories -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def default_run_dir(cls, config: ChainRunConfig) -> Path:
+        """The directory that the settings name, or the usual one."""
+        return Path(config.run_dir or Path("logs") / cls.run_name(config))
+
+    @classmethod
+    def checkpoint_path(cls, config: ChainRunConfig) -> Path:
+        """Where the run's checkpoint lies."""
+        if config.checkpoint_dir:
+            return Path(config.checkpoint_dir).resolve() / cls.run_name(config) / "last.pth"
+        return cls.default_run_dir(config).resolve() / "checkpoints" / "last.pth"
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, float]:
+        """Update to max_timesteps, logging, evaluating and saving on the way. Returns the scores of the end."""
+        config = self.config
+        update = self.make_update()
+        total, means = config.max_timesteps, RunningMeans()
+        with progress(total, config.env, initial=self.step, unit="update") as bar:
+            while self.step < total:
+                self.agent.anneal(self.step / total)
+                means.add(update())
+                self.step += 1
+                bar.update()
+                logs, evaluates = self.step % config.log_freq == 0, self.is_evaluation(self.step)
+                if logs or evaluates:
+                    metrics = means.take()
+                    self.check_metrics(metrics)
+                    bar.set_postfix(q=f"{metrics['q_data']:.1f}", critic_loss=f"{metrics['critic_loss']:.3g}")
+                    metrics |= self.diagnose()
+                    if evaluates:
+                        metrics |= self.evaluate()
+                    self.logger.log(self.step, metrics)
+                    if evaluates:
+                        self.save()
+        return self.final_evaluation()
+
+    def is_evaluation(self, step: int) -> bool:
+        """Whether the run evaluates and saves after this many updates."""
+        return step % self.config.eval_freq == 0 or step == self.config.max_timesteps
+
+    def make_update(self) -> Callable[[], dict[str, torch.Tensor]]:
+        """One update on a fresh batch; on a GPU, replayed from a captured graph unless that is turned off."""
+        config = self.config
+
+        def update() -> dict[str, torch.Tensor]:
+            return self.agent.update(self.buffer.sample(config.batch_size, self.streams.sampling))
+
+        if self.device.type != "cuda" or not config.cuda_graph or not self.can_be_captured():
+            return update
+        return GraphedStep(update, [self.streams.sampling, self.streams.policy])
+
+    def check_metrics(self, metrics: dict[str, float]) -> None:
+        """Stop a run that has diverged; UserError says where and what to change."""
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise UserError(f"{self.run_dir}: {name} is {value} at update {self.step}; lower the learning rates")
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def play(self, seeds: list[int], noise_seed: int, desc: str) -> Episodes:
+        """Every actor, deterministic and stochastic, one episode a seed; policies in the order of `policy_names`."""
+        mean, std = (torch.from_numpy(values).to(self.device) for values in (self.mean, self.std))
+        return play(self.evaluator, self.acting(), self.data.action_dim, mean, std, seeds, noise_seed, desc)
+
+    def policy_names(self) -> list[tuple[int, str]]:
+        """Actor and mode of each evaluated policy."""
+        return policy_names(len(self.acting()))
+
+    def score(self, returns: np.ndarray) -> np.ndarray:
+        """Normalised scores of returns, of any shape."""
+        return normalized_score(self.config.env, returns, self.config.dataset_dir)
+
+    def data_score(self) -> float:
+        """Mean score of the dataset's own episodes."""
+        return float(data_scores(self.data, self.config.dataset_dir).mean())
+
+    def evaluate(self) -> dict[str, float]:
+        """Score every actor on the run's evaluation episodes, print the block, keep every episode."""
+        seeds = episode_seeds(self.streams.evaluation_seed, self.config.eval_episodes)
+        played = self.play(seeds, self.streams.evaluation_seed, "evaluate")
+        self.episodes.add(self.step, self.policy_names(), played.returns, played.lengths, self.score(played.returns))
+        figures, lines = {}, [f"Evaluation over {len(seeds)} episodes:"]
+        for (number, mode), returns in zip(self.policy_names(), played.returns, strict=True):
+            score = float(self.score(returns).mean())
+            figures |= {f"eval/actor_{number}/{mode}/return": float(returns.mean())}
+            figures |= {f"eval/actor_{number}/{mode}/score": score}
+            lines.append(f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, D4RL score: {score:.3f}")
+            if score > self.best["score"]:
+                self.best = {"score": score, "actor": number, "mode": mode, "step": self.step}
+        tqdm.write("\n".join(lines))
+        return figures
+
+    def final_evaluation(self) -> dict[str, float]:
+        """`final_runs` evaluations on seeds of their own: mean score of each actor, and the spread over the runs."""
+        first, seeds = final_seeds(self.streams, self.config.final_runs * self.config.eval_episodes)
+        played = self.play(seeds, first, "final evaluation")
+        scores = self.score(played.returns)
+        self.episodes.add(self.step, self.policy_names(), played.returns, played.lengths, scores, "final")
+        return report_final("Final evaluation, last checkpoint", played, scores, self.config.final_runs)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """checkpoints/last.pth, whole or the one before."""
+        if not self.config.save_model:
+            return
+        self.agent.step = self.step
+        state = {
+            "env": self.config.env,
+            "data": self.data.facts(),
+            "config": self.model_config(),
+            "max_action": self.data.max_action,
+            "observation_mean": torch.from_numpy(self.mean),
+            "observation_std": torch.from_numpy(self.std),
+            "agent": self.agent.state_dict(),
+            "streams": self.streams.state_dict(),
+            "step": self.step,
+            "best": self.best,
+        }
+        save_checkpoint(self.checkpoint, state)
+        if self.config.keep_checkpoints:
+            save_checkpoint(self.checkpoint.with_name(f"step_{self.step}.pth"), state)
+
+    def model_config(self) -> dict[str, Any]:
+        """The settings that make this run what it is; where and how long it goes on are not among them."""
+        return {name: value for name, value in plain_config(self.config).items() if name not in NOT_THE_MODEL}
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint; UserError where it is another run's or model's, or began on other data."""
+        state = load_checkpoint(path, self.device)
+        try:
+            own = self.model_config()
+            other = next((name for name in own if state["config"].get(name) != own[name]), None)
+            if other is not None:
+                raise UserError(
+                    f"{path}: checkpoint of another run ({other} {state['config'].get(other)}, here {own[other]}); "
+                    "choose another --checkpoint_dir or --run_dir"
+                )
+            mean, std = state["observation_mean"].cpu().numpy(), state["observation_std"].cpu().numpy()
+            same = np.array_equal(mean, self.mean) and np.array_equal(std, self.std)
+            if not same or state["data"] != self.data.facts():
+                raise UserError(f"{path}: began on other data; give its --dataset_dir, or another --run_dir")
+            self.agent.load_state_dict(state["agent"])
+            self.streams.load_state_dict(state["streams"])
+            self.step, self.best = state["step"], state["best"]
+        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a checkpoint of this model ({error}); choose another --run_dir") from None
+
+    def plot(self) -> None:
+        """training_curves.png."""
+        title = str(self.run_name(self.config)).replace("_", " ")
+        metrics, path = read_metrics(self.run_dir / "training"), self.run_dir / "training_curves.png"
+        plot_chain_curves(metrics, path, title, len(self.acting()), self.data_score())
+
+    def describe(self) -> str:
+        """What is trained on: the data in one line."""
+        facts, data = self.data.facts(), self.data
+        shift = f", rewards shifted by {data.reward_shift:g}" if data.reward_shift else ""
+        return (
+            f"{data.dataset_id}: {len(data):,} transitions, {facts['episodes']} episodes, mean return "
+            f"{facts['mean_return']:.1f} (score {self.data_score():.1f}){shift}; {self.device}"
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, write the picture and finished.json; returns what that holds."""
+        began, first = time.perf_counter(), self.step
+        print(self.describe())
+        with contextlib.closing(self):
+            scores = self.train()
+            self.plot()
+            summary = {**scores, "data_score": self.data_score(), "steps": self.step, "best": self.best}
+            summary |= {"seed": self.config.seed, **self.summary(), **self.data.facts()}
+            mark_finished(self.run_dir, summary)
+        seconds = time.perf_counter() - began
+        print(f"{self.step - first:,} updates in {seconds:.0f} seconds; outputs in {self.run_dir}")
+        return summary
+
+    def summary(self) -> dict[str, Any]:
+        """Further entries of finished.json."""
+        return {}
+
+
+def policy_names(actors: int) -> list[tuple[int, str]]:
+    """Actor and mode of each policy that `play` plays."""
+    return [(number, mode) for number in range(actors) for mode in MODES]
+
+
+def play(
+    evaluator: Evaluator,
+    actors: Sequence[Act],
+    action_dim: int,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    seeds: list[int],
+    noise_seed: int,
+    desc: str,
+) -> Episodes:
+    """One episode a seed of every actor, deterministic (z = 0) and stochastic, on observations (s - mean) / std."""
+    generator = torch.Generator(mean.device).manual_seed(noise_seed)
+
+    @torch.no_grad()
+    def policies(observations: np.ndarray, alive: np.ndarray) -> torch.Tensor:
+        states = (torch.as_tensor(observations, device=mean.device) - mean) / std
+        z = torch.zeros(*states.shape[:2], action_dim, device=mean.device)
+        z[1::2].normal_(generator=generator)
+        return torch.cat([actor(states[2 * i : 2 * i + 2], z[2 * i : 2 * i + 2]) for i, actor in enumerate(actors)])
+
+    return evaluator.evaluate(policies, 2 * len(actors), seeds, desc)
+
+
+def final_seeds(streams: RandomStreams, count: int) -> tuple[int, list[int]]:
+    """Seed of the noise and reset seeds of the evaluation at the end, which no evaluation before has used."""
+    first = (streams.evaluation_seed + 1) % 2**31
+    return first, episode_seeds(first, count)
+
+
+def report_final(title: str, played: Episodes, scores: np.ndarray, runs: int) -> dict[str, float]:
+    """Print and return the mean score of each policy over runs of equally many episodes; scores [P, episodes]."""
+    figures = {}
+    count = scores.shape[1] // runs
+    print(f"{title}: {runs} runs of {count} episodes:" if runs > 1 else f"{title}: {count} episodes:")
+    for (number, mode), returns, score in zip(policy_names(len(scores) // 2), played.returns, scores, strict=True):
+        means = score.reshape(runs, -1).mean(1)
+        figures[f"actor_{number}/{mode}/score"] = float(means.mean())
+        spread = f" ± {means.std():.3f} over runs" if runs > 1 else ""
+        print(f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, D4RL score: {means.mean():.3f}{spread}")
+    return figures
+
+
+def evaluate_again(
+    config: ChainRunConfig,
+    actors: Sequence[Act],
+    action_dim: int,
+    normalizer: tuple[torch.Tensor, torch.Tensor],
+    trained: dict[str, Any],
+    title: str,
+) -> dict[str, float]:
+    """`--evaluate`: the evaluation at the end of a run once more.
+
+    Args:
+        config: this command's settings.
+        actors, action_dim: as in `play`.
+        normalizer: mean and standard deviation of the observations.
+        trained: settings of the run: env, seed, eval_episodes, final_runs.
+        title: what was evaluated, for the report.
+    """
+    env, runs, episodes, seed = (trained[name] for name in ("env", "final_runs", "eval_episodes", "seed"))
+    if config.evaluate_episodes is not None:
+        runs, episodes = 1, config.evaluate_episodes
+    seed = seed if config.evaluate_seed is None else config.evaluate_seed
+    first, seeds = final_seeds(RandomStreams(seed, normalizer[0].device), runs * episodes)
+    environment = functools.partial(make_env, env, config.dataset_dir)
+    with Evaluator(environment, 2 * len(actors) * min(episodes, 10), num_workers(config)) as evaluator:
+        played = play(evaluator, actors, action_dim, *normalizer, seeds, first, "evaluate")
+    return report_final(title, played, normalized_score(env, played.returns, config.dataset_dir), runs)
+
+
+def num_workers(config: ChainRunConfig) -> int:
+    """Processes that step environments beside this one."""
+    return min((os.cpu_count() or 1) - 1, 7) if config.eval_workers is None else config.eval_workers
