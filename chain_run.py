@@ -86,7 +86,7 @@ BOUNDS = {
 }
 MAY_CHANGE_ON_RESUME = {
     *("dataset_dir", "device", "cuda_graph", "eval_workers", "tensorboard", "wandb_project", "save_model"),
-    *("keep_checkpoints", "evaluate", "evaluate_episodes", "evaluate_seed"),
+    *("keep_checkpoints", "evaluate", "evaluate_episodes", "evaluate_seed", "group", "name"),
 }
 NOT_THE_MODEL = {"resume", "run_dir", "checkpoint_dir", *MAY_CHANGE_ON_RESUME}
 
@@ -140,7 +140,8 @@ class ChainRun(abc.ABC):
         resume_step = self.step if checkpoint else None
         training = self.run_dir / "training"
         training.mkdir(exist_ok=True)
-        self.logger = MetricLogger(training, resume_step, config.tensorboard, config.wandb_project, config)
+        trackers = (config.tensorboard, config.wandb_project, config, self.wandb_labels())
+        self.logger = MetricLogger(training, resume_step, *trackers)
         self.resources.callback(self.logger.close)
         self.episodes = EpisodeLog(training / "evaluations.csv", resume_step)
         policies = 2 * len(self.acting())
@@ -174,6 +175,10 @@ class ChainRun(abc.ABC):
     def can_be_captured(self) -> bool:
         """Whether every update does the same work on the device, without a look at a value on the host."""
         return True
+
+    def wandb_labels(self) -> dict[str, str | None]:
+        """Further arguments of wandb.init, as `name` and `group`."""
+        return {}
 
     def diagnose(self) -> dict[str, float]:
         """Further figures for a row of metrics.csv; no training number may depend on them."""
@@ -295,6 +300,7 @@ class ChainRun(abc.ABC):
             "data": self.data.facts(),
             "config": self.model_config(),
             "max_action": self.data.max_action,
+            "action_dim": self.data.action_dim,
             "observation_mean": torch.from_numpy(self.mean),
             "observation_std": torch.from_numpy(self.std),
             "agent": self.agent.state_dict(),

@@ -103,6 +103,8 @@ def parse_config(
     description: str = "",
     config_flag: str = "--config",
     default_run_dir: Callable[[Any], Path] | None = None,
+    aliases: dict[str, str] | None = None,
+    readers: dict[str, Callable[[Any], Any]] | None = None,
 ) -> Any:
     """An instance of a flat dataclass: its defaults, overridden by a YAML file, overridden by the command line.
 
@@ -112,6 +114,8 @@ def parse_config(
         description: first paragraph of `--help`.
         config_flag: the flag that names the YAML file (flat `field: value` lines).
         default_run_dir: where a run with given settings lies if `--run_dir` does not say so.
+        aliases: other spellings of fields, on the command line and in the file.
+        readers: what turns a field's value as the file has it into its type; raises ValueError.
 
     A repeated flag counts once, with its last value. `--resume` without a YAML file takes the run's own config.yaml, in
     `--run_dir` or the usual directory. Raises UserError for an unknown or ill-typed key or flag.
@@ -123,7 +127,8 @@ def parse_config(
         tyro.cli(config_class, args=["--help"], description=description, use_underscores=True)
     types_by_name = typing.get_type_hints(config_class)
     hints = {field.name: types_by_name[field.name] for field in dataclasses.fields(config_class) if field.init}
-    groups, config_path = _group_arguments(arguments, hints, config_flag)
+    aliases = aliases or {}
+    groups, config_path = _group_arguments(arguments, hints, config_flag, aliases)
     given = {key: _flag_to_tokens(key, values, hints[key]) for key, values in groups.items()}
     resumes = False  # whether the settings are those of the run to continue
     if config_path is None and groups.get("resume") is True:
@@ -135,7 +140,7 @@ def parse_config(
             resumes = True
             given["run_dir"] = _value_to_tokens("run_dir", str(folder))  # it may have been moved since it began
     try:
-        stored = {} if config_path is None else _read_config(Path(config_path), hints)
+        stored = {} if config_path is None else _read_config(Path(config_path), hints, aliases, readers or {})
     except UserError as error:
         if not resumes:
             raise
@@ -144,7 +149,9 @@ def parse_config(
     return _call_tyro(config_class, tokens, hints, description)
 
 
-def _group_arguments(arguments: list[str], hints: dict[str, Any], config_flag: str) -> tuple[dict, str | None]:
+def _group_arguments(
+    arguments: list[str], hints: dict[str, Any], config_flag: str, aliases: dict[str, str]
+) -> tuple[dict, str | None]:
     """Map each field to the values given for it (a bool for a switch), and the path given with config_flag."""
     switches = {f"no_{name}": name for name, hint in hints.items() if hint is bool}
     groups: dict[str, Any] = {}
@@ -159,6 +166,7 @@ def _group_arguments(arguments: list[str], hints: dict[str, Any], config_flag: s
             continue
         flag, equals, value = token.partition("=")
         name = flag[2:].replace("-", "_") if flag != config_flag else config_flag
+        name = aliases.get(name, name)
         if name not in hints and name not in switches and name != config_flag or not flag.startswith("--"):
             known = [f"--{known}" for known in hints] + [config_flag]
             raise UserError(f"unknown flag {flag}; the nearest one is {_nearest(flag.replace('-', '_'), known)}")
@@ -231,15 +239,20 @@ def _value_to_tokens(name: str, value: Any) -> list[str]:
     return [f"--{name}={value}"]
 
 
-def _read_config(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
+def _read_config(
+    path: Path, hints: dict[str, Any], aliases: dict[str, str], readers: dict[str, Callable[[Any], Any]]
+) -> dict[str, Any]:
     """Read a flat YAML file and check each value against its field's type."""
     values = _load_yaml(path)
     checked = {}
-    for key, value in values.items():
+    for spelled, value in values.items():
+        key = aliases.get(spelled, spelled)
+        if key in checked:
+            raise UserError(f"{path}: {spelled} stands twice, once under another name; leave one out")
         if key not in hints:
             raise UserError(f"{path}: unknown key {str(key)!r}; the nearest one is {_nearest(str(key), hints)!r}")
         try:
-            checked[key] = _coerce(value, hints[key])
+            checked[key] = _coerce(readers[key](value) if key in readers else value, hints[key])
         except ValueError:
             raise UserError(f"{path}: {key} must be {_expected(hints[key])}, not {value!r}") from None
     return checked
@@ -833,6 +846,7 @@ class MetricLogger:
 
     Log a step before saving its checkpoint: a resumed run drops the rows after `resume_step` and writes them again,
     so its file equals that of a run that was never stopped. A tracker that fails is switched off with one warning.
+    `wandb_labels` are further arguments of wandb.init, as `group`; None leaves one out.
     """
 
     def __init__(
@@ -842,6 +856,7 @@ class MetricLogger:
         tensorboard: bool = True,
         wandb_project: str | None = None,
         config: Any = None,
+        wandb_labels: dict[str, str | None] | None = None,
     ):
         self.path = Path(run_dir) / "metrics.csv"
         self.columns: list[str] = ["step"]
@@ -857,7 +872,8 @@ class MetricLogger:
         if tensorboard:
             self._guard("TensorBoard", self._open_tensorboard, Path(run_dir), resume_step)
         if wandb_project:
-            self._guard("wandb", self._open_wandb, Path(run_dir), resume_step, wandb_project, config)
+            labels = {name: label for name, label in (wandb_labels or {}).items() if label is not None}
+            self._guard("wandb", self._open_wandb, Path(run_dir), resume_step, wandb_project, config, labels)
 
     def log(self, step: int, metrics: dict[str, float | torch.Tensor]) -> None:
         """Append one row; values are numbers or 0-d tensors. Raises OSError that names the file when it cannot."""
@@ -906,7 +922,9 @@ class MetricLogger:
                 stale.unlink()
         self._trackers["TensorBoard"] = _TensorBoard(SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge))
 
-    def _open_wandb(self, run_dir: Path, resume_step: int | None, project: str, config: Any) -> None:
+    def _open_wandb(
+        self, run_dir: Path, resume_step: int | None, project: str, config: Any, labels: dict[str, str]
+    ) -> None:
         try:
             import wandb
         except ImportError:
@@ -916,8 +934,9 @@ class MetricLogger:
         if resume_step is None or not id_file.exists():
             write_text_atomic(id_file, uuid.uuid4().hex)
         settings = plain_config(config) if config is not None else None
-        name, identity = "/".join(Path(run_dir).resolve().parts[-4:]), id_file.read_text().strip()
-        run = wandb.init(project=project, dir=str(run_dir), name=name, id=identity, resume="allow", config=settings)
+        labels = {"name": "/".join(Path(run_dir).resolve().parts[-4:])} | labels
+        identity = {"id": id_file.read_text().strip(), "resume": "allow"}
+        run = wandb.init(project=project, dir=str(run_dir), config=settings, **identity, **labels)
         self._trackers["wandb"] = _Wandb(run)
 
     def _guard(self, name: str, action: Callable, *arguments: Any) -> None:

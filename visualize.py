@@ -234,7 +234,8 @@ def plot_chain_curves(
         axis.set_title(name)
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if axis.get_legend_handles_labels()[0]:  # not every chain logs an energy
+            axis.legend(fontsize=7)
     for axis in (axes[2], axes[5]):
         axis.set_yscale("log")
     _save(figure, path)

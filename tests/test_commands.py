@@ -32,6 +32,11 @@ SMALLER = {
         "--eval_episodes 1 --final_runs 1 --hidden_dim 8 --batch_size 8 --eval_workers 0",
         "D4RL score",
     ),
+    "-m algorithms.offline.pogo_multi_main": (
+        "--env local/hopper-medium-v2 --dataset_dir datasets --max_timesteps 4 --eval_freq 2 --log_freq 2 "
+        "--eval_episodes 1 --final_runs 1 --hidden_dim 8 --batch_size 8 --eval_workers 0",
+        "D4RL score",
+    ),
     # test_run_comparison.py trains some.
     "run_comparison.py": ("--dry_run --only hopper-medium-v2 --threads 1", "runs"),
     "run_comparison.py --config config.yaml --report_only": ("", "report.html"),
@@ -80,7 +85,7 @@ def shown_commands() -> list[str]:
     found = []
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for line in page.read_text().splitlines():
-            match = re.search(r"(?:^|&& |\s{4})python ((?:benchmarks/)?\w+\.py[^#|]*)", line)
+            match = re.search(r"(?:^|&& |\s{4})python ((?:-m algorithms[\w.]+|(?:benchmarks/)?\w+\.py)[^#|]*)", line)
             if match and "`" not in line:
                 found.append(match.group(1).strip())
     return sorted(set(found))
@@ -115,6 +120,9 @@ def prepare(words: list[str]) -> None:
 def test_command_runs_in_a_small_form(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     script, *words = shlex.split(command)
+    if script == "-m":
+        script, *words = words
+        script = f"{script.replace('.', '/')}.py"
     prepare(words)
     if script == "online_trainer.py":
         offline_trainer.main(shlex.split(f"{OFFLINE} --run_dir pretrained --no_plot_maps"))

@@ -56,6 +56,7 @@ MAY_IMPORT = {
         "offline_data",
         "evaluation",
         "chain_run",
+        "make_dataset",  # of its entry point
     },
     "walker": {"walker", "algorithms", "model", "utils", "evaluation"},
 }

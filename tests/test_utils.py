@@ -565,7 +565,8 @@ def test_a_failing_tracker_never_stops_a_run(tmp_path, monkeypatch, capsys, mome
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     for resume_step in (None, 2):
-        logger = MetricLogger(tmp_path, resume_step, tensorboard=False, wandb_project="p", config=SmallConfig())
+        options = {"wandb_project": "p", "wandb_labels": {"group": "g", "name": None}}
+        logger = MetricLogger(tmp_path, resume_step, tensorboard=False, config=SmallConfig(), **options)
         for step in (1, 2) if resume_step is None else (3,):
             logger.log(step, {"loss": 1.0})
         logger.close()
@@ -574,6 +575,7 @@ def test_a_failing_tracker_never_stops_a_run(tmp_path, monkeypatch, capsys, mome
     if moment == "finish":
         assert ("log", ({"loss": 1.0},), {"step": 3}) in received
         assert received[0][2]["config"]["w2_weights"] == [0.1, 0.2]
+        assert received[0][2]["group"] == "g" and received[0][2]["name"].endswith(tmp_path.name)
 
 
 # --- run directories -------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from algorithms.offline.pogo_policies import (
     StochasticMLP,
     TanhGaussianMLP,
 )
-from transport import Backend, box_diameter, gaussian_w2, sinkhorn
+from transport import Backend, box_diameter, cloud_spread, gaussian_w2, sinkhorn
 
 POLICIES = {
     "stochastic": StochasticMLP,
@@ -142,6 +142,44 @@ class MultiActor:
         chain, diameter = self.chain, box_diameter(self.algorithm.max_action, draw.actions.shape[-1])
         clouds = (draw.actions, reference_draw.actions)
         return sinkhorn(*clouds, chain.sinkhorn_blur, chain.sinkhorn_backend, diameter).mean()
+
+    @property
+    def step(self) -> int:
+        """Updates so far."""
+        return self.algorithm.step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self.algorithm.step = value
+
+    def diagnose(self, batch: Batch, seed: int) -> Info:
+        """What each step of the chain did, on one batch; changes nothing, draws from a generator of its own.
+
+        For actor i: mean of the lesser Q over its draws, its distance to the one before, the floor of that (two
+        independent draws of the one before; 0 for the data), and the spread of its draws. 0-d tensors.
+        """
+        kept = self.algorithm.generator
+        self.algorithm.generator = torch.Generator(self.algorithm.device).manual_seed(seed)
+        try:
+            with torch.no_grad():
+                figures = [self._diagnose_actor(number, batch) for number in range(len(self.actors))]
+        finally:
+            self.algorithm.generator = kept
+        return {f"chain/actor_{i}/{name}": value for i, found in enumerate(figures) for name, value in found.items()}
+
+    def _diagnose_actor(self, number: int, batch: Batch) -> Info:
+        observations, shape = batch["observations"], (len(batch["actions"]), self.chain.sinkhorn_K)
+        policy = self.actors[number](observations)
+        draw = policy.draw(self.algorithm.noise(*shape))
+        if number == 0:
+            distance, floor = distance_to_data(policy, draw.first(), batch["actions"]), torch.zeros(())
+        else:
+            before = self.actors[number - 1](observations)
+            draws = [before.draw(self.algorithm.noise(*shape)) for _ in range(2)]
+            distance = self.distance(policy, draw, before, draws[0])
+            floor = self.distance(before, draws[1], before, draws[0])
+        q = self.algorithm.critic(observations, draw.first().actions).amin(0).mean()
+        return {"q": q, "distance": distance, "floor": floor.to(q), "spread": cloud_spread(draw.actions)}
 
     @torch.no_grad()
     def act(self, observations: Tensor, number: int = -1, stochastic: bool = False) -> Tensor:

@@ -1,0 +1,303 @@
+"""Train POGO's chain over an offline algorithm, and score every actor of it.
+
+--algorithm iql, td3_bc, awac, cql, sac_n or edac: critics, V and temperature are that algorithm's own, its actor
+becomes a chain of as many actors as --w2_weights has numbers. --help with an algorithm shows its settings too. A run's
+directory is logs/{env}/{algorithm}_w2_{weights}/seed_{seed}.
+
+    python -m algorithms.offline.pogo_multi_main --algorithm iql --env local/hopper-medium-v2
+    python -m algorithms.offline.pogo_multi_main --config_path FILE --w2_weights 20 20 20
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+
+import chain_run
+import make_dataset
+from algorithms.offline.awac import AWAC, AWACConfig
+from algorithms.offline.base import OfflineAlgorithm
+from algorithms.offline.cql import CQL, CQLConfig
+from algorithms.offline.edac import EDAC, EDACConfig
+from algorithms.offline.iql import IQL, IQLConfig
+from algorithms.offline.pogo_multi import POLICIES, ChainConfig, MultiActor
+from algorithms.offline.sac_n import SACN, SACNConfig
+from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
+from chain_run import Act, ChainRun, ChainRunConfig, check_weights, evaluate_again
+from offline_data import OfflineData, load_transitions
+from transport import MAX_EXACT
+from utils import UserError, check_bounds, load_checkpoint, one_line, parse_config, resolve_device, run_cli
+
+NEED_DENSITY = {"cql", "sac_n", "edac"}  # their losses have log pi; their own policy is the default
+# Spellings of the original text.
+ALIASES = {"n_episodes": "eval_episodes", "checkpoints_path": "checkpoint_dir", "project": "wandb_project"}
+PolicyName = Literal["stochastic", "deterministic", "gaussian", "tanh_gaussian"]
+
+
+@dataclass
+class MultiRunConfig(ChainRunConfig, ChainConfig):
+    algorithm: str = "iql"  # whose critics and losses
+    num_actors: int | None = None  # must be the number of w2_weights, if given
+    actor_configs: tuple[PolicyName, ...] | None = None  # kind of each actor; default: see docs/pogo_multi.md
+    normalize_reward: bool = False  # locomotion: times 1000 / (largest - smallest return); antmaze: minus 1
+    reward_scale: float = 1.0  # rewards are multiplied by this, after that
+    reward_bias: float = 0.0  # added to the rewards in the end
+    buffer_size: int = 2_000_000  # transitions that the data may hold at most
+    group: str | None = None  # of the run in Weights & Biases
+    name: str | None = None  # of the run in Weights & Biases; default: its directory
+    load_model: str | None = None  # begin with the networks and optimizers of this last.pth, at update 0
+
+
+# A run's settings are those of the run, of the chain and of its own algorithm, and no other's.
+
+
+@dataclass
+class IQLRunConfig(MultiRunConfig, IQLConfig):
+    algorithm: Literal["iql"] = "iql"  # whose critics and losses
+
+
+@dataclass
+class TD3BCRunConfig(MultiRunConfig, TD3BCConfig):
+    algorithm: Literal["td3_bc"] = "td3_bc"  # whose critics and losses
+
+
+@dataclass
+class AWACRunConfig(MultiRunConfig, AWACConfig):
+    algorithm: Literal["awac"] = "awac"  # whose critics and losses
+
+
+@dataclass
+class CQLRunConfig(MultiRunConfig, CQLConfig):
+    algorithm: Literal["cql"] = "cql"  # whose critics and losses
+
+
+@dataclass
+class SACNRunConfig(MultiRunConfig, SACNConfig):
+    algorithm: Literal["sac_n"] = "sac_n"  # whose critics and losses
+
+
+@dataclass
+class EDACRunConfig(MultiRunConfig, EDACConfig):
+    algorithm: Literal["edac"] = "edac"  # whose critics and losses
+
+
+ALGORITHMS: dict[str, tuple[type[OfflineAlgorithm], type[MultiRunConfig]]] = {
+    "iql": (IQL, IQLRunConfig),
+    "td3_bc": (TD3BC, TD3BCRunConfig),
+    "awac": (AWAC, AWACRunConfig),
+    "cql": (CQL, CQLRunConfig),
+    "sac_n": (SACN, SACNRunConfig),
+    "edac": (EDAC, EDACRunConfig),
+}
+BOUNDS = chain_run.BOUNDS | {
+    **dict.fromkeys(("hidden_dim", "buffer_size"), (1, 10**9)),
+    "num_actors": (1, 10**6),
+    "sinkhorn_K": (2, 64),
+    **dict.fromkeys(("actor_lr", "qf_lr", "sinkhorn_blur", "reward_scale"), (1e-9, 1e9)),
+    "reward_bias": (-1e9, 1e9),
+    "discount": (0.0, 1 - 1e-9),
+    "tau": (1e-9, 1.0),
+}
+OWN_BOUNDS = {
+    "iql": {"iql_tau": (1e-9, 1 - 1e-9), "beta": (0.0, 1e9), "vf_lr": (1e-9, 1e9)},
+    "td3_bc": {"alpha": (0.0, 1e9), "policy_noise": (0.0, 1e3), "noise_clip": (0.0, 1e3), "policy_freq": (1, 10**9)},
+    "awac": {"awac_lambda": (1e-9, 1e9), "exp_adv_max": (1e-9, 1e9)},
+    "cql": {
+        **{"cql_alpha": (0.0, 1e9), "cql_n_actions": (1, 10**4), "cql_temp": (1e-9, 1e9)},
+        **{"cql_target_action_gap": (-1e9, 1e9), "target_entropy": (-1e9, 1e9), "q_n_hidden_layers": (1, 32)},
+    },
+    "sac_n": {"num_critics": (1, 10**4), "alpha_learning_rate": (1e-9, 1e9)},
+    "edac": {"num_critics": (2, 10**4), "alpha_learning_rate": (1e-9, 1e9), "eta": (0.0, 1e9)},
+}
+
+
+def check(config: MultiRunConfig) -> None:
+    """One line for a setting that cannot work, before anything is loaded."""
+    check_bounds(config, BOUNDS | OWN_BOUNDS[config.algorithm])
+    check_weights(config.w2_weights)
+    actors, kinds = len(config.w2_weights), config.actor_configs or ()
+    if config.num_actors not in (None, actors):
+        raise UserError(f"--num_actors {config.num_actors}: w2_weights has {actors} weights; give as many of each")
+    if kinds and len(kinds) != actors:
+        raise UserError(f"--actor_configs {' '.join(kinds)}: {len(kinds)} for {actors} weights; give one for each")
+    without = [kind for kind in kinds if kind in ("stochastic", "deterministic")]
+    if without and config.algorithm in NEED_DENSITY:
+        raise UserError(
+            f"--actor_configs {without[0]}: {config.algorithm} needs a density; choose gaussian or tanh_gaussian"
+        )
+    if config.sinkhorn_backend == "exact" and config.sinkhorn_K > MAX_EXACT:
+        raise UserError(f"--sinkhorn_K {config.sinkhorn_K}: --sinkhorn_backend exact takes at most {MAX_EXACT}")
+    if config.resume and not config.save_model:
+        raise UserError("--resume --no_save_model: such a run leaves nothing to go on from; start it anew")
+
+
+def read_actor_configs(values: Any) -> list[str] | None:
+    """The file's list of {deterministic: bool} or {type: name} as names. Raises ValueError."""
+    if values is None:
+        return None
+    names = []
+    for value in values if isinstance(values, list) else [None]:
+        if isinstance(value, str):
+            names.append(value)
+        elif isinstance(value, dict) and value.keys() == {"type"}:
+            names.append(value["type"])
+        elif isinstance(value, dict) and value.keys() == {"deterministic"} and isinstance(value["deterministic"], bool):
+            names.append("deterministic" if value["deterministic"] else "stochastic")
+        else:
+            raise ValueError
+    return names
+
+
+class MultiRun(ChainRun):
+    """One run of this command."""
+
+    config: MultiRunConfig
+    agent: MultiActor
+
+    def __init__(self, config: MultiRunConfig):
+        check(config)
+        super().__init__(config)
+
+    @staticmethod
+    def run_name(config: MultiRunConfig) -> Path:
+        """{env}/{algorithm}_w2_{weights}/seed_{seed}, weights joined by _."""
+        weights = "_".join(f"{weight:g}" for weight in config.w2_weights)
+        return Path(config.env) / f"{config.algorithm}_w2_{weights}" / f"seed_{config.seed}"
+
+    def load_data(self) -> OfflineData:
+        """The transitions, rewards scaled as the settings say; a local dataset that is missing is made first."""
+        config = self.config
+        try:
+            make_dataset.generate_if_missing(config.env, config.dataset_dir)
+            data = load_transitions(config.env, config.dataset_dir, -1.0 if config.normalize_reward else 0.0)
+        except UserError as error:
+            raise UserError(str(error).replace("--dataset ", "--env ")) from None
+        if len(data) > config.buffer_size:
+            raise UserError(f"--buffer_size {config.buffer_size}: {config.env} has {len(data)} transitions; raise it")
+        if config.normalize_reward and data.reward_shift == 0:
+            data.rewards *= np.float32(1000 / np.ptp(data.returns))
+        data.rewards *= np.float32(config.reward_scale)
+        data.rewards += np.float32(config.reward_bias)
+        return data
+
+    def make_agent(self, observation_dim: int, action_dim: int, max_action: float) -> MultiActor:
+        sizes = (observation_dim, action_dim, max_action)
+        agent = build(self.config, sizes, self.streams.policy, self.device)
+        if self.config.load_model is not None:
+            self.begin_with(agent, self.config.load_model)
+        return agent
+
+    def begin_with(self, agent: MultiActor, path: str) -> None:
+        """Take over networks and optimizers of another run; UserError where they do not fit."""
+        try:
+            agent.load_state_dict(load_checkpoint(path, self.device)["agent"])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"--load_model {path}: not a checkpoint of such a chain ({error})") from None
+        agent.step = 0
+
+    def acting(self) -> list[Act]:
+        return acting(self.agent)
+
+    def can_be_captured(self) -> bool:
+        """TD3+BC's updates with and without the actors are different graphs; GeomLoss's solvers look at values."""
+        return getattr(self.config, "policy_freq", 1) == 1 and self.config.sinkhorn_backend in ("fused", "exact")
+
+    def wandb_labels(self) -> dict[str, str | None]:
+        return {"group": self.config.group, "name": self.config.name}
+
+    def diagnose(self) -> dict[str, float]:
+        """The chain's diagnostics on the first rows of a fixed draw; no training number depends on it."""
+        generator = torch.Generator(self.device).manual_seed(self.streams.evaluation_seed)
+        batch = self.buffer.sample(self.config.batch_size, generator)
+        found = self.agent.diagnose(batch, self.streams.evaluation_seed)
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+
+    def evaluate(self) -> dict[str, float]:
+        """As every chain; eval_actor_i is actor i's deterministic score."""
+        figures = super().evaluate()
+        scores = [figures[f"eval/actor_{number}/deterministic/score"] for number in range(len(self.agent.actors))]
+        return figures | {f"eval_actor_{number}": score for number, score in enumerate(scores)}
+
+    def summary(self) -> dict[str, Any]:
+        return {"algorithm": self.config.algorithm, "w2_weights": list(self.config.w2_weights)}
+
+
+def build(
+    config: MultiRunConfig, sizes: tuple[int, int, float], generator: torch.Generator, device: torch.device
+) -> MultiActor:
+    """The algorithm of the settings with its chain of actors, freshly initialised."""
+    kinds = config.actor_configs
+    if kinds is None and config.algorithm not in NEED_DENSITY:
+        kinds = ("stochastic",) * len(config.w2_weights)
+    policies = [POLICIES[kind] for kind in kinds] if kinds else None
+    return MultiActor(ALGORITHMS[config.algorithm][0], config, config, sizes, generator, device, policies)
+
+
+def acting(agent: MultiActor) -> list[Act]:
+    """How each actor acts."""
+
+    def act_by(actor: torch.nn.Module) -> Act:
+        return lambda observations, z: actor(observations).draw(z).actions
+
+    return [act_by(actor) for actor in agent.actors]
+
+
+def evaluate_file(config: MultiRunConfig) -> dict[str, float]:
+    """`--evaluate`: the evaluation at the end of a run once more, from its checkpoint alone."""
+    device, path = resolve_device(config.device), config.evaluate
+    state = load_checkpoint(path, device)
+    try:
+        trained = state["config"]
+        known = {field.name for field in dataclasses.fields(ALGORITHMS[trained["algorithm"]][1])}
+        settings = {name: value for name, value in trained.items() if name in known}
+        own = ALGORITHMS[trained["algorithm"]][1](**settings)
+        normalizer = (state["observation_mean"].to(device), state["observation_std"].to(device))
+        sizes = (len(normalizer[0]), state["action_dim"], state["max_action"])
+        agent = build(own, sizes, torch.Generator(device), device)
+        agent.load_state_dict(state["agent"])
+        title = f"{trained['env']}, {trained['algorithm']}, update {state['step']} of {path}"
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a checkpoint of pogo_multi_main.py ({one_line(error)})") from None
+    return evaluate_again(config, acting(agent), sizes[1], normalizer, trained, title)
+
+
+def find_config(argv: list[str]) -> type[MultiRunConfig]:
+    """The settings of the algorithm that the command line names, or else the file that it names. Raises UserError."""
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    given = {word: following for word, following in zip(words, words[1:], strict=False) if word.startswith("--")}
+    name = given.get("--algorithm")
+    files = [given.get("--config_path"), f"{given['--run_dir']}/config.yaml" if "--run_dir" in given else None]
+    for file in files:
+        if name is None and file is not None and Path(file).is_file():
+            try:
+                values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+                name = values.get("algorithm") if isinstance(values, dict) else None
+            except (OSError, yaml.YAMLError, UnicodeDecodeError):
+                continue  # what is wrong with it is said when it is read
+    if name is None and ({"-h", "--help", "--evaluate"} & set(given) or {"-h", "--help"} & set(argv)):
+        return MultiRunConfig
+    if name not in ALGORITHMS:
+        words = f"--algorithm {name}: must be" if name else "--algorithm is missing, here and in the file: give"
+        raise UserError(f"{words} one of {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[name][1]
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train one run to its end; returns what finished.json holds."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config_class = find_config(argv)
+    more = ("--config_path", MultiRun.default_run_dir, ALIASES, {"actor_configs": read_actor_configs})
+    config = parse_config(config_class, argv, __doc__, *more)
+    if config.evaluate is not None:
+        check_bounds(config, chain_run.BOUNDS)
+        return evaluate_file(config)
+    return MultiRun(config).run()
+
+
+if __name__ == "__main__":
+    run_cli(main)

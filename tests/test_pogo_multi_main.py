@@ -1,0 +1,202 @@
+"""The command that trains a chain over any offline algorithm: outputs, settings, resume, bad input."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from running import digest, error_line
+
+import chain_run
+import make_dataset
+from algorithms.offline import make_configs, pogo_multi_main
+from algorithms.offline.pogo_multi_main import ALGORITHMS, MultiRun, find_config
+from offline_data import load_transitions
+from utils import load_checkpoint, read_episodes, read_metrics
+
+DATASET = "local/hopper-medium-v2"
+TINY = {
+    **{"env": DATASET, "max_timesteps": 8, "eval_freq": 4, "log_freq": 2, "n_episodes": 2, "final_runs": 2},
+    **{"hidden_dim": 8, "batch_size": 8, "eval_workers": 0, "device": "cpu"},
+}
+SMALL = {"sac_n": {"num_critics": 3}, "edac": {"num_critics": 3}, "cql": {"cql_n_actions": 2}}
+OUTPUTS = ("checkpoints/last.pth", "training/metrics.csv", "training/evaluations.csv", "finished.json")
+exits = functools.partial(error_line, pogo_multi_main.main)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_episodes():
+    """Episodes of a few steps, so that an evaluation takes no time."""
+    make = chain_run.make_env
+
+    def shortened(*arguments):
+        env = make(*arguments)
+        env._limit = 12
+        return env
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chain_run, "make_env", shortened)
+        patch.setattr(MultiRun, "plot", lambda run: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def dataset_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("datasets")
+    make_dataset.generate(DATASET, size=300, dataset_dir=folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(dataset_dir):
+    def build(algorithm, run_dir, *flags, **changed) -> list[str]:
+        settings = TINY | SMALL.get(algorithm, {}) | {"dataset_dir": dataset_dir, "run_dir": run_dir} | changed
+        words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+        return ["--algorithm", algorithm, *words, "--w2_weights", "1", "2", "--no_tensorboard", *map(str, flags)]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory):
+    """A run of each algorithm."""
+    folder = tmp_path_factory.mktemp("runs")
+    for algorithm in ALGORITHMS:
+        pogo_multi_main.main(arguments(algorithm, folder / algorithm))
+    return folder
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_run_logs_what_the_text_names(algorithm, finished):
+    run_dir = finished / algorithm
+    summary = json.loads((run_dir / "finished.json").read_text())
+    assert (summary["algorithm"], summary["w2_weights"], summary["steps"]) == (algorithm, [1.0, 2.0], 8)
+    metrics = read_metrics(run_dir / "training")
+    assert metrics["step"] == [2, 4, 6, 8]
+    for actor in (0, 1):
+        for column in (f"actor_{actor}_loss", f"w2_{actor}_distance", f"chain/actor_{actor}/q"):
+            assert np.isfinite(metrics[column]).all(), column
+        scores = metrics[f"eval_actor_{actor}"]
+        assert np.isfinite(scores).tolist() == [False, True, False, True]
+        np.testing.assert_array_equal(scores, metrics[f"eval/actor_{actor}/deterministic/score"])
+    rows = [row for row in read_episodes(run_dir / "training/evaluations.csv") if row["evaluation"] == "training"]
+    assert len(rows) == 2 * 2 * 2 * 2
+
+
+@pytest.mark.parametrize("algorithm", ["iql", "td3_bc", "sac_n"])
+def test_a_run_that_is_cut_goes_on_to_the_same_bits(algorithm, finished, arguments, tmp_path, monkeypatch):
+    make_update = MultiRun.make_update
+
+    def interrupted(run):
+        update = make_update(run)
+        return lambda: update() if run.step < 6 else (_ for _ in ()).throw(KeyboardInterrupt)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MultiRun, "make_update", interrupted)
+        pogo_multi_main.main(arguments(algorithm, tmp_path / "cut"))
+    pogo_multi_main.main(["--resume", "--run_dir", str(tmp_path / "cut")])  # which knows its algorithm and settings
+    for name in OUTPUTS:
+        assert digest(finished / algorithm / name) == digest(tmp_path / "cut" / name), name
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, arguments, tmp_path):
+    for seed in (0, 1):
+        pogo_multi_main.main(arguments("cql", tmp_path / str(seed), seed=seed))
+    first, again, other = (digest(path / OUTPUTS[0]) for path in (finished / "cql", tmp_path / "0", tmp_path / "1"))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("algorithm", ["awac", "cql"])
+def test_a_file_is_evaluated_as_its_run_evaluated_it(algorithm, finished, capsys, tmp_path):
+    path = finished / algorithm / "checkpoints/last.pth"
+    figures = pogo_multi_main.main(["--evaluate", str(path), "--eval_workers", "0"])
+    expected = json.loads((finished / algorithm / "finished.json").read_text())
+    assert len(figures) == 4 and all(expected[name] == pytest.approx(value) for name, value in figures.items())
+    assert "none.pth" in exits(capsys, "--evaluate", tmp_path / "none.pth")
+    torch.save({"config": {"algorithm": "iql"}}, tmp_path / "bad.pth")
+    assert "not a checkpoint of pogo_multi_main.py" in exits(capsys, "--evaluate", tmp_path / "bad.pth")
+
+
+def test_settings_come_from_a_file_in_the_texts_own_spelling(dataset_dir, tmp_path):
+    values = TINY | {"algorithm": "iql", "w2_weights": [1.0, 2.0, 3.0], "num_actors": 3, "beta": 5.0, "lr": None}
+    del values["lr"]
+    values |= {"actor_configs": [{"deterministic": False}, {"type": "gaussian"}, {"deterministic": True}]}
+    (tmp_path / "iql.yaml").write_text(yaml.safe_dump(values | {"dataset_dir": str(dataset_dir)}))
+    run_dir = tmp_path / "run"
+    flags = ["--config_path", str(tmp_path / "iql.yaml"), "--run_dir", str(run_dir), "--beta", "7", "--no_tensorboard"]
+    pogo_multi_main.main(flags)
+    stored = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert stored["actor_configs"] == ["stochastic", "gaussian", "deterministic"] and stored["beta"] == 7
+    assert stored["eval_episodes"] == 2
+    names = set(load_checkpoint(run_dir / "checkpoints/last.pth")["agent"]["networks"])
+    assert names == {"actor", "actor_1", "actor_2", "value", "critic", "critic_target"}
+
+
+def test_an_actor_is_stochastic_unless_its_algorithm_needs_a_density(finished):
+    for algorithm in ALGORITHMS:
+        actors = load_checkpoint(finished / algorithm / "checkpoints/last.pth")["agent"]["networks"]["actor_1"]
+        stochastic = any(name.startswith("transport.") for name in actors)
+        assert stochastic == (algorithm in ("iql", "td3_bc", "awac"))
+
+
+def test_a_run_may_begin_with_anothers_networks(finished, arguments, tmp_path, capsys):
+    path = finished / "td3_bc" / "checkpoints/last.pth"
+    run = MultiRun(parse(arguments("td3_bc", tmp_path / "run", "--load_model", path)))
+    expected = load_checkpoint(path)["agent"]["networks"]["critic"]
+    found = run.agent.state_dict()["networks"]["critic"]
+    assert run.step == run.agent.step == 0 and all(torch.equal(found[name], expected[name]) for name in expected)
+    run.close()
+    assert "--load_model" in exits(capsys, *arguments("sac_n", tmp_path / "other", "--load_model", path))
+
+
+def parse(flags: list[str]):
+    return pogo_multi_main.parse_config(find_config(flags), flags, "", "--config_path", None, pogo_multi_main.ALIASES)
+
+
+def test_rewards_are_scaled_as_asked(arguments, dataset_dir, tmp_path):
+    plain = load_transitions(DATASET, dataset_dir)
+    run = MultiRun(parse(arguments("iql", tmp_path / "run", "--normalize_reward", reward_scale=2, reward_bias=-3)))
+    expected = plain.rewards * 1000 / (plain.returns.max() - plain.returns.min()) * 2 - 3
+    np.testing.assert_allclose(run.data.rewards, expected, rtol=1e-5, atol=1e-5)
+    run.close()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--num_critics", "5"], "--num_critics"),  # another algorithm's
+        (["--iql_tau", "2"], "--iql_tau 2"),
+        (["--num_actors", "3"], "--num_actors 3: w2_weights has 2"),
+        (["--actor_configs", "gaussian"], "1 for 2 weights"),
+        (["--actor_configs", "gaussian", "flow"], "--actor_configs"),
+        (["--buffer_size", "10"], "--buffer_size 10"),
+        (["--w2_weights", "-1", "2"], "--w2_weights"),
+        (["--env", "hoper-medium-v2"], "--env"),
+    ],
+)
+def test_bad_settings_are_one_line_that_names_the_flag(flags, words, arguments, tmp_path, capsys):
+    assert words in exits(capsys, *arguments("iql", tmp_path / "run"), *flags)
+
+
+def test_the_shipped_files_are_those_that_the_table_writes(tmp_path):
+    texts = make_configs.files()
+    there = set(make_configs.FOLDER.rglob("*.yaml"))
+    assert there == set(texts) and len(texts) == 90
+    for path, text in texts.items():
+        assert path.read_text() == text, f"{path}: run python -m algorithms.offline.make_configs"
+        config = parse(["--config_path", str(path)])
+        pogo_multi_main.check(config)
+        expected = f"{path.parent.name}-{path.name.partition('_v2_')[0].replace('_', '-')}-v2"
+        assert config.env == expected and path.stem.endswith(f"_{config.algorithm}")
+
+
+def test_an_algorithm_must_be_named(arguments, tmp_path, capsys):
+    assert "--algorithm is missing" in exits(capsys, "--env", DATASET)
+    assert "--algorithm sac: must be one of iql" in exits(capsys, "--algorithm", "sac")
+    (tmp_path / "x.yaml").write_text("algorithm: awac\nbeta: 3.0\n")
+    assert "unknown key 'beta'" in exits(capsys, "--config_path", tmp_path / "x.yaml")
+    line = exits(capsys, *arguments("cql", tmp_path / "run"), "--actor_configs", "stochastic", "gaussian")
+    assert "cql needs a density" in line
