@@ -107,7 +107,7 @@ def prepare(words: list[str]) -> None:
         Path("logs/hopper-medium-v2/w2_0.4_0.5_0.25/seed_0").mkdir(parents=True)
     for word in words:
         if word.endswith(".yaml") and (ROOT / word).exists():
-            Path(word).parent.mkdir(exist_ok=True)
+            Path(word).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / word, word)
         if word in MADE_BEFORE:
             dataset_id, size = MADE_BEFORE[word]
