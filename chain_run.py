@@ -67,8 +67,8 @@ class ChainRunConfig:
     cuda_graph: bool = True  # on a GPU: capture the update once and replay it
     save_model: bool = True  # write checkpoints, without which a run cannot be resumed
     keep_checkpoints: bool = False  # keep each evaluation's checkpoint too, as step_<updates>.pth
-    checkpoint_dir: str | None = None  # keep checkpoints in <this>/{env}/w2_{weights}/seed_{seed} instead
-    run_dir: str | None = None  # directory of the run; default: logs/{env}/w2_{weights}/seed_{seed} here
+    checkpoint_dir: str | None = None  # keep checkpoints under this folder instead, in folders named as under logs/
+    run_dir: str | None = None  # directory of the run; default: the one named above, in the current folder
     resume: bool = False  # continue the run from its last checkpoint
     tensorboard: bool = True  # write TensorBoard events
     wandb_project: str | None = None  # also log to Weights & Biases (requirements-tracking.txt)
@@ -273,6 +273,7 @@ class ChainRun(abc.ABC):
         for (number, mode), returns in zip(self.policy_names(), played.returns, strict=True):
             score = float(self.score(returns).mean())
             figures |= {f"eval/actor_{number}/{mode}/return": float(returns.mean())}
+            figures |= {f"eval/actor_{number}/{mode}/return_std": float(returns.std())}
             figures |= {f"eval/actor_{number}/{mode}/score": score}
             lines.append(f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, D4RL score: {score:.3f}")
             if score > self.best["score"]:
@@ -441,7 +442,8 @@ def evaluate_again(
     seed = seed if config.evaluate_seed is None else config.evaluate_seed
     first, seeds = final_seeds(RandomStreams(seed, normalizer[0].device), runs * episodes)
     environment = functools.partial(make_env, env, config.dataset_dir)
-    with Evaluator(environment, 2 * len(actors) * min(episodes, 10), num_workers(config)) as evaluator:
+    rounds = min(episodes, trained["eval_episodes"])  # as many at once as the run had, so that the noise is the same
+    with Evaluator(environment, 2 * len(actors) * rounds, num_workers(config)) as evaluator:
         played = play(evaluator, actors, action_dim, *normalizer, seeds, first, "evaluate")
     return report_final(title, played, normalized_score(env, played.returns, config.dataset_dir), runs)
 

@@ -243,7 +243,7 @@ def _read_config(
     path: Path, hints: dict[str, Any], aliases: dict[str, str], readers: dict[str, Callable[[Any], Any]]
 ) -> dict[str, Any]:
     """Read a flat YAML file and check each value against its field's type."""
-    values = _load_yaml(path)
+    values = load_yaml(path)
     checked = {}
     for spelled, value in values.items():
         key = aliases.get(spelled, spelled)
@@ -258,7 +258,8 @@ def _read_config(
     return checked
 
 
-def _load_yaml(path: Path) -> dict:
+def load_yaml(path: Path) -> dict:
+    """The keys of a YAML file. Raises UserError for one that cannot be read or holds something else."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -1219,7 +1220,7 @@ def _stored_config(config: Any) -> dict[str, Any]:
 
 def _check_same_config(run_dir: Path, current: dict[str, Any], may_change: set[str]) -> None:
     path = run_dir / "config.yaml"
-    stored = _load_yaml(path)
+    stored = load_yaml(path)
     absent = "(absent)"
     if stored.keys() - current.keys() and current.keys() - stored.keys():
         raise UserError(f"{run_dir}: holds a run of another command or version; choose another --run_dir")

@@ -121,8 +121,7 @@ def test_a_file_is_evaluated_as_its_run_evaluated_it(algorithm, finished, capsys
 
 
 def test_settings_come_from_a_file_in_the_texts_own_spelling(dataset_dir, tmp_path):
-    values = TINY | {"algorithm": "iql", "w2_weights": [1.0, 2.0, 3.0], "num_actors": 3, "beta": 5.0, "lr": None}
-    del values["lr"]
+    values = TINY | {"algorithm": "iql", "w2_weights": [1.0, 2.0, 3.0], "num_actors": 3, "beta": 5.0}
     values |= {"actor_configs": [{"deterministic": False}, {"type": "gaussian"}, {"deterministic": True}]}
     (tmp_path / "iql.yaml").write_text(yaml.safe_dump(values | {"dataset_dir": str(dataset_dir)}))
     run_dir = tmp_path / "run"
@@ -153,7 +152,8 @@ def test_a_run_may_begin_with_anothers_networks(finished, arguments, tmp_path, c
 
 
 def parse(flags: list[str]):
-    return pogo_multi_main.parse_config(find_config(flags), flags, "", "--config_path", None, pogo_multi_main.ALIASES)
+    more = (None, pogo_multi_main.ALIASES, {"actor_configs": pogo_multi_main.read_actor_configs})
+    return pogo_multi_main.parse_config(find_config(flags), flags, "", "--config_path", *more)
 
 
 def test_rewards_are_scaled_as_asked(arguments, dataset_dir, tmp_path):
@@ -193,10 +193,55 @@ def test_the_shipped_files_are_those_that_the_table_writes(tmp_path):
         assert config.env == expected and path.stem.endswith(f"_{config.algorithm}")
 
 
+# CORL's own, and what they build.
+SHIPPED = {
+    "hopper/medium_v2_iql": ({"iql_deterministic": True, "normalize_reward": True, "tau": 0.001}, "DeterministicMLP"),
+    "hopper/medium_expert_v2_iql": ({"iql_tau": 0.5, "beta": 6.0, "tau": 0.005}, "StochasticMLP"),
+    "antmaze/umaze_v2_iql": ({"iql_tau": 0.9, "beta": 10.0, "normalize_reward": True}, "StochasticMLP"),
+    "antmaze/large_play_v2_td3_bc": ({"normalize_reward": True, "alpha": 2.5}, "StochasticMLP"),
+    "hopper/medium_v2_cql": ({"normalize_reward": True, "cql_alpha": 10.0, "actor_lr": 3e-5}, "TanhGaussianMLP"),
+    "antmaze/umaze_v2_cql": ({"actor_lr": 1e-4, "cql_alpha": 5.0, "reward_scale": 10.0}, "TanhGaussianMLP"),
+    "halfcheetah/medium_expert_v2_edac": ({"eta": 5.0, "num_critics": 10, "normalize": False}, "TanhGaussianMLP"),
+    "walker2d/medium_v2_sac_n": ({"num_critics": 20, "max_timesteps": 3_000_000}, "TanhGaussianMLP"),
+    "walker2d/medium_v2_awac": ({"awac_lambda": 1 / 3, "normalize_reward": False}, "StochasticMLP"),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_file_has_corls_settings_and_builds_its_policies(name):
+    values, policy = SHIPPED[name]
+    config = parse(["--config_path", str(make_configs.FOLDER / f"{name}.yaml"), "--hidden_dim", "8"])
+    assert {key: getattr(config, key) for key in values} == values
+    agent = pogo_multi_main.build(config, (11, 3, 1.0), torch.Generator(), torch.device("cpu"))
+    assert [type(actor).__name__ for actor in agent.actors] == [policy] * 3
+
+
+@pytest.mark.parametrize("algorithm, layers", [("awac", 4), ("iql", 3)])
+def test_an_algorithms_own_policy_can_be_asked_for(algorithm, layers, arguments, tmp_path):
+    config = parse(arguments(algorithm, tmp_path / "run", "--actor_configs", "own", "own"))
+    agent = pogo_multi_main.build(config, (11, 3, 1.0), torch.Generator(), torch.device("cpu"))
+    assert agent.is_copy == [False, True]
+    for actor in agent.actors:
+        assert type(actor).__name__ == "GaussianMLP"
+        assert sum(isinstance(layer, torch.nn.Linear) for layer in actor.net) == layers
+
+
+def test_loading_another_run_keeps_these_learning_rates(finished, arguments, tmp_path):
+    path = finished / "iql" / "checkpoints/last.pth"
+    run = MultiRun(parse(arguments("iql", tmp_path / "run", "--load_model", path, "--qf_lr", "1e-5")))
+    assert float(run.agent.algorithm.optimizers["critic"].param_groups[0]["lr"]) == pytest.approx(1e-5)
+    run.close()
+
+
 def test_an_algorithm_must_be_named(arguments, tmp_path, capsys):
     assert "--algorithm is missing" in exits(capsys, "--env", DATASET)
     assert "--algorithm sac: must be one of iql" in exits(capsys, "--algorithm", "sac")
     (tmp_path / "x.yaml").write_text("algorithm: awac\nbeta: 3.0\n")
     assert "unknown key 'beta'" in exits(capsys, "--config_path", tmp_path / "x.yaml")
+    line = exits(capsys, "--config_path", tmp_path / "x.yaml", "--algorithm", "iql")
+    assert "--algorithm iql:" in line and "x.yaml is of awac" in line
+    assert "none.yaml" in exits(capsys, "--config_path", tmp_path / "none.yaml")
+    (tmp_path / "x.yaml").write_text("algorithm: [iql]")
+    assert "must be one of iql" in exits(capsys, "--config_path", tmp_path / "x.yaml")
     line = exits(capsys, *arguments("cql", tmp_path / "run"), "--actor_configs", "stochastic", "gaussian")
     assert "cql needs a density" in line

@@ -168,7 +168,7 @@ class OfflineAlgorithm(abc.ABC):
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
         for name, optimizer in self.optimizers.items():
+            own = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
             optimizer.load_state_dict(state["optimizers"][name])
-            if name.startswith("actor"):
-                optimizer.param_groups[0]["lr"] = self.actor_lr  # loading has put a copy in its place
+            optimizer.param_groups[0].update(own)  # the learning rate of these settings, and the tensor that holds it
         self.step = int(state["step"])

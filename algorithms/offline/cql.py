@@ -10,7 +10,8 @@ as they stand before the step. With `cql_lagrange` a multiplier holds the penalt
 30).
 
 Deviations from CORL: log std has no two trainable scalars beside the network's own output; the actions of pi(s) in the
-penalty are also those that the temperature learns from; every critic has `q_n_hidden_layers`.
+penalty are also those that the temperature learns from; every critic has `q_n_hidden_layers`; the penalty is not cut
+below (CORL's antmaze files do so at -200).
 """
 
 import functools

@@ -30,14 +30,15 @@ def iql(robot: str, data: str) -> dict[str, Any]:
 
 
 def td3_bc(robot: str, data: str) -> dict[str, Any]:
-    return {}
+    return {"normalize_reward": True} if robot == "antmaze" else {}
 
 
 def cql(robot: str, data: str) -> dict[str, Any]:
     if robot != "antmaze":
-        return {}
+        return {"normalize_reward": True} if (robot, data) == ("hopper", "medium") else {}
     maze = {"cql_alpha": 5.0, "cql_lagrange": True, "cql_target_action_gap": 0.8, "cql_max_target_backup": True}
-    return maze | {"q_n_hidden_layers": 5, "reward_scale": 10.0, "reward_bias": -5.0, "normalize": False}
+    maze |= {"actor_lr": 1e-4, "q_n_hidden_layers": 5, "normalize": False}
+    return maze | {"reward_scale": 10.0, "reward_bias": -5.0}
 
 
 def awac(robot: str, data: str) -> dict[str, Any]:

@@ -3,8 +3,9 @@
     actor 0       the algorithm's own actor loss + w_0 D(pi_0, data)
     actor i >= 1  the algorithm's improvement      + w_i D(pi_i, pi_{i-1})
 
-and everything of the algorithm that asks for an action (targets, advantages, penalties) asks actor 0. Actors are
-trained in order, each after the one before has made its step, which gives no gradient.
+and everything of the algorithm that asks for an action (targets, advantages, penalties) asks actor 0. (The original
+text keeps a second actor for CQL's penalty, without the weight w_0; here the critics are those of the policy that the
+chain begins with.) Actors are trained in order, each after the one before has made its step, which gives no gradient.
 
 D is half of W2 squared between the two policies' actions in a state, averaged over states, whatever the policies are:
 
@@ -66,7 +67,7 @@ class MultiActor:
         chain: those of the chain; as many actors as weights.
         sizes: observation_dim, action_dim, max_action.
         generator, device: the algorithm's.
-        policies: what makes each actor's policy, given sizes and hidden_dim; default: the algorithm's own for all.
+        policies: what makes each actor's policy, given sizes and hidden_dim; None: the algorithm's own.
     """
 
     def __init__(
@@ -77,11 +78,13 @@ class MultiActor:
         sizes: tuple[int, int, float],
         generator: torch.Generator,
         device: str | torch.device = "cpu",
-        policies: Sequence[Callable[..., nn.Module]] | None = None,
+        policies: Sequence[Callable[..., nn.Module] | None] | None = None,
     ):
         self.algorithm = algorithm(config, sizes, generator, device, policies[0] if policies else None)
         self.chain, self.actors = chain, [self.algorithm.actor]
-        makers = policies or [self.algorithm.make_actor] * len(chain.w2_weights)
+        given = policies or [None] * len(chain.w2_weights)
+        own = self.algorithm.make_actor if given[0] is None else self.algorithm.default_actor()
+        makers = [make or own for make in given]
         if len(makers) != len(chain.w2_weights):
             raise ValueError(f"{len(makers)} policies for {len(chain.w2_weights)} weights")
         # Of the same maker, not of the same class: one class may hold differently built policies.

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 
 import chain_run
 import make_dataset
@@ -31,17 +30,26 @@ from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
 from chain_run import Act, ChainRun, ChainRunConfig, check_weights, evaluate_again
 from offline_data import OfflineData, load_transitions
 from transport import MAX_EXACT
-from utils import UserError, check_bounds, load_checkpoint, one_line, parse_config, resolve_device, run_cli
+from utils import (
+    UserError,
+    check_bounds,
+    load_checkpoint,
+    load_yaml,
+    one_line,
+    parse_config,
+    resolve_device,
+    run_cli,
+)
 
 NEED_DENSITY = {"cql", "sac_n", "edac"}  # their losses have log pi; their own policy is the default
 # Spellings of the original text.
 ALIASES = {"n_episodes": "eval_episodes", "checkpoints_path": "checkpoint_dir", "project": "wandb_project"}
-PolicyName = Literal["stochastic", "deterministic", "gaussian", "tanh_gaussian"]
+PolicyName = Literal["own", "stochastic", "deterministic", "gaussian", "tanh_gaussian"]
 
 
 @dataclass
 class MultiRunConfig(ChainRunConfig, ChainConfig):
-    algorithm: str = "iql"  # whose critics and losses
+    algorithm: str = ""  # required: iql, td3_bc, awac, cql, sac_n or edac
     num_actors: int | None = None  # must be the number of w2_weights, if given
     actor_configs: tuple[PolicyName, ...] | None = None  # kind of each actor; default: see docs/pogo_multi.md
     normalize_reward: bool = False  # locomotion: times 1000 / (largest - smallest return); antmaze: minus 1
@@ -180,6 +188,8 @@ class MultiRun(ChainRun):
         if len(data) > config.buffer_size:
             raise UserError(f"--buffer_size {config.buffer_size}: {config.env} has {len(data)} transitions; raise it")
         if config.normalize_reward and data.reward_shift == 0:
+            if np.ptp(data.returns) == 0:
+                raise UserError(f"--normalize_reward: all episodes of {config.env} have one return; leave it out")
             data.rewards *= np.float32(1000 / np.ptp(data.returns))
         data.rewards *= np.float32(config.reward_scale)
         data.rewards += np.float32(config.reward_bias)
@@ -188,7 +198,7 @@ class MultiRun(ChainRun):
     def make_agent(self, observation_dim: int, action_dim: int, max_action: float) -> MultiActor:
         sizes = (observation_dim, action_dim, max_action)
         agent = build(self.config, sizes, self.streams.policy, self.device)
-        if self.config.load_model is not None:
+        if self.config.load_model is not None and not (self.config.resume and self.checkpoint.exists()):
             self.begin_with(agent, self.config.load_model)
         return agent
 
@@ -231,10 +241,9 @@ def build(
     config: MultiRunConfig, sizes: tuple[int, int, float], generator: torch.Generator, device: torch.device
 ) -> MultiActor:
     """The algorithm of the settings with its chain of actors, freshly initialised."""
-    kinds = config.actor_configs
-    if kinds is None and config.algorithm not in NEED_DENSITY:
-        kinds = ("stochastic",) * len(config.w2_weights)
-    policies = [POLICIES[kind] for kind in kinds] if kinds else None
+    takes_own = config.algorithm in NEED_DENSITY or getattr(config, "iql_deterministic", False)
+    kinds = config.actor_configs or ("own" if takes_own else "stochastic",) * len(config.w2_weights)
+    policies = [None if kind == "own" else POLICIES[kind] for kind in kinds]
     return MultiActor(ALGORITHMS[config.algorithm][0], config, config, sizes, generator, device, policies)
 
 
@@ -269,21 +278,23 @@ def evaluate_file(config: MultiRunConfig) -> dict[str, float]:
 def find_config(argv: list[str]) -> type[MultiRunConfig]:
     """The settings of the algorithm that the command line names, or else the file that it names. Raises UserError."""
     words = [word for argument in argv for word in argument.split("=", 1)]
-    given = {word: following for word, following in zip(words, words[1:], strict=False) if word.startswith("--")}
-    name = given.get("--algorithm")
-    files = [given.get("--config_path"), f"{given['--run_dir']}/config.yaml" if "--run_dir" in given else None]
-    for file in files:
-        if name is None and file is not None and Path(file).is_file():
-            try:
-                values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-                name = values.get("algorithm") if isinstance(values, dict) else None
-            except (OSError, yaml.YAMLError, UnicodeDecodeError):
-                continue  # what is wrong with it is said when it is read
-    if name is None and ({"-h", "--help", "--evaluate"} & set(given) or {"-h", "--help"} & set(argv)):
+    given = {
+        word.replace("-", "_"): following
+        for word, following in zip(words, words[1:], strict=False)
+        if word.startswith("--")
+    }
+    flag, file = given.get("__algorithm"), given.get("__config_path")
+    if file is None and "__run_dir" in given and Path(given["__run_dir"], "config.yaml").is_file():
+        file = f"{given['__run_dir']}/config.yaml"
+    stored = load_yaml(Path(file)).get("algorithm") if file is not None else None
+    if flag is not None and stored not in (None, flag):
+        raise UserError(f"--algorithm {flag}: {file} is of {stored}; take a file of {flag}, or leave the flag out")
+    name = flag or stored
+    if name is None and ({"-h", "--help"} & set(argv) or "__evaluate" in given):
         return MultiRunConfig
-    if name not in ALGORITHMS:
-        words = f"--algorithm {name}: must be" if name else "--algorithm is missing, here and in the file: give"
-        raise UserError(f"{words} one of {', '.join(ALGORITHMS)}")
+    if not isinstance(name, str) or name not in ALGORITHMS:
+        found = f"--algorithm {name}: must be" if name else "--algorithm is missing, here and in the file: give"
+        raise UserError(f"{found} one of {', '.join(ALGORITHMS)}")
     return ALGORITHMS[name][1]
 
 
