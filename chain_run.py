@@ -101,8 +101,8 @@ def check_weights(weights: Sequence[float]) -> None:
 class ChainRun(abc.ABC):
     """One run: the data, the agent, its environments, its random streams and its directory.
 
-    The agent has `update(batch)`, `anneal(share)`, `state_dict()`, `load_state_dict()` and `step`. Raises UserError
-    where the run cannot begin or go on.
+    The agent has `update(batch)`, `anneal(share)`, `diagnose(batch, seed)`, `state_dict()`, `load_state_dict()` and
+    `step`. Raises UserError where the run cannot begin or go on.
     """
 
     def __init__(self, config: ChainRunConfig):
@@ -181,8 +181,11 @@ class ChainRun(abc.ABC):
         return {}
 
     def diagnose(self) -> dict[str, float]:
-        """Further figures for a row of metrics.csv; no training number may depend on them."""
-        return {}
+        """The chain's diagnostics on the first rows of a fixed draw; no training number depends on it."""
+        generator = torch.Generator(self.device).manual_seed(self.streams.evaluation_seed)
+        batch = self.buffer.sample(self.config.batch_size, generator)
+        found = self.agent.diagnose(batch, self.streams.evaluation_seed)
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
 
     # -- directories -------------------------------------------------------------------------------------------------
 

@@ -220,13 +220,6 @@ class MultiRun(ChainRun):
     def wandb_labels(self) -> dict[str, str | None]:
         return {"group": self.config.group, "name": self.config.name}
 
-    def diagnose(self) -> dict[str, float]:
-        """The chain's diagnostics on the first rows of a fixed draw; no training number depends on it."""
-        generator = torch.Generator(self.device).manual_seed(self.streams.evaluation_seed)
-        batch = self.buffer.sample(self.config.batch_size, generator)
-        found = self.agent.diagnose(batch, self.streams.evaluation_seed)
-        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
-
     def evaluate(self) -> dict[str, float]:
         """As every chain; eval_actor_i is actor i's deterministic score."""
         figures = super().evaluate()
