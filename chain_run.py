@@ -1,4 +1,4 @@
-"""One training run of a chain of actors on offline data: all but the algorithm.
+"""Training runs of a chain of actors on offline data, one or several seeds at once: all but the algorithm.
 
 A command derives from `ChainRun` what its algorithm needs, and from `ChainRunConfig` its settings. Shared are the loop,
 the data's normalisation, evaluation of all actors, and the run's directory:
@@ -12,6 +12,7 @@ the data's normalisation, evaluation of all actors, and the run's directory:
 import abc
 import contextlib
 import functools
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -30,8 +31,11 @@ from utils import (
     GraphedStep,
     MetricLogger,
     RandomStreams,
+    RunFinished,
     RunningMeans,
+    SideBySide,
     UserError,
+    check_bounds,
     check_run,
     hold_run,
     load_checkpoint,
@@ -42,6 +46,7 @@ from utils import (
     read_metrics,
     resolve_device,
     save_checkpoint,
+    warn,
 )
 from visualize import plot_chain_curves
 
@@ -54,6 +59,7 @@ class ChainRunConfig:
     env: str = "local/hopper-medium-v2"  # id of the dataset: D4RL's, local/<id>, minari/<id>, or OGBench's single tasks
     dataset_dir: str | None = None  # folder of the data; default: D4RL_DATASET_DIR, or the benchmark's usual folder
     seed: int = 0  # seed of initialisation, sampling, noise and evaluation, each a stream of its own
+    num_seeds: int = 1  # so many runs at once in this process, of seeds from --seed on, each in its own directory
     max_timesteps: int = 10_000  # updates of the run; 1,000,000 for a result to quote
     batch_size: int = 256  # transitions in an update
     normalize: bool = True  # train on (s - mean) / (std + 1e-3), with the data's mean and standard deviation
@@ -81,11 +87,12 @@ BOUNDS = {
     **dict.fromkeys(("batch_size", "eval_freq", "eval_episodes", "log_freq"), (1, 10**9)),
     **dict.fromkeys(("max_timesteps", "final_runs", "evaluate_episodes"), (1, 10**9)),
     "eval_workers": (0, 256),
+    "num_seeds": (1, 1000),
     **dict.fromkeys(("seed", "evaluate_seed"), (0, 2**53)),
 }
 MAY_CHANGE_ON_RESUME = {
     *("dataset_dir", "device", "cuda_graph", "eval_workers", "tensorboard", "wandb_project", "save_model"),
-    *("keep_checkpoints", "evaluate", "evaluate_episodes", "evaluate_seed", "group", "name"),
+    *("num_seeds", "keep_checkpoints", "evaluate", "evaluate_episodes", "evaluate_seed", "group", "name"),
 }
 NOT_THE_MODEL = {"resume", "run_dir", "checkpoint_dir", *MAY_CHANGE_ON_RESUME}
 
@@ -102,9 +109,13 @@ class ChainRun(abc.ABC):
 
     The agent has `update(batch)`, `anneal(share)`, `diagnose(batch, seed)`, `state_dict()`, `load_state_dict()` and
     `step`. Raises UserError where the run cannot begin or go on.
+
+    Args:
+        config: the settings.
+        beside: a run of the same settings and another seed, in this process: its data and environments serve both.
     """
 
-    def __init__(self, config: ChainRunConfig):
+    def __init__(self, config: ChainRunConfig, beside: "ChainRun | None" = None):
         if config.checkpoint_dir:  # a run may be continued from another folder
             config = replace(config, checkpoint_dir=str(Path(config.checkpoint_dir).resolve()))
         self.config, self.device = config, resolve_device(config.device)
@@ -112,28 +123,28 @@ class ChainRun(abc.ABC):
         where = {"may_change": MAY_CHANGE_ON_RESUME, "checkpoint_name": str(self.checkpoint)}
         check_run(self.run_dir, config, config.resume, **where)  # before the data is made or loaded
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
-        self.data = self.load_data()
+        self.data = self.load_data() if beside is None else beside.data
+        self.failure: UserError | None = None  # why this run did not come to its end
         try:
             for folder in {self.run_dir.resolve(), self.checkpoint.parent}:
                 self.resources.enter_context(hold_run(folder))
-            self.open(prepare_run(self.run_dir, config, config.resume, **where))
+            self.open(prepare_run(self.run_dir, config, config.resume, **where), beside)
         except BaseException:
             self.close()
             raise
 
-    def open(self, checkpoint: Path | None) -> None:
+    def open(self, checkpoint: Path | None, beside: "ChainRun | None") -> None:
         """Normalise the data, build the agent, continue from the checkpoint if there is one."""
         config, data = self.config, self.data
-        self.mean, self.std = np.zeros(data.observation_dim, np.float32), np.ones(data.observation_dim, np.float32)
-        if config.normalize:
-            self.mean, self.std = data.normalizer()
-            for observations in (data.observations, data.next_observations):
-                np.divide(np.subtract(observations, self.mean, out=observations), self.std, out=observations)
+        if beside is None:
+            self.mean, self.std = self.normalize()
+            self.buffer = data.replay_buffer(self.device)
+        else:
+            self.mean, self.std, self.buffer = beside.mean, beside.std, beside.buffer
         with self.streams.initialising():
             sizes = (data.observation_dim, data.action_dim, data.max_action)
             self.agent = self.make_agent(*sizes)
-        self.buffer = data.replay_buffer(self.device)
-        self.step, self.best = 0, {"score": -math.inf}
+        self.step, self.best, self.means = 0, {"score": -math.inf}, RunningMeans()
         if checkpoint is not None:
             self.load(checkpoint)
         resume_step = self.step if checkpoint else None
@@ -143,10 +154,23 @@ class ChainRun(abc.ABC):
         self.logger = MetricLogger(training, resume_step, *trackers)
         self.resources.callback(self.logger.close)
         self.episodes = EpisodeLog(training / "evaluations.csv", resume_step)
+        if beside is not None:
+            self.evaluator = beside.evaluator
+            return
         policies = 2 * len(self.acting())
         environment = functools.partial(make_env, config.env, config.dataset_dir)
         self.evaluator = Evaluator(environment, policies * config.eval_episodes, num_workers(config.eval_workers))
         self.resources.callback(self.evaluator.close)
+
+    def normalize(self) -> tuple[np.ndarray, np.ndarray]:
+        """Put the data's observations in units of (s - mean) / std, in place; returns mean and std."""
+        data = self.data
+        if not self.config.normalize:
+            return np.zeros(data.observation_dim, np.float32), np.ones(data.observation_dim, np.float32)
+        mean, std = data.normalizer()
+        for observations in (data.observations, data.next_observations):
+            np.divide(np.subtract(observations, mean, out=observations), std, out=observations)
+        return mean, std
 
     def close(self) -> None:
         """Release the directory, the environments and the log; closing twice is harmless."""
@@ -194,6 +218,11 @@ class ChainRun(abc.ABC):
         return Path(config.run_dir or Path("logs") / cls.run_name(config))
 
     @classmethod
+    def settings_dir(cls, config: ChainRunConfig) -> Path | None:
+        """Where `--resume` finds its settings; nowhere for several seeds, whose settings it is given once more."""
+        return cls.default_run_dir(config) if config.num_seeds == 1 else None
+
+    @classmethod
     def checkpoint_path(cls, config: ChainRunConfig) -> Path:
         """Where the run's checkpoint lies."""
         if config.checkpoint_dir:
@@ -202,44 +231,33 @@ class ChainRun(abc.ABC):
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def train(self) -> dict[str, float]:
-        """Update to max_timesteps, logging, evaluating and saving on the way. Returns the scores of the end."""
-        config = self.config
-        update = self.make_update()
-        total, means = config.max_timesteps, RunningMeans()
-        with progress(total, config.env, initial=self.step, unit="update") as bar:
-            while self.step < total:
-                self.agent.anneal(self.step / total)
-                means.add(update())
-                self.step += 1
-                bar.update()
-                logs, evaluates = self.step % config.log_freq == 0, self.is_evaluation(self.step)
-                if logs or evaluates:
-                    metrics = means.take()
-                    self.check_metrics(metrics)
-                    bar.set_postfix(q=f"{metrics['q_data']:.1f}", critic_loss=f"{metrics['critic_loss']:.3g}")
-                    metrics |= self.diagnose()
-                    if evaluates:
-                        metrics |= self.evaluate()
-                    self.logger.log(self.step, metrics)
-                    if evaluates:
-                        self.save()
-        return self.final_evaluation()
+    def update(self) -> dict[str, torch.Tensor]:
+        """One update on a fresh batch, which waits for nothing on the host."""
+        return self.agent.update(self.buffer.sample(self.config.batch_size, self.streams.sampling))
+
+    def record(self, info: dict[str, torch.Tensor], bar: tqdm) -> None:
+        """Count an update; log, evaluate and save where it is time to. A UserError of these ends the run."""
+        self.means.add(info)
+        self.step += 1
+        logs, evaluates = self.step % self.config.log_freq == 0, self.is_evaluation(self.step)
+        if not (logs or evaluates):
+            return
+        try:
+            metrics = self.means.take()
+            self.check_metrics(metrics)
+            bar.set_postfix(q=f"{metrics['q_data']:.1f}", critic_loss=f"{metrics['critic_loss']:.3g}")
+            metrics |= self.diagnose()
+            if evaluates:
+                metrics |= self.evaluate()
+            self.logger.log(self.step, metrics)
+            if evaluates:
+                self.save()
+        except UserError as error:
+            self.failure = error
 
     def is_evaluation(self, step: int) -> bool:
         """Whether the run evaluates and saves after this many updates."""
         return step % self.config.eval_freq == 0 or step == self.config.max_timesteps
-
-    def make_update(self) -> Callable[[], dict[str, torch.Tensor]]:
-        """One update on a fresh batch; on a GPU, replayed from a captured graph unless that is turned off."""
-        config = self.config
-
-        def update() -> dict[str, torch.Tensor]:
-            return self.agent.update(self.buffer.sample(config.batch_size, self.streams.sampling))
-
-        if self.device.type != "cuda" or not config.cuda_graph or not self.can_be_captured():
-            return update
-        return GraphedStep(update, [self.streams.sampling, self.streams.policy])
 
     def check_metrics(self, metrics: dict[str, float]) -> None:
         """Stop a run that has diverged; UserError says where and what to change."""
@@ -355,23 +373,123 @@ class ChainRun(abc.ABC):
             f"{facts['mean_return']:.1f} (score {self.data_score():.1f}){shift}; {self.device}"
         )
 
-    def run(self) -> dict[str, Any]:
-        """Train to the end, write the picture and finished.json; returns what that holds."""
-        began, first = time.perf_counter(), self.step
-        print(self.describe())
-        with contextlib.closing(self):
-            scores = self.train()
-            self.plot()
-            summary = {**scores, "data_score": self.data_score(), "steps": self.step, "best": self.best}
-            summary |= {"seed": self.config.seed, **self.summary(), **self.data.facts()}
-            mark_finished(self.run_dir, summary)
-        seconds = time.perf_counter() - began
-        print(f"{self.step - first:,} updates in {seconds:.0f} seconds; outputs in {self.run_dir}")
+    def finish(self) -> dict[str, Any]:
+        """Score the last checkpoint, write the picture and finished.json; returns what that holds."""
+        scores = self.final_evaluation()
+        self.plot()
+        summary = {**scores, "data_score": self.data_score(), "steps": self.step, "best": self.best}
+        summary |= {"seed": self.config.seed, **self.summary(), **self.data.facts()}
+        mark_finished(self.run_dir, summary)
         return summary
 
     def summary(self) -> dict[str, Any]:
         """Further entries of finished.json."""
         return {}
+
+
+# -- one seed, or several at once --------------------------------------------------------------------------------------
+
+
+def run_seeds(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, Any]:
+    """Train `num_seeds` runs to their end, at once; what finished.json of the one holds, or `seed_k` -> that of each.
+
+    Each run is, bit for bit on a CPU, what it would have been alone. Finished ones are left as they are; one that
+    diverges does not stop the others. Raises UserError for it in the end, and RunFinished if nothing is left to do.
+    """
+    check_bounds(config, {"num_seeds": BOUNDS["num_seeds"]})
+    seeds = range(config.seed, config.seed + config.num_seeds)
+    several = len(seeds) > 1
+    if several and config.run_dir is not None:
+        raise UserError(f"--run_dir {config.run_dir}: is one run's; leave it out, or --num_seeds {config.num_seeds}")
+    summaries: dict[str, dict[str, Any]] = {}
+    with contextlib.ExitStack() as open_runs:
+        runs: list[ChainRun] = []
+        for seed in seeds:
+            own = replace(config, seed=seed, num_seeds=1)
+            try:
+                runs.append(open_runs.enter_context(contextlib.closing(run_class(own, runs[0] if runs else None))))
+            except RunFinished as finished:
+                if not several:
+                    raise
+                print(finished)
+                summaries[f"seed_{seed}"] = json.loads((run_class.default_run_dir(own) / "finished.json").read_text())
+        if not runs:
+            raise RunFinished(f"all {len(seeds)} runs are finished; change --seed or --num_seeds to train more")
+        summaries |= _train_to_the_end(runs)
+    failures = [run.failure for run in runs if run.failure is not None]
+    if several:
+        _report_seeds(summaries)
+        for failure in failures[1:]:
+            warn(failure)
+    if failures:
+        raise failures[0]
+    return summaries if several else summaries[f"seed_{config.seed}"]
+
+
+def _train_to_the_end(runs: Sequence[ChainRun]) -> dict[str, dict[str, Any]]:
+    """Train and finish; `seed_k` -> what finished.json holds, of each run that did not fail."""
+    began, first = time.perf_counter(), sum(run.step for run in runs)
+    at_once = f"; seeds {', '.join(str(run.config.seed) for run in runs)} at once" if len(runs) > 1 else ""
+    print(runs[0].describe() + at_once)
+    train(runs)
+    summaries = {}
+    for run in runs:
+        if run.failure is None:
+            summaries[f"seed_{run.config.seed}"] = run.finish()
+    updates, seconds = sum(run.step for run in runs) - first, time.perf_counter() - began
+    if summaries:
+        folders = ", ".join(str(run.run_dir) for run in runs if run.failure is None)
+        print(f"{updates:,} updates in {seconds:.0f} seconds; outputs in {folders}")
+    return summaries
+
+
+def train(runs: Sequence[ChainRun]) -> None:
+    """Bring runs to max_timesteps, logging, evaluating and saving on the way: those that are behind first, then all.
+
+    A run that cannot go on has its `failure` set and is left where it is.
+    """
+    total = runs[0].config.max_timesteps
+    with progress(total, runs[0].config.env, initial=min(run.step for run in runs), unit="update") as bar:
+        while going := [run for run in runs if run.failure is None and run.step < total]:
+            step = min(run.step for run in going)
+            until = min((run.step for run in going if run.step > step), default=total)
+            group = [run for run in going if run.step == step]
+            update = make_update(group)
+            while group[0].step < until and all(run.failure is None for run in group):
+                for run in group:
+                    run.agent.anneal(run.step / total)
+                for run, info in zip(group, update(), strict=True):
+                    run.record(info, bar)
+                bar.update()
+
+
+def make_update(runs: Sequence[ChainRun]) -> Callable[[], list[dict[str, torch.Tensor]]]:
+    """One update of each run, all at the same step.
+
+    On a GPU they are branches of one captured graph, so that the small kernels of one run fill the gaps of another,
+    unless that is turned off or the updates cannot be captured.
+    """
+    first, updates = runs[0], [run.update for run in runs]
+    if first.device.type != "cuda" or not first.config.cuda_graph or not first.can_be_captured():
+        return lambda: [update() for update in updates]
+    generators = [generator for run in runs for generator in (run.streams.sampling, run.streams.policy)]
+    return GraphedStep(SideBySide(updates, first.device), generators)
+
+
+def _report_seeds(summaries: dict[str, dict[str, Any]]) -> None:
+    """Print each policy's score over the seeds: mean and range."""
+    if not summaries:
+        return
+    print(f"Last checkpoints of {len(summaries)} seeds, mean (lowest to highest):")
+    for name in next(iter(summaries.values())):
+        if name.startswith("actor_") and name.endswith("/score"):
+            actor, mode, _ = name.split("/")
+            scores = np.array([summary[name] for summary in summaries.values()])
+            spread = f"{scores.mean():.3f} ({scores.min():.3f} to {scores.max():.3f})"
+            print(f"  Actor {actor.removeprefix('actor_')} - {mode.capitalize()}: D4RL score: {spread}")
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
 
 
 def policy_names(actors: int) -> list[tuple[int, str]]:

@@ -17,7 +17,7 @@ import torch
 
 import chain_run
 import make_dataset
-from chain_run import Act, ChainRun, ChainRunConfig, check_weights, evaluate_again
+from chain_run import Act, ChainRun, ChainRunConfig, check_weights, evaluate_again, run_seeds
 from model import TransportActor
 from offline_data import OfflineData, load_transitions
 from pogo_agent import POGOAgent, POGOConfig
@@ -68,11 +68,11 @@ class POGORun(ChainRun):
     config: POGOTrainerConfig
     agent: POGOAgent
 
-    def __init__(self, config: POGOTrainerConfig):
+    def __init__(self, config: POGOTrainerConfig, beside: "POGORun | None" = None):
         check(config)
-        super().__init__(config)
+        super().__init__(config, beside)
         self.q_bound = config.q_limit * float(np.abs(self.data.rewards).max()) / (1 - config.discount)
-        self.warned = False
+        self.warned = beside is not None  # of the blur: one of several runs says it
 
     @staticmethod
     def run_name(config: POGOTrainerConfig) -> Path:
@@ -173,12 +173,12 @@ def evaluate_file(config: POGOTrainerConfig) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train one run to its end, and return what finished.json holds; or evaluate a file, and return its scores."""
-    config = parse_config(POGOTrainerConfig, argv, __doc__, default_run_dir=POGORun.default_run_dir)
+    """Train to the end, and return what `run_seeds` does; or evaluate a file, and return its scores."""
+    config = parse_config(POGOTrainerConfig, argv, __doc__, default_run_dir=POGORun.settings_dir)
     if config.evaluate is not None:
         check(config)
         return evaluate_file(config)
-    return POGORun(config).run()
+    return run_seeds(POGORun, config)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ SINKHORN = {
     "backend": "sinkhorn_backend",
     "blur_relative": "blur_relative",
 }
-DECIDED_HERE = {"seed", "w2_weights", "lr", "env", "run_dir", "resume", "algorithm", "num_actors", "name"}
+DECIDED_HERE = {"seed", "num_seeds", "w2_weights", "lr", "env", "run_dir", "resume", "algorithm", "num_actors", "name"}
 DECIDED_HERE |= set(SINKHORN.values())
 NO_TRAINING = {"evaluate", "evaluate_episodes", "evaluate_seed"}
 

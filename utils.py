@@ -102,7 +102,7 @@ def parse_config(
     argv: list[str] | None = None,
     description: str = "",
     config_flag: str = "--config",
-    default_run_dir: Callable[[Any], Path] | None = None,
+    default_run_dir: Callable[[Any], Path | None] | None = None,
     aliases: dict[str, str] | None = None,
     readers: dict[str, Callable[[Any], Any]] | None = None,
 ) -> Any:
@@ -113,7 +113,7 @@ def parse_config(
         argv: the arguments without the program's name; None takes them from sys.argv.
         description: first paragraph of `--help`.
         config_flag: the flag that names the YAML file (flat `field: value` lines).
-        default_run_dir: where a run with given settings lies if `--run_dir` does not say so.
+        default_run_dir: where a run with given settings lies if `--run_dir` does not say so; None for no one place.
         aliases: other spellings of fields, on the command line and in the file.
         readers: what turns a field's value as the file has it into its type; raises ValueError.
 
@@ -654,18 +654,18 @@ class GraphedStep:
 
     The step must have static shapes, wait for nothing on the host, and draw its random numbers from `generators` alone.
     Its first calls run as they are, because libraries choose kernels then; they count like any other. What it returns,
-    a dict of tensors, lies in the same memory at every replay.
+    dicts of tensors, lies in the same memory at every replay.
     """
 
     WARMUP = 3  # calls before the capture
 
-    def __init__(self, step: Callable[[], dict[str, torch.Tensor]], generators: Iterable[torch.Generator]):
+    def __init__(self, step: Callable[[], Any], generators: Iterable[torch.Generator]):
         self.step, self.generators = step, list(generators)
         self.device = self.generators[0].device
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls, self.stream = 0, torch.cuda.Stream(self.device)
 
-    def __call__(self) -> dict[str, torch.Tensor]:
+    def __call__(self) -> Any:
         with torch.cuda.device(self.device):  # which need not be the current one
             self.calls += 1
             if self.calls <= self.WARMUP:
@@ -675,7 +675,7 @@ class GraphedStep:
             self.graph.replay()
             return self.output
 
-    def _run_beside(self) -> dict[str, torch.Tensor]:
+    def _run_beside(self) -> Any:
         """The step on a stream of its own: a capture needs what autograd keeps to be of another stream."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -689,6 +689,26 @@ class GraphedStep:
             self.graph.register_generator_state(generator)
         with torch.cuda.graph(self.graph):
             self.output = self.step()
+
+
+class SideBySide:
+    """Steps that share nothing but data they only read, each on a CUDA stream of its own: branches of a captured graph.
+
+    A call returns what each step returned, and is ordered before and after what else the current stream does.
+    """
+
+    def __init__(self, steps: Iterable[Callable[[], Any]], device: torch.device):
+        self.branches = [(step, torch.cuda.Stream(device)) for step in steps]
+
+    def __call__(self) -> list[Any]:
+        current, outputs = torch.cuda.current_stream(), []
+        for step, stream in self.branches:
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                outputs.append(step())
+        for _, stream in self.branches:
+            current.wait_stream(stream)
+        return outputs
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@
 The peer is the published agent where `--path` says where its file lies. Beside it, always, its scheme written plainly
 with the same sizes: twin critics one after the other, a pass of one sample for Q beside the K samples of the distance,
 GeomLoss's tensorized Sinkhorn, Adam and averages parameter by parameter. All take turns in one process on the same
-data; medians are printed. On a GPU, ours is measured captured as a CUDA graph too. `--compile` also tries torch.compile
-on our update, which needs a C++ compiler on a CPU.
+data; medians are printed. On a GPU, ours is measured captured as a CUDA graph too, and so are `--num_seeds` agents at
+once, branches of one graph, against one after the other. `--compile` also tries torch.compile on our update, which
+needs a C++ compiler on a CPU.
 """
 
 import contextlib
@@ -32,7 +33,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import mlp
 from pogo_agent import POGOAgent, POGOConfig
-from utils import GraphedStep, ReplayBuffer, UserError, check_counts, one_line, parse_config, resolve_device, run_cli
+from utils import (
+    GraphedStep,
+    ReplayBuffer,
+    SideBySide,
+    UserError,
+    check_counts,
+    one_line,
+    parse_config,
+    resolve_device,
+    run_cli,
+)
 
 PEERS = ("plain scheme", "published agent")
 
@@ -48,6 +59,7 @@ class BenchPOGOConfig:
     repeats: int = 5  # turns of each; the median is printed
     max_actors: int = 3  # chains of 1 to so many actors
     path: str | None = None  # agent.py of the published code, to measure it too
+    num_seeds: int = 8  # on a GPU: agents trained at once, as `pogo_main.py --num_seeds` does
     compile: bool = False  # also measure ours under torch.compile
     threads: int = 1  # CPU threads
     device: str = "auto"  # auto, cpu or cuda
@@ -141,34 +153,54 @@ def make_buffer(config: BenchPOGOConfig, device: torch.device) -> ReplayBuffer:
     return ReplayBuffer.from_arrays(states, actions, rewards, following, ends, ends, device)
 
 
+def make_step(
+    config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer, compiled: bool = False
+) -> tuple[Callable, list[torch.Generator]]:
+    """One update of a new agent of ours on a fresh batch, and the generators it draws from."""
+    settings = POGOConfig(w2_weights=(0.4,) * actors, sinkhorn_K=config.sinkhorn_K)
+    noise, sampling = (torch.Generator(buffer.device).manual_seed(seed) for seed in (0, 1))
+    agent = POGOAgent(settings, config.observation_dim, config.action_dim, 1.0, noise, buffer.device)
+    update = torch.compile(agent.update) if compiled else agent.update
+    return lambda: update(buffer.sample(config.batch_size, sampling)), [noise, sampling]
+
+
 def contestants(
-    config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer, device: torch.device, published: ModuleType | None
+    config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer, published: ModuleType | None
 ) -> dict[str, Callable]:
     """Name -> one update on a fresh batch; those that are not ours are in PEERS."""
-
-    def make_agent() -> tuple[POGOAgent, torch.Generator]:
-        settings = POGOConfig(w2_weights=(0.4,) * actors, sinkhorn_K=config.sinkhorn_K)
-        noise, sampling = (torch.Generator(device).manual_seed(seed) for seed in (0, 1))
-        return POGOAgent(settings, config.observation_dim, config.action_dim, 1.0, noise, device), sampling
-
-    def step_of(agent, sampling) -> Callable:
-        return lambda: agent.update(buffer.sample(config.batch_size, sampling))
-
-    agent, sampling = make_agent()
-    found = {"eager": step_of(agent, sampling)}
+    device = buffer.device
+    found = {"eager": make_step(config, actors, buffer)[0]}
     if device.type == "cuda":
-        captured, own = make_agent()
-        found["graph"] = GraphedStep(step_of(captured, own), [own, captured.generator])
+        found["graph"] = GraphedStep(*make_step(config, actors, buffer))
     if config.compile:
-        compiled, own = make_agent()
-        compiled.update = torch.compile(compiled.update)
-        found["compiled"] = step_of(compiled, own)
-    found["plain scheme"] = step_of(PublishedScheme(config, actors, device), torch.Generator(device).manual_seed(1))
+        found["compiled"] = make_step(config, actors, buffer, compiled=True)[0]
+    scheme, sampling = PublishedScheme(config, actors, device), torch.Generator(device).manual_seed(1)
+    found["plain scheme"] = lambda: scheme.update(buffer.sample(config.batch_size, sampling))
     if published is not None:
         theirs = published.POGO(config.observation_dim, config.action_dim, 1.0, w2_weights=[0.4] * actors, seed=0)
         batches = TheirBuffer(buffer)
         found["published agent"] = lambda: theirs.train(batches, config.batch_size)
     return found
+
+
+def seeds_at_once(config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer) -> dict[str, Callable]:
+    """Name -> one update of each of `num_seeds` agents: in one graph, and in a graph each."""
+    made = [make_step(config, actors, buffer) for _ in range(config.num_seeds)]
+    generators = [generator for _, own in made for generator in own]
+    single = [GraphedStep(*make_step(config, actors, buffer)) for _ in range(config.num_seeds)]
+    together = GraphedStep(SideBySide([step for step, _ in made], buffer.device), generators)
+    return {"at once": together, "one after the other": lambda: [step() for step in single]}
+
+
+def median_rates(steps: dict[str, Callable], config: BenchPOGOConfig, device: torch.device) -> dict[str, float]:
+    """Calls a second of each, which take turns; the first turn warms up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(config.repeats + 1):
+        for name, step in steps.items():
+            taken = seconds(step, config.updates, device)
+            if turn:
+                times[name].append(taken)
+    return {name: config.updates / float(np.median(taken)) for name, taken in times.items()}
 
 
 def seconds(step: Callable, updates: int, device: torch.device) -> float:
@@ -196,14 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     buffer, closing = make_buffer(config, device), []
     print("| actors | whose | updates/s |\n|---|---|---|")
     for actors in range(1, config.max_actors + 1):
-        steps = contestants(config, actors, buffer, device, published)
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for turn in range(config.repeats + 1):
-            for name, step in steps.items():
-                taken = seconds(step, config.updates, device)
-                if turn:  # the first one warms up
-                    times[name].append(taken)
-        rates = {name: config.updates / float(np.median(taken)) for name, taken in times.items()}
+        rates = median_rates(contestants(config, actors, buffer, published), config, device)
         for name, rate in rates.items():
             print(f"| {actors} | {name if name in PEERS else f'ours, {name}'} | {rate:.1f} |")
         best = max((name for name in rates if name not in PEERS), key=rates.get)
@@ -212,6 +237,11 @@ def main(argv: list[str] | None = None) -> None:
                 f"pogo_updates_per_second_{actors}_actors_{peer.replace(' ', '_')}: ours {rates[best]:.1f} ({best}), "
                 f"peer {rates[peer]:.1f}, ratio {rates[best] / rates[peer]:.2f}"
             )
+    if device.type == "cuda":
+        rates = median_rates(seeds_at_once(config, config.max_actors, buffer), config, device)
+        ours, peer = (rate * config.num_seeds for rate in rates.values())
+        claim = f"pogo_{config.num_seeds}_seeds_at_once"
+        closing.append(f"{claim}: ours {ours:.1f}, peer {peer:.1f}, ratio {ours / peer:.2f}")
     print("\n".join(closing))
 
 

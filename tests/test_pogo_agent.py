@@ -11,7 +11,7 @@ import model
 from model import EnsembleCritic, TransportActor, mlp, run_mlp
 from pogo_agent import POGOAgent, POGOConfig
 from transport import box_diameter, sinkhorn
-from utils import load_checkpoint, save_checkpoint
+from utils import GraphedStep, load_checkpoint, save_checkpoint
 
 D, A, N = 5, 3, 32
 
@@ -463,8 +463,6 @@ def test_the_energy_of_a_step_that_helps_falls():
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["fused", "exact"])
 def test_a_captured_update_equals_the_eager_one(backend):
-    from utils import GraphedStep
-
     agents = [make_agent(device="cuda", sinkhorn_backend=backend) for _ in range(2)]
     batch = {name: value.cuda() for name, value in make_batch().items()}
     captured = GraphedStep(lambda: agents[1].update(batch), [agents[1].generator])

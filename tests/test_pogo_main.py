@@ -17,7 +17,16 @@ import make_dataset
 import pogo_main
 from evaluation import episode_seeds
 from pogo_main import POGORun, POGOTrainerConfig
-from utils import load_checkpoint, parse_config, read_episodes, read_metrics, run_cli, save_checkpoint
+from utils import (
+    RunFinished,
+    UserError,
+    load_checkpoint,
+    parse_config,
+    read_episodes,
+    read_metrics,
+    run_cli,
+    save_checkpoint,
+)
 
 DATASET = "local/hopper-medium-v2"
 TINY = {
@@ -74,22 +83,17 @@ def train(flags: list[str]) -> None:
         pogo_main.main([*flags, "--no_tensorboard"])
 
 
-def train_until(stop_at: int, flags: list[str]) -> None:
-    """A run that is interrupted after so many updates."""
-    make_update = POGORun.make_update
+def train_until(stop_at: int, flags: list[str], seed: int = 0, method: str = "record") -> None:
+    """Train, and interrupt the run of one seed where it would count its next update (or save) after so many."""
+    whole = getattr(POGORun, method)
 
-    def interrupted(run):
-        update = make_update(run)
-
-        def step():
-            if run.step == stop_at:
-                raise KeyboardInterrupt
-            return update()
-
-        return step
+    def interrupted(run, *arguments):
+        if run.step == stop_at and run.config.seed == seed:
+            raise KeyboardInterrupt
+        return whole(run, *arguments)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(POGORun, "make_update", interrupted)
+        patch.setattr(POGORun, method, interrupted)
         train(flags)
 
 
@@ -357,6 +361,93 @@ def test_a_checkpoint_of_other_data_is_refused(arguments, tmp_path, capsys):
     assert "began on other data" in exits(capsys, *flags)
 
 
+# -- several seeds at once ---------------------------------------------------------------------------------------------
+
+
+def several(arguments, tmp_path, monkeypatch) -> list[str]:
+    """Flags of three seeds at once, of which seed 0 is `finished`; runs go under logs/ of a new current folder."""
+    monkeypatch.chdir(tmp_path)
+    flags = arguments("")
+    del flags[flags.index("--run_dir") : flags.index("--run_dir") + 2]
+    return [*flags, "--num_seeds", "3"]
+
+
+def folder(seed: int) -> Path:
+    return Path("logs", DATASET, "w2_0.4_1", f"seed_{seed}")
+
+
+@pytest.fixture(scope="module")
+def alone(arguments, tmp_path_factory) -> dict[int, Path]:
+    """Each seed's run in a process of its own."""
+    runs = {seed: tmp_path_factory.mktemp("alone") / f"seed_{seed}" for seed in range(3)}
+    for seed, run_dir in runs.items():
+        train(arguments(run_dir, seed=seed))
+    return runs
+
+
+def test_seeds_at_once_equal_each_alone(alone, arguments, tmp_path, monkeypatch, capsys):
+    summaries = pogo_main.main(several(arguments, tmp_path, monkeypatch))
+    for seed, run_dir in alone.items():
+        for name in OUTPUTS:
+            assert digest(folder(seed) / name) == digest(run_dir / name), (seed, name)
+        assert summaries[f"seed_{seed}"] == json.loads((folder(seed) / "finished.json").read_text())
+        assert (folder(seed) / "training_curves.png").exists()
+    scores = [summary["actor_1/stochastic/score"] for summary in summaries.values()]
+    said = f"{np.mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})"
+    out = capsys.readouterr().out
+    assert "seeds 0, 1, 2 at once" in out and f"Actor 1 - Stochastic: D4RL score: {said}" in out
+
+
+@pytest.mark.parametrize(
+    "method,stop_at,reached",
+    [("record", 3, [0, 0, 0]), ("save", 6, [6, 0, 0]), ("record", 9, [6, 6, 6]), ("save", 12, [12, 6, 6])],
+)
+def test_seeds_that_were_cut_at_different_updates_come_together(
+    method, stop_at, reached, alone, arguments, tmp_path, monkeypatch
+):
+    flags = several(arguments, tmp_path, monkeypatch)
+    train_until(stop_at, flags, 1, method)
+    checkpoints = [folder(seed) / "checkpoints" / "last.pth" for seed in range(3)]
+    assert [load_checkpoint(path)["step"] if path.exists() else 0 for path in checkpoints] == reached
+    train([*flags, "--resume"])
+    for seed, run_dir in alone.items():
+        for name in OUTPUTS:
+            assert digest(folder(seed) / name) == digest(run_dir / name), (seed, name)
+
+
+def test_finished_seeds_are_left_and_counted(alone, arguments, tmp_path, monkeypatch, capsys):
+    flags = several(arguments, tmp_path, monkeypatch)
+    train([*flags, "--num_seeds", "2"])
+    before = {seed: (folder(seed) / "finished.json").stat().st_mtime_ns for seed in (0, 1)}
+    train(flags)
+    out = capsys.readouterr().out
+    assert "seed_1: this run is finished" in out and "Last checkpoints of 3 seeds" in out
+    assert {seed: (folder(seed) / "finished.json").stat().st_mtime_ns for seed in (0, 1)} == before
+    assert digest(folder(2) / "checkpoints" / "last.pth") == digest(alone[2] / "checkpoints" / "last.pth")
+    with pytest.raises(RunFinished, match="all 3 runs are finished"):
+        pogo_main.main(flags)
+
+
+def test_a_seed_that_diverges_does_not_stop_the_others(alone, arguments, tmp_path, monkeypatch, capsys):
+    flags, check = several(arguments, tmp_path, monkeypatch), POGORun.check_metrics
+
+    def checked(run, metrics):
+        if run.config.seed == 1 and run.step == 6:
+            raise UserError("seed 1 diverged")
+        check(run, metrics)
+
+    monkeypatch.setattr(POGORun, "check_metrics", checked)
+    assert exits(capsys, *flags) == "error: seed 1 diverged"
+    assert not (folder(1) / "finished.json").exists()
+    for seed in (0, 2):
+        assert digest(folder(seed) / "checkpoints" / "last.pth") == digest(alone[seed] / "checkpoints" / "last.pth")
+
+
+def test_one_directory_cannot_hold_several_seeds(arguments, tmp_path, capsys):
+    line = exits(capsys, *arguments(tmp_path / "run"), "--num_seeds", "2")
+    assert "--run_dir" in line and "is one run's" in line and not (tmp_path / "run").exists()
+
+
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_trains_resumes_and_evaluates(arguments, tmp_path):
     """Its update is captured, batches drawn inside the graph; from the middle on it goes on to about the same."""
@@ -368,6 +459,18 @@ def test_a_run_on_a_gpu_trains_resumes_and_evaluates(arguments, tmp_path):
     for other in ("eager", "cut"):
         found = load_checkpoint(tmp_path / other / "checkpoints/last.pth")["agent"]["actors"]
         assert all(torch.allclose(whole[name], found[name], rtol=1e-3, atol=1e-4) for name in whole), other
+
+
+@pytest.mark.gpu
+def test_seeds_at_once_on_a_gpu_equal_each_alone(arguments, tmp_path, monkeypatch):
+    """As branches of one captured graph."""
+    for seed in range(3):
+        train(arguments(tmp_path / f"alone_{seed}", device="cuda", seed=seed))
+    train([*several(arguments, tmp_path, monkeypatch), "--device", "cuda"])
+    for seed in range(3):
+        paths = (tmp_path / f"alone_{seed}", folder(seed))
+        alone, together = (load_checkpoint(path / "checkpoints/last.pth")["agent"]["actors"] for path in paths)
+        assert all(torch.allclose(alone[name], together[name], rtol=1e-3, atol=1e-4) for name in alone), seed
 
 
 def test_a_blur_wider_than_the_samples_is_told_once(arguments, tmp_path, capsys):

@@ -88,14 +88,15 @@ def test_a_run_logs_what_the_text_names(algorithm, finished):
 
 @pytest.mark.parametrize("algorithm", ["iql", "td3_bc", "sac_n"])
 def test_a_run_that_is_cut_goes_on_to_the_same_bits(algorithm, finished, arguments, tmp_path, monkeypatch):
-    make_update = MultiRun.make_update
+    update = MultiRun.update
 
     def interrupted(run):
-        update = make_update(run)
-        return lambda: update() if run.step < 6 else (_ for _ in ()).throw(KeyboardInterrupt)
+        if run.step == 6:
+            raise KeyboardInterrupt
+        return update(run)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(MultiRun, "make_update", interrupted)
+        patch.setattr(MultiRun, "update", interrupted)
         pogo_multi_main.main(arguments(algorithm, tmp_path / "cut"))
     pogo_multi_main.main(["--resume", "--run_dir", str(tmp_path / "cut")])  # which knows its algorithm and settings
     for name in OUTPUTS:

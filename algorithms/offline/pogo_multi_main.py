@@ -27,7 +27,7 @@ from algorithms.offline.iql import IQL, IQLConfig
 from algorithms.offline.pogo_multi import POLICIES, ChainConfig, MultiActor
 from algorithms.offline.sac_n import SACN, SACNConfig
 from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
-from chain_run import Act, ChainRun, ChainRunConfig, check_weights, evaluate_again
+from chain_run import Act, ChainRun, ChainRunConfig, check_weights, evaluate_again, run_seeds
 from offline_data import OfflineData, load_transitions
 from transport import MAX_EXACT
 from utils import (
@@ -171,9 +171,9 @@ class MultiRun(ChainRun):
     config: MultiRunConfig
     agent: MultiActor
 
-    def __init__(self, config: MultiRunConfig):
+    def __init__(self, config: MultiRunConfig, beside: "MultiRun | None" = None):
         check(config)
-        super().__init__(config)
+        super().__init__(config, beside)
 
     @staticmethod
     def run_name(config: MultiRunConfig) -> Path:
@@ -305,15 +305,15 @@ def find_config(argv: list[str]) -> type[MultiRunConfig]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train one run to its end; returns what finished.json holds."""
+    """Train to the end, and return what `run_seeds` does; or evaluate a file, and return its scores."""
     argv = list(sys.argv[1:] if argv is None else argv)
     config_class = find_config(argv)
-    more = ("--config_path", MultiRun.default_run_dir, ALIASES, {"actor_configs": read_actor_configs})
+    more = ("--config_path", MultiRun.settings_dir, ALIASES, {"actor_configs": read_actor_configs})
     config = parse_config(config_class, argv, __doc__, *more)
     if config.evaluate is not None:
         check_bounds(config, chain_run.BOUNDS)
         return evaluate_file(config)
-    return MultiRun(config).run()
+    return run_seeds(MultiRun, config)
 
 
 if __name__ == "__main__":
