@@ -12,6 +12,7 @@ the data's normalisation, evaluation of all actors, and the run's directory:
 import abc
 import contextlib
 import functools
+import importlib.util
 import json
 import math
 import time
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from evaluation import Episodes, Evaluator, episode_seeds, num_workers
 from offline_data import OfflineData, data_scores, make_env, normalized_score
+from transport import MAX_EXACT
 from utils import (
     EpisodeLog,
     GraphedStep,
@@ -40,6 +42,7 @@ from utils import (
     hold_run,
     load_checkpoint,
     mark_finished,
+    one_line,
     plain_config,
     prepare_run,
     progress,
@@ -97,6 +100,21 @@ MAY_CHANGE_ON_RESUME = {
 NOT_THE_MODEL = {"resume", "run_dir", "checkpoint_dir", *MAY_CHANGE_ON_RESUME}
 
 
+def check_solver(backend: str, sinkhorn_K: int) -> None:
+    """UserError where the solver of distances cannot work so, or here."""
+    if backend == "exact" and sinkhorn_K > MAX_EXACT:
+        raise UserError(f"--sinkhorn_K {sinkhorn_K}: --sinkhorn_backend exact takes at most {MAX_EXACT}")
+    if backend == "online" and importlib.util.find_spec("pykeops") is None:
+        raise UserError("--sinkhorn_backend online: needs pykeops (pip install pykeops); or take tensorized, or fused")
+
+
+def check_evaluate(config: ChainRunConfig) -> None:
+    """UserError where `--evaluate` stands beside what it has no use for."""
+    check_bounds(config, BOUNDS)
+    if config.num_seeds > 1:
+        raise UserError(f"--num_seeds {config.num_seeds}: --evaluate takes the file of one run; leave it out")
+
+
 def check_weights(weights: Sequence[float]) -> None:
     """One weight for each actor, none negative; UserError otherwise."""
     if not weights or not all(0 <= weight < math.inf for weight in weights):
@@ -113,15 +131,16 @@ class ChainRun(abc.ABC):
     Args:
         config: the settings.
         beside: a run of the same settings and another seed, in this process: its data and environments serve both.
+        prefix: of what this run prints; `Seed 3: ` where there are several.
     """
 
-    def __init__(self, config: ChainRunConfig, beside: "ChainRun | None" = None):
+    def __init__(self, config: ChainRunConfig, beside: "ChainRun | None" = None, prefix: str = ""):
         if config.checkpoint_dir:  # a run may be continued from another folder
             config = replace(config, checkpoint_dir=str(Path(config.checkpoint_dir).resolve()))
-        self.config, self.device = config, resolve_device(config.device)
+        self.ask(config)  # before the data is made or loaded
+        self.config, self.device, self.prefix = config, resolve_device(config.device), prefix
         self.run_dir, self.checkpoint = self.default_run_dir(config), self.checkpoint_path(config)
         where = {"may_change": MAY_CHANGE_ON_RESUME, "checkpoint_name": str(self.checkpoint)}
-        check_run(self.run_dir, config, config.resume, **where)  # before the data is made or loaded
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
         self.data = self.load_data() if beside is None else beside.data
         self.failure: UserError | None = None  # why this run did not come to its end
@@ -176,7 +195,22 @@ class ChainRun(abc.ABC):
         """Release the directory, the environments and the log; closing twice is harmless."""
         self.resources.close()
 
+    @classmethod
+    def ask(cls, config: ChainRunConfig) -> None:
+        """Whether this run may begin or go on, without writing anything; UserError or RunFinished says why not."""
+        cls.check(config)
+        run_dir, checkpoint = cls.default_run_dir(config), cls.checkpoint_path(config)
+        check_run(run_dir, config, config.resume, MAY_CHANGE_ON_RESUME, str(checkpoint))
+        for folder in filter(Path.is_dir, {run_dir.resolve(), checkpoint.parent}):
+            with hold_run(folder):
+                pass
+
     # -- what an algorithm defines -----------------------------------------------------------------------------------
+
+    @staticmethod
+    @abc.abstractmethod
+    def check(config: ChainRunConfig) -> None:
+        """UserError for a setting that cannot work."""
 
     @staticmethod
     @abc.abstractmethod
@@ -253,7 +287,13 @@ class ChainRun(abc.ABC):
             if evaluates:
                 self.save()
         except UserError as error:
-            self.failure = error
+            self.fail(error)
+
+    def fail(self, error: UserError) -> None:
+        """Leave this run where it is; others in this process go on, so that it is told now."""
+        self.failure = error
+        if self.prefix:
+            warn(f"{self.prefix}{error}")
 
     def is_evaluation(self, step: int) -> bool:
         """Whether the run evaluates and saves after this many updates."""
@@ -289,7 +329,7 @@ class ChainRun(abc.ABC):
         seeds = episode_seeds(self.streams.evaluation_seed, self.config.eval_episodes)
         played = self.play(seeds, self.streams.evaluation_seed, "evaluate")
         self.episodes.add(self.step, self.policy_names(), played.returns, played.lengths, self.score(played.returns))
-        figures, lines = {}, [f"Evaluation over {len(seeds)} episodes:"]
+        figures, lines = {}, [f"{self.prefix}Evaluation over {len(seeds)} episodes:"]
         for (number, mode), returns in zip(self.policy_names(), played.returns, strict=True):
             score = float(self.score(returns).mean())
             figures |= {f"eval/actor_{number}/{mode}/return": float(returns.mean())}
@@ -307,7 +347,7 @@ class ChainRun(abc.ABC):
         played = self.play(seeds, first, "final evaluation")
         scores = self.score(played.returns)
         self.episodes.add(self.step, self.policy_names(), played.returns, played.lengths, scores, "final")
-        return report_final("Final evaluation, last checkpoint", played, scores, self.config.final_runs)
+        return report_final(f"{self.prefix}Final evaluation, last checkpoint", played, scores, self.config.final_runs)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -397,33 +437,63 @@ def run_seeds(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, An
     diverges does not stop the others. Raises UserError for it in the end, and RunFinished if nothing is left to do.
     """
     check_bounds(config, {"num_seeds": BOUNDS["num_seeds"]})
-    seeds = range(config.seed, config.seed + config.num_seeds)
-    several = len(seeds) > 1
-    if several and config.run_dir is not None:
+    if config.num_seeds == 1:
+        with contextlib.closing(run_class(config)) as run:
+            summaries = _train_to_the_end([run])
+        if run.failure is not None:
+            raise run.failure
+        return summaries[f"seed_{config.seed}"]
+    if config.run_dir is not None:
         raise UserError(f"--run_dir {config.run_dir}: is one run's; leave it out, or --num_seeds {config.num_seeds}")
-    summaries: dict[str, dict[str, Any]] = {}
+    left, summaries = _ask_seeds(run_class, config)
     with contextlib.ExitStack() as open_runs:
         runs: list[ChainRun] = []
-        for seed in seeds:
-            own = replace(config, seed=seed, num_seeds=1)
+        for own in left:
+            run = run_class(own, runs[0] if runs else None, f"Seed {own.seed}: ")
+            runs.append(open_runs.enter_context(contextlib.closing(run)))
+        if runs:
+            _check_same_data(runs[0], summaries)
+            summaries |= _train_to_the_end(runs)
+    _report_seeds(summaries)
+    if not runs:
+        raise RunFinished(f"all {config.num_seeds} runs are finished; change --seed or --num_seeds to train more")
+    failed = [str(run.config.seed) for run in runs if run.failure is not None]
+    if failed:
+        raise UserError(f"seed {', '.join(failed)}: not finished, see the warnings above; the other seeds are")
+    return summaries
+
+
+def _ask_seeds(
+    run_class: type[ChainRun], config: ChainRunConfig
+) -> tuple[list[ChainRunConfig], dict[str, dict[str, Any]]]:
+    """Settings of the seeds that are left, and `seed_k` -> finished.json of the others, before anything is written."""
+    left, summaries = [], {}
+    for seed in range(config.seed, config.seed + config.num_seeds):
+        own = replace(config, seed=seed, num_seeds=1)
+        try:
+            run_class.ask(own)
+            left.append(own)
+        except RunFinished:
+            path = run_class.default_run_dir(own) / "finished.json"
+            print(f"Seed {seed}: finished, see {path.parent}")
             try:
-                runs.append(open_runs.enter_context(contextlib.closing(run_class(own, runs[0] if runs else None))))
-            except RunFinished as finished:
-                if not several:
-                    raise
-                print(finished)
-                summaries[f"seed_{seed}"] = json.loads((run_class.default_run_dir(own) / "finished.json").read_text())
-        if not runs:
-            raise RunFinished(f"all {len(seeds)} runs are finished; change --seed or --num_seeds to train more")
-        summaries |= _train_to_the_end(runs)
-    failures = [run.failure for run in runs if run.failure is not None]
-    if several:
-        _report_seeds(summaries)
-        for failure in failures[1:]:
-            warn(failure)
-    if failures:
-        raise failures[0]
-    return summaries if several else summaries[f"seed_{config.seed}"]
+                summaries[f"seed_{seed}"] = dict(json.loads(path.read_text()))
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"{path}: cannot be read ({one_line(error)}); remove it, and add --resume") from None
+        except UserError as error:  # a directory follows from its seed here
+            raise UserError(str(error).replace("choose another --run_dir", "choose another --seed")) from None
+    return left, summaries
+
+
+def _check_same_data(run: ChainRun, summaries: dict[str, dict[str, Any]]) -> None:
+    """UserError where a finished seed was trained on other data than this run has."""
+    facts = json.loads(json.dumps(run.data.facts(), default=float))
+    for name, summary in summaries.items():
+        if any(summary.get(key) != value for key, value in facts.items()):
+            raise UserError(
+                f"{run.run_dir.parent / name}: was trained on other data of the name {run.config.env}; give its "
+                "--dataset_dir, or other seeds"
+            )
 
 
 def _train_to_the_end(runs: Sequence[ChainRun]) -> dict[str, dict[str, Any]]:
@@ -434,8 +504,11 @@ def _train_to_the_end(runs: Sequence[ChainRun]) -> dict[str, dict[str, Any]]:
     train(runs)
     summaries = {}
     for run in runs:
-        if run.failure is None:
-            summaries[f"seed_{run.config.seed}"] = run.finish()
+        try:
+            if run.failure is None:
+                summaries[f"seed_{run.config.seed}"] = run.finish()
+        except UserError as error:
+            run.fail(error)
     updates, seconds = sum(run.step for run in runs) - first, time.perf_counter() - began
     if summaries:
         folders = ", ".join(str(run.run_dir) for run in runs if run.failure is None)

@@ -23,7 +23,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from utils import UserError, one_line, progress
+from utils import ProcessDied, UserError, one_line, progress
 
 # (observations [P, E, obs_dim] float32, alive [P, E] bool) -> actions [P, E, act_dim], an array or a tensor. It is
 # called with all rows until the last episode is over; what it returns for those that are not alive is not used. A
@@ -206,8 +206,8 @@ class Evaluator:
             seeds: reset seeds of the E episodes, the same for every policy; see episode_seeds.
             desc: text of a progress bar; None shows none.
 
-        Raises UserError for actions that are not finite, for what make_env raises it for, and where a worker died;
-        RuntimeError with the traceback for any other failure in a worker. The evaluator can be used again after each.
+        Raises UserError for actions that are not finite and for what make_env raises it for, ProcessDied where a worker
+        died, RuntimeError with the traceback for any other failure in one. The evaluator can be used again after each.
         """
         if num_policies < 1 or num_policies > self.num_envs or not len(seeds):
             raise ValueError(f"{num_policies} policies and {len(seeds)} episodes in {self.num_envs} environments")
@@ -288,6 +288,6 @@ class Evaluator:
         process.join(timeout=5)
         code = process.exitcode
         how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-        raise UserError(
+        raise ProcessDied(
             f"evaluation worker {number} died ({one_line(how)}), maybe for want of memory; use fewer evaluation workers"
         )

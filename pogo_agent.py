@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from model import EnsembleCritic, TransportActor
 from transport import Backend, box_diameter, cloud_spread, l2, sinkhorn
 
+TINY = 1e-12  # what a figure is divided by at least
 SMALLEST_SPREAD = 1e-3  # of max_action: a cloud narrower than this counts as this wide where a blur is relative to it
 
 
@@ -261,12 +262,13 @@ class POGOAgent:
         }
         figures["energy_fell"] = (figures["energy"] < figures["energy_before"]).float()
         if number > 0:
-            figures["blur_to_spread"] = self.blur(before) / cloud_spread(before)
+            figures["blur_to_spread"] = self.blur(before) / cloud_spread(before).clamp_min(TINY)
         return figures
 
     def blur(self, reference: Tensor) -> Tensor:
         """The blur in units of actions, 0-d."""
-        unit = {"none": 1.0, "max_action": self.max_action, "spread": cloud_spread(reference)}
+        spread = cloud_spread(reference).clamp_min(SMALLEST_SPREAD * self.max_action)
+        unit = {"none": 1.0, "max_action": self.max_action, "spread": spread}
         return torch.as_tensor(self.config.sinkhorn_blur * unit[self.config.blur_relative], device=self.device)
 
     def _q_and_slope(self, observations: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,11 +17,19 @@ import torch
 
 import chain_run
 import make_dataset
-from chain_run import Act, ChainRun, ChainRunConfig, check_weights, evaluate_again, run_seeds
+from chain_run import (
+    Act,
+    ChainRun,
+    ChainRunConfig,
+    check_evaluate,
+    check_solver,
+    check_weights,
+    evaluate_again,
+    run_seeds,
+)
 from model import TransportActor
 from offline_data import OfflineData, load_transitions
 from pogo_agent import POGOAgent, POGOConfig
-from transport import MAX_EXACT
 from utils import (
     UserError,
     check_bounds,
@@ -56,8 +64,7 @@ def check(config: POGOTrainerConfig) -> None:
     """One line for a setting that cannot work, before anything is loaded."""
     check_bounds(config, BOUNDS)
     check_weights(config.w2_weights)
-    if config.sinkhorn_backend == "exact" and config.sinkhorn_K > MAX_EXACT:
-        raise UserError(f"--sinkhorn_K {config.sinkhorn_K}: --sinkhorn_backend exact takes at most {MAX_EXACT}")
+    check_solver(config.sinkhorn_backend, config.sinkhorn_K)
     if config.resume and not config.save_model:
         raise UserError("--resume --no_save_model: such a run leaves nothing to go on from; start it anew")
 
@@ -68,11 +75,12 @@ class POGORun(ChainRun):
     config: POGOTrainerConfig
     agent: POGOAgent
 
-    def __init__(self, config: POGOTrainerConfig, beside: "POGORun | None" = None):
-        check(config)
-        super().__init__(config, beside)
+    check = staticmethod(check)
+
+    def __init__(self, config: POGOTrainerConfig, beside: "POGORun | None" = None, prefix: str = ""):
+        super().__init__(config, beside, prefix)
         self.q_bound = config.q_limit * float(np.abs(self.data.rewards).max()) / (1 - config.discount)
-        self.warned = beside is not None  # of the blur: one of several runs says it
+        self.warned: set[str] = set() if beside is None else beside.warned  # of what; one of several runs says it
 
     @staticmethod
     def run_name(config: POGOTrainerConfig) -> Path:
@@ -114,8 +122,8 @@ class POGORun(ChainRun):
         """As every chain, with a word about a blur that is too wide."""
         figures = super().diagnose()
         largest = max((value for name, value in figures.items() if name.endswith("blur_to_spread")), default=0.0)
-        if largest > 1 and not self.warned and self.config.sinkhorn_backend != "exact":
-            self.warned = True
+        if largest > 1 and "blur" not in self.warned and self.config.sinkhorn_backend != "exact":
+            self.warned.add("blur")
             warn(
                 f"the blur is {largest:.1f} times the spread of an actor's samples, so that distances see little but "
                 "their means; --blur_relative spread or a smaller --sinkhorn_blur would see more"
@@ -176,7 +184,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train to the end, and return what `run_seeds` does; or evaluate a file, and return its scores."""
     config = parse_config(POGOTrainerConfig, argv, __doc__, default_run_dir=POGORun.settings_dir)
     if config.evaluate is not None:
-        check(config)
+        check_evaluate(config)
         return evaluate_file(config)
     return run_seeds(POGORun, config)
 

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -276,7 +277,8 @@ def expand(config: RunComparisonConfig) -> list[Run]:
         seeds, usual = common.pop("seeds", seeds), system_of(path, "common", common.pop("algorithm", usual))
     seeds = config.seeds or _numbers(path, "common.seeds", seeds, int)
     if len(set(seeds)) != len(seeds):
-        raise UserError(f"{path}: common.seeds: {list(seeds)} holds a seed twice; give each once")
+        source = "--seeds" if config.seeds else f"{path}: common.seeds:"
+        raise UserError(f"{source} {' '.join(map(str, seeds))}: holds a seed twice; give each once")
     entries = list(entries_of(path, sections["environments"], usual))
     shared = shared_settings(path, common, sections["sinkhorn"], {algorithm for *_, algorithm in entries})
     runs: dict[Path, Run] = {}
@@ -393,6 +395,8 @@ def runs_of(
 ) -> Iterator[Run]:
     """A run for each list of weights and seed, settings checked as its command checks them; UserError in one line."""
     system = SYSTEMS[algorithm]
+    if settings.get("save_model") is False:
+        raise UserError(f"{path}: {where}: save_model: a run without checkpoints cannot be continued; leave it out")
     for variant, weights in enumerate(lists, first):
         for seed in seeds:
             trainer = system.config_class(**settings, w2_weights=weights, seed=seed, resume=True)
@@ -632,6 +636,8 @@ class Comparison:
             return RayPool(config.address, config.jobs, self.threads, config.gpus_per_run, config.retries)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+        if any(":" in run.config.device for run in self.runs):  # the file says which
+            devices = []
         return LocalPool(config.jobs or 1, devices)
 
     def train(self) -> None:
@@ -682,7 +688,10 @@ class Comparison:
             return
         if outcome.code == 0 and is_finished(run):
             self.finished.add(run.run_dir)
-            self.report()
+            try:
+                self.report()
+            except (UserError, OSError) as error:  # no reason to stop what trains; told again at the end
+                warn(f"the results were not written: {error}")
             return
         words = f"exit code {outcome.code}: {outcome.line}" if outcome.code is not None else outcome.line
         if outcome.code != 2 and self.starts[run.run_dir] <= self.config.retries:
@@ -733,6 +742,16 @@ def check(config: RunComparisonConfig) -> None:
         raise UserError(f"--address {config.address}: is of a Ray cluster; add --backend ray")
 
 
+def check_output(output: str) -> None:
+    """UserError where the results cannot be written, before hours of training."""
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot write there ({error.strerror}); choose another") from None
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the comparison; exits 1 where runs failed."""
     config = parse_config(RunComparisonConfig, argv, __doc__, config_flag="--settings")
@@ -746,6 +765,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--log_dir {config.log_dir}: none of the runs asked for is there; give the folder that has some"
         )
     comparison = Comparison(config, runs, finished)
+    check_output(config.output)
     print(f"{len(runs)} runs, {len(finished)} finished; {runs[0].name} is the first")
     if not config.report_only:
         try:

@@ -48,6 +48,10 @@ class UserError(Exception):
     """Bad input. The message names the file, key or flag and says what to do about it."""
 
 
+class ProcessDied(Exception):
+    """A process that works for this one was killed or crashed: no fault of the input, and worth another try."""
+
+
 class RunFinished(Exception):
     """The run directory holds a finished run of these settings: nothing is left to do."""
 
@@ -65,14 +69,17 @@ def warn(text: object) -> None:
 def run_cli(main: Callable[[list[str] | None], None]) -> None:
     """Call `main(None)` and turn the failures that a user can mend into one line.
 
-    Exit codes: 2 for bad input, a file that cannot be used or a full disk, 130 for Ctrl-C, 0 for a run that was
-    finished already. Any other exception is a defect of the program and keeps its traceback.
+    Exit codes: 2 for bad input, a file that cannot be used or a full disk, 1 for a process that died, 130 for Ctrl-C, 0
+    for a run that was finished already. Any other exception is a defect of the program and keeps its traceback.
     """
     try:
         main(None)
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except ProcessDied as error:
+        print(f"error: {one_line(error)}; what was saved before is kept", file=sys.stderr)
+        sys.exit(1)
     except RunFinished as finished:
         print(one_line(finished))
         sys.exit(0)
@@ -964,7 +971,8 @@ class MetricLogger:
         settings = plain_config(config) if config is not None else None
         labels = {"name": "/".join(Path(run_dir).resolve().parts[-4:])} | labels
         identity = {"id": id_file.read_text().strip(), "resume": "allow"}
-        run = wandb.init(project=project, dir=str(run_dir), config=settings, **identity, **labels)
+        # One process may train several runs, each with a page of its own.
+        run = wandb.init(project=project, dir=str(run_dir), config=settings, reinit="create_new", **identity, **labels)
         self._trackers["wandb"] = _Wandb(run)
 
     def _guard(self, name: str, action: Callable, *arguments: Any) -> None:

@@ -19,7 +19,7 @@ import d4rl_utils
 import offline_data
 from d4rl_utils import AntMaze, QuickRunner, make_env, normalized_score, official_ids
 from evaluation import Evaluator, episode_seeds
-from utils import UserError
+from utils import ProcessDied, UserError
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
@@ -239,7 +239,7 @@ def test_failures_in_workers_are_told_and_do_not_last():
     with Evaluator(Counter, 2, num_workers=1) as evaluator:  # the second episode is the worker's
         with pytest.raises(UserError, match="^no such maze; choose another$"):
             evaluator.evaluate(numbered, 1, [0, 102])
-        with pytest.raises(UserError, match="evaluation worker 1 died .killed by SIGKILL.*fewer"):
+        with pytest.raises(ProcessDied, match="evaluation worker 1 died .killed by SIGKILL.*fewer"):
             evaluator.evaluate(numbered, 1, [0, 100])
         with pytest.raises(RuntimeError, match=r"(?s)in evaluation worker.*ZeroDivisionError: in the simulator"):
             evaluator.evaluate(numbered, 1, [0, 101])

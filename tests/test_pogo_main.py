@@ -1,6 +1,7 @@
 """The POGO command: what it writes and prints, how it resumes, and what it says about bad input."""
 
 import functools
+import importlib.util
 import json
 import shutil
 import sys
@@ -20,6 +21,7 @@ from pogo_main import POGORun, POGOTrainerConfig
 from utils import (
     RunFinished,
     UserError,
+    hold_run,
     load_checkpoint,
     parse_config,
     read_episodes,
@@ -246,6 +248,8 @@ def test_bad_settings_name_the_flag(arguments, tmp_path, capsys):
         assert "--w2_weights" in exits(capsys, *arguments(tmp_path / "run"), "--w2_weights", *weights)
     line = exits(capsys, *arguments(tmp_path / "run"), "--sinkhorn_K", 7, "--sinkhorn_backend", "exact")
     assert "--sinkhorn_K 7" in line
+    if importlib.util.find_spec("pykeops") is None:
+        assert "needs pykeops" in exits(capsys, *arguments(tmp_path / "run"), "--sinkhorn_backend", "online")
     assert "--env" in exits(capsys, *arguments(tmp_path / "run"), "--env", "hoper-medium-v2")
     assert not (tmp_path / "run").exists()
 
@@ -365,7 +369,7 @@ def test_a_checkpoint_of_other_data_is_refused(arguments, tmp_path, capsys):
 
 
 def several(arguments, tmp_path, monkeypatch) -> list[str]:
-    """Flags of three seeds at once, of which seed 0 is `finished`; runs go under logs/ of a new current folder."""
+    """Flags of seeds 0 to 2 at once; runs go under logs/ of a new current folder."""
     monkeypatch.chdir(tmp_path)
     flags = arguments("")
     del flags[flags.index("--run_dir") : flags.index("--run_dir") + 2]
@@ -378,7 +382,7 @@ def folder(seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(arguments, tmp_path_factory) -> dict[int, Path]:
-    """Each seed's run in a process of its own."""
+    """Each seed's run by a command of its own."""
     runs = {seed: tmp_path_factory.mktemp("alone") / f"seed_{seed}" for seed in range(3)}
     for seed, run_dir in runs.items():
         train(arguments(run_dir, seed=seed))
@@ -405,11 +409,14 @@ def test_seeds_at_once_equal_each_alone(alone, arguments, tmp_path, monkeypatch,
 def test_seeds_that_were_cut_at_different_updates_come_together(
     method, stop_at, reached, alone, arguments, tmp_path, monkeypatch
 ):
-    flags = several(arguments, tmp_path, monkeypatch)
+    flags, groups = several(arguments, tmp_path, monkeypatch), []
     train_until(stop_at, flags, 1, method)
     checkpoints = [folder(seed) / "checkpoints" / "last.pth" for seed in range(3)]
     assert [load_checkpoint(path)["step"] if path.exists() else 0 for path in checkpoints] == reached
+    make_update = chain_run.make_update
+    monkeypatch.setattr(chain_run, "make_update", lambda runs: groups.append(len(runs)) or make_update(runs))
     train([*flags, "--resume"])
+    assert groups == ([3] if len(set(reached)) == 1 else [2, 3] if reached[0] == 6 else [2])
     for seed, run_dir in alone.items():
         for name in OUTPUTS:
             assert digest(folder(seed) / name) == digest(run_dir / name), (seed, name)
@@ -421,11 +428,18 @@ def test_finished_seeds_are_left_and_counted(alone, arguments, tmp_path, monkeyp
     before = {seed: (folder(seed) / "finished.json").stat().st_mtime_ns for seed in (0, 1)}
     train(flags)
     out = capsys.readouterr().out
-    assert "seed_1: this run is finished" in out and "Last checkpoints of 3 seeds" in out
+    assert "Seed 1: finished" in out and out.count("Last checkpoints of 3 seeds") == 1
     assert {seed: (folder(seed) / "finished.json").stat().st_mtime_ns for seed in (0, 1)} == before
     assert digest(folder(2) / "checkpoints" / "last.pth") == digest(alone[2] / "checkpoints" / "last.pth")
     with pytest.raises(RunFinished, match="all 3 runs are finished"):
         pogo_main.main(flags)
+    assert "Last checkpoints of 3 seeds" in capsys.readouterr().out
+    summary = json.loads((folder(1) / "finished.json").read_text())
+    (folder(1) / "finished.json").write_text(json.dumps(summary | {"transitions": 300}))
+    assert "seed_1: was trained on other data" in exits(capsys, *flags, "--num_seeds", "4")
+    assert not (folder(3) / "finished.json").exists()
+    (folder(1) / "finished.json").write_text("")
+    assert "seed_1/finished.json: cannot be read" in exits(capsys, *flags)
 
 
 def test_a_seed_that_diverges_does_not_stop_the_others(alone, arguments, tmp_path, monkeypatch, capsys):
@@ -437,15 +451,52 @@ def test_a_seed_that_diverges_does_not_stop_the_others(alone, arguments, tmp_pat
         check(run, metrics)
 
     monkeypatch.setattr(POGORun, "check_metrics", checked)
-    assert exits(capsys, *flags) == "error: seed 1 diverged"
+    assert "seed 1: not finished" in exits(capsys, *flags)
     assert not (folder(1) / "finished.json").exists()
     for seed in (0, 2):
-        assert digest(folder(seed) / "checkpoints" / "last.pth") == digest(alone[seed] / "checkpoints" / "last.pth")
+        for name in OUTPUTS:
+            assert digest(folder(seed) / name) == digest(alone[seed] / name), (seed, name)
+
+
+def test_every_failure_is_told_and_stops_no_other_seed(alone, arguments, tmp_path, monkeypatch, capsys):
+    """Seed 0 diverges, seed 1 cannot be scored at the end, seed 2 finishes."""
+    flags, check, final = several(arguments, tmp_path, monkeypatch), POGORun.check_metrics, POGORun.final_evaluation
+
+    def failing(number, whole):
+        def method(run, *given):
+            if run.config.seed == number:
+                raise UserError(f"fault of {number}")
+            return whole(run, *given)
+
+        return method
+
+    monkeypatch.setattr(POGORun, "check_metrics", failing(0, check))
+    monkeypatch.setattr(POGORun, "final_evaluation", failing(1, final))
+    with pytest.raises(UserError, match="seed 0, 1: not finished"):
+        train(flags)
+    said = capsys.readouterr().err
+    assert "warning: Seed 0: fault of 0" in said and "warning: Seed 1: fault of 1" in said
+    assert [(folder(seed) / "finished.json").exists() for seed in range(3)] == [False, False, True]
+    assert digest(folder(2) / "finished.json") == digest(alone[2] / "finished.json")
+
+
+def test_nothing_is_written_where_a_later_seed_cannot_begin(arguments, tmp_path, monkeypatch, capsys):
+    flags = several(arguments, tmp_path, monkeypatch)
+    train_until(9, [*flags, "--seed", "2", "--num_seeds", "1"], 2)
+    line = exits(capsys, *flags)
+    assert "seed_2: holds an unfinished run; continue it with --resume or choose another --seed" in line
+    assert not folder(0).exists() and not folder(1).exists()
+    with hold_run(folder(2)):
+        assert "seed_2: another process is training there" in exits(capsys, *flags, "--resume")
+    assert not folder(0).exists()
+    assert "--seed 9007199254740993" in exits(capsys, *flags, "--seed", str(2**53))
+    assert not folder(2**53).exists()
 
 
 def test_one_directory_cannot_hold_several_seeds(arguments, tmp_path, capsys):
     line = exits(capsys, *arguments(tmp_path / "run"), "--num_seeds", "2")
     assert "--run_dir" in line and "is one run's" in line and not (tmp_path / "run").exists()
+    assert "--evaluate takes the file of one run" in exits(capsys, "--evaluate", "x.pth", "--num_seeds", "2")
 
 
 @pytest.mark.gpu
@@ -478,6 +529,14 @@ def test_a_blur_wider_than_the_samples_is_told_once(arguments, tmp_path, capsys)
     assert capsys.readouterr().err.count("warning: the blur is") == 1
     train(arguments(tmp_path / "exact", "--sinkhorn_backend", "exact", sinkhorn_blur=5.0))
     assert "the blur" not in capsys.readouterr().err
+
+
+def test_a_wide_blur_of_any_seed_is_told_once(arguments, tmp_path, monkeypatch, capsys):
+    flags = [*several(arguments, tmp_path, monkeypatch), "--sinkhorn_blur", "5"]
+    train([*flags, "--num_seeds", "1"])  # which has its word
+    capsys.readouterr()
+    train(flags)
+    assert capsys.readouterr().err.count("warning: the blur is") == 1
 
 
 def test_a_diverging_run_stops_and_says_why(arguments, tmp_path, capsys):

@@ -7,6 +7,7 @@ start and end in a ledger. One test runs pogo_main.py itself.
 import collections
 import csv
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -459,6 +460,9 @@ BAD = [
         "earlier entry",
     ),
     ("environments: {hopper: {medium: {w2_weights: [1], learning_rate: fast}}}", "medium.learning_rate", "a number"),
+    ("common: {save_model: false}", "hopper.medium: save_model", "cannot be continued"),
+    ("common: {num_seeds: 2}", "common.num_seeds", "unknown key"),
+    ("common: {seeds: [1, 1]}", "common.seeds: 1 1", "holds a seed twice"),
 ]
 
 
@@ -480,6 +484,10 @@ def test_bad_flags_are_named(place, capsys, monkeypatch):
     assert "--backend slurm: must be one of local, ray" in exits(capsys, *place.flags("--backend", "slurm"))
     assert "add --backend ray" in exits(capsys, *place.flags("--address", "auto"))
     assert "needs --address" in exits(capsys, *place.flags("--backend", "ray"))
+    assert "--seeds 0 0: holds a seed twice" in exits(capsys, *place.flags("--seeds", "0", "0"))
+    taken = place.folder / "taken"
+    taken.write_text("")
+    assert f"--output {taken}" in exits(capsys, *place.flags("--output", str(taken)))
     assert "--gpus_per_run -1" in exits(capsys, *place.flags("--gpus_per_run", "-1"))
     assert "--conifg" in exits(capsys, "--conifg", "x")
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -674,6 +682,30 @@ def test_a_start_that_loses_the_race_for_a_directory_waits_its_turn(place, monke
     assert place.count("end") == {"w2_0.4_1/seed_0": 1, "w2_0.4_1/seed_1": 1}
     assert (True, 0) in starts and {count for held, count in starts if not held} == {1}
     assert len(comparison_jobs.read_attempts(place.run_dir(0))) >= 2
+
+
+def test_results_that_cannot_be_written_stop_no_training(place, monkeypatch, capsys):
+    write, calls = run_comparison.write_report, []
+
+    def failing(*given):
+        calls.append(given)
+        if len(calls) == 1:  # after the first of two runs
+            raise PermissionError(errno.EACCES, "no more")
+        return write(*given)
+
+    monkeypatch.setattr(run_comparison, "write_report", failing)
+    place.run()
+    assert "warning: the results were not written" in capsys.readouterr().err
+    assert place.count("end") == {"w2_0.4_1/seed_0": 1, "w2_0.4_1/seed_1": 1} and len(place.rows()) == 8
+
+
+def test_a_card_that_the_file_names_is_not_chosen_anew(place, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    for device, devices in (("auto", ["0", "1"]), ("cuda:1", [])):
+        place.write(BASE | {"common": BASE["common"] | {"device": device}})
+        config = settings(place.config, "--log_dir", str(place.folder / "logs"))
+        pool = run_comparison.Comparison(config, expand(config), set()).open_pool()
+        assert pool.devices == devices
 
 
 # --- what goes wrong from outside ------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     **dict.fromkeys(BENCHMARK_TOOLS, {"downloads", "utils"}),
     "downloads": {"utils"},
     "evaluation": {"utils"},
-    "chain_run": {"offline_data", "evaluation", "visualize", "utils"},
+    "chain_run": {"offline_data", "evaluation", "transport", "visualize", "utils"},
     "benchmark_data": {"benchmark_data", *BENCHMARK_TOOLS, "walker", "utils"},
     "visualize": {"utils"},
     "model": set(),

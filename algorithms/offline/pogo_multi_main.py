@@ -27,9 +27,17 @@ from algorithms.offline.iql import IQL, IQLConfig
 from algorithms.offline.pogo_multi import POLICIES, ChainConfig, MultiActor
 from algorithms.offline.sac_n import SACN, SACNConfig
 from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
-from chain_run import Act, ChainRun, ChainRunConfig, check_weights, evaluate_again, run_seeds
+from chain_run import (
+    Act,
+    ChainRun,
+    ChainRunConfig,
+    check_evaluate,
+    check_solver,
+    check_weights,
+    evaluate_again,
+    run_seeds,
+)
 from offline_data import OfflineData, load_transitions
-from transport import MAX_EXACT
 from utils import (
     UserError,
     check_bounds,
@@ -139,8 +147,7 @@ def check(config: MultiRunConfig) -> None:
         raise UserError(
             f"--actor_configs {without[0]}: {config.algorithm} needs a density; choose gaussian or tanh_gaussian"
         )
-    if config.sinkhorn_backend == "exact" and config.sinkhorn_K > MAX_EXACT:
-        raise UserError(f"--sinkhorn_K {config.sinkhorn_K}: --sinkhorn_backend exact takes at most {MAX_EXACT}")
+    check_solver(config.sinkhorn_backend, config.sinkhorn_K)
     if config.resume and not config.save_model:
         raise UserError("--resume --no_save_model: such a run leaves nothing to go on from; start it anew")
     goes_on = config.resume and MultiRun.checkpoint_path(config).exists()
@@ -171,9 +178,7 @@ class MultiRun(ChainRun):
     config: MultiRunConfig
     agent: MultiActor
 
-    def __init__(self, config: MultiRunConfig, beside: "MultiRun | None" = None):
-        check(config)
-        super().__init__(config, beside)
+    check = staticmethod(check)
 
     @staticmethod
     def run_name(config: MultiRunConfig) -> Path:
@@ -231,7 +236,8 @@ class MultiRun(ChainRun):
         return getattr(self.config, "policy_freq", 1) == 1 and self.config.sinkhorn_backend in ("fused", "exact")
 
     def wandb_labels(self) -> dict[str, str | None]:
-        return {"group": self.config.group, "name": self.config.name}
+        name = self.config.name
+        return {"group": self.config.group, "name": name and self.prefix + name}
 
     def evaluate(self) -> dict[str, float]:
         """As every chain; eval_actor_i is actor i's deterministic score."""
@@ -311,7 +317,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     more = ("--config_path", MultiRun.settings_dir, ALIASES, {"actor_configs": read_actor_configs})
     config = parse_config(config_class, argv, __doc__, *more)
     if config.evaluate is not None:
-        check_bounds(config, chain_run.BOUNDS)
+        check_evaluate(config)
         return evaluate_file(config)
     return run_seeds(MultiRun, config)
 
