@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation import Episodes, Evaluator, episode_seeds, num_workers
-from offline_data import OfflineData, data_scores, make_env, normalized_score
+from offline_data import OfflineData, data_scores, is_official, make_env, normalized_score
 from transport import MAX_EXACT
 from utils import (
     EpisodeLog,
@@ -80,7 +80,7 @@ class ChainRunConfig:
     resume: bool = False  # continue the run from its last checkpoint
     tensorboard: bool = True  # write TensorBoard events
     wandb_project: str | None = None  # also log to Weights & Biases (requirements-tracking.txt)
-    evaluate: str | None = None  # train nothing: score the actors of this last.pth as at the end of its run
+    evaluate: str | None = None  # train nothing: score the actors of this last.pth, or run, as at the end of its run
     evaluate_episodes: int | None = None  # with --evaluate: so many episodes instead
     evaluate_seed: int | None = None  # with --evaluate: on other episodes than the run itself
 
@@ -329,7 +329,7 @@ class ChainRun(abc.ABC):
         seeds = episode_seeds(self.streams.evaluation_seed, self.config.eval_episodes)
         played = self.play(seeds, self.streams.evaluation_seed, "evaluate")
         self.episodes.add(self.step, self.policy_names(), played.returns, played.lengths, self.score(played.returns))
-        figures, lines = {}, [f"{self.prefix}Evaluation over {len(seeds)} episodes:"]
+        figures, lines = {}, [f"{self.prefix}Update {self.step:,}.", f"Evaluation over {len(seeds)} episodes:"]
         for (number, mode), returns in zip(self.policy_names(), played.returns, strict=True):
             score = float(self.score(returns).mean())
             figures |= {f"eval/actor_{number}/{mode}/return": float(returns.mean())}
@@ -408,8 +408,9 @@ class ChainRun(abc.ABC):
         """What is trained on: the data in one line."""
         facts, data = self.data.facts(), self.data
         shift = f", rewards shifted by {data.reward_shift:g}" if data.reward_shift else ""
+        other = " (too few to be D4RL's own file)" if is_official(data.dataset_id, len(data)) is False else ""
         return (
-            f"{data.dataset_id}: {len(data):,} transitions, {facts['episodes']} episodes, mean return "
+            f"{data.dataset_id}: {len(data):,} transitions{other}, {facts['episodes']} episodes, mean return "
             f"{facts['mean_return']:.1f} (score {self.data_score():.1f}){shift}; {self.device}"
         )
 
@@ -563,6 +564,12 @@ def _report_seeds(summaries: dict[str, dict[str, Any]]) -> None:
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """The checkpoint that a path means: itself, or the last one of a run's directory."""
+    path = Path(path)
+    return path / "checkpoints" / "last.pth" if path.is_dir() else path
 
 
 def policy_names(actors: int) -> list[tuple[int, str]]:

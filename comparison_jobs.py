@@ -27,6 +27,7 @@ from utils import UserError, hold_run, one_line, write_text_atomic
 
 HELD = "another process is training there"  # hold_run's words
 STOP_SECONDS = 20  # from an interrupt to a kill
+INTERRUPTED = 130  # exit code of Ctrl-C
 HELD_SECONDS = 120  # how long a Ray task waits for a directory that a lost node's process may still hold
 LINGER_SECONDS = 30  # how long Ctrl-C waits for a cluster's tasks
 PROBE_SECONDS = 5, 45  # for a connection to an address, and for Ray's answer behind it
@@ -134,7 +135,7 @@ class RunProcess:
     """A started run. Its session is its own, so that Ctrl-C in a terminal reaches the comparison alone."""
 
     def __init__(self, job: Job, environment: dict[str, str] | None = None):
-        self.run_dir, self.ended = Path(job.run_dir), False
+        self.run_dir, self.ended, self.stopped = Path(job.run_dir), False, False
         self.run_dir.mkdir(parents=True, exist_ok=True)
         began = datetime.datetime.now().astimezone()
         attempts = read_attempts(self.run_dir)
@@ -160,9 +161,10 @@ class RunProcess:
         code = self.process.poll()
         if code is None:
             return None
-        outcome = Outcome(
-            code, "" if code == 0 else last_error(self.run_dir / "output.log", self.start), self.seconds()
-        )
+        if self.stopped and code != 0:  # by us, and in whatever it was doing: no failure
+            code = INTERRUPTED
+        line = "" if code in (0, INTERRUPTED) else last_error(self.run_dir / "output.log", self.start)
+        outcome = Outcome(code, line, self.seconds())
         if not self.ended:
             self.ended = True
             self.attempts[-1] |= {"seconds": round(outcome.seconds, 1), "code": code, "line": outcome.line}
@@ -175,6 +177,7 @@ class RunProcess:
     def interrupt(self) -> None:
         """Ctrl-C for the run, which ends at its last checkpoint."""
         if self.process.poll() is None:
+            self.stopped = True
             self.process.send_signal(signal.SIGINT)
 
     def end(self, seconds: float = STOP_SECONDS) -> None:

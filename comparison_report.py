@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from d4rl_utils import is_official
 from utils import UserError, one_line, read_episodes, read_metrics, write_text_atomic
 
 DRAWS = 10_000  # of the bootstrap
@@ -52,8 +53,6 @@ PUBLISHED = {
     "antmaze-large-play-v2": ("0", "42", "21", "52", "0", "", "30 / 15"),
     "antmaze-large-diverse-v2": ("0", "30", "21", "64", "0", "", "23 / 6"),
 }
-# Rows of the official files; a file of less than nine tenths of them is not the official one, whatever its name.
-_REPLAY_ROWS = {"halfcheetah": 202_000, "hopper": 402_000, "walker2d": 302_000}
 OTHER_DATA = "†"
 COLUMNS, SHOWN = 100, 10  # of a terminal; runs without a result that are listed there
 
@@ -115,22 +114,13 @@ class Group:
 
     @property
     def official(self) -> bool:
-        return all(is_official(self.dataset, result.summary["transitions"]) for result in self.results)
+        return all(is_official(self.dataset, result.summary["transitions"]) is True for result in self.results)
 
 
 def label(algorithm: str, weights: tuple[float, ...]) -> str:
     """`0.4 0.5`, or `iql 0.4 0.5`."""
     words = [] if algorithm == POGO else [algorithm]
     return " ".join([*words, *(f"{weight:g}" for weight in weights)])
-
-
-def is_official(dataset: str, transitions: int) -> bool:
-    """Whether a run's data can be the file that published scores are for: its id, and about as many rows."""
-    if dataset not in PUBLISHED:
-        return False
-    robot, level = dataset.split("-", 1)
-    rows = _REPLAY_ROWS[robot] if "replay" in level else 2_000_000 if "expert" in level else 1_000_000
-    return transitions >= 0.9 * rows
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ ANTMAZES = {
     "large-play": "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5",
     "large-diverse": "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
 }
+REPLAY_ROWS = {"halfcheetah": 202_000, "hopper": 402_000, "walker2d": 302_000}  # of the medium-replay files
 _DIMENSIONS = {"hopper": (11, 3), "halfcheetah": (17, 6), "walker2d": (17, 6), "antmaze": (29, 8)}
 
 # Returns that score 0 and 100 (d4rl/infos.py); every v2 dataset of a robot has the same.
@@ -146,13 +147,28 @@ def parse_dataset_id(dataset_id: str) -> DatasetId:
     )
 
 
+def is_official(dataset_id: str, transitions: int) -> bool | None:
+    """Whether so many transitions can be D4RL's own file: at least nine tenths of its rows, whatever a file is called.
+
+    None for an id that is not D4RL's, or whose file has a size that is not known here.
+    """
+    robot, _, level = dataset_id.removesuffix("-v2").partition("-")
+    if dataset_id not in official_ids() or level in ("random", "expert", "full-replay"):
+        return None
+    rows = REPLAY_ROWS[robot] if "replay" in level else 2_000_000 if level == "medium-expert" else 1_000_000
+    return transitions >= 0.9 * rows
+
+
 def resolve_dataset_dir(dataset_dir: str | os.PathLike | None = None, local: bool = False) -> Path:
     """The dataset folder: the argument, else D4RL_DATASET_DIR, else D4RL's own ~/.d4rl/datasets.
 
-    The last resort for local datasets is `datasets` beside this file.
+    The last resort for local datasets is `datasets` beside this file. Raises UserError where it is a file.
     """
     default = Path(__file__).resolve().parent / "datasets" if local else "~/.d4rl/datasets"
-    return Path(dataset_dir or os.environ.get("D4RL_DATASET_DIR") or default).expanduser()
+    folder = Path(dataset_dir or os.environ.get("D4RL_DATASET_DIR") or default).expanduser()
+    if folder.is_file():
+        raise UserError(f"--dataset_dir {folder}: is a file; give the folder that holds it, {folder.parent}")
+    return folder
 
 
 def dataset_path(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> Path:

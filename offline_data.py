@@ -310,6 +310,11 @@ def make_env(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> g
     return d4rl_utils.make_env(dataset_id)
 
 
+def is_official(dataset_id: str, transitions: int) -> bool | None:
+    """As d4rl_utils.is_official; None for another benchmark's id."""
+    return d4rl_utils.is_official(dataset_id, transitions)
+
+
 def data_scores(data: OfflineData, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:
     """Scores of the dataset's own whole episodes, [E] float64, comparable with `normalized_score` of a policy's.
 

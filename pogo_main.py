@@ -24,6 +24,7 @@ from chain_run import (
     check_evaluate,
     check_solver,
     check_weights,
+    checkpoint_file,
     evaluate_again,
     run_seeds,
 )
@@ -126,7 +127,8 @@ class POGORun(ChainRun):
             self.warned.add("blur")
             warn(
                 f"the blur is {largest:.1f} times the spread of an actor's samples, so that distances see little but "
-                "their means; --blur_relative spread or a smaller --sinkhorn_blur would see more"
+                "their means (usual with the published blur, see docs/pogo.md); --blur_relative spread or a smaller "
+                "--sinkhorn_blur would see more"
             )
         return figures
 
@@ -143,6 +145,7 @@ class Policy:
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu"):
+        path = checkpoint_file(path)
         state = load_checkpoint(path, device)
         if "observation_mean" not in state:
             raise UserError(f"{path}: not a checkpoint of pogo_main.py; give the last.pth of one of its runs")
@@ -166,7 +169,14 @@ class Policy:
 
     @torch.no_grad()
     def act(self, observations: np.ndarray, actor: int = -1, stochastic: bool = False) -> np.ndarray:
-        """Actions [..., A] of raw observations [..., D]: of the last actor, with z = 0 unless stochastic."""
+        """Actions [..., A] of raw observations [..., D]: of the last actor (-1), with z = 0 unless stochastic.
+
+        Raises ValueError for observations of another size and for an actor that the chain does not have.
+        """
+        if np.shape(observations)[-1:] != self.mean.shape:
+            raise ValueError(f"observations have the shape {np.shape(observations)}, not [..., {len(self.mean)}]")
+        if not -len(self.actors) <= actor < len(self.actors):
+            raise ValueError(f"actor {actor}: the chain has actors 0 to {len(self.actors) - 1}")
         states = torch.as_tensor(observations, dtype=torch.float32, device=self.mean.device)
         z = states.new_zeros(*states.shape[:-1], self.actors[actor].action_dim)
         return self.actors[actor]((states - self.mean) / self.std, z.normal_() if stochastic else z).cpu().numpy()
@@ -175,7 +185,7 @@ class Policy:
 def evaluate_file(config: POGOTrainerConfig) -> dict[str, float]:
     """`--evaluate`: the evaluation at the end of a run once more, from its checkpoint alone."""
     policy = Policy(config.evaluate, resolve_device(config.device))
-    title = f"{policy.env}, update {policy.step} of {config.evaluate}"
+    title = f"{policy.env}, update {policy.step} of {checkpoint_file(config.evaluate)}"
     normalizer = (policy.mean, policy.std)
     return evaluate_again(config, policy.actors, policy.actors[0].action_dim, normalizer, policy.config, title)
 

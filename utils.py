@@ -125,7 +125,8 @@ def parse_config(
         readers: what turns a field's value as the file has it into its type; raises ValueError.
 
     A repeated flag counts once, with its last value. `--resume` without a YAML file takes the run's own config.yaml, in
-    `--run_dir` or the usual directory. Raises UserError for an unknown or ill-typed key or flag.
+    `--run_dir` or the usual directory; a `--run_dir` that nothing else is said of must be there. Raises UserError for
+    that, and for an unknown or ill-typed key or flag.
     `--help` prints the fields with their comments and exits 0.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -142,6 +143,8 @@ def parse_config(
         folder = groups["run_dir"][-1] if groups.get("run_dir") else None
         if folder is None and default_run_dir is not None:
             folder = default_run_dir(_call_tyro(config_class, given, hints, description))
+        if folder is not None and not Path(folder).exists() and groups.keys() == {"resume", "run_dir"}:
+            raise UserError(f"--resume --run_dir {folder}: there is no such run; check the path")
         if folder is not None and (Path(folder) / "config.yaml").exists():
             config_path = Path(folder) / "config.yaml"
             resumes = True
@@ -1192,6 +1195,7 @@ def _last_figures(run_dir: Path) -> str:
     try:
         summary = json.loads((run_dir / "finished.json").read_text())
         figures = [f"{name} {value:.3f}" for name, value in summary.items() if isinstance(value, float)]
+        figures = [figure for figure in figures if "/" in figure] or figures
     except (OSError, ValueError, AttributeError):
         return ""
     return f" ({', '.join(figures[:8])})" if figures else ""

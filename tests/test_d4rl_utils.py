@@ -30,6 +30,30 @@ from utils import UserError
 ROWS = 12
 
 
+def test_a_file_is_no_folder_of_datasets(tmp_path):
+    path = tmp_path / "hopper_medium-v2.hdf5"
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=f"--dataset_dir {path}: is a file; give the folder that holds it, {tmp_path}$"):
+        load_transitions("hopper-medium-v2", path)
+
+
+@pytest.mark.parametrize(
+    "dataset_id,rows,expected",
+    [
+        ("hopper-medium-v2", 999_998, True),
+        ("hopper-medium-v2", 100_000, False),
+        ("hopper-medium-replay-v2", 401_598, True),
+        ("walker2d-medium-expert-v2", 1_000_000, False),
+        ("antmaze-umaze-v2", 998_573, True),
+        ("hopper-expert-v2", 10, None),
+        ("local/hopper-medium-v2", 10, None),
+        ("minari/mujoco/hopper/medium-v0", 10, None),
+    ],
+)
+def test_a_file_too_short_is_not_the_official_one(dataset_id, rows, expected):
+    assert d4rl_utils.is_official(dataset_id, rows) is expected
+
+
 def tiny_columns() -> dict[str, np.ndarray]:
     """Three episodes of 5, 3 and 4 rows: a fall, a timeout, and one that the file's end cuts without a mark."""
     rng = np.random.default_rng(0)

@@ -147,7 +147,7 @@ def test_every_episode_is_kept_and_the_scores_are_theirs(finished):
 def test_the_evaluation_block_is_printed(arguments, tmp_path, capsys):
     train(arguments(tmp_path / "run"))
     out = capsys.readouterr()
-    block = (out.out + out.err).split("Evaluation over 2 episodes:\n")[1].splitlines()[:4]
+    block = (out.out + out.err).split("Update 6.\nEvaluation over 2 episodes:\n")[1].splitlines()[:4]
     for line, (actor, mode) in zip(block, [(i, mode) for i in (0, 1) for mode in chain_run.MODES], strict=True):
         assert line.startswith(f"  Actor {actor} - {mode.capitalize()}: ") and ", D4RL score: " in line
 
@@ -338,6 +338,11 @@ def test_a_policy_acts_from_its_file_alone_as_in_training(finished, arguments):
     np.testing.assert_allclose(policy.act(raw[0]), policy.act(raw)[0], atol=1e-5)  # one observation, or many
     assert not np.array_equal(policy.act(raw, stochastic=True), policy.act(raw)) and policy.env == DATASET
     run.close()
+    np.testing.assert_array_equal(pogo_main.Policy(finished).act(raw), policy.act(raw))  # a run's directory will do
+    with pytest.raises(ValueError, match="actor 2: the chain has actors 0 to 1"):
+        policy.act(raw, actor=2)
+    with pytest.raises(ValueError, match=r"shape \(5, 10\), not \[..., 11\]"):
+        policy.act(raw[:, 1:])
 
 
 def test_a_checkpoint_of_each_evaluation_can_be_kept(finished, arguments, tmp_path):
@@ -559,3 +564,5 @@ def test_what_cannot_be_resumed_is_refused(finished, arguments, tmp_path, capsys
     assert "other data" in exits(capsys, *arguments(run, "--resume"))
     save_checkpoint(path, {key: value for key, value in state.items() if key != "agent"})
     assert "not a checkpoint" in exits(capsys, *arguments(run, "--resume"))
+    line = exits(capsys, "--resume", "--run_dir", tmp_path / "rum")  # and no other word of what is to be trained
+    assert "rum: there is no such run" in line and not (tmp_path / "rum").exists()

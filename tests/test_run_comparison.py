@@ -763,7 +763,8 @@ def test_ctrl_c_stops_the_runs_and_the_same_command_continues(place):
     rows = place.rows()
     assert rows and len(rows) < 16  # what was finished is in the table
     codes = {attempt["code"] for s in range(4) for attempt in comparison_jobs.read_attempts(place.run_dir(s))}
-    assert codes & {130, 1, -2}, codes
+    assert 130 in codes and codes <= {0, 130}, codes  # whatever a process was doing then, it has not failed
+    assert "failed" not in (place.folder / "results" / "results.md").read_text()
     place.behave()
     place.run("--jobs", "2")
     assert len(place.rows()) == 16 and place.count("start")["w2_0.4_1/seed_0"] == 1

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     # Its runs are pogo_main's: the settings, their checks and the directories are defined there once.
     "run_comparison": BELOW_ENTRY_POINTS | {"pogo_main"},
     "comparison_jobs": {"comparison_jobs", "utils"},  # itself: a Ray worker imports it by name
-    "comparison_report": {"utils"},
+    "comparison_report": {"d4rl_utils", "utils"},
     **dict.fromkeys(AGENTS, {"model", "transport", "utils"}),
     "offline_data": {*BENCHMARK_TOOLS, "utils"},
     **dict.fromkeys(BENCHMARK_TOOLS, {"downloads", "utils"}),

@@ -34,6 +34,7 @@ from chain_run import (
     check_evaluate,
     check_solver,
     check_weights,
+    checkpoint_file,
     evaluate_again,
     run_seeds,
 )
@@ -270,7 +271,7 @@ def acting(agent: MultiActor) -> list[Act]:
 
 def evaluate_file(config: MultiRunConfig) -> dict[str, float]:
     """`--evaluate`: the evaluation at the end of a run once more, from its checkpoint alone."""
-    device, path = resolve_device(config.device), config.evaluate
+    device, path = resolve_device(config.device), checkpoint_file(config.evaluate)
     state = load_checkpoint(path, device)
     try:
         trained = state["config"]
