@@ -139,7 +139,9 @@ def test_resuming_a_named_run_takes_its_settings(tmp_path):
     assert parse_config(RunConfig, ["--resume", "--seed", "5", *run_dir]) == replace(stored, seed=5)
     assert parse_config(RunConfig, run_dir) == RunConfig(run_dir=str(tmp_path))  # a new run takes none
     elsewhere = ["--resume", "--run_dir", str(tmp_path / "none")]
-    assert parse_config(RunConfig, elsewhere) == RunConfig(resume=True, run_dir=str(tmp_path / "none"))
+    assert parse_config(RunConfig, [*elsewhere, "--seed", "0"]) == RunConfig(resume=True, run_dir=elsewhere[-1])
+    with pytest.raises(UserError, match="none: there is no such run"):  # nothing says what it would be
+        parse_config(RunConfig, elsewhere)
 
 
 def test_counts_below_one_are_named():
