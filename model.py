@@ -21,6 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model_kernels import (
+    Layer,
+    MLPShape,
+    as_layers,
+    block_rows,
+    kernels_of,
+    run_frozen,
+    run_mlp,
+    run_mlp_with_gradients,
+    run_regression,
+)
+
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "torch", "cuda")
@@ -412,25 +424,122 @@ class MambaEncoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def mlp(input_dim: int, hidden_dim: int, output_dim: int, hidden_layers: int = 2) -> nn.Sequential:
-    """Hidden layers of ReLU, then a linear one."""
-    layers: list[nn.Module] = []
-    for width in [input_dim] + [hidden_dim] * (hidden_layers - 1):
-        layers += [nn.Linear(width, hidden_dim), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(hidden_dim, output_dim))
+class MLP(nn.Module):
+    """Hidden layers of ReLU, then a linear one; with a `size`, so many networks side by side on one input.
 
+    squash: tanh of the output.
 
-class EnsembleLinear(nn.Module):
-    """`size` linear layers as one batched product. x: [size, n, input_dim] -> [size, n, output_dim]."""
+    All parameters are one vector, `theta`: one step of Adam, one average, one copy. `layers()` shows its matrices.
+    """
 
-    def __init__(self, size: int, input_dim: int, output_dim: int):
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int,
+        output_dim: int,
+        hidden_layers: int = 2,
+        size: int | None = None,
+        squash: bool = False,
+    ):
         super().__init__()
-        bound = 1 / math.sqrt(input_dim)
-        self.weight = nn.Parameter(torch.empty(size, input_dim, output_dim).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(size, 1, output_dim).uniform_(-bound, bound))
+        self.size, self.output_dim, self.squash = size, output_dim, squash
+        self.shape = MLPShape((input_dim, *[hidden_dim] * hidden_layers, output_dim), size or 1)
+        count = self.shape.size * sum(a * b + b for a, b in self.shape.layers)
+        self.theta = nn.Parameter(torch.empty(count))
+        self.rows = block_rows(max(self.shape.widths[1:]))  # at a time, on a CPU
+        self._member_layers: tuple[int, list] = (0, [])
+        with torch.no_grad():
+            for weight, bias in self.layers():  # as nn.Linear has it
+                drawn, bound = weight if size else weight.new_empty(weight.t().shape), weight.shape[-2] ** -0.5
+                drawn.uniform_(-bound, bound)
+                bias.uniform_(-bound, bound)
+                weight.copy_(drawn if size else drawn.t())
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_member_layers": (0, [])}  # a copy has views of its own
+
+    def layers(self, theta: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Views of the vector: each layer's weight [size, in, out] and bias [size, 1, out], without `size` of one."""
+        members = (self.size,) if self.size else ()
+        counts = [n * self.shape.size for a, b in self.shape.layers for n in (a * b, b)]
+        pieces = (self.theta if theta is None else theta).split(counts)
+        return [
+            (weight.view(*members, a, b), bias.view(*members, *members and (1,), b))
+            for (a, b), weight, bias in zip(self.shape.layers, pieces[::2], pieces[1::2], strict=True)
+        ]
+
+    def member_layers(self) -> list[list[Layer]]:
+        """Of each network, each layer, as views without gradient; kept while the parameters stay where they are."""
+        place = self.theta.data_ptr()
+        if self._member_layers[0] != place:
+            self._member_layers = place, [as_layers(own) for own in self.shape.members(self.theta.detach())]
+        return self._member_layers[1]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Inputs [..., d_1], [..., d_2], ..., taken side by side -> [..., out], or [size, ..., out].
+
+        With a size, one input [size, n, in] holds rows of each network's own.
+        """
+        if self.size is None:
+            rows = [each.reshape(-1, each.shape[-1]) for each in inputs]
+            return self._run(self.theta, 1, rows).view(*inputs[0].shape[:-1], self.output_dim)
+        return self._run(self.theta, self.size, inputs)
+
+    def frozen(self, *inputs: Tensor, members: int | None = None) -> Tensor:
+        """`forward` of the first `members` alone, with a gradient to the last input and none to the weights."""
+        members = members or self.size
+        if kernels_of(inputs[0]) != "plain":
+            return run_frozen(self, members, inputs)
+        return self._run(self.theta.detach(), members, [each.detach() for each in inputs[:-1]] + [inputs[-1]])
+
+    def squared_error(
+        self, inputs: Sequence[Tensor], target: Tensor, expectile: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(y - target)^2 for one output y: mean over rows, sum over the networks, 0-d; and y [..., n] without gradient.
+
+        With an expectile, outputs above their target [n] weigh 1 - expectile in the error, others expectile.
+        """
+        if kernels_of(target) != "plain":
+            loss, y = run_regression(self, inputs, target, expectile)
+            return loss, y.view(*(self.size,) if self.size else (), -1)
+        y = self(*inputs).squeeze(-1)
+        squared = (y - target).square()
+        if expectile is not None:
+            squared = ((y > target).to(y.dtype) - expectile).abs() * squared
+        return squared.mean(-1).sum(), y.detach()
+
+    def _run(self, theta: Tensor, members: int, inputs: Sequence[Tensor]) -> Tensor:
+        """Inputs [n, ...] or one of [members, n, in] -> [members, n, out]."""
+        if kernels_of(inputs[0]) != "plain":
+            return run_mlp(self, theta, members, inputs, self.squash)
+        h = torch.cat(list(inputs), dim=-1)
+        *hidden, last = self.layers(theta)
+        if self.size is None:
+            for weight, bias in hidden:
+                h = F.relu(torch.addmm(bias, h, weight))
+            y = torch.addmm(last[1], h, last[0])
+            return torch.tanh(y) if self.squash else y
+        h = h.expand(members, -1, -1)
+        for weight, bias in hidden:
+            h = F.relu(torch.baddbmm(bias[:members], h, weight[:members]))
+        return torch.baddbmm(last[1][:members], h, last[0][:members])
+
+    def with_gradients(self, inputs: Sequence[Tensor], columns: int) -> tuple[Tensor, Tensor]:
+        """Outputs [size, n, 1] and their gradients by the last columns of the input [size, n, columns].
+
+        Both are differentiable by the weights, as a chain of products through the ReLUs; not by the inputs.
+        """
+        if kernels_of(inputs[0]) != "plain":
+            return run_mlp_with_gradients(self, inputs, columns)
+        h, masks = torch.cat(list(inputs), dim=-1).expand(self.shape.size, -1, -1), []
+        *hidden, last = self.layers()
+        for weight, bias in hidden:
+            h = F.relu(torch.baddbmm(bias, h, weight))
+            masks.append(h.detach() > 0)
+        slope = last[0].transpose(1, 2)  # [size, 1, hidden]
+        for (weight, _), mask in zip(reversed(hidden[1:]), reversed(masks[1:]), strict=True):
+            slope = (slope * mask) @ weight.transpose(1, 2)
+        return torch.baddbmm(last[1], h, last[0]), (slope * masks[0]) @ hidden[0][0][:, -columns:].transpose(1, 2)
 
 
 class TransitionQ(nn.Module):
@@ -438,19 +547,11 @@ class TransitionQ(nn.Module):
 
     def __init__(self, d_model: int, hidden_dim: int, size: int = 2):
         super().__init__()
-        self.size = size
-        self.layers = nn.ModuleList(
-            EnsembleLinear(size, a, b)
-            for a, b in ((3 * d_model, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, 1))
-        )
+        self.net = MLP(3 * d_model, hidden_dim, 1, size=size)
 
     def forward(self, z: Tensor, z_next: Tensor, z_goal: Tensor) -> Tensor:
-        h = torch.cat([z, z_next, z_goal], dim=-1)
-        shape = h.shape[:-1]
-        h = h.reshape(1, -1, h.shape[-1]).expand(self.size, -1, -1)
-        for layer in self.layers[:-1]:
-            h = F.relu(layer(h))
-        return self.layers[-1](h).view(self.size, *shape)
+        rows = [each.reshape(-1, each.shape[-1]) for each in (z, z_next, z_goal)]
+        return self.net(*rows).view(self.net.size, *z.shape[:-1])
 
 
 class GoalValue(nn.Module):
@@ -458,10 +559,10 @@ class GoalValue(nn.Module):
 
     def __init__(self, d_model: int, hidden_dim: int):
         super().__init__()
-        self.net = mlp(2 * d_model, hidden_dim, 1)
+        self.net = MLP(2 * d_model, hidden_dim, 1)
 
     def forward(self, z: Tensor, z_goal: Tensor) -> Tensor:
-        return self.net(torch.cat([z, z_goal], dim=-1)).squeeze(-1)
+        return self.net(z, z_goal).squeeze(-1)
 
 
 class NextState(nn.Module):
@@ -469,10 +570,10 @@ class NextState(nn.Module):
 
     def __init__(self, d_model: int, hidden_dim: int):
         super().__init__()
-        self.net = mlp(2 * d_model, hidden_dim, d_model)
+        self.net = MLP(2 * d_model, hidden_dim, d_model)
 
     def forward(self, z: Tensor, z_goal: Tensor) -> Tensor:
-        return z + self.net(torch.cat([z, z_goal], dim=-1))
+        return z + self.net(z, z_goal)
 
 
 class RewardLogit(nn.Module):
@@ -480,7 +581,7 @@ class RewardLogit(nn.Module):
 
     def __init__(self, d_model: int, hidden_dim: int):
         super().__init__()
-        self.net = mlp(d_model, hidden_dim, 1)
+        self.net = MLP(d_model, hidden_dim, 1)
 
     def forward(self, z_next: Tensor) -> Tensor:
         return self.net(z_next).squeeze(-1)
@@ -491,10 +592,10 @@ class InverseDynamics(nn.Module):
 
     def __init__(self, d_model: int, hidden_dim: int, action_dim: int):
         super().__init__()
-        self.net = mlp(3 * d_model, hidden_dim, action_dim)
+        self.net = MLP(3 * d_model, hidden_dim, action_dim)
 
     def forward(self, z: Tensor, z_next: Tensor, z_goal: Tensor) -> Tensor:
-        return torch.tanh(self.net(torch.cat([z, z_next - z, z_goal - z], dim=-1)))
+        return torch.tanh(self.net(z, z_next - z, z_goal - z))
 
 
 class StateMetric(nn.Module):
@@ -505,7 +606,7 @@ class StateMetric(nn.Module):
 
     def __init__(self, observation_dim: int, hidden_dim: int, dim: int):
         super().__init__()
-        self.net = mlp(observation_dim, hidden_dim, dim)
+        self.net = MLP(observation_dim, hidden_dim, dim)
         self.log_scale = nn.Parameter(torch.zeros(()))  # the temperature of its InfoNCE
         self.register_buffer("steps_per_square", torch.ones(()))
 
@@ -546,119 +647,8 @@ class OfflineModel(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# POGO: transport-map actors and twin critics
+# POGO and algorithms/offline: transport-map actors and ensembles of critics
 # ---------------------------------------------------------------------------------------------------------------
-
-
-CACHED_ROWS = 256  # rows at a time on a CPU, whose activations then stay in its cache: a sixth faster than 1024
-
-
-class _MLP(torch.autograd.Function):
-    """An MLP of ReLU by oneDNN, as one node of the graph: layer by layer, overhead would take as long as the products.
-
-    PyTorch takes MKL for matrices in float32, which on an AMD CPU (family 26) is half as fast; on others it may not be.
-    """
-
-    @staticmethod
-    def forward(ctx, x, *parameters):
-        """x [n, in], then weight [out, in] and bias [out] of each layer."""
-        *inputs, y = _mlp_forward(x, parameters[::2], parameters[1::2])
-        ctx.save_for_backward(*inputs, *parameters[::2])
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        saved, (to_x, *to_parameters) = ctx.saved_tensors, ctx.needs_input_grad
-        half = len(saved) // 2
-        grad_x, slopes = _mlp_backward(grad.contiguous(), saved[:half], saved[half:], to_x, any(to_parameters), False)
-        return grad_x, *slopes
-
-
-class _EnsembleMLP(torch.autograd.Function):
-    """The first `members` of stacked MLPs of one output, on the same x [n, in] -> [members, n].
-
-    Weights [size, in, out], biases [size, 1, out]. Gradients go to all members or, where some are left out, to x alone.
-    """
-
-    @staticmethod
-    def forward(ctx, x, members, *parameters):
-        weights, biases = parameters[::2], parameters[1::2]
-        outputs, saved = [], []
-        for k in range(members):
-            *inputs, y = _mlp_forward(x, [weight[k].t() for weight in weights], [bias[k, 0] for bias in biases])
-            outputs.append(y.squeeze(-1))
-            saved += inputs[1:]
-        ctx.save_for_backward(x, *saved, *weights)
-        ctx.layers = len(weights)
-        return torch.stack(outputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x, *saved), depth = ctx.saved_tensors, ctx.layers
-        weights, hidden = saved[-depth:], saved[:-depth]
-        to_x, _, *to_parameters = ctx.needs_input_grad
-        grad_x, slopes = None, []
-        for k, slope in enumerate(grad.unsqueeze(-1).contiguous().unbind()):
-            inputs = [x, *hidden[k * (depth - 1) : (k + 1) * (depth - 1)]]
-            own = [weight[k].t() for weight in weights]
-            to_one, more = _mlp_backward(slope, inputs, own, to_x, any(to_parameters), True)
-            grad_x = to_one if grad_x is None else grad_x.add_(to_one)
-            slopes.append(more)
-        if any(to_parameters):  # bias [out] of each member -> [size, 1, out]
-            stacked = [torch.stack(parts) for parts in zip(*slopes, strict=True)]
-            slopes = [part.unsqueeze(1) if number % 2 else part for number, part in enumerate(stacked)]
-        else:
-            slopes = slopes[0]
-        return grad_x, None, *slopes
-
-
-def _mlp_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
-    """The input of every layer, and the output."""
-    values, last = [x], len(weights) - 1
-    for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        values.append(_onednn(values[-1], weight, bias, "none" if number == last else "relu"))
-    return values
-
-
-def _mlp_backward(
-    grad: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor], to_x: bool, to_parameters: bool, transposed: bool
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of the input and, as `_MLP.forward` has them, of the parameters (weights [in, out] if transposed)."""
-    if torch.is_grad_enabled():  # create_graph: what follows would silently be taken for a constant
-        raise RuntimeError("an MLP in float32 on a CPU is differentiable once; use float64, or call the module")
-    slopes: list[Tensor | None] = []
-    for number in range(len(weights) - 1, -1, -1):
-        x, slope = inputs[number], None
-        if to_parameters:
-            slope = _onednn(x.t(), grad.t(), None, "none") if transposed else _onednn(grad.t(), x.t(), None, "none")
-        slopes += [grad.sum(0) if to_parameters else None, slope]
-        if number > 0:
-            grad = torch.ops.aten.threshold_backward(_onednn(grad, weights[number].t(), None, "none"), x, 0)
-    return _onednn(grad, weights[0].t(), None, "none") if to_x else None, slopes[::-1]
-
-
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """activation(x W^T + b); x [n, in] and weight [out, in] contiguous or transposed, anything else is very slow."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
-
-
-@functools.cache
-def _has_onednn() -> bool:
-    """Whether this build of PyTorch has the operator that torch.compile uses for linear layers on a CPU."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _takes_onednn(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and _has_onednn()
-
-
-def run_mlp(net: nn.Sequential, x: Tensor) -> Tensor:
-    """What `net(x)` gives, an `mlp`, x [..., in] -> [..., out]; differentiable once."""
-    if not _takes_onednn(x):
-        return net(x)
-    rows, parameters = x.reshape(-1, x.shape[-1]), list(net.parameters())
-    y = torch.cat([_MLP.apply(some, *parameters) for some in rows.split(CACHED_ROWS)])
-    return y.view(*x.shape[:-1], -1)
 
 
 class TransportActor(nn.Module):
@@ -674,73 +664,61 @@ class TransportActor(nn.Module):
     ):
         super().__init__()
         self.action_dim, self.max_action = action_dim, max_action
-        self.net = mlp(observation_dim + action_dim, hidden_dim, action_dim, hidden_layers)
+        self.net = MLP(observation_dim + action_dim, hidden_dim, action_dim, hidden_layers, squash=True)
 
     def forward(self, observations: Tensor, z: Tensor) -> Tensor:
         """Actions [..., A] of observations [..., D] under z [..., A]; z [..., K, A] gives K actions a state."""
         if z.dim() > observations.dim():
             observations = observations.unsqueeze(-2).expand(*z.shape[:-1], -1)
-        return torch.tanh(run_mlp(self.net, torch.cat([observations, z], dim=-1))) * self.max_action
+        return times(self.net(torch.cat([observations, z], dim=-1)), self.max_action)
+
+
+def times(actions: Tensor, max_action: float) -> Tensor:
+    """Actions in [-1, 1] to [-max_action, max_action]."""
+    return actions if max_action == 1 else actions * max_action
 
 
 class StateValue(nn.Module):
-    """V(s), an MLP of ReLU: [n, D] -> [n]."""
+    """V(s), an MLP: [n, D] -> [n]."""
 
     def __init__(self, observation_dim: int, hidden_dim: int = 256):
         super().__init__()
-        self.net = mlp(observation_dim, hidden_dim, 1)
+        self.net = MLP(observation_dim, hidden_dim, 1)
 
     def forward(self, observations: Tensor) -> Tensor:
-        return run_mlp(self.net, observations).squeeze(-1)
+        return self.net(observations).squeeze(-1)
+
+    def squared_error(self, observations: Tensor, target: Tensor, expectile: float) -> tuple[Tensor, Tensor]:
+        """|expectile - 1(V above target)| (V - target)^2, target [n], mean, 0-d; and V [n] without gradient."""
+        return self.net.squared_error([observations], target, expectile)
 
 
 class EnsembleCritic(nn.Module):
-    """Several Q(s, a), MLPs of ReLU. Observations [n, D], actions [n, A] -> [size, n].
-
-    Weights are stacked, so that a GPU computes all at once; a CPU is faster with one after the other.
-    """
+    """Several Q(s, a), MLPs. Observations [n, D], actions [n, A] -> [size, n]."""
 
     def __init__(
         self, observation_dim: int, action_dim: int, hidden_dim: int = 256, size: int = 2, hidden_layers: int = 2
     ):
         super().__init__()
-        self.size, self.observation_dim = size, observation_dim
-        widths = [observation_dim + action_dim, *[hidden_dim] * hidden_layers, 1]
-        self.layers = nn.ModuleList(EnsembleLinear(size, a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.size, self.action_dim = size, action_dim
+        self.net = MLP(observation_dim + action_dim, hidden_dim, 1, hidden_layers, size)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        return self._run(torch.cat([observations, actions], dim=-1), self.size, frozen=False)
+        return self.net(observations, actions).squeeze(-1)
 
     def frozen(self, observations: Tensor, actions: Tensor) -> Tensor:
         """[size, n], with a gradient to the actions and none to the weights."""
-        return self._run(torch.cat([observations, actions], dim=-1), self.size, frozen=True)
+        return self.net.frozen(observations, actions).squeeze(-1)
 
     def frozen_q1(self, observations: Tensor, actions: Tensor) -> Tensor:
         """The first Q alone, [n], with a gradient to the actions and none to the weights."""
-        return self._run(torch.cat([observations, actions], dim=-1), 1, frozen=True).squeeze(0)
+        return self.net.frozen(observations, actions, members=1).view(-1)
 
-    def action_gradients(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """dQ_k/da [size, n, A], differentiable by the weights, as a chain of matrix products through the ReLUs."""
-        with torch.no_grad():  # which ReLUs pass is all that the forward pass is for: it has no derivative
-            h, masks = torch.cat([observations, actions], dim=-1).expand(self.size, -1, -1), []
-            for layer in self.layers[:-1]:
-                h = layer(h).relu_()
-                masks.append(h > 0)
-        slope = self.layers[-1].weight.transpose(1, 2)  # [size, 1, hidden]
-        for layer, mask in zip(reversed(self.layers[1:-1]), reversed(masks[1:]), strict=True):
-            slope = (slope * mask) @ layer.weight.transpose(1, 2)
-        return (slope * masks[0]) @ self.layers[0].weight[:, self.observation_dim :].transpose(1, 2)
+    def squared_error(self, observations: Tensor, actions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """(Q_k(s, a) - target)^2, mean over the batch, sum over critics, 0-d; and Q_k [size, n] without gradient."""
+        return self.net.squared_error([observations, actions], target)
 
-    def _run(self, h: Tensor, members: int, frozen: bool) -> Tensor:
-        """The first members' values [members, n] of inputs [n, D + A]."""
-        parameters = [value for layer in self.layers for value in (layer.weight, layer.bias)]
-        if frozen:
-            parameters = [value.detach() for value in parameters]
-        if _takes_onednn(h):
-            values = [_EnsembleMLP.apply(some, members, *parameters) for some in h.split(CACHED_ROWS)]
-            return torch.cat(values, dim=1)
-        h = h.expand(members, -1, -1)
-        for number, (weight, bias) in enumerate(zip(parameters[::2], parameters[1::2], strict=True)):
-            h = torch.baddbmm(bias[:members], h, weight[:members])
-            h = h.relu_() if number < len(self.layers) - 1 else h
-        return h.squeeze(-1)
+    def with_action_gradients(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Q_k(s, a) [size, n] and dQ_k/da [size, n, A], both differentiable by the weights."""
+        q, slopes = self.net.with_gradients([observations, actions], self.action_dim)
+        return q.squeeze(-1), slopes

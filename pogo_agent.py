@@ -31,7 +31,6 @@ Choices where the sources differ or are silent:
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from model import EnsembleCritic, TransportActor
+from model_kernels import Adam
 from transport import Backend, box_diameter, cloud_spread, l2, sinkhorn
 
 TINY = 1e-12  # what a figure is divided by at least
@@ -99,14 +99,11 @@ class POGOAgent:
         self.actor_target.load_state_dict(self.actors[0].state_dict())
         # Tensors, so that a captured update reads them anew.
         self.actor_lr = torch.tensor(config.lr, device=self.device)
-        self.critic_optimizer = self._adam(self.critic.parameters(), torch.tensor(config.lr, device=self.device))
-        self.actor_optimizers = [self._adam(actor.parameters(), self.actor_lr) for actor in self.actors]
+        self.critic_optimizer = Adam(self.critic.parameters(), torch.tensor(config.lr, device=self.device))
+        self.actor_optimizers = [Adam(actor.parameters(), self.actor_lr) for actor in self.actors]
         self.online_parameters = [*self.critic.parameters(), *self.actors[0].parameters()]
         self.target_parameters = [*self.critic_target.parameters(), *self.actor_target.parameters()]
         self.step = 0
-
-    def _adam(self, parameters: Iterable[nn.Parameter], lr: Tensor) -> torch.optim.Adam:
-        return torch.optim.Adam(parameters, lr, fused=True, capturable=self.device.type == "cuda")
 
     # -- losses, in the order of an update ------------------------------------------------------------------------
 
@@ -125,9 +122,8 @@ class POGOAgent:
     def critic_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of both critics, summed over the two and averaged over the batch."""
         target = self.critic_target_value(batch)
-        q = self.critic(batch["observations"], batch["actions"])
-        loss = (q - target).square().mean(1).sum()
-        return loss, {"critic_loss": loss.detach(), "q_data": q.detach().mean()}
+        loss, q = self.critic.squared_error(batch["observations"], batch["actions"], target)
+        return loss, {"critic_loss": loss.detach(), "q_data": q.mean()}
 
     def actor_loss(self, number: int, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """L_i of actor `number`, at fresh samples."""
@@ -179,9 +175,7 @@ class POGOAgent:
         tensors without waiting for the device.
         """
         loss, info = self.critic_loss(batch)
-        self.critic_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.critic_optimizer.step()
+        self.critic_optimizer.minimise(loss)
         if self.step % self.config.policy_freq == 0:
             change: list[Tensor] = []
             for number, optimizer in enumerate(self.actor_optimizers):
@@ -192,9 +186,7 @@ class POGOAgent:
                     with torch.no_grad():
                         torch._foreach_add_(parameters, change)
                 loss, more = self.actor_loss(number, batch)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
+                optimizer.minimise(loss)
                 if followed:
                     change = torch._foreach_sub([parameter.detach() for parameter in parameters], before)
                 info |= more
@@ -298,6 +290,4 @@ class POGOAgent:
             getattr(self, name).load_state_dict(state[name])
         for optimizer, stored in zip(self.actor_optimizers, state["actor_optimizers"], strict=True):
             optimizer.load_state_dict(stored)
-            for group in optimizer.param_groups:  # loading has put copies in their place
-                group["lr"] = self.actor_lr
         self.step = int(state["step"])

@@ -159,7 +159,7 @@ class Policy:
 
     def _build(self, state: dict[str, Any], device: str | torch.device) -> list[TransportActor]:
         weights, actors = state["agent"]["actors"], []
-        sizes = (len(self.mean), len(weights["0.net.4.bias"]), state["max_action"], self.config["hidden_dim"])
+        sizes = (len(self.mean), state["action_dim"], state["max_action"], self.config["hidden_dim"])
         for number in range(len(self.config["w2_weights"])):
             prefix, actor = f"{number}.", TransportActor(*sizes)
             own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

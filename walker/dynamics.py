@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model import EnsembleLinear
+from model import MLP
 
 
 class DataStatistics(NamedTuple):
@@ -26,14 +26,6 @@ class DataStatistics(NamedTuple):
     change_std: Tensor  # standard deviation of a step's change
     low: Tensor  # smallest and largest value
     high: Tensor
-
-
-def ensemble(size: int, input_dim: int, hidden_dim: int, output_dim: int, layers: int = 3) -> nn.Sequential:
-    """E MLPs of so many hidden layers: [E, n, input_dim] -> [E, n, output_dim]."""
-    net = nn.Sequential()
-    for number in range(layers):
-        net.append(EnsembleLinear(size, input_dim if number == 0 else hidden_dim, hidden_dim)).append(nn.ReLU())
-    return net.append(EnsembleLinear(size, hidden_dim, output_dim))
 
 
 class Dynamics(nn.Module, abc.ABC):
@@ -82,11 +74,11 @@ class MLPDynamics(Dynamics):
     ):
         super().__init__(input_dim, statistics)
         self.members = members
-        self.net = ensemble(members, input_dim + action_dim, hidden_dim, self.observation_dim + 1)
+        self.net = MLP(input_dim + action_dim, hidden_dim, self.observation_dim + 1, 3, members)
 
     def predictions(self, inputs: Tensor, actions: Tensor) -> Tensor:
         """Of every member: [n, ...] -> [E, n, D + 1]."""
-        return self.net(torch.cat([inputs, actions], 1).expand(self.members, -1, -1))
+        return self.net(inputs, actions)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         rows = torch.cat([batch["observations"], batch["actions"]], 1).unflatten(0, (self.members, -1))
@@ -122,16 +114,16 @@ class VAEDynamics(Dynamics):
         super().__init__(input_dim, statistics)
         self.latent_dim, self.kl_weight = latent_dim, kl_weight
         condition, target = input_dim + action_dim, self.observation_dim + 1
-        self.encoder = ensemble(1, condition + target, hidden_dim, 2 * latent_dim, 2)
-        self.decoder = ensemble(1, condition + latent_dim, hidden_dim, target)
+        self.encoder = MLP(condition + target, hidden_dim, 2 * latent_dim)
+        self.decoder = MLP(condition + latent_dim, hidden_dim, target, 3)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         condition, target = torch.cat([batch["observations"], batch["actions"]], 1), self.targets(batch)
-        mean, log_std = self.encoder(torch.cat([condition, target], 1)[None])[0].chunk(2, dim=1)
+        mean, log_std = self.encoder(condition, target).chunk(2, dim=1)
         log_std = log_std.clamp(-6.0, 2.0)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         z = mean + log_std.exp() * noise
-        squared = (self.decoder(torch.cat([condition, z], 1)[None])[0] - target).square()
+        squared = (self.decoder(condition, z) - target).square()
         kl = 0.5 * (mean.square() + (2 * log_std).exp() - 2 * log_std - 1).sum(1).mean()
         loss = squared.mean() + self.kl_weight * kl / squared.shape[1]
         parts = {"model_loss": squared.mean(), "kl": kl, "reward_error": squared[:, -1].mean()}
@@ -139,7 +131,7 @@ class VAEDynamics(Dynamics):
 
     def predict(self, inputs: Tensor, actions: Tensor, generator: torch.Generator) -> Tensor:
         z = torch.randn(len(inputs), self.latent_dim, generator=generator, device=inputs.device)
-        return self.decoder(torch.cat([inputs, actions, z], 1)[None])[0]
+        return self.decoder(inputs, actions, z)
 
 
 def statistics_of(observations: Tensor, following: Tensor) -> DataStatistics:

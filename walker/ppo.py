@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model import mlp, run_mlp
+from model import MLP
 
 # One step of a model: (inputs [n, D], actions [n, A]) -> inputs, rewards [n], ended [n] bool.
 ModelStep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -45,11 +45,11 @@ class GaussianActor(nn.Module):
 
     def __init__(self, input_dim: int, action_dim: int, hidden_dim: int = 256, initial_std: float = 0.2):
         super().__init__()
-        self.net = mlp(input_dim, hidden_dim, action_dim)
+        self.net = MLP(input_dim, hidden_dim, action_dim)
         self.log_std = nn.Parameter(torch.full((action_dim,), math.log(initial_std)))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.tanh(run_mlp(self.net, inputs))
+        return torch.tanh(self.net(inputs))
 
     def log_prob(self, inputs: Tensor, actions: Tensor) -> Tensor:
         """log pi(a|s), [n], of actions before they are cut to [-1, 1]."""
@@ -92,13 +92,13 @@ class PPO:
     ):
         self.config, self.generator, self.device = config, generator, torch.device(device)
         self.actor = GaussianActor(input_dim, action_dim, hidden_dim, config.initial_std).to(device)
-        self.value = mlp(input_dim, hidden_dim, 1).to(device)
+        self.value = MLP(input_dim, hidden_dim, 1).to(device)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.ppo_lr, fused=True)
         self.value_optimizer = torch.optim.Adam(self.value.parameters(), config.value_lr, fused=True)
 
     def values(self, inputs: Tensor) -> Tensor:
         """V(s), [n]."""
-        return run_mlp(self.value, inputs).squeeze(-1)
+        return self.value(inputs).squeeze(-1)
 
     @torch.no_grad()
     def imagine(self, starts: Tensor, model_step: ModelStep) -> tuple[Rollout, dict[str, Tensor]]:

@@ -49,9 +49,8 @@ class AWAC(OfflineAlgorithm):
             _, draw = self.draw(self.actor, batch["next_observations"])
             value = self.critic_target(batch["next_observations"], draw.actions).amin(0)
             target = batch["rewards"] + self.config.discount * (1 - batch["terminated"]) * value
-        q = self.critic(batch["observations"], batch["actions"])
-        loss = (q - target).square().mean(1).sum()
-        return loss, {"critic_loss": loss.detach(), "q_data": q.detach().mean()}
+        loss, q = self.critic.squared_error(batch["observations"], batch["actions"], target)
+        return loss, {"critic_loss": loss.detach(), "q_data": q.mean()}
 
     def actor_loss(self, distribution: Distribution, draw: Draw, batch: Batch) -> tuple[Tensor, Info]:
         with torch.no_grad():

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.offline.pogo_policies import Distribution, Draw
+from model_kernels import Adam
 
 Batch = dict[str, Tensor]
 Info = dict[str, Tensor]  # 0-d tensors on the device
@@ -60,7 +61,7 @@ class OfflineAlgorithm(abc.ABC):
         self.config, self.generator, self.device = config, generator, torch.device(device)
         self.max_action, self.make_actor = sizes[2], make_actor or self.default_actor()
         self.networks: dict[str, nn.Module] = {}
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.optimizers: dict[str, Adam] = {}
         self.targets: list[tuple[list[Tensor], list[Tensor]]] = []  # target networks' parameters, and the online ones
         self.actor_lr = torch.tensor(config.actor_lr, device=self.device)
         self.actor = self.add("actor", self.make_actor(*sizes, config.hidden_dim), self.actor_lr)
@@ -70,7 +71,7 @@ class OfflineAlgorithm(abc.ABC):
     def add(self, name: str, network: nn.Module, lr: float | Tensor) -> nn.Module:
         """Keep a network that is trained by an Adam of its own."""
         self.networks[name] = network.to(self.device)
-        self.optimizers[name] = self.adam(network.parameters(), lr)
+        self.optimizers[name] = Adam(network.parameters(), torch.as_tensor(lr, device=self.device))
         return network
 
     def add_target(self, name: str, network: nn.Module, source: nn.Module) -> nn.Module:
@@ -80,16 +81,9 @@ class OfflineAlgorithm(abc.ABC):
         self.targets.append((list(network.parameters()), list(source.parameters())))
         return network
 
-    def adam(self, parameters: Any, lr: float | Tensor) -> torch.optim.Adam:
-        """Adam with a learning rate that is a tensor, so that a captured update reads it anew."""
-        lr = torch.as_tensor(lr, device=self.device)
-        return torch.optim.Adam(parameters, lr, fused=True, capturable=self.device.type == "cuda")
-
     def minimise(self, name: str, loss: Tensor) -> None:
         """One step of a network's Adam."""
-        self.optimizers[name].zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizers[name].step()
+        self.optimizers[name].minimise(loss)
 
     @torch.no_grad()
     def update_targets(self) -> None:
@@ -168,7 +162,5 @@ class OfflineAlgorithm(abc.ABC):
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
         for name, optimizer in self.optimizers.items():
-            own = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
             optimizer.load_state_dict(state["optimizers"][name])
-            optimizer.param_groups[0].update(own)  # the learning rate of these settings, and the tensor that holds it
         self.step = int(state["step"])

@@ -64,7 +64,7 @@ class CQL(OfflineAlgorithm):
     def update(self, batch: Batch, update_actors: UpdateActors | None = None) -> Info:
         here, following = self.policy_draws(batch)
         loss, gaps, info = self.critic_loss(batch, here, following)
-        self.optimizers["critic"].zero_grad(set_to_none=True)
+        self.optimizers["critic"].zero_grad()
         loss.backward()
         info |= (update_actors or self.update_actor)(batch)  # before the critics step
         self.optimizers["critic"].step()
@@ -145,20 +145,20 @@ class Multiplier(nn.Module):
 def make_actor(observation_dim: int, action_dim: int, max_action: float, hidden_dim: int = 256) -> TanhGaussianMLP:
     """The policy of CORL's file, in its initialisation."""
     sizes = (observation_dim, action_dim, max_action, hidden_dim)
-    actor = TanhGaussianMLP(*sizes, log_std_bounds=(-20.0, 2.0), log_std_offset=-1.0)
-    *hidden, last = [layer for layer in actor.net if isinstance(layer, nn.Linear)]
-    for layer in hidden:
-        layer.reset_parameters()
-    nn.init.xavier_uniform_(last.weight, gain=1e-2)
-    nn.init.zeros_(last.bias)
+    actor = TanhGaussianMLP(*sizes, log_std_bounds=(-20.0, 2.0), log_std_offset=-1.0, edac_init=False)
+    weight, bias = actor.net.layers()[-1]
+    with torch.no_grad():
+        nn.init.xavier_uniform_(weight, gain=1e-2)
+        bias.zero_()
     return actor
 
 
+@torch.no_grad()
 def initialise(critic: EnsembleCritic) -> EnsembleCritic:
     """Orthogonal weights of gain sqrt(2), 0.01 in the last layer, and no bias, in place."""
-    for layer in critic.layers:
-        gain = 1e-2 if layer is critic.layers[-1] else math.sqrt(2)
-        for weight in layer.weight.data:
-            nn.init.orthogonal_(weight, gain)
-        nn.init.zeros_(layer.bias)
+    layers = critic.net.layers()
+    for number, (weights, bias) in enumerate(layers):
+        for weight in weights:
+            nn.init.orthogonal_(weight, 1e-2 if number == len(layers) - 1 else math.sqrt(2))
+        bias.zero_()
     return critic

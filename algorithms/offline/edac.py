@@ -21,14 +21,16 @@ class EDACConfig(SACNConfig):
 
 class EDAC(SACN):
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Info]:
-        loss, info = super().critic_loss(batch)
-        similarity = self.gradient_similarity(batch)
-        return loss + self.config.eta * similarity, info | {"gradient_similarity": similarity.detach()}
+        target = self.critic_target_value(batch)
+        q, slopes = self.critic.with_action_gradients(batch["observations"], batch["actions"])
+        loss, similarity = (q - target).square().mean(1).sum(), gradient_similarity(slopes)
+        info = {"critic_loss": loss, "q_data": q.mean(), "gradient_similarity": similarity}
+        return loss + self.config.eta * similarity, {name: value.detach() for name, value in info.items()}
 
-    def gradient_similarity(self, batch: Batch) -> Tensor:
-        """Cosine between the critics' gradients by the action, summed over pairs, / (N - 1), 0-d."""
-        g = self.critic.action_gradients(batch["observations"], batch["actions"])
-        g = g / (torch.linalg.vector_norm(g, dim=-1, keepdim=True) + 1e-10)
-        # sum_{i != j} <g_i, g_j> = ||sum_i g_i||^2 - sum_i ||g_i||^2
-        pairs = g.sum(0).square().sum(-1) - g.square().sum((0, -1))
-        return pairs.mean() / (len(g) - 1)
+
+def gradient_similarity(g: Tensor) -> Tensor:
+    """Cosine between critics' gradients by the action g [N, n, A], summed over pairs, / (N - 1), 0-d."""
+    g = g / (torch.linalg.vector_norm(g, dim=-1, keepdim=True) + 1e-10)
+    # sum_{i != j} <g_i, g_j> = ||sum_i g_i||^2 - sum_i ||g_i||^2
+    pairs = g.sum(0).square().sum(-1) - g.square().sum((0, -1))
+    return pairs.mean() / (len(g) - 1)

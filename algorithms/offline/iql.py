@@ -16,7 +16,6 @@ from torch import Tensor
 from algorithms.offline.base import Batch, Info, OfflineAlgorithm, OfflineConfig, UpdateActors
 from algorithms.offline.pogo_policies import DeterministicMLP, Distribution, Draw, GaussianMLP
 from model import EnsembleCritic, StateValue
-from utils import expectile_loss
 
 LARGEST_WEIGHT = 100.0  # of a transition in the actor's loss
 
@@ -58,16 +57,15 @@ class IQL(OfflineAlgorithm):
         """Expectile regression of V, and the advantages u [n]."""
         with torch.no_grad():
             target = self.critic_target(batch["observations"], batch["actions"]).amin(0)
-        value = self.value(batch["observations"])
-        loss = expectile_loss(value, target, self.config.iql_tau).mean()
-        advantage = target - value.detach()
+        loss, value = self.value.squared_error(batch["observations"], target, self.config.iql_tau)
+        advantage = target - value
         return loss, advantage, {"value_loss": loss.detach(), "advantage": advantage.mean()}
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Info]:
         target = batch["rewards"] + self.config.discount * (1 - batch["terminated"]) * batch["next_value"]
-        q = self.critic(batch["observations"], batch["actions"])
-        loss = (q - target).square().mean()  # half of the sum over the two
-        return loss, {"critic_loss": loss.detach(), "q_data": q.detach().mean()}
+        loss, q = self.critic.squared_error(batch["observations"], batch["actions"], target)
+        loss = loss / 2  # the mean over the two
+        return loss, {"critic_loss": loss.detach(), "q_data": q.mean()}
 
     def actor_loss(self, distribution: Distribution, draw: Draw, batch: Batch) -> tuple[Tensor, Info]:
         weight = (self.config.beta * batch["advantage"]).exp().clamp(max=LARGEST_WEIGHT)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import TransportActor, mlp, run_mlp
+from model import MLP, TransportActor, times
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -51,7 +51,7 @@ class Point:
         self.mode = actions
 
     def draw(self, z: Tensor) -> Draw:
-        return Draw(_beside(self.mode, z).expand_as(z), None)
+        return Draw(self.mode if z.dim() == self.mode.dim() else self.mode.unsqueeze(-2).expand_as(z), None)
 
     def cloning_loss(self, actions: Tensor, draw: Draw) -> Tensor:
         """||pi(s) - a||^2, [n]."""
@@ -141,10 +141,10 @@ class DeterministicMLP(nn.Module):
     ):
         super().__init__()
         self.action_dim, self.max_action = action_dim, max_action
-        self.net = mlp(observation_dim, hidden_dim, action_dim, hidden_layers)
+        self.net = MLP(observation_dim, hidden_dim, action_dim, hidden_layers, squash=True)
 
     def forward(self, observations: Tensor) -> Point:
-        return Point(torch.tanh(run_mlp(self.net, observations)) * self.max_action)
+        return Point(times(self.net(observations), self.max_action))
 
 
 class StochasticMLP(nn.Module):
@@ -181,19 +181,20 @@ class GaussianMLP(nn.Module):
     ):
         super().__init__()
         self.action_dim, self.max_action, self.squash_mean = action_dim, max_action, squash_mean
-        self.net = mlp(observation_dim, hidden_dim, action_dim, hidden_layers)
+        self.net = MLP(observation_dim, hidden_dim, action_dim, hidden_layers, squash=squash_mean)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def forward(self, observations: Tensor) -> Gaussian:
-        mean = run_mlp(self.net, observations)
-        mean = torch.tanh(mean) * self.max_action if self.squash_mean else mean
+        mean = self.net(observations)
+        mean = times(mean, self.max_action) if self.squash_mean else mean
         return Gaussian(mean, self.log_std.clamp(*self.LOG_STD).exp(), self.max_action)
 
 
 class TanhGaussianMLP(nn.Module):
     """tanh of N(mean(s), std(s)^2), three hidden layers, in the initialisation of the EDAC paper (An et al., 2021).
 
-    log_std_bounds: where log std is cut; log_std_offset: added to the network's output before.
+    log_std_bounds: where log std is cut; log_std_offset: added to the network's output before; edac_init: that
+    initialisation, else PyTorch's.
     """
 
     def __init__(
@@ -205,17 +206,25 @@ class TanhGaussianMLP(nn.Module):
         hidden_layers: int = 3,
         log_std_bounds: tuple[float, float] = (-5.0, 2.0),
         log_std_offset: float = 0.0,
+        edac_init: bool = True,
     ):
         super().__init__()
         self.action_dim, self.max_action = action_dim, max_action
         self.log_std_bounds, self.log_std_offset = log_std_bounds, log_std_offset
-        self.net = mlp(observation_dim, hidden_dim, 2 * action_dim, hidden_layers)
-        *hidden, last = [layer for layer in self.net if isinstance(layer, nn.Linear)]
-        for layer in hidden:
-            nn.init.constant_(layer.bias, 0.1)
-        nn.init.uniform_(last.weight, -1e-3, 1e-3)
-        nn.init.uniform_(last.bias, -1e-3, 1e-3)
+        self.net = MLP(observation_dim, hidden_dim, 2 * action_dim, hidden_layers)
+        if edac_init:
+            initialise(self.net, last_bound=1e-3)
 
     def forward(self, observations: Tensor) -> TanhGaussian:
-        mean, log_std = run_mlp(self.net, observations).chunk(2, dim=-1)
+        mean, log_std = self.net(observations).chunk(2, dim=-1)
         return TanhGaussian(mean, (log_std + self.log_std_offset).clamp(*self.log_std_bounds), self.max_action)
+
+
+@torch.no_grad()
+def initialise(net: MLP, last_bound: float) -> None:
+    """As in the EDAC paper, in place: hidden biases of 0.1, a last layer in [-last_bound, last_bound]."""
+    *hidden, (weight, bias) = net.layers()
+    for _, hidden_bias in hidden:
+        hidden_bias.fill_(0.1)
+    weight.uniform_(-last_bound, last_bound)
+    bias.uniform_(-last_bound, last_bound)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.offline.base import Batch, Info, OfflineAlgorithm, OfflineConfig, UpdateActors
-from algorithms.offline.pogo_policies import Distribution, Draw, TanhGaussianMLP
+from algorithms.offline.pogo_policies import Distribution, Draw, TanhGaussianMLP, initialise
 from model import EnsembleCritic
 
 
@@ -35,7 +35,8 @@ class SACN(OfflineAlgorithm):
     def build(self, observation_dim: int, action_dim: int, max_action: float) -> None:
         sizes = (observation_dim, action_dim, self.config.hidden_dim, self.config.num_critics)
         make_critic = functools.partial(EnsembleCritic, *sizes, hidden_layers=3)
-        self.critic = self.add("critic", initialise(make_critic()), self.config.qf_lr)
+        self.critic = self.add("critic", make_critic(), self.config.qf_lr)
+        initialise(self.critic.net, last_bound=3e-3)
         self.critic_target = self.add_target("critic_target", make_critic(), self.critic)
         self.temperature = self.add("temperature", Temperature(), self.config.alpha_learning_rate)
 
@@ -64,14 +65,17 @@ class SACN(OfflineAlgorithm):
     next_actor_loss = actor_loss
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Info]:
-        with torch.no_grad():
-            _, draw = self.draw(self.actor, batch["next_observations"])
-            value = self.critic_target(batch["next_observations"], draw.actions).amin(0)
-            value = value - self.temperature.alpha() * draw.log_prob
-            target = batch["rewards"] + self.config.discount * (1 - batch["terminated"]) * value
-        q = self.critic(batch["observations"], batch["actions"])
-        loss = (q - target).square().mean(1).sum()
-        return loss, {"critic_loss": loss.detach(), "q_data": q.detach().mean()}
+        target = self.critic_target_value(batch)
+        loss, q = self.critic.squared_error(batch["observations"], batch["actions"], target)
+        return loss, {"critic_loss": loss.detach(), "q_data": q.mean()}
+
+    @torch.no_grad()
+    def critic_target_value(self, batch: Batch) -> Tensor:
+        """y [n] of the equation above."""
+        _, draw = self.draw(self.actor, batch["next_observations"])
+        value = self.critic_target(batch["next_observations"], draw.actions).amin(0)
+        value = value - self.temperature.alpha() * draw.log_prob
+        return batch["rewards"] + self.config.discount * (1 - batch["terminated"]) * value
 
 
 class Temperature(nn.Module):
@@ -88,13 +92,3 @@ class Temperature(nn.Module):
     def loss(self, log_prob: Tensor, target_entropy: float) -> Tensor:
         """E[-log alpha (log pi + target_entropy)]: alpha rises while the entropy is below its target."""
         return -(self.log_alpha * (log_prob.detach() + target_entropy)).mean()
-
-
-def initialise(critic: EnsembleCritic) -> EnsembleCritic:
-    """The initialisation of the EDAC paper, in place."""
-    *hidden, last = critic.layers
-    for layer in hidden:
-        nn.init.constant_(layer.bias, 0.1)
-    nn.init.uniform_(last.weight, -3e-3, 3e-3)
-    nn.init.uniform_(last.bias, -3e-3, 3e-3)
-    return critic

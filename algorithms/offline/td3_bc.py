@@ -59,9 +59,8 @@ class TD3BC(OfflineAlgorithm):
             actions = (self.draw(self.actor_target, observations)[1].actions + noise).clamp_(-scale, scale)
             value = self.critic_target(observations, actions).amin(0)
             target = batch["rewards"] + config.discount * (1 - batch["terminated"]) * value
-        q = self.critic(batch["observations"], batch["actions"])
-        loss = (q - target).square().mean(1).sum()
-        return loss, {"critic_loss": loss.detach(), "q_data": q.detach().mean()}
+        loss, q = self.critic.squared_error(batch["observations"], batch["actions"], target)
+        return loss, {"critic_loss": loss.detach(), "q_data": q.mean()}
 
     def actor_loss(self, distribution: Distribution, draw: Draw, batch: Batch) -> tuple[Tensor, Info]:
         loss, info = self.next_actor_loss(distribution, draw, batch)
