@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import json
 import os
+import platform
 import shlex
 import signal
 import socket
@@ -114,6 +115,18 @@ def is_held(run_dir: str | Path) -> bool:
         raise
 
 
+def processor(command: list[str]) -> str:
+    """Model of what a command trains on here: the first NVIDIA GPU unless it is told `--device cpu`, else the CPU."""
+    wants_cpu = ("--device", "cpu") in zip(command, command[1:], strict=False)
+    sources = [] if wants_cpu else [(path, "Model:") for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+    for path, key in [*sources, (Path("/proc/cpuinfo"), "model name")]:
+        with contextlib.suppress(OSError):
+            for line in path.read_text().splitlines():
+                if line.startswith(key):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # One process
 # ----------------------------------------------------------------------------------------------------------------
@@ -139,7 +152,8 @@ class RunProcess:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         began = datetime.datetime.now().astimezone()
         attempts = read_attempts(self.run_dir)
-        self.attempts = [*attempts, {"began": began.isoformat(), "seconds": None, "code": None, "line": None}]
+        attempt = {"began": began.isoformat(), "seconds": None, "code": None, "line": None}
+        self.attempts = [*attempts, attempt | {"processor": processor(job.command)}]
         _write_attempts(self.run_dir, self.attempts)
         self.began = time.monotonic()
         with open(self.run_dir / "output.log", "ab") as log:

@@ -7,13 +7,17 @@ results/report.html after every finished run.
 
     python run_comparison.py --config config.yaml --dry_run
     python run_comparison.py --config config.yaml --jobs 2
+
+A file that names commands (`runs:`) is a table of results instead: see docs/results.md.
+
+    python run_comparison.py --config results/walker_main.yaml --jobs 2
+    python run_comparison.py --tables
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
 import functools
 import io
 import os
@@ -29,11 +33,13 @@ from typing import Any, Literal
 
 import gymnasium
 import torch
-import yaml
 
 import pogo_main
 from algorithms.offline import make_configs, pogo_multi_main
 from chain_run import MAY_CHANGE_ON_RESUME, ChainRun, ChainRunConfig
+from comparison import queue, tables
+from comparison.queue import RUN_MODULE
+from comparison.registry import as_flags, check_keys, is_table, load_file, read_table
 from comparison_jobs import Job, LocalPool, Outcome, RayPool, is_held, read_attempts, seconds_spent
 from comparison_report import POGO, ComparedRun, write_report
 from offline_data import is_minari, make_env, normalized_score
@@ -53,11 +59,6 @@ from utils import (
 )
 
 SCRIPT = Path(pogo_main.__file__).resolve()
-# A module of this checkout as a command: -m alone would look for it in the current folder first.
-RUN_MODULE = (
-    "import runpy, sys; sys.path[0] = sys.argv.pop(1); "
-    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
-)
 POLL_SECONDS = 0.5
 
 
@@ -69,6 +70,7 @@ class RunComparisonConfig:
     only: str | None = None  # take only the runs whose name, as --dry_run shows it, holds this text
     dry_run: bool = False  # list the runs, say what time and disk space those that are left will take, and stop
     report_only: bool = False  # train nothing, only write the results of the runs that are finished
+    tables: bool = False  # train nothing, only rewrite the tables of README.md and docs/ from results/*.csv
     jobs: int | None = None  # train this many runs at once; default: 1, on Ray as many as the cluster has room for
     threads: int | None = None  # give a run this many CPU threads; default: its share of the cores, at most 4; on Ray 1
     retries: int = 2  # start a crashed run again up to this many times, but never one that diverged or has bad settings
@@ -156,44 +158,13 @@ class Run:
         return f"{self.config.env}{algorithm} w2 {weights} seed {self.config.seed}"
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which no key stands twice: the second would silently replace the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
-                mark = node.value[position][0].start_mark
-                raise yaml.MarkedYAMLError(problem=f"{key!r} stands twice", problem_mark=mark)
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """The file's sections. Raises UserError for a file that cannot be read, is no YAML or has other sections."""
-    try:
-        sections = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot read it ({error.strerror}); give the path of a comparison") from None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        fault = f"{error.problem}, line {mark.line + 1}" if mark else one_line(error)
-        raise UserError(f"{path}: not valid YAML ({fault}); mend the file") from None
-    known = ("common", "sinkhorn", "environments")
+    sections, known = load_file(path), ("common", "sinkhorn", "environments")
     check_keys(path, "", sections, known)
     if not sections.get("environments"):
         raise UserError(f"{path}: environments is missing or empty; it names the datasets, see docs/comparison.md")
     return {name: sections.get(name) or {} for name in known}
-
-
-def check_keys(path: Path, where: str, values: Any, known: Any) -> None:
-    """Raise UserError unless `values` is a mapping with keys among `known`."""
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: {where or 'the file'} must hold `key: value` lines, not {values!r}")
-    for key in values:
-        if key not in known:
-            spelled = {str(name).lower(): name for name in known}
-            nearest = spelled[difflib.get_close_matches(str(key).lower(), list(spelled), n=1, cutoff=0.0)[0]]
-            raise UserError(f"{path}: unknown key {where and where + '.'}{key}; the nearest one is {nearest!r}")
 
 
 def read_settings(
@@ -215,7 +186,7 @@ def read_settings(
             values["actor_configs"] = pogo_multi_main.read_actor_configs(values["actor_configs"])
         except ValueError:
             raise UserError(f"{path}: {where}.actor_configs: must be a list of names, as in [own, gaussian]") from None
-    arguments = [word for key, value in values.items() for word in _as_flags(fields[key], value)]
+    arguments = [word for key, value in values.items() for word in as_flags(fields[key], value)]
     try:
         config = parse_config(config_class, arguments)
     except UserError as error:
@@ -225,14 +196,6 @@ def read_settings(
         words = re.search(r"(must be|needs|takes) .*", fault)
         raise UserError(f"{path}: {where}.{key}: {words.group() if words else error}") from None
     return {fields[key]: getattr(config, fields[key]) for key in values}
-
-
-def _as_flags(field: str, value: Any) -> list[str]:
-    """A value as it stands on a command line."""
-    if isinstance(value, bool):
-        return [f"--{field}" if value else f"--no_{field}"]
-    values = value if isinstance(value, list | tuple) else [value]
-    return [f"--{field}", *(str(value).lower() if value is None else str(value) for value in values)]
 
 
 def _numbers(path: Path, where: str, values: Any, kind: type = float) -> tuple:
@@ -412,7 +375,7 @@ def runs_of(
 
 def to_job(run: Run, threads: int) -> Job:
     """The run's process: every setting is a flag, so that no file left by an earlier start decides one."""
-    flags = [word for name, value in plain_config(run.config).items() for word in _as_flags(name, value)]
+    flags = [word for name, value in plain_config(run.config).items() for word in as_flags(name, value)]
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     if run.algorithm == POGO:
         return Job(str(run.run_dir), [str(SCRIPT), *flags], environment)
@@ -615,6 +578,20 @@ def in_time(seconds: float) -> str:
 # ----------------------------------------------------------------------------------------------------------------
 
 
+def open_pool(config: RunComparisonConfig, threads: int, devices_named: bool = False) -> LocalPool | RayPool:
+    """Where runs train: this machine, whose GPUs they get in turn unless their settings name one, or Ray's cluster.
+
+    Raises UserError.
+    """
+    if config.backend == "ray":
+        if not config.address:
+            raise UserError("--backend ray: needs --address host:port of the cluster, or auto for this machine's")
+        return RayPool(config.address, config.jobs, threads, config.gpus_per_run, config.retries)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    return LocalPool(config.jobs or 1, [] if devices_named else devices)
+
+
 class Comparison:
     """The runs that are left, where they train, and what came of them."""
 
@@ -629,16 +606,8 @@ class Comparison:
 
     def open_pool(self) -> LocalPool | RayPool:
         """Where the runs train. Raises UserError."""
-        config = self.config
-        if config.backend == "ray":
-            if not config.address:
-                raise UserError("--backend ray: needs --address host:port of the cluster, or auto for this machine's")
-            return RayPool(config.address, config.jobs, self.threads, config.gpus_per_run, config.retries)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-        if any(":" in run.config.device for run in self.runs):  # the file says which
-            devices = []
-        return LocalPool(config.jobs or 1, devices)
+        named = any(":" in run.config.device for run in self.runs)  # the file says which device
+        return open_pool(self.config, self.threads, named)
 
     def train(self) -> None:
         """Run what is left; Ctrl-C stops the processes and keeps what they saved."""
@@ -752,10 +721,28 @@ def check_output(output: str) -> None:
         raise UserError(f"--output {output}: cannot write there ({error.strerror}); choose another") from None
 
 
+def train_table(config: RunComparisonConfig) -> int:
+    """A file of commands, whose scores go to the CSV beside it; how many runs failed."""
+    for name in ("max_timesteps", "output"):
+        if getattr(config, name) != getattr(RunComparisonConfig, name):
+            raise UserError(f"--{name} {getattr(config, name)}: does nothing for {config.config}; leave it out")
+    more = (config.log_dir, config.dataset_dir, config.only, config.seeds, config.retries, threads_of(config))
+    options = queue.Options(*more, config.jobs or 1, min(cores_of(config) - 1, 7))
+    action = "list" if config.dry_run else "report" if config.report_only else "train"
+    pool = functools.partial(open_pool, config, options.threads)
+    return queue.run_table(read_table(config.config), options, action, pool)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the comparison; exits 1 where runs failed."""
     config = parse_config(RunComparisonConfig, argv, __doc__, config_flag="--settings")
     check(config)
+    if config.tables:
+        return tables.rewrite_pages(Path(__file__).resolve().parent)
+    if is_table(load_file(Path(config.config))):
+        if train_table(config):
+            sys.exit(1)
+        return
     runs = expand(config)
     finished = {run.run_dir for run in runs if is_finished(run)}
     if config.dry_run:

@@ -24,7 +24,7 @@ BENCHMARK_TOOLS = {"ogbench_utils", "d4rl_utils"}
 BELOW_ENTRY_POINTS = (
     AGENTS
     | BENCHMARK_TOOLS
-    | {"offline_data", "evaluation", "chain_run", "comparison_jobs", "comparison_report"}
+    | {"offline_data", "evaluation", "chain_run", "comparison", "comparison_jobs", "comparison_report"}
     | {"benchmark_data", "visualize", "model", "transport", "utils", "algorithms", "walker"}
 )
 # What each module may import of this project; a package name stands for all that is in it.
@@ -36,6 +36,8 @@ MAY_IMPORT = {
     "run_comparison": BELOW_ENTRY_POINTS | {"pogo_main"},
     "comparison_jobs": {"comparison_jobs", "utils"},  # itself: a Ray worker imports it by name
     "comparison_report": {"d4rl_utils", "utils"},
+    # It finds commands by the name that a file gives, and asks make_dataset about their data.
+    "comparison": {"comparison", "comparison_jobs", "make_dataset", "utils"},
     **dict.fromkeys(AGENTS, {"model", "transport", "utils"}),
     "offline_data": {*BENCHMARK_TOOLS, "utils"},
     **dict.fromkeys(BENCHMARK_TOOLS, {"downloads", "utils"}),

@@ -12,6 +12,7 @@ plays 100 episodes a task and prints mean and standard deviation of their return
     action = agent.act(observation)   # [24] -> [6], at every step
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,15 @@ from evaluation import Evaluator, episode_seeds, num_workers
 from utils import (
     UserError,
     check_bounds,
+    hold_run,
     load_checkpoint,
+    mark_finished,
     one_line,
     parse_config,
+    prepare_run,
     resolve_device,
     run_cli,
+    write_text_atomic,
 )
 from walker.dmc_utils import ACTION_DIM, OBSERVATION_DIM, TASKS, make_env
 from walker.policies import POLICIES
@@ -193,6 +198,7 @@ class AgentConfig:
     seed: int = 0  # of the episodes, and of random actions
     eval_workers: int | None = None  # more processes that step environments; default: cores - 1, at most 7
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:<index>
+    run_dir: str | None = None  # also write evaluation.csv, every episode, and finished.json to this folder
 
 
 BOUNDS = {"episodes": (1, 10**6), "seed": (0, 2**53), "eval_workers": (0, 256)}
@@ -202,15 +208,31 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Evaluate one file, or the random policy; returns the mean return of each task."""
     config = parse_config(AgentConfig, argv, __doc__)
     check_bounds(config, BOUNDS)
+    with contextlib.ExitStack() as stack:
+        if config.run_dir is not None:
+            stack.enter_context(hold_run(config.run_dir))
+            prepare_run(config.run_dir, config, resume=False, may_change={"device", "eval_workers"})
+        returns = play(config)
+        means = {task: float(found.mean()) for task, found in returns.items()}
+        if config.run_dir is not None:
+            values = [(task, n, value) for task, found in returns.items() for n, value in enumerate(found.tolist())]
+            rows = [("last", task, n, repr(value)) for task, n, value in values]
+            text = "".join(",".join(map(str, row)) + "\n" for row in [("agent", "task", "episode", "return"), *rows])
+            write_text_atomic(Path(config.run_dir) / "evaluation.csv", text)
+            mark_finished(config.run_dir, {f"last/{task}/return": mean for task, mean in means.items()})
+    return means
+
+
+def play(config: AgentConfig) -> dict[str, np.ndarray]:
+    """Returns [episodes] of each task, printed as they come."""
     agent = Agent(seed=config.seed, device=resolve_device(config.device))
     if config.load is not None:
         agent.load(config.load)
-    seeds, means = episode_seeds(config.seed, config.episodes), {}
+    seeds, returns = episode_seeds(config.seed, config.episodes), {}
     for task in TASKS:
-        returns = evaluate(agent, task, seeds, num_workers(config.eval_workers), f"{agent.method}, {task}")
-        print(report(agent.method, task, returns))
-        means[task] = float(returns.mean())
-    return means
+        returns[task] = evaluate(agent, task, seeds, num_workers(config.eval_workers), f"{agent.method}, {task}")
+        print(report(agent.method, task, returns[task]))
+    return returns
 
 
 if __name__ == "__main__":

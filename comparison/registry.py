@@ -1,0 +1,263 @@
+"""results/<table>.yaml: the runs behind a table. docs/results.md describes the file.
+
+Nothing here needs torch until a run's flags are checked (`check_flags`), so that tables can be made without it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import itertools
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Command:
+    """A training command of this repository."""
+
+    system: str  # walker, pogo, pogo_multi or opso: which files its runs leave
+    settings: str  # in its module: the settings' class, or a function that finds it by the arguments
+    data: str | None = None  # the flag that names its dataset
+    folder: str | None = None  # the flag of the data's folder
+
+
+_WALKER = {"data": "USE_DATASET_STR", "folder": "data_dir"}
+COMMANDS = {
+    "walker.agent": Command("walker", "AgentConfig"),
+    "walker.train_il": Command("walker", "CloningConfig", **_WALKER),
+    "walker.train_td3bc": Command("walker", "WalkerTD3BCConfig", **_WALKER),
+    "walker.train_cqlsac": Command("walker", "WalkerCQLConfig", **_WALKER),
+    "walker.train_dt": Command("walker", "TransformerConfig", **_WALKER),
+    "walker.train_model": Command("walker", "ModelConfig", **_WALKER),
+    "walker.train_morel": Command("walker", "MORELConfig", **_WALKER),
+    "walker.train_cds": Command("walker", "CDSConfig", **_WALKER),
+    "pogo_main": Command("pogo", "POGOTrainerConfig", "env", "dataset_dir"),
+    "algorithms.offline.pogo_multi_main": Command("pogo_multi", "find_config", "env", "dataset_dir"),
+    "offline_trainer": Command("opso", "OfflineTrainerConfig", "dataset", "dataset_dir"),
+    "online_trainer": Command("opso", "OnlineTrainerConfig", "dataset", "dataset_dir"),
+}
+# Flags that the queue sets itself.
+RESERVED = {"seed", "num_seeds", "run_dir", "resume", "evaluate", "offline_run_dir", "dataset_dir", "data_dir"}
+FILE_KEYS = ("title", "seeds", "runs", "layout")
+RUN_KEYS = ("method", "command", "flags", "each", "seeds", "row", "column", "needs", "hours")
+LAYOUT_KEYS = ("header", "columns", "where", "digits", "spread", "data_row", "data_column")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, or an evaluation that trains nothing."""
+
+    table: str
+    method: str  # its display name
+    command: str  # of COMMANDS
+    flags: tuple[str, ...]  # but for seed, directories and what follows from the machine
+    dataset: str  # id, or the command's own list of them; empty where it reads no data
+    seed: int
+    row: tuple[str, ...] = ()  # labels of the table's row
+    column: str = "{task}"  # the table's column; {task}, {actor} and so on are of a row of scores
+    needs: Run | None = None  # a run that must be finished before, whose directory this one reads
+    hours: float | None = None  # a guess for one core
+
+    @property
+    def system(self) -> str:
+        return COMMANDS[self.command].system
+
+    @property
+    def name(self) -> str:
+        words = dict.fromkeys((self.table, self.method, *self.row, self.dataset, f"seed {self.seed}"))
+        return " ".join(filter(None, words))
+
+    @property
+    def text(self) -> str:
+        """The shell command that trains it by itself; it identifies the run."""
+        words = [f"{self.command}.py"] if "." not in self.command else ["-m", self.command]
+        own = shlex.join(["python", *words, *self.flags, "--seed", str(self.seed)])
+        return own if self.needs is None else f"{self.needs.text} && {own}"
+
+    def run_dir(self, log_dir: str | Path) -> Path:
+        """<log_dir>/results/<command>/<dataset>/<8 digits of its flags>/seed_<seed>, whichever table asks for it."""
+        needs = () if self.needs is None else (self.needs.command, *self.needs.flags)
+        digits = hashlib.sha256(repr((self.command, self.flags, needs)).encode()).hexdigest()[:8]
+        dataset = re.sub(r"[^\w.+-]+", "_", self.dataset) or "no_data"
+        return Path(log_dir).resolve() / "results" / self.command / dataset / digits / f"seed_{self.seed}"
+
+    def arguments(self, log_dir: str | Path, dataset_dir: str | None) -> list[str]:
+        """All flags of its process but for those that follow from the machine."""
+        words = [*self.flags, "--seed", str(self.seed), "--run_dir", str(self.run_dir(log_dir))]
+        folder = COMMANDS[self.command].folder
+        if dataset_dir is not None and folder is not None:
+            words += [f"--{folder}", str(Path(dataset_dir).expanduser().resolve())]
+        if self.needs is not None:
+            words += ["--offline_run_dir", str(self.needs.run_dir(log_dir))]
+        return words
+
+
+@dataclass
+class Table:
+    """A file of runs."""
+
+    name: str
+    path: Path
+    title: str
+    runs: list[Run]  # in the order of training: one seed of everything first
+    layout: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def csv(self) -> Path:
+        return self.path.with_suffix(".csv")
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML in which no key stands twice: the second would silently replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                mark = node.value[position][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"{key!r} stands twice", problem_mark=mark)
+        return super().construct_mapping(node, deep)
+
+
+def user_error(text: str) -> Exception:
+    """A UserError; its module, which imports torch, is loaded when there is an error to tell."""
+    from utils import UserError
+
+    return UserError(text)
+
+
+def load_file(path: Path) -> Any:
+    """What a YAML file holds. Raises UserError for a file that cannot be read or is no YAML."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
+    except OSError as error:
+        raise user_error(f"--config {path}: cannot read it ({error.strerror}); give the path of a comparison") from None
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        fault = f"{error.problem}, line {mark.line + 1}" if mark else " ".join(str(error).split())
+        raise user_error(f"{path}: not valid YAML ({fault}); mend the file") from None
+
+
+def check_keys(path: Path, where: str, values: Any, known: Any) -> None:
+    """Raise UserError unless `values` is a mapping with keys among `known`."""
+    if not isinstance(values, dict):
+        raise user_error(f"{path}: {where or 'the file'} must hold `key: value` lines, not {values!r}")
+    for key in values:
+        if key not in known:
+            spelled = {str(name).lower(): name for name in known}
+            nearest = spelled[difflib.get_close_matches(str(key).lower(), list(spelled), n=1, cutoff=0.0)[0]]
+            raise user_error(f"{path}: unknown key {where and where + '.'}{key}; the nearest one is {nearest!r}")
+
+
+def as_flags(name: str, value: Any) -> list[str]:
+    """A setting as it stands on a command line."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no_{name}"]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [f"--{name}", *(str(value).lower() if value is None else str(value) for value in values)]
+
+
+def is_table(sections: Any) -> bool:
+    """Whether a file names runs by command, rather than the datasets of a comparison of chains."""
+    return isinstance(sections, dict) and "runs" in sections
+
+
+def read_table(path: str | Path) -> Table:
+    """A file's runs and layout. Raises UserError that names the file and the key."""
+    path = Path(path)
+    sections = load_file(path)
+    check_keys(path, "", sections, FILE_KEYS)
+    if not isinstance(sections.get("runs"), list) or not sections["runs"]:
+        raise user_error(f"{path}: runs must be a list of commands, see docs/results.md")
+    layout = sections.get("layout") or {}
+    check_keys(path, "layout", layout, LAYOUT_KEYS)
+    seeds, runs = _seeds(path, "seeds", sections.get("seeds", [0])), []
+    for number, entry in enumerate(sections["runs"]):
+        where = f"runs[{number}]"
+        check_keys(path, where, entry, RUN_KEYS)
+        runs += _entry_runs(path, where, entry, seeds)
+    texts = [run.text for run in runs]
+    for run in runs:
+        if texts.count(run.text) > 1:
+            raise user_error(f"{path}: two entries name the same run, {run.text}; leave one out")
+    runs.sort(key=lambda run: run.seed)  # stable: within a seed in the order of the file
+    return Table(path.stem, path, str(sections.get("title", path.stem)), runs, layout)
+
+
+def _seeds(path: Path, where: str, values: Any) -> list[int]:
+    if not isinstance(values, list) or not values or any(type(value) is not int or value < 0 for value in values):
+        raise user_error(f"{path}: {where} must be a list of integers, as in [0, 1, 2], not {values!r}")
+    return values
+
+
+def _entry_runs(path: Path, where: str, entry: dict[str, Any], seeds: list[int]) -> Iterator[Run]:
+    """Every seed of every combination of the values in `each`."""
+    for key in ("method", "command"):
+        if not isinstance(entry.get(key), str):
+            raise user_error(f"{path}: {where}.{key}: must be given, as text")
+    seeds = _seeds(path, f"{where}.seeds", entry.get("seeds", seeds))
+    each, needs = entry.get("each") or {}, entry.get("needs")
+    check_keys(path, f"{where}.each", each, each)
+    for name, values in each.items():
+        if not isinstance(values, list) or not values:
+            raise user_error(f"{path}: {where}.each.{name}: must be a list of values, not {values!r}")
+    for values in itertools.product(*each.values()):
+        chosen = dict(zip(each, values, strict=True))
+        flags, dataset = _flags(path, where, entry["command"], {**(entry.get("flags") or {}), **chosen})
+        row = tuple(str(label).format(**chosen) for label in entry.get("row") or [entry["method"]])
+        method, column = entry["method"].format(**chosen), str(entry.get("column", "{task}"))
+        for seed in seeds:
+            before = None
+            if needs is not None:
+                check_keys(path, f"{where}.needs", needs, ("command", "flags"))
+                name = str(needs.get("command"))
+                more = {"dataset": dataset, **(needs.get("flags") or {})}
+                words, _ = _flags(path, f"{where}.needs", name, more)
+                before = Run(path.stem, f"{method}, pretraining", name, words, dataset, seed)
+            own = (flags, dataset, seed, row, column, before, entry.get("hours"))
+            yield Run(path.stem, method, entry["command"], *own)
+
+
+def _flags(path: Path, where: str, command: str, flags: Any) -> tuple[tuple[str, ...], str]:
+    """Flags in the order of their names, and the dataset that they name."""
+    if command not in COMMANDS:
+        raise user_error(f"{path}: {where}.command: must be one of {', '.join(COMMANDS)}, not {command!r}")
+    check_keys(path, f"{where}.flags", flags, flags)
+    for name in RESERVED & flags.keys():
+        raise user_error(f"{path}: {where}.flags.{name}: is set by run_comparison.py; leave it out")
+    data = COMMANDS[command].data
+    dataset = "" if data is None else str(flags.get(data, ""))
+    if data is not None and not all(part.strip().startswith("local/") for part in dataset.split(",")):
+        raise user_error(f"{path}: {where}.flags.{data}: must name local/ data, which is made here, not {dataset!r}")
+    return tuple(word for name in sorted(flags) for word in as_flags(name, flags[name])), dataset
+
+
+def settings_of(run: Run, arguments: list[str]) -> Any:
+    """The settings of a run's process, as its command reads them. Raises UserError for flags that it does not have."""
+    from utils import parse_config
+
+    command = COMMANDS[run.command]
+    found = getattr(importlib.import_module(run.command), command.settings)
+    return parse_config(found if isinstance(found, type) else found(arguments), arguments)
+
+
+def check_flags(table: Table) -> None:
+    """Raise UserError, naming the file, for the first run whose command would refuse its flags."""
+    from utils import UserError
+
+    checked = set()
+    for run in [part for whole in table.runs for part in (whole.needs, whole) if part is not None]:
+        if (run.command, run.flags) not in checked:
+            try:
+                settings_of(run, list(run.flags))
+            except UserError as error:
+                raise UserError(f"{table.path}: {run.method}: {error}") from None
+            checked.add((run.command, run.flags))

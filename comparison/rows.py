@@ -1,0 +1,246 @@
+"""Raw scores: the rows that a finished run adds to results/<table>.csv.
+
+A row is one run, policy and task, scored by the last checkpoint. `score` is D4RL's score for D4RL's robots, the
+success rate in percent for mazes, and the return where data has no score. `best_in_training` was chosen after the fact
+and is no result.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from comparison.registry import Run, user_error
+
+COLUMNS = (
+    *("table", "system", "method", "dataset", "rows", "data_sha256", "seed", "actor", "mode", "task"),
+    *("updates", "environment_steps", "episodes", "mean", "std", "score", "best_in_training", "data_score"),
+    *("seconds", "processor", "precision", "commit", "command"),
+)
+Row = dict[str, str]
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Rows of a table's CSV; none where there is no file. Raises UserError for a file with other columns."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise user_error(f"{path}: cannot be read ({error}); restore it from git") from None
+    if tuple(reader.fieldnames or ()) != COLUMNS or any(None in row.values() or None in row for row in rows):
+        raise user_error(f"{path}: has other columns than {', '.join(COLUMNS)}; restore it from git")
+    return rows
+
+
+def append_csv(path: Path, rows: list[Row]) -> bool:
+    """Add a run's rows to a CSV, whole or not at all; False where the file has rows of that run already.
+
+    Several processes may append to one file at the same time.
+    """
+    from utils import exclusive_folder, write_text_atomic
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive_folder(path.parent):
+        present = read_csv(path)
+        if any(row["command"] == rows[0]["command"] for row in present):
+            return False
+        file = io.StringIO()
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(present + rows)
+        write_text_atomic(path, file.getvalue())
+        return True
+
+
+def rows_by_run(paths: list[Path]) -> dict[str, list[Row]]:
+    """Rows of several files by their command; of a run that stands in several files, those of the first."""
+    found: dict[str, list[Row]] = {}
+    for path in paths:
+        own: dict[str, list[Row]] = {}
+        for row in read_csv(path):
+            own.setdefault(row["command"], []).append(row)
+        found = own | found
+    return found
+
+
+def relabelled(rows: list[Row], run: Run) -> list[Row]:
+    """Rows of the same run in another table."""
+    return [row | {"table": run.table, "method": run.method} for row in rows]
+
+
+# -- a finished run --------------------------------------------------------------------------------------------------
+
+
+def is_finished(run_dir: Path) -> bool:
+    return (run_dir / "finished.json").exists()
+
+
+def rows_of(run: Run, log_dir: str | Path, dataset_dir: str | None) -> list[Row]:
+    """Rows of a finished run, from its directory.
+
+    Raises UserError where a file is missing or damaged, and where the directory holds a run of other settings.
+    """
+    from comparison_jobs import read_attempts, seconds_spent
+
+    run_dir = run.run_dir(log_dir)
+    try:
+        check_settings(run, log_dir, dataset_dir)
+        summary = json.loads((run_dir / "finished.json").read_text())
+        reader = {"walker": _walker, "opso": _opso}.get(run.system, _chain)
+        scores = list(reader(run_dir, summary))
+        count, digest = data_facts(_dataset_ids(summary), dataset_dir)
+        versions = json.loads((run_dir / "versions.json").read_text())
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise user_error(f"{run_dir}: its scores cannot be read ({error!r}); remove it to train it again") from None
+    attempts, seconds = read_attempts(run_dir), seconds_spent(run_dir)
+    shared = {
+        **{"table": run.table, "system": run.system, "method": run.method, "dataset": run.dataset, "seed": run.seed},
+        **{"rows": count, "data_sha256": digest, "precision": _stored(run_dir).get("precision", "float32")},
+        **{"seconds": "" if seconds is None else round(seconds), "commit": (versions.get("commit") or "")[:12]},
+        **{"processor": attempts[-1].get("processor", "") if attempts else "", "command": run.text},
+    }
+    return [{name: _text((shared | row).get(name, "")) for name in COLUMNS} for row in scores]
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _stored(run_dir: Path) -> dict[str, Any]:
+    """The run's config.yaml."""
+    from utils import load_yaml
+
+    return load_yaml(run_dir / "config.yaml")
+
+
+def check_settings(run: Run, log_dir: str | Path, dataset_dir: str | None) -> None:
+    """Raise UserError where a finished run was trained with other settings than its command has now.
+
+    A default may have changed since. Where the data lies, and on which machine, is no setting; what None stands for is
+    filled in by the command.
+    """
+    from comparison.registry import settings_of
+    from utils import plain_config
+
+    machine = {"device", "eval_workers", "tensorboard", "cuda_graph", "resume", "dataset_dir", "data_dir"}
+    machine |= {"offline_run_dir", "run_dir"}
+    stored = _stored(run.run_dir(log_dir))
+    now = plain_config(settings_of(run, run.arguments(log_dir, dataset_dir)))
+    for name in sorted(now.keys() - machine):
+        if now[name] is not None and stored.get(name) != now[name]:
+            raise user_error(
+                f"{run.run_dir(log_dir)}: {name} was {stored.get(name)} and is now {now[name]}; remove that directory "
+                "to train it again"
+            )
+
+
+def _walker(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each task, from evaluation.csv; the random agent's too."""
+    returns: dict[tuple[str, str], list[float]] = {}
+    with open(run_dir / "evaluation.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            returns.setdefault((row["agent"], row["task"]), []).append(float(row["return"]))
+    for (agent, task), found in returns.items():
+        if agent == "last":
+            best = returns.get(("best", task))
+            yield {
+                **{"task": task, "updates": summary.get("steps", 0), "environment_steps": 0, "episodes": len(found)},
+                **{"mean": _mean(found), "std": _std(found), "score": _mean(found)},
+                **{
+                    "best_in_training": _mean(best) if best else "",
+                    "data_score": summary.get(f"data/{task}/return", ""),
+                },
+            }
+
+
+def _chain(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each actor and mode, from training/evaluations.csv."""
+    from utils import read_episodes
+
+    final: dict[tuple[int, str], list[dict]] = {}
+    training: dict[tuple[int, str], dict[int, list[float]]] = {}
+    for row in read_episodes(run_dir / "training" / "evaluations.csv"):
+        key = row["actor"], row["mode"]
+        if row["evaluation"] == "final":
+            final.setdefault(key, []).append(row)
+        else:
+            training.setdefault(key, {}).setdefault(row["step"], []).append(row["score"])
+    for (actor, mode), rows in final.items():
+        returns, scores = ([row[name] for row in rows] for name in ("return", "score"))
+        yield {
+            **{"actor": actor, "mode": mode, "updates": summary["steps"], "environment_steps": 0},
+            **{"episodes": len(rows), "mean": _mean(returns), "std": _std(returns), "score": _mean(scores)},
+            "best_in_training": max(map(_mean, training[actor, mode].values())),
+            "data_score": summary["data_score"],
+        }
+
+
+def _opso(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Online: success in all tasks and in each. Offline: each figure of the held-out states, which has no episodes."""
+    if "eval/success_rate" not in summary:
+        for name in ("value_distance_spearman", "code_rank", "code_std"):
+            value = {"mean": float(summary[name]), "score": float(summary[name])}
+            yield {"task": name, "updates": summary["updates"], "environment_steps": 0, **value}
+        return
+    from utils import read_metrics
+
+    metrics, episodes = read_metrics(run_dir), int(_stored(run_dir)["eval_episodes"])
+    names = ["eval/success_rate", *sorted(name for name in summary if name.startswith("eval/success_task"))]
+    for name in names:
+        success, best = float(summary[name]), [value for value in metrics.get(name, []) if math.isfinite(value)]
+        yield {
+            "task": name.removeprefix("eval/success_").replace("rate", "all"),
+            **{"environment_steps": summary["env_steps"], "mean": success, "std": math.sqrt(success * (1 - success))},
+            "episodes": episodes * (len(names) - 1 if name == names[0] else 1),
+            **{"score": 100 * success, "best_in_training": 100 * max(best) if best else ""},
+        }
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _std(values: list[float]) -> float:
+    """Standard deviation over episodes, as the runs report it: divided by their number."""
+    center = _mean(values)
+    return math.sqrt(_mean([(value - center) ** 2 for value in values]))
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+def _dataset_ids(summary: dict[str, Any]) -> list[str]:
+    """Full ids of the data that a run's finished.json names."""
+    return summary.get("datasets") or ([summary["dataset"]] if "dataset" in summary else [])
+
+
+def data_facts(ids: list[str], dataset_dir: str | None) -> tuple[int | str, str]:
+    """Transitions of local datasets, and 12 hex digits: SHA-256 of their one file, or of all files' names and hashes.
+
+    Empty texts for no data, and where a manifest is gone.
+    """
+    import make_dataset
+    from utils import read_manifest
+
+    manifests = []
+    for dataset_id in ids:
+        path = make_dataset.find_family(dataset_id).manifest_path(dataset_id, dataset_dir)
+        manifests.append(read_manifest(path, dataset_id))
+    if not manifests or None in manifests:
+        return "", ""
+    hashes = {name: entry["sha256"] for manifest in manifests for name, entry in manifest["files"].items()}
+    listed = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
+    digest = next(iter(hashes.values())) if len(hashes) == 1 else hashlib.sha256(listed.encode()).hexdigest()
+    return sum(int(manifest["transitions"]) for manifest in manifests), digest[:12]

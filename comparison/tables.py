@@ -1,0 +1,172 @@
+"""Tables of README.md and docs/, made from results/*.csv between markers:
+
+    <!-- table: walker_main -->
+    <!-- /table -->
+
+A cell is the mean over seeds of the score of each seed's last checkpoint. Rows of a CSV count for a cell only where
+their command is the one that the YAML file asks for, so that runs of other settings never mix with them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from comparison.registry import Run, Table, read_table, user_error
+from comparison.rows import Row, read_csv
+
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+MISSING = "-"  # a cell that a run will fill
+Key = tuple[tuple[str, ...], str]  # labels of a row, name of a column
+
+
+def cell_text(scores: Iterable[float], planned: int, digits: int = 1) -> str:
+    """Mean and 95% t-interval of scores [seeds]; of two seeds their range, of one its score with a star.
+
+    The number of seeds is added where more were planned.
+    """
+    found = list(scores)
+    n, mean = len(found), math.fsum(found) / len(found)
+    if n == 1:
+        return f"{mean:.{digits}f} *"
+    if n == 2:
+        return f"{mean:.{digits}f} ({min(found):.{digits}f} to {max(found):.{digits}f})"
+    from scipy.stats import t as student
+
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in found) / (n - 1))
+    half = float(student.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}" + (f" ({n} of {planned} seeds)" if n < planned else "")
+
+
+def matching(table: Table, rows: list[Row]) -> list[tuple[Run, Row]]:
+    """Rows of the table's present runs that pass its `where`. Raises UserError where their data or precision differ."""
+    runs = {run.text: run for run in table.runs}
+    found = [(runs[row["command"]], row) for row in rows if row["command"] in runs]
+    for name, group in (("data_sha256", "dataset"), ("precision", "table")):
+        kinds: dict[str, set[str]] = {}
+        for _, row in found:
+            kinds.setdefault(row[group], set()).update({row[name]} - {""})
+        for key, values in kinds.items():
+            if len(values) > 1:
+                listed = ", ".join(sorted(values))
+                raise user_error(f"{table.csv}: rows of {key} differ in {name} ({listed}); train them on the same")
+    where = {key: value if isinstance(value, list) else [value] for key, value in table.layout.get("where", {}).items()}
+    return [(run, row) for run, row in found if all(row[key] in map(str, values) for key, values in where.items())]
+
+
+def cells_of(table: Table, found: list[tuple[Run, Row]]) -> dict[Key, dict[int, Row]]:
+    """Rows of each cell by seed. Raises UserError for a column that is not listed, and for two rows of one seed."""
+    cells: dict[Key, dict[int, Row]] = {}
+    for run, row in found:
+        column = run.column.format(**row)
+        if column not in table.layout["columns"]:
+            raise user_error(f"{table.path}: layout.columns lacks {column!r}, which {run.method} has")
+        seeds = cells.setdefault((run.row, column), {})
+        if run.seed in seeds:
+            raise user_error(f"{table.path}: two scores of seed {run.seed} for {' '.join(run.row)}, {column}")
+        seeds[run.seed] = row
+    return cells
+
+
+def data_text(rows: Iterable[Row], digits: int) -> str:
+    """The score of the data's own episodes, which the rows of a cell agree on; empty where there is none."""
+    texts = {f"{float(row['data_score']):.{digits}f}" for row in rows if row["data_score"]}
+    return " / ".join(sorted(texts))
+
+
+def body_lines(table: Table, cells: dict[Key, dict[int, Row]], missing: set[str]) -> list[str]:
+    """The Markdown table."""
+    layout, digits = table.layout, table.layout.get("digits", 1)
+    header, columns = [str(name) for name in layout.get("header", ["method"])], layout["columns"]
+    labels = list(dict.fromkeys(run.row for run in table.runs))
+    order = {run.text: number for number, run in enumerate(table.runs)}
+    labels.sort(key=lambda label: min(order[run.text] for run in table.runs if run.row == label))
+    more = ["the data"] if layout.get("data_column") else []
+    lines = ["| " + " | ".join([*header, *more, *columns]) + " |"]
+    lines.append("|" + "---|" * len(header) + "---:|" * len(more + columns))
+    if layout.get("data_row"):
+        own = [
+            data_text([r for (_, name), s in cells.items() if name == c for r in s.values()], digits) for c in columns
+        ]
+        blank = [""] * (len(header) - 1)
+        lines.append("| " + " | ".join(["the data", *blank, *(text or MISSING for text in own)]) + " |")
+    for label in labels:
+        runs = [run for run in table.runs if run.row == label]
+        empty = MISSING if any(run.text in missing for run in runs) else ""
+        planned = len({run.seed for run in runs})
+        own = [cells.get((label, column), {}) for column in columns]
+        texts = [data_text([row for seeds in own for row in seeds.values()], digits) or empty] if more else []
+        for seeds in own:
+            text = cell_text([float(row["score"]) for row in seeds.values()], planned, digits) if seeds else empty
+            if seeds and layout.get("spread"):
+                deviations = [float(row["std"]) for row in seeds.values()]
+                text += f" [{math.fsum(deviations) / len(deviations):.{digits}f}]"
+            texts.append(text)
+        lines.append("| " + " | ".join([*label, *texts]) + " |")
+    return lines
+
+
+def caption(table: Table, found: list[tuple[Run, Row]]) -> str:
+    """What the cells are: seeds, episodes, commits, processors."""
+    seeds = sorted({run.seed for run in table.runs})
+    words = [f"{table.title} Last checkpoints of seeds {', '.join(map(str, seeds))}"]
+    rows = [row for _, row in found]
+    episodes = sorted({int(row["episodes"]) for row in rows if row["episodes"]})
+    words += [f"{' or '.join(map(str, episodes))} episodes each"] if episodes else []
+    words.append("mean ± 95% t-interval over seeds, (lowest to highest) of two, * one seed")
+    words += ["[standard deviation over episodes]"] if table.layout.get("spread") else []
+    commits = sorted({row["commit"][:7] for row in rows} - {""})
+    words += [f"commit {', '.join(commits)}"] if commits else []
+    words += [", ".join(sorted({f"{row['processor']} {row['precision']}".strip() for row in rows}))] if rows else []
+    return "; ".join(words) + "."
+
+
+def render(table: Table, rows: list[Row]) -> str:
+    """The text between the markers, line break included. Raises UserError as `matching` and `cells_of` do."""
+    if not isinstance(table.layout.get("columns"), list):
+        raise user_error(f"{table.path}: layout.columns must be a list of the table's columns")
+    found = matching(table, rows)
+    there = {row["command"] for row in rows}
+    missing = {run.text for run in table.runs} - there
+    lines = [caption(table, found), "", *body_lines(table, cells_of(table, found), missing)]
+    if missing:
+        command = f"python run_comparison.py --config results/{table.path.name} --jobs 2"
+        lines += [
+            "",
+            f"{len(table.runs) - len(missing)} of {len(table.runs)} runs are there; `{command}` adds the rest.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def page_texts(root: Path) -> dict[Path, str]:
+    """README.md and docs/*.md of a checkout with their tables made anew. Raises UserError for an unknown table."""
+    pages = {}
+    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+
+        def between(match: re.Match, page: Path = page) -> str:
+            path = root / "results" / f"{match[2]}.yaml"
+            if not path.is_file():
+                raise user_error(f"{page}: table {match[2]}: there is no {path}")
+            table = read_table(path)
+            return f"{match[1]}{render(table, read_csv(table.csv))}{match[4]}"
+
+        text = page.read_text(encoding="utf-8")
+        if len(re.findall("<!-- table: ", text)) != len(MARKED.findall(text)):
+            raise user_error(f"{page}: a table's marker has no <!-- /table --> after it")
+        pages[page] = MARKED.sub(between, text)
+    return pages
+
+
+def rewrite_pages(root: Path) -> None:
+    """Write the pages whose tables have changed."""
+    changed: dict[Path, Any] = {page: text for page, text in page_texts(root).items() if text != page.read_text()}
+    for page, text in changed.items():
+        from utils import write_text_atomic
+
+        write_text_atomic(page, text)
+        print(f"{page}: tables rewritten")
+    if not changed:
+        print("all tables are as results/ says")
