@@ -18,7 +18,7 @@ from typing import Any
 from comparison.registry import Run, Table, read_table, user_error
 from comparison.rows import Row, read_csv
 
-MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+MARKED = re.compile(r"^(<!-- table: (\S+) -->\n)(.*?)^(<!-- /table -->)$", re.DOTALL | re.MULTILINE)
 MISSING = "-"  # a cell that a run will fill
 Key = tuple[tuple[str, ...], str]  # labels of a row, name of a column
 
@@ -154,7 +154,7 @@ def page_texts(root: Path) -> dict[Path, str]:
             return f"{match[1]}{render(table, read_csv(table.csv))}{match[4]}"
 
         text = page.read_text(encoding="utf-8")
-        if len(re.findall("<!-- table: ", text)) != len(MARKED.findall(text)):
+        if len(re.findall("^<!-- table: ", text, re.MULTILINE)) != len(MARKED.findall(text)):
             raise user_error(f"{page}: a table's marker has no <!-- /table --> after it")
         pages[page] = MARKED.sub(between, text)
     return pages

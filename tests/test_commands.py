@@ -43,10 +43,12 @@ SMALLER = {
     "-m walker.agent": ("--episodes 1 --eval_workers 0 --device cpu", "random, run:"),
     "-m walker.train_il train": (f"{WALKER} --max_timesteps 1 --hidden_dim 8", "1 updates in"),
     "-m walker.train_il test": (WALKER, "best, run:"),
-    "-m walker.run_study": ("--methods bc --test_episodes 1", "± 0.0 [1.0] (1.0) |"),
     # test_run_comparison.py trains some.
     "run_comparison.py": ("--dry_run --only hopper-medium-v2 --threads 1", "runs"),
     "run_comparison.py --config config.yaml --report_only": ("", "report.html"),
+    # test_results.py trains a table.
+    "run_comparison.py --config results": ("--dry_run", "BC local/__all__ seed 0: "),
+    "run_comparison.py --tables": ("", "all tables are as results/ says"),
     "benchmarks/bench_pogo.py": (
         "--device cpu --batch_size 8 --transitions 20 --updates 1 --repeats 1 --max_actors 1",
         "pogo_updates_per_second_1_actors_plain_scheme: ours",
@@ -156,10 +158,6 @@ def test_command_runs_in_a_small_form(command, tmp_path, monkeypatch, capsys):
     spec.loader.exec_module(module)
     if script == "benchmarks/bench_encoder.py":
         pytest.importorskip("transformers")
-    if script == "walker/run_study.py":  # test_walker_runs.py trains a cell
-        kinds = ("last/{}/return", "last/{}/return_std", "best/{}/return", "data/{}/return")
-        figures = {kind.format(task): 1.0 for kind in kinds for task in dmc_utils.TASKS}
-        monkeypatch.setattr(module, "train", lambda cell, seed, config: figures)
     if script == "train_expert.py":
         pytest.importorskip("stable_baselines3")
     more, says = SMALLER[beginning(command)]

@@ -17,7 +17,7 @@ import make_dataset
 import walker.agent as agent_module
 from evaluation import episode_seeds
 from utils import UserError, load_checkpoint, parse_config, read_metrics
-from walker import run_study, train_cds, train_cqlsac, train_dt, train_il, train_model, train_morel, train_td3bc
+from walker import train_cds, train_cqlsac, train_dt, train_il, train_model, train_morel, train_td3bc
 from walker.agent import Agent, evaluate
 from walker.dmc_utils import (
     TASKS,
@@ -469,7 +469,6 @@ def test_bad_input_is_one_line(finished, arguments, tmp_path, capsys, data_dir):
     assert "not a file of the walker study's agents" in error_line(
         agent_module.main, capsys, "--load", tmp_path / "y.pth"
     )
-    assert "--methods 'sac'" in error_line(run_study.main, capsys, "--methods", "sac")
 
 
 def test_default_directories_tell_settings_apart():
@@ -484,61 +483,3 @@ def test_default_directories_tell_settings_apart():
     assert cloning("--exp_name", "v2_t3.2", "--seed", "4") == "logs/walker/bc/v2_t3.2/seed_4"
     assert name(train_cds.CDSRun, train_cds.CDSConfig, "--main_task", "run") == "logs/walker/cds/local_all_run/seed_0"
     assert name(train_model.ModelRun, train_model.ModelConfig) == "logs/walker/model/local_all_mlp/seed_0"
-
-
-# -- tables --------------------------------------------------------------------------------------------------------
-
-KINDS = ("return", "return_std")
-
-
-def test_a_table_trains_every_cell_once_over_its_seeds(monkeypatch, capsys, tmp_path):
-    trained = []
-
-    def train(cell, seed, config):
-        trained.append((*cell.train_flags(), seed))
-        value = 100.0 * seed + len(cell.data)
-        figures = {f"{name}/{task}/return": value + (name == "best") for name in ("last", "best") for task in TASKS}
-        return figures | {f"last/{task}/return_std": 5.0 for task in TASKS} | {f"data/{t}/return": 7.0 for t in TASKS}
-
-    monkeypatch.setattr(run_study, "train", train)
-    flags = ["--table", "task_bit", "--num_seeds", "3", "--test_episodes", "1", "--methods", "bc", "cds", "--no_local"]
-    run_study.main([*flags, "--log_dir", str(tmp_path)])
-    # Three kinds of data for bc, two single tasks of both tasks' data for cds, with and without the bit.
-    assert len(trained) == len(set(trained)) == 3 * 2 * (3 + 2)
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert rows[0] == "| method | task bit | walk | run | walk (all) | run (all) |"
-    assert rows[2] == "| the data |  | 7.0 | 7.0 | 7.0 | 7.0 |" and rows[3].startswith("| random |") and len(rows) == 8
-    half = 4.302653 * 100 / np.sqrt(3)
-    assert rows[4].startswith(f"| bc | yes | 114.0 ± {half:.1f} [5.0] (115.0) |")
-    assert rows[6].startswith("| cds | yes | – | – | 107.0 ±")
-    assert rows == [line for line in (tmp_path / "task_bit.md").read_text().splitlines() if line.startswith("|")]
-
-
-def test_a_run_that_fails_leaves_the_others_their_table(monkeypatch, capsys, tmp_path):
-    def train(cell, seed, config):
-        if cell.method == "bc":
-            raise UserError("it diverged")
-        return {f"{name}/{task}/{kind}": 1.0 for name in ("last", "best", "data") for task in TASKS for kind in KINDS}
-
-    monkeypatch.setattr(run_study, "train", train)
-    flags = ["--num_seeds", "2", "--test_episodes", "1", "--methods", "bc", "td3bc", "--log_dir", tmp_path]
-    assert "2 runs failed, the first one: it diverged" in error_line(run_study.main, capsys, *flags)
-    table = (tmp_path / "main.md").read_text()
-    assert "| bc | failed | failed |" in table and "| td3bc | 1.0 ± 0.0 [1.0] (1.0) | 1.0" in table
-
-
-def test_a_cell_is_trained_by_its_command_and_never_mixed_with_another(data_dir, tmp_path):
-    cell = run_study.Cell("bc", "local/walk_m", "walk", ("--random_noise", "0.1"))
-    settings = {"max_timesteps": 1, "test_episodes": 1, "log_dir": str(tmp_path / "logs")}
-    config = run_study.RunStudyConfig(data_dir=str(data_dir), **settings)
-    found = run_study.train(cell, 3, config)
-    assert found["seed"] == 3 and found["last/walk/return"] > 0 and "last/run/return" not in found
-    assert run_study.train(cell, 3, config) == found  # finished: not trained again
-    run_dir = tmp_path / "logs" / "bc" / "local_walk_m_noise_0.1" / "seed_3"
-    assert "1 updates in" in (run_dir / "output.log").read_text()
-    for changed in ({"max_timesteps": 2}, {"data_dir": "elsewhere"}, {"max_timesteps": None}):
-        other = run_study.RunStudyConfig(**({"data_dir": str(data_dir)} | settings | changed))
-        with pytest.raises(UserError, match="was .* and is now .*; choose another --log_dir"):
-            run_study.train(cell, 3, other)
-    with pytest.raises(UserError, match="collected_data"):
-        run_study.train(cell._replace(data="walk_m"), 0, config)
