@@ -165,6 +165,15 @@ def as_flags(name: str, value: Any) -> list[str]:
     return [f"--{name}", *(str(value).lower() if value is None else str(value) for value in values)]
 
 
+def fill(path: Path, where: str, template: Any, values: dict[str, Any]) -> str:
+    """A text with values in place of its {names}. Raises UserError for a name that is not there."""
+    try:
+        return str(template).format(**values)
+    except (KeyError, IndexError, ValueError):
+        known = ", ".join(f"{{{name}}}" for name in values) or "nothing"
+        raise user_error(f"{path}: {where}: {template!r} must hold no other braces than {known}") from None
+
+
 def is_table(sections: Any) -> bool:
     """Whether a file names runs by command, rather than the datasets of a comparison of chains."""
     return isinstance(sections, dict) and "runs" in sections
@@ -212,8 +221,8 @@ def _entry_runs(path: Path, where: str, entry: dict[str, Any], seeds: list[int])
     for values in itertools.product(*each.values()):
         chosen = dict(zip(each, values, strict=True))
         flags, dataset = _flags(path, where, entry["command"], {**(entry.get("flags") or {}), **chosen})
-        row = tuple(str(label).format(**chosen) for label in entry.get("row") or [entry["method"]])
-        method, column = entry["method"].format(**chosen), str(entry.get("column", "{task}"))
+        row = tuple(fill(path, f"{where}.row", label, chosen) for label in entry.get("row") or [entry["method"]])
+        method, column = fill(path, f"{where}.method", entry["method"], chosen), str(entry.get("column", "{task}"))
         for seed in seeds:
             before = None
             if needs is not None:

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from comparison.registry import Run, Table, read_table, user_error
-from comparison.rows import Row, read_csv
+from comparison.registry import Run, Table, check_keys, fill, read_table, user_error
+from comparison.rows import COLUMNS, Row, read_csv
 
 MARKED = re.compile(r"^(<!-- table: (\S+) -->\n)(.*?)^(<!-- /table -->)$", re.DOTALL | re.MULTILINE)
 MISSING = "-"  # a cell that a run will fill
@@ -53,15 +53,17 @@ def matching(table: Table, rows: list[Row]) -> list[tuple[Run, Row]]:
             if len(values) > 1:
                 listed = ", ".join(sorted(values))
                 raise user_error(f"{table.csv}: rows of {key} differ in {name} ({listed}); train them on the same")
-    where = {key: value if isinstance(value, list) else [value] for key, value in table.layout.get("where", {}).items()}
-    return [(run, row) for run, row in found if all(row[key] in map(str, values) for key, values in where.items())]
+    where = table.layout.get("where", {})
+    check_keys(table.path, "layout.where", where, COLUMNS)
+    wanted = {key: list(map(str, value if isinstance(value, list) else [value])) for key, value in where.items()}
+    return [(run, row) for run, row in found if all(row[key] in values for key, values in wanted.items())]
 
 
 def cells_of(table: Table, found: list[tuple[Run, Row]]) -> dict[Key, dict[int, Row]]:
     """Rows of each cell by seed. Raises UserError for a column that is not listed, and for two rows of one seed."""
     cells: dict[Key, dict[int, Row]] = {}
     for run, row in found:
-        column = run.column.format(**row)
+        column = fill(table.path, f"column of {run.method}", run.column, row)
         if column not in table.layout["columns"]:
             raise user_error(f"{table.path}: layout.columns lacks {column!r}, which {run.method} has")
         seeds = cells.setdefault((run.row, column), {})
@@ -92,7 +94,9 @@ def body_lines(table: Table, cells: dict[Key, dict[int, Row]], missing: set[str]
             data_text([r for (_, name), s in cells.items() if name == c for r in s.values()], digits) for c in columns
         ]
         blank = [""] * (len(header) - 1)
-        lines.append("| " + " | ".join(["the data", *blank, *(text or MISSING for text in own)]) + " |")
+        lines.append(
+            "| " + " | ".join(["the data", *blank, *(text or (MISSING if missing else "") for text in own)]) + " |"
+        )
     for label in labels:
         runs = [run for run in table.runs if run.row == label]
         empty = MISSING if any(run.text in missing for run in runs) else ""

@@ -16,7 +16,7 @@ from running import digest, error_line
 import make_dataset
 import walker.agent as agent_module
 from evaluation import episode_seeds
-from utils import UserError, load_checkpoint, parse_config, read_metrics
+from utils import RunFinished, UserError, load_checkpoint, parse_config, read_metrics
 from walker import train_cds, train_cqlsac, train_dt, train_il, train_model, train_morel, train_td3bc
 from walker.agent import Agent, evaluate
 from walker.dmc_utils import (
@@ -440,13 +440,21 @@ def test_the_random_agent_is_uniform():
     assert np.array_equal(Agent(seed=1).act_vec(np.zeros((5000, 24))), actions)
 
 
-def test_the_agents_command(finished, capsys):
+def test_the_agents_command(finished, capsys, tmp_path):
     path = finished / "bc" / "checkpoints" / "best.pth"
     flags = ["--episodes", "3", "--eval_workers", "0", "--device", "cpu"]
     means = agent_module.main([*flags, "--load", str(path)])
     assert "bc, walk:" in capsys.readouterr().out and set(means) == set(TASKS)
-    agent_module.main(flags)
+    means = agent_module.main([*flags, "--run_dir", str(tmp_path)])
     assert "random, run:" in capsys.readouterr().out
+    assert json.loads((tmp_path / "finished.json").read_text())["last/run/return"] == means["run"]
+    with open(tmp_path / "evaluation.csv", newline="") as file:
+        returns = [
+            float(row["return"]) for row in csv.DictReader(file) if (row["agent"], row["task"]) == ("last", "run")
+        ]
+    assert len(returns) == 3 and np.isclose(np.mean(returns), means["run"])
+    with pytest.raises(RunFinished):
+        agent_module.main([*flags, "--run_dir", str(tmp_path)])
 
 
 def test_bad_input_is_one_line(finished, arguments, tmp_path, capsys, data_dir):

@@ -1,0 +1,512 @@
+"""Tables of results: the runs that a file names, the rows that they leave, what a kill may not lose, and the tables.
+
+Most tests put a tiny trainer in the place of the commands: it leaves the files of a finished run of the walker's agent
+and notes every start in a ledger.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from running import error_line
+
+import comparison_jobs
+import pogo_main
+import run_comparison
+from comparison import queue, rows, tables
+from comparison.registry import COMMANDS, check_flags, read_table, settings_of
+from comparison_jobs import Job
+from make_dataset import generate
+from utils import UserError, plain_config
+
+ROOT = Path(__file__).resolve().parent.parent
+AGENT = {"method": "random", "command": "walker.agent", "flags": {"episodes": 2}}
+BC = {"method": "BC", "command": "walker.train_il", "flags": {"USE_DATASET_STR": "local/__all__"}}
+LAYOUT = {"columns": ["walk", "run"]}
+
+TRAINER = r"""
+import json, os, sys, time
+from pathlib import Path
+
+run_dir, ledger, seconds, config = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+
+def note(event):
+    with open(ledger, "a") as file:
+        file.write(f"{event} {run_dir.parent.name} {run_dir.name}\n")
+
+note("again" if (run_dir / "finished.json").exists() else "start")
+behaviour = ledger.with_name("behaviour.json")
+code = json.loads(behaviour.read_text()).get(run_dir.parent.parent.parent.name, 0) if behaviour.exists() else 0
+if code:
+    print("error: it diverged", file=sys.stderr)
+    sys.exit(code)
+time.sleep(seconds)
+seed = int(run_dir.name.removeprefix("seed_"))
+(run_dir / "config.yaml").write_text(config)
+(run_dir / "versions.json").write_text(json.dumps({"commit": "0123456789abcdef"}))
+values = [("walk", 10.0 + seed), ("walk", 12.0 + seed), ("run", 1.0)]
+lines = [f"{agent},{task},0,{value}" for agent in ("last", "best") for task, value in values]
+(run_dir / "evaluation.csv").write_text("\n".join(["agent,task,episode,return", *lines]) + "\n")
+(run_dir / "finished.tmp").write_text(json.dumps({"steps": 7, "data/walk/return": 20.0}))
+os.replace(run_dir / "finished.tmp", run_dir / "finished.json")
+"""
+
+
+def write_table(path: Path, *entries: dict, **sections) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({"runs": list(entries), "layout": LAYOUT} | sections))
+    return path
+
+
+def stored_settings(run, log_dir) -> str:
+    """What the run's config.yaml holds."""
+    return yaml.safe_dump(plain_config(settings_of(run, run.arguments(log_dir, None))))
+
+
+class Place:
+    """A folder with a table, the trainer above and its ledger."""
+
+    def __init__(self, folder: Path, monkeypatch):
+        self.folder, self.ledger = folder, folder / "ledger.txt"
+        self.script, self.seconds = folder / "trainer.py", 0.0
+        self.script.write_text(TRAINER)
+        self.table = folder / "results" / "first.yaml"
+        monkeypatch.setattr(queue, "to_job", self.to_job)
+        monkeypatch.setattr(queue, "POLL_SECONDS", 0.01)
+
+    def to_job(self, run, options) -> Job:
+        words = [str(self.ledger), str(self.seconds), stored_settings(run, options.log_dir)]
+        run_dir = str(run.run_dir(options.log_dir))
+        return Job(run_dir, [str(self.script), run_dir, *words], {})
+
+    def flags(self, *more: str) -> list[str]:
+        return ["--config", str(self.table), "--log_dir", str(self.folder / "logs"), *more]
+
+    def run(self, *more: str) -> None:
+        run_comparison.main(self.flags(*more))
+
+    def notes(self) -> list[str]:
+        return self.ledger.read_text().splitlines() if self.ledger.exists() else []
+
+    def rows(self) -> list[dict]:
+        return rows.read_csv(self.table.with_suffix(".csv"))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    return Place(tmp_path, monkeypatch)
+
+
+# -- files of runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_file_of_the_repository_names_local_data_and_flags_that_its_commands_have(path):
+    table = read_table(path)
+    check_flags(table)
+    for run in table.runs:
+        named = run.dataset.split(",") if run.dataset else []
+        assert all(name.startswith("local/") for name in named) and (named or COMMANDS[run.command].data is None)
+    assert {run.seed for run in table.runs[: len(table.runs) // len({run.seed for run in table.runs})]} == {0}
+    assert tables.render(table, [])  # its layout can be drawn
+
+
+def test_the_main_table_begins_with_one_seed_of_everything_the_cheapest_first():
+    runs = read_table(ROOT / "results" / "walker_main.yaml").runs
+    assert [run.method for run in runs[:3]] == ["random", "BC", "TD3+BC"] and len(runs) == 30
+    assert {run.method for run in runs[:10]} == {run.method for run in runs}
+
+
+def test_a_file_becomes_runs(tmp_path):
+    each = BC | {
+        "flags": {"lr": 1e-3, "ADD_TASK_BIT": False},
+        "each": {"USE_DATASET_STR": ["local/walk_m", "local/run_m"]},
+    }
+    each |= {"row": ["{USE_DATASET_STR}", "BC"], "seeds": [1]}
+    table = read_table(write_table(tmp_path / "t.yaml", AGENT, each, seeds=[0, 1]))
+    assert [(run.method, run.dataset, run.seed) for run in table.runs] == [
+        ("random", "", 0),
+        ("random", "", 1),
+        ("BC", "local/walk_m", 1),
+        ("BC", "local/run_m", 1),
+    ]
+    run = table.runs[-1]
+    assert run.row == ("local/run_m", "BC") and run.name == "t BC local/run_m seed 1"
+    assert run.text == "python -m walker.train_il --no_ADD_TASK_BIT --USE_DATASET_STR local/run_m --lr 0.001 --seed 1"
+    assert len({run.run_dir(tmp_path).parent for run in table.runs}) == 3  # one for each list of flags
+    other = read_table(write_table(tmp_path / "u.yaml", each, seeds=[0]))
+    assert other.runs[-1].run_dir(tmp_path) == run.run_dir(tmp_path)  # whichever table asks for it
+
+
+def test_a_run_may_need_a_pretraining_of_its_seed(tmp_path):
+    entry = {"method": "OPSO", "command": "online_trainer", "flags": {"dataset": "local/pointmaze-medium-navigate-v0"}}
+    entry |= {"needs": {"command": "offline_trainer", "flags": {"num_epochs": 3}}}
+    (run,) = read_table(write_table(tmp_path / "t.yaml", entry, seeds=[2])).runs
+    before, after = run.text.split(" && ")
+    assert before.startswith("python offline_trainer.py --dataset local/pointmaze-medium-navigate-v0 --num_epochs 3")
+    assert after.startswith("python online_trainer.py") and before.endswith("--seed 2") and after.endswith("--seed 2")
+    words = run.arguments(tmp_path, "data")
+    assert words[words.index("--offline_run_dir") + 1] == str(run.needs.run_dir(tmp_path))
+    assert words[words.index("--dataset_dir") + 1] == str(Path("data").resolve())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"runs": []}, "runs must be a list"),
+        ({"seed": [0]}, "unknown key seed; the nearest one is 'seeds'"),
+        ({"seeds": [0.5]}, "seeds must be a list of integers"),
+        ({"runs": [AGENT | {"flag": {}}]}, "unknown key runs[0].flag; the nearest one is 'flags'"),
+        ({"runs": [AGENT | {"command": "walker.agnt"}]}, "runs[0].command: must be one of walker.agent"),
+        ({"runs": [AGENT | {"flags": {"episode": 2}}]}, "--episode"),
+        ({"runs": [AGENT | {"flags": {"episodes": "many"}}]}, "--episodes"),
+        ({"runs": [AGENT | {"flags": {"seed": 2}}]}, "flags.seed: is set by run_comparison.py"),
+        ({"runs": [BC | {"flags": {"USE_DATASET_STR": "walk_m"}}]}, "must name local/ data"),
+        ({"runs": [BC | {"flags": {"USE_DATASET_STR": "local/walk_m,run_m"}}]}, "must name local/ data"),
+        ({"runs": [AGENT, AGENT | {"method": "same"}]}, "two entries name the same run"),
+        ({"runs": [AGENT | {"row": ["{env}"]}]}, "must hold no other braces"),
+        ({"layout": {"column": []}}, "unknown key layout.column"),
+    ],
+)
+def test_a_wrong_file_is_one_line(place, capsys, change, words):
+    write_table(place.table, AGENT, **change)
+    line = error_line(run_comparison.main, capsys, *place.flags())
+    assert words in line and str(place.table) in line and not place.notes()
+
+
+def test_wrong_flags_are_one_line(place, capsys):
+    write_table(place.table, AGENT, seeds=[0, 1])
+    line = functools.partial(error_line, run_comparison.main, capsys)
+    assert "--seeds 5: " in line(*place.flags("--seeds", "5"))
+    assert "one is 'first random seed 0'" in line(*place.flags("--only", "bc"))
+    assert "--max_timesteps 5: does nothing" in line(*place.flags("--max_timesteps", "5"))
+    assert "--output x: does nothing" in line(*place.flags("--output", "x"))
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+def record(run, log_dir: Path, summary: dict, files: dict[str, str]) -> Path:
+    """The directory of a finished run, as its command leaves it."""
+    run_dir = run.run_dir(log_dir)
+    files = {"config.yaml": stored_settings(run, log_dir), "finished.json": json.dumps(summary), **files}
+    files |= {"versions.json": json.dumps({"commit": "0123456789abcdef"})}
+    attempt = {"began": "2026-01-01T00:00:00+00:00", "seconds": 12.4, "code": 0, "line": "", "processor": "a chip"}
+    files["attempts.json"] = json.dumps([attempt])
+    for name, text in files.items():
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / name).write_text(text)
+    return run_dir
+
+
+def only_run(folder: Path, entry: dict):
+    return read_table(write_table(folder / "t.yaml", entry)).runs[0]
+
+
+def test_rows_of_the_walker(tmp_path):
+    run = only_run(tmp_path, BC)
+    lines = ["agent,task,episode,return", "last,walk,0,900.0", "last,walk,1,940.0", "last,run,0,300.0"]
+    text = "\n".join([*lines, "best,walk,0,950.0", "best,run,0,310.0"]) + "\n"
+    summary = {"steps": 5, "data/walk/return": 949.0, "data/run/return": 293.0, "datasets": []}
+    record(run, tmp_path, summary, {"evaluation.csv": text})
+    walk, ran = rows.rows_of(run, tmp_path, None)
+    assert tuple(walk) == rows.COLUMNS
+    expected = {
+        "table": "t",
+        "system": "walker",
+        "method": "BC",
+        "dataset": "local/__all__",
+        "seed": "0",
+        "task": "walk",
+    }
+    expected |= {"updates": "5", "environment_steps": "0", "episodes": "2", "mean": "920", "std": "20", "score": "920"}
+    expected |= {"best_in_training": "950", "data_score": "949", "seconds": "12", "processor": "a chip"}
+    expected |= {"precision": "float32", "commit": "0123456789ab", "command": run.text, "actor": "", "rows": ""}
+    assert {name: walk[name] for name in expected} == expected
+    assert (ran["task"], ran["episodes"], ran["score"]) == ("run", "1", "300")
+
+
+def test_rows_of_the_maze_stages(tmp_path):
+    flags = {"dataset": "local/pointmaze-medium-navigate-v0"}
+    run = only_run(tmp_path, {"method": "all losses", "command": "offline_trainer", "flags": flags})
+    summary = {
+        "value_distance_spearman": 0.95,
+        "code_std": 0.6,
+        "code_rank": 45.0,
+        "updates": 420,
+        "dataset": run.dataset,
+    }
+    record(run, tmp_path, summary, {})
+    found = {row["task"]: (row["score"], row["episodes"]) for row in rows.rows_of(run, tmp_path, str(tmp_path))}
+    assert found == {"value_distance_spearman": ("0.95", ""), "code_rank": ("45", ""), "code_std": ("0.6", "")}
+
+    run = only_run(tmp_path, {"method": "strict", "command": "online_trainer", "flags": flags | {"eval_episodes": 20}})
+    success = {f"eval/success_task{task}": 1.0 for task in range(1, 5)} | {"eval/success_task5": 0.5}
+    summary = {"eval/success_rate": 0.9, **success, "env_steps": 1234, "dataset": run.dataset}
+    metrics = "step,eval/success_rate,eval/success_task5\n8,0.95,0.25\n16,0.9,0.5\n"
+    record(run, tmp_path, summary, {"metrics.csv": metrics})
+    found = {row["task"]: row for row in rows.rows_of(run, tmp_path, str(tmp_path))}
+    assert list(found) == ["all", "task1", "task2", "task3", "task4", "task5"]
+    assert [found["all"][name] for name in ("score", "episodes", "best_in_training")] == ["90", "100", "95"]
+    assert [found["task5"][name] for name in ("mean", "std", "score", "episodes")] == ["0.5", "0.5", "50", "20"]
+    assert found["all"]["environment_steps"] == "1234"
+
+
+def test_rows_of_a_chain_by_its_command(tmp_path):
+    """A real run, so that the rows are made from what it writes."""
+    flags = {"env": "local/hopper-medium-v2", "max_timesteps": 4, "eval_freq": 2, "log_freq": 2, "eval_episodes": 1}
+    flags |= {"final_runs": 2, "hidden_dim": 8, "batch_size": 8, "w2_weights": [0.4, 0.5]}
+    run = only_run(tmp_path, {"method": "POGO", "command": "pogo_main", "flags": flags})
+    path = generate("local/hopper-medium-v2", 300, 0, tmp_path / "data", progress=False)
+    arguments = run.arguments(tmp_path, str(tmp_path / "data"))
+    summary = pogo_main.main([*arguments, "--eval_workers", "0", "--no_tensorboard", "--resume"])
+    found = rows.rows_of(run, tmp_path, str(tmp_path / "data"))
+    assert [(row["actor"], row["mode"]) for row in found] == [
+        (actor, mode) for actor in "01" for mode in ("deterministic", "stochastic")
+    ]
+    for row in found:
+        score = summary[f"actor_{row['actor']}/{row['mode']}/score"]
+        assert (
+            float(row["score"]) == pytest.approx(score, rel=1e-4) and row["episodes"] == "2" and row["updates"] == "4"
+        )
+        assert (row["rows"], row["data_sha256"]) == ("300", hashlib.sha256(path.read_bytes()).hexdigest()[:12])
+    assert rows.rows_of(run, tmp_path, str(tmp_path / "elsewhere"))[0]["data_sha256"] == ""
+
+
+def test_a_finished_run_of_other_settings_has_no_rows(tmp_path):
+    run = only_run(tmp_path, AGENT)
+    run_dir = record(run, tmp_path, {}, {"evaluation.csv": "agent,task,episode,return\nlast,walk,0,1.0\n"})
+    stored = yaml.safe_load((run_dir / "config.yaml").read_text())
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(stored | {"device": "cuda:1"}))
+    assert rows.rows_of(run, tmp_path, None)  # the machine is no setting
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(stored | {"load": "x.pth", "episodes": 3}))
+    with pytest.raises(UserError, match="episodes was 3 and is now 2; remove that directory"):
+        rows.rows_of(run, tmp_path, None)
+    (run_dir / "finished.json").write_text("{")
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(stored))
+    with pytest.raises(UserError, match="its scores cannot be read"):
+        rows.rows_of(run, tmp_path, None)
+
+
+def test_a_damaged_csv_is_one_line(tmp_path):
+    (tmp_path / "t.csv").write_text("table,seed\nt,0\n")
+    with pytest.raises(UserError, match="has other columns"):
+        rows.read_csv(tmp_path / "t.csv")
+
+
+def test_the_processor_is_named():
+    assert comparison_jobs.processor(["x.py", "--device", "cpu"])
+
+
+# -- the queue -------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_trained_once(place, capsys):
+    write_table(place.table, AGENT, BC, seeds=[0, 1])
+    place.run("--jobs", "1", "--seeds", "0")
+    assert [note.split()[0] for note in place.notes()] == ["start", "start"] and len(place.rows()) == 4
+    assert "2 of 4 runs are in" in capsys.readouterr().out
+    place.run("--jobs", "2", "--only", "BC")
+    text = place.table.with_suffix(".csv").read_text()
+    assert len(place.notes()) == 3 and len(place.rows()) == 6
+    place.run("--jobs", "2")
+    assert len(place.notes()) == 4 and len(place.rows()) == 8
+    assert place.table.with_suffix(".csv").read_text().startswith(text)  # rows are appended
+    for folder in (place.folder / "logs").rglob("seed_*"):  # rows count even where their directory is gone
+        for file in folder.iterdir():
+            file.unlink()
+    place.run("--jobs", "2")
+    assert len(place.notes()) == 4 and len(place.rows()) == 8
+    capsys.readouterr()
+    place.run("--dry_run")
+    assert capsys.readouterr().out.count("has its rows") == 4
+
+
+def test_a_finished_run_without_rows_gets_them_without_training(place):
+    write_table(place.table, AGENT, seeds=[0, 1])
+    place.run()
+    before = place.rows()
+    place.table.with_suffix(".csv").unlink()
+    place.run("--report_only")
+    assert place.rows() == before and len(place.notes()) == 2
+
+
+def test_a_run_of_two_tables_is_trained_once(place):
+    write_table(place.table, AGENT)
+    place.run()
+    place.table = write_table(place.folder / "results" / "second.yaml", AGENT | {"method": "uniform"}, BC)
+    (run_dir,) = (place.folder / "logs").rglob("seed_0")
+    (run_dir / "finished.json").unlink()  # the rows of the first table are enough
+    place.run("--jobs", "2")
+    assert len(place.notes()) == 2
+    assert {(row["table"], row["method"]) for row in place.rows()} == {("second", "uniform"), ("second", "BC")}
+
+
+def test_appending_twice_changes_nothing(place):
+    write_table(place.table, AGENT)
+    place.run()
+    path, before = place.table.with_suffix(".csv"), place.rows()
+    assert not rows.append_csv(path, before) and place.rows() == before
+
+
+def test_a_run_that_fails_does_not_stop_the_others(place, capsys):
+    entry = {"method": "OPSO", "command": "online_trainer", "flags": {"dataset": "local/pointmaze-medium-navigate-v0"}}
+    write_table(place.table, entry | {"needs": {"command": "offline_trainer"}}, BC, AGENT)
+    (place.folder / "behaviour.json").write_text(json.dumps({"offline_trainer": 2, "walker.train_il": 1}))
+    with pytest.raises(SystemExit) as stop:
+        place.run("--retries", "1")
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and len(place.rows()) == 2
+    assert [note.split()[0] for note in place.notes()] == ["start"] * 4  # bad input once, a crash twice
+    assert "it needs first OPSO, pretraining" in error and "exit code 1: it diverged; starting it again" in error
+
+
+def test_a_run_waits_for_the_one_that_it_needs(place):
+    entry = {"method": "OPSO", "command": "online_trainer", "flags": {"dataset": "local/pointmaze-medium-navigate-v0"}}
+    write_table(place.table, entry | {"needs": {"command": "offline_trainer"}}, AGENT)
+    place.seconds = 0.2
+    with contextlib.suppress(SystemExit):  # the trainer leaves a walker's files, which are no success rates
+        place.run("--jobs", "2")
+    (pretraining,) = (place.folder / "logs").rglob("offline_trainer/**/seed_0/attempts.json")
+    (online,) = (place.folder / "logs").rglob("online_trainer/**/seed_0/attempts.json")
+    first, second = (comparison_jobs.read_attempts(path.parent)[0] for path in (pretraining, online))
+    assert first["began"] < second["began"] and first["code"] == 0
+    assert {row["method"] for row in place.rows()} == {"random"}
+
+
+def start(place: Place, *more: str) -> int:
+    """The command in a process of its own, which shares what is imported here; its id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setsid()
+            place.run(*more)
+        finally:
+            os._exit(0)
+    return child
+
+
+def test_a_kill_between_finishing_and_appending_loses_nothing(place, monkeypatch):
+    write_table(place.table, AGENT, seeds=[0, 1])
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "append_csv", lambda path, found: os.kill(os.getpid(), signal.SIGKILL))
+        child = start(place, "--jobs", "1")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not place.rows() and len(list((place.folder / "logs").rglob("finished.json"))) == 1
+    place.run("--jobs", "1")
+    assert sorted({row["seed"] for row in place.rows()}) == ["0", "1"] and len(place.rows()) == 4
+    assert [note.split()[0] for note in place.notes()] == ["start", "start"]
+
+
+def test_kills_at_any_moment_repeat_no_finished_run(place):
+    write_table(place.table, AGENT, BC, seeds=[0, 1, 2])
+    place.seconds, moments = 0.05, random.Random(0)
+    for _ in range(6):
+        child = start(place, "--jobs", "2")
+        time.sleep(moments.uniform(0.05, 0.6))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    place.run("--jobs", "2")
+    assert not [note for note in place.notes() if note.startswith("again")]
+    commands = [row["command"] for row in place.rows()]
+    assert len(commands) == 12 and len(set(commands)) == 6
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_pages_are_as_the_scores_say():
+    for page, text in tables.page_texts(ROOT).items():
+        assert page.read_text() == text, f"{page}: run `python run_comparison.py --tables`"
+
+
+def test_tables_need_no_torch():
+    code = "import sys; sys.modules['torch'] = None; from pathlib import Path; from comparison import tables; "
+    subprocess.run([sys.executable, "-c", f"{code}tables.page_texts(Path())"], cwd=ROOT, check=True)
+
+
+def test_statistics():
+    assert tables.cell_text([10.0], 3) == "10.0 *"
+    assert tables.cell_text([10.0, 12.0], 3) == "11.0 (10.0 to 12.0)"
+    assert tables.cell_text([10.0, 11.0, 12.0], 3) == "11.0 ± 2.5"  # 4.3027 * 1 / sqrt(3)
+    assert tables.cell_text([10.0, 11.0, 12.0], 5, 2) == "11.00 ± 2.48 (3 of 5 seeds)"
+
+
+def filled(place: Place, **layout):
+    write_table(place.table, AGENT, BC, seeds=[0, 1, 2], layout=LAYOUT | layout, title="Title.")
+    place.run("--jobs", "2", "--only", "random")
+    return read_table(place.table), place.rows()
+
+
+def test_a_table_shows_what_is_there_and_how_to_fill_the_rest(place):
+    table, found = filled(place, data_row=True, spread=True)
+    lines = tables.render(table, found).splitlines()
+    assert lines[0].startswith("Title. Last checkpoints of seeds 0, 1, 2; 1 or 2 episodes each; mean ± 95% t-interval")
+    assert "commit 0123456" in lines[0]
+    assert lines[2:] == [
+        "| method | walk | run |",
+        "|---|---:|---:|",
+        "| the data | 20.0 | - |",
+        "| random | 12.0 ± 2.5 [1.0] | 1.0 ± 0.0 [0.0] |",
+        "| BC | - | - |",
+        "",
+        "3 of 6 runs are there; `python run_comparison.py --config results/first.yaml --jobs 2` adds the rest.",
+    ]
+
+
+def test_other_settings_other_data_and_other_precision_do_not_mix(place):
+    table, found = filled(place)
+    other = [row | {"command": row["command"].replace("--episodes 2", "--episodes 9"), "score": "999"} for row in found]
+    assert "999" not in tables.render(table, found + other)
+    for name in ("data_sha256", "precision"):
+        mixed = [row | {name: "x" if row["seed"] == "0" else "y"} for row in found]
+        with pytest.raises(UserError, match=f"differ in {name}"):
+            tables.render(table, mixed)
+
+
+def test_a_layout_that_does_not_fit_is_one_line(place):
+    for layout, words in (
+        ({"columns": ["walk"]}, "layout.columns lacks 'run'"),
+        ({"columns": None}, "layout.columns must be a list"),
+        ({"where": {"taks": "run"}}, "unknown key layout.where.taks"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tables.render(*filled(place, **layout))
+    table, found = filled(place, where={"task": ["walk"]}, columns=["walk"])
+    assert "12.0" in tables.render(table, found)
+    write_table(place.table, AGENT | {"column": "all"}, layout={"columns": ["all"]})
+    with pytest.raises(UserError, match="two scores of seed 0 for random, all"):
+        tables.render(read_table(place.table), found)
+
+
+def test_pages_are_rewritten_between_markers(place, capsys):
+    filled(place)
+    (place.folder / "docs").mkdir()
+    page, other = place.folder / "README.md", place.folder / "docs" / "a.md"
+    page.write_text("before\n\n<!-- table: first -->\nold\n<!-- /table -->\n\nafter `<!-- table: x -->`\n")
+    other.write_text("nothing\n")
+    tables.rewrite_pages(place.folder)
+    text = page.read_text()
+    assert (
+        text.startswith("before\n\n<!-- table: first -->\nTitle.") and "old" not in text and "| random | 12.0" in text
+    )
+    assert text.endswith("adds the rest.\n<!-- /table -->\n\nafter `<!-- table: x -->`\n")
+    capsys.readouterr()
+    tables.rewrite_pages(place.folder)
+    assert capsys.readouterr().out == "all tables are as results/ says\n" and page.read_text() == text
+    page.write_text("<!-- table: second -->\n<!-- /table -->\n")
+    with pytest.raises(UserError, match="table second: there is no"):
+        tables.rewrite_pages(place.folder)
+    page.write_text("<!-- table: first -->\n")
+    with pytest.raises(UserError, match="has no <!-- /table -->"):
+        tables.rewrite_pages(place.folder)
