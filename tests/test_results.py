@@ -262,8 +262,9 @@ def test_rows_of_the_maze_stages(tmp_path):
     assert found["all"]["environment_steps"] == "1234"
 
 
-def test_rows_of_a_chain_by_its_command(tmp_path):
+def test_rows_of_a_chain_by_its_command(tmp_path, monkeypatch):
     """A real run, so that the rows are made from what it writes."""
+    monkeypatch.setattr(pogo_main.POGORun, "plot", lambda run: None)
     flags = {"env": "local/hopper-medium-v2", "max_timesteps": 4, "eval_freq": 2, "log_freq": 2, "eval_episodes": 1}
     flags |= {"final_runs": 2, "hidden_dim": 8, "batch_size": 8, "w2_weights": [0.4, 0.5]}
     run = only_run(tmp_path, {"method": "POGO", "command": "pogo_main", "flags": flags})
