@@ -4,13 +4,16 @@
     python benchmarks/bench_pogo.py --device cuda
     git clone https://github.com/seonvin0319/POGO
     python benchmarks/bench_pogo.py --path POGO/pogogo/agent.py
+    python benchmarks/bench_pogo.py --jax
 
 The peer is the published agent where `--path` says where its file lies. Beside it, always, its scheme written plainly
 with the same sizes: twin critics one after the other, a pass of one sample for Q beside the K samples of the distance,
-GeomLoss's tensorized Sinkhorn, Adam and averages parameter by parameter. All take turns in one process on the same
-data; medians are printed. On a GPU, ours is measured captured as a CUDA graph too, and so are `--num_seeds` agents at
-once, branches of one graph, against one after the other. `--compile` also tries torch.compile on our update, which
-needs a C++ compiler on a CPU.
+GeomLoss's tensorized Sinkhorn, Adam and averages parameter by parameter. `--jax` adds our own plain JAX version,
+jax_pogo.py, a jitted scan on one thread (`pip install -r requirements/benchmarks.txt`; on a CPU alone).
+
+All take turns in one process on the same data; medians are printed, of processor time with one thread on a CPU, else of
+wall time. On a GPU, ours is measured captured as a CUDA graph too, and so are `--num_seeds` agents at once, branches of
+one graph, against one after the other.
 """
 
 import contextlib
@@ -18,19 +21,19 @@ import copy
 import importlib.util
 import io
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from geomloss import SamplesLoss
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import peers
+from benchmarks.turns import Contestant, choose_clock, claim, median_rates, on_device
 from model import mlp
 from pogo_agent import POGOAgent, POGOConfig
 from utils import (
@@ -38,6 +41,7 @@ from utils import (
     ReplayBuffer,
     SideBySide,
     UserError,
+    check_bounds,
     check_counts,
     one_line,
     parse_config,
@@ -45,7 +49,7 @@ from utils import (
     run_cli,
 )
 
-PEERS = ("plain scheme", "published agent")
+PEERS = ("plain scheme", "published agent", "plain JAX")
 
 
 @dataclass
@@ -55,12 +59,12 @@ class BenchPOGOConfig:
     batch_size: int = 256  # transitions in an update
     sinkhorn_K: int = 4  # samples a state and policy
     transitions: int = 100_000  # in the data
-    updates: int = 50  # in a turn
-    repeats: int = 5  # turns of each; the median is printed
+    seconds: float = 0.5  # length of a turn
+    repeats: int = 7  # turns of each; the median is printed
     max_actors: int = 3  # chains of 1 to so many actors
     path: str | None = None  # agent.py of the published code, to measure it too
     num_seeds: int = 8  # on a GPU: agents trained at once, as `pogo_main.py --num_seeds` does
-    compile: bool = False  # also measure ours under torch.compile
+    jax: bool = False  # also measure our plain JAX version
     threads: int = 1  # CPU threads
     device: str = "auto"  # auto, cpu or cuda
 
@@ -153,95 +157,85 @@ def make_buffer(config: BenchPOGOConfig, device: torch.device) -> ReplayBuffer:
     return ReplayBuffer.from_arrays(states, actions, rewards, following, ends, ends, device)
 
 
-def make_step(
-    config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer, compiled: bool = False
-) -> tuple[Callable, list[torch.Generator]]:
+def chain_settings(config: BenchPOGOConfig, actors: int) -> POGOConfig:
+    """Those of our agents, in PyTorch and in JAX."""
+    return POGOConfig(w2_weights=(0.4,) * actors, sinkhorn_K=config.sinkhorn_K)
+
+
+def make_step(config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer) -> tuple[Callable, list[torch.Generator]]:
     """One update of a new agent of ours on a fresh batch, and the generators it draws from."""
-    settings = POGOConfig(w2_weights=(0.4,) * actors, sinkhorn_K=config.sinkhorn_K)
+    settings = chain_settings(config, actors)
     noise, sampling = (torch.Generator(buffer.device).manual_seed(seed) for seed in (0, 1))
     agent = POGOAgent(settings, config.observation_dim, config.action_dim, 1.0, noise, buffer.device)
-    update = torch.compile(agent.update) if compiled else agent.update
-    return lambda: update(buffer.sample(config.batch_size, sampling)), [noise, sampling]
+    return lambda: agent.update(buffer.sample(config.batch_size, sampling)), [noise, sampling]
 
 
 def contestants(
     config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer, published: ModuleType | None
-) -> dict[str, Callable]:
+) -> dict[str, Contestant]:
     """Name -> one update on a fresh batch; those that are not ours are in PEERS."""
     device = buffer.device
-    found = {"eager": make_step(config, actors, buffer)[0]}
+    steps = {"eager": make_step(config, actors, buffer)[0]}
     if device.type == "cuda":
-        found["graph"] = GraphedStep(*make_step(config, actors, buffer))
-    if config.compile:
-        found["compiled"] = make_step(config, actors, buffer, compiled=True)[0]
+        steps["graph"] = GraphedStep(*make_step(config, actors, buffer))
     scheme, sampling = PublishedScheme(config, actors, device), torch.Generator(device).manual_seed(1)
-    found["plain scheme"] = lambda: scheme.update(buffer.sample(config.batch_size, sampling))
+    steps["plain scheme"] = lambda: scheme.update(buffer.sample(config.batch_size, sampling))
     if published is not None:
         theirs = published.POGO(config.observation_dim, config.action_dim, 1.0, w2_weights=[0.4] * actors, seed=0)
         batches = TheirBuffer(buffer)
-        found["published agent"] = lambda: theirs.train(batches, config.batch_size)
+        steps["published agent"] = lambda: theirs.train(batches, config.batch_size)
+    found = {name: on_device(step, device) for name, step in steps.items()}
+    if config.jax:
+        from benchmarks import jax_pogo  # not before peers.start_jax has set its threads
+
+        names = ("observations", "next_observations", "actions", "rewards", "terminated")
+        arrays = {name: getattr(buffer, name).numpy() for name in names}
+        found["plain JAX"] = jax_pogo.make_contestant(chain_settings(config, actors), arrays, config.batch_size)
     return found
 
 
-def seeds_at_once(config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer) -> dict[str, Callable]:
+def seeds_at_once(config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer) -> dict[str, Contestant]:
     """Name -> one update of each of `num_seeds` agents: in one graph, and in a graph each."""
     made = [make_step(config, actors, buffer) for _ in range(config.num_seeds)]
     generators = [generator for _, own in made for generator in own]
     single = [GraphedStep(*make_step(config, actors, buffer)) for _ in range(config.num_seeds)]
     together = GraphedStep(SideBySide([step for step, _ in made], buffer.device), generators)
-    return {"at once": together, "one after the other": lambda: [step() for step in single]}
-
-
-def median_rates(steps: dict[str, Callable], config: BenchPOGOConfig, device: torch.device) -> dict[str, float]:
-    """Calls a second of each, which take turns; the first turn warms up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(config.repeats + 1):
-        for name, step in steps.items():
-            taken = seconds(step, config.updates, device)
-            if turn:
-                times[name].append(taken)
-    return {name: config.updates / float(np.median(taken)) for name, taken in times.items()}
-
-
-def seconds(step: Callable, updates: int, device: torch.device) -> float:
-    """Wall time of so many updates."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(updates):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    steps = {"at once": together, "one after the other": lambda: [step() for step in single]}
+    return {name: on_device(step, buffer.device) for name, step in steps.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table and a closing line a claim."""
     config = parse_config(BenchPOGOConfig, argv, __doc__)
     check_counts(config)
+    check_bounds(config, {"seconds": (0, 3600)})
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     device = resolve_device(config.device)
     published = load_published(config.path, device) if config.path else None
     if published is not None and config.sinkhorn_K != 4:
         raise UserError(f"--sinkhorn_K {config.sinkhorn_K}: the published agent has 4; leave --path out to change it")
+    if config.jax and device.type != "cpu":
+        raise UserError(f"--jax --device {device.type}: the JAX version is measured on a CPU")
+    if config.jax:
+        peers.start_jax()
     buffer, closing = make_buffer(config, device), []
+    clock = choose_clock(device, config.threads)
     print("| actors | whose | updates/s |\n|---|---|---|")
     for actors in range(1, config.max_actors + 1):
-        rates = median_rates(contestants(config, actors, buffer, published), config, device)
+        made = contestants(config, actors, buffer, published)
+        rates = median_rates(made, config.repeats, config.seconds, clock)
         for name, rate in rates.items():
             print(f"| {actors} | {name if name in PEERS else f'ours, {name}'} | {rate:.1f} |")
         best = max((name for name in rates if name not in PEERS), key=rates.get)
         for peer in (name for name in PEERS if name in rates):
-            closing.append(
-                f"pogo_updates_per_second_{actors}_actors_{peer.replace(' ', '_')}: ours {rates[best]:.1f} ({best}), "
-                f"peer {rates[peer]:.1f}, ratio {rates[best] / rates[peer]:.2f}"
-            )
+            name = f"pogo_updates_per_second_{actors}_actors_{peer.replace(' ', '_')}"
+            closing.append(claim(name, rates[best], rates[peer], f" ({best})"))
     if device.type == "cuda":
-        rates = median_rates(seeds_at_once(config, config.max_actors, buffer), config, device)
+        made = seeds_at_once(config, config.max_actors, buffer)
+        rates = median_rates(made, config.repeats, config.seconds, clock)
         ours, peer = (rate * config.num_seeds for rate in rates.values())
-        claim = f"pogo_{config.num_seeds}_seeds_at_once"
-        closing.append(f"{claim}: ours {ours:.1f}, peer {peer:.1f}, ratio {ours / peer:.2f}")
+        closing.append(claim(f"pogo_{config.num_seeds}_seeds_at_once", ours, peer))
     print("\n".join(closing))
 
 

@@ -1,16 +1,20 @@
 """The benchmark scripts' own logic; tests/test_commands.py runs each of them in a small form."""
 
+import copy
+import functools
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from running import error_line
 
 import make_dataset
-from benchmarks import ablation, bench_pogo, run_corl
+from benchmarks import ablation, bench_pogo, peers, run_corl
 from offline_data import load_transitions, normalized_score
+from pogo_agent import POGOAgent, POGOConfig
 
 STAND_IN = """
 import torch
@@ -28,7 +32,7 @@ class POGO:
         assert action.shape == (batch_size, self.sizes[1]) and reward.shape == not_done.shape == (batch_size, 1)
         assert set(not_done.flatten().tolist()) == {1.0}
 """
-SMALL = ["--device", "cpu", "--batch_size", "8", "--transitions", "20", "--updates", "1", "--repeats", "1"]
+SMALL = ["--device", "cpu", "--batch_size", "8", "--transitions", "20", "--seconds", "0", "--repeats", "1"]
 
 
 def test_the_published_agent_is_measured_where_its_file_is_named(tmp_path, capsys):
@@ -51,6 +55,66 @@ def test_another_file_is_one_line(tmp_path, capsys, text):
 def test_a_published_agent_on_another_device_is_refused(tmp_path, capsys):
     (tmp_path / "agent.py").write_text(STAND_IN.replace('device("cpu")', 'device("cuda")'))
     assert "cuda" in error_line(bench_pogo.main, capsys, *SMALL, "--path", tmp_path / "agent.py")
+
+
+def as_nets(critic, actors):
+    """Two critics and actors of ours as jax_pogo.py has them: weight [in, out] and bias [out] of each layer."""
+    pairs = [(layer.weight, layer.bias) for layer in critic.layers]
+    critics = [[(weight[k], bias[k, 0]) for weight, bias in pairs] for k in (0, 1)]
+    layers = [[layer for layer in actor.net if hasattr(layer, "weight")] for actor in actors]
+    return critics, [[(layer.weight.T, layer.bias) for layer in own] for own in layers]
+
+
+def gradient_net(optimizer, network):
+    """The network with Adam's mean gradient in the place of its weights: one step's new weights tell only its sign."""
+    network = copy.deepcopy(network)
+    for own, parameter in zip(network.parameters(), optimizer.param_groups[0]["params"], strict=True):
+        own.data = optimizer.state[parameter]["exp_avg"]
+    return network
+
+
+def test_an_update_in_jax_equals_ours():
+    """From the same weights and noise, in float64: weights, gradients and averages differ by rounding alone."""
+    pytest.importorskip("jax")
+    jax = peers.start_jax()
+    from benchmarks import jax_pogo
+
+    def plain(tree):
+        return jax.tree.map(lambda value: jax.numpy.asarray(value.detach().numpy().copy()), tree)
+
+    config = POGOConfig(hidden_dim=8)
+    sizes = {"observations": (16, 3), "next_observations": (16, 3), "actions": (16, 2), "rewards": (16,)}
+    torch.set_default_dtype(torch.float64)
+    try:
+        with jax.enable_x64(True):
+            torch.manual_seed(0)
+            agent = POGOAgent(config, 3, 2, 1.0, torch.default_generator)
+            for actor in agent.actors[1:]:  # so that the distances are not 0
+                actor.net[0].weight.data += 0.3 * torch.randn(8, 5)
+            batch = {name: torch.rand(size) for name, size in sizes.items()} | {"terminated": torch.rand(16).round()}
+            drawn = [torch.randn(shape) for shape in [(16, 2)] * 3 + [(16, 4, 2)] * 4]  # in the order of ours
+            target_action, target_z, z, *clouds = plain(drawn)
+            noise = jax_pogo.Noise(target_action, target_z, [z, *clouds[::2]], clouds[1::2])
+            start = jax_pogo.start(*plain(as_nets(agent.critic, agent.actors)))
+            state = jax.jit(functools.partial(jax_pogo.update, config))(start, plain(batch), noise)
+            agent.noise = lambda *shape: drawn.pop(0)
+            agent.update(batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    slopes = (
+        gradient_net(agent.critic_optimizer, agent.critic),
+        list(map(gradient_net, agent.actor_optimizers, agent.actors)),
+    )
+    pairs = [
+        (as_nets(agent.critic, agent.actors), (state.critics, state.actors)),
+        (as_nets(agent.critic_target, [agent.actor_target]), (state.critic_targets, [state.actor_target])),
+        (as_nets(*slopes), (state.critic_moments.first, [moments.first for moments in state.actor_moments])),
+    ]
+    for own, other in pairs:
+        assert jax.tree.structure(own) == jax.tree.structure(other)
+        for expected, found in zip(jax.tree.leaves(own), jax.tree.leaves(other), strict=True):
+            assert np.abs(expected.detach().numpy() - np.asarray(found)).max() < 1e-10
+    assert min(float(value.detach().abs().max()) for value in jax.tree.leaves(as_nets(*slopes))) > 1e-4
 
 
 def test_the_table_of_an_ablation_has_means_and_t_intervals(capsys):

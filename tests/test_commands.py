@@ -50,8 +50,12 @@ SMALLER = {
     "run_comparison.py --config results": ("--dry_run", "BC local/__all__ seed 0: "),
     "run_comparison.py --tables": ("", "all tables are as results/ says"),
     "benchmarks/bench_pogo.py": (
-        "--device cpu --batch_size 8 --transitions 20 --updates 1 --repeats 1 --max_actors 1",
+        "--device cpu --batch_size 8 --transitions 20 --seconds 0 --repeats 1 --max_actors 1",
         "pogo_updates_per_second_1_actors_plain_scheme: ours",
+    ),
+    "benchmarks/bench_algorithms.py": (
+        "--transitions 300 --seconds 0 --turns 1 --algorithms td3_bc",
+        "| td3_bc | ours, eager |",
     ),
     "benchmarks/bench_sinkhorn.py": ("--device cpu --repeats 1 --calls 1", ": ours"),
     "benchmarks/bench_evaluation.py": ("--steps 110000 --episodes 1 --repeats 1", ": ours"),

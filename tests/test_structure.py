@@ -246,7 +246,7 @@ def unlisted_packages(files: dict[str, str], listed: set[str]) -> list[str]:
 
 def listed_packages() -> set[str]:
     names = set()
-    for path in ROOT.glob("requirements*.txt"):
+    for path in [*ROOT.glob("requirements*.txt"), *ROOT.glob("requirements/*.txt")]:
         for line in path.read_text().splitlines():
             match = re.match(r"[A-Za-z0-9][\w.-]*", line)
             if match:

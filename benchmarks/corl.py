@@ -1,29 +1,18 @@
-"""The offline algorithms against CORL's files: the same numbers from the same draws, and updates a second.
-
-    git clone https://github.com/corl-team/CORL
-    python benchmarks/bench_corl.py --path CORL/algorithms/offline
+"""CORL's files beside ours: the same weights and draws in float64, and one update of theirs for the speed.
 
 Weights are copied from CORL's networks into ours; then both make the same updates from the same batches and random
-numbers in float64, and the largest difference of any weight is printed. Speed is that of float32, both taking turns in
-one process, medians of processor time. CORL's files need gym, d4rl, pyrallis and wandb to be imported only: empty
-modules stand for what is missing.
+numbers, and no weight should differ by more than rounding. bench_algorithms.py prints the largest difference.
 """
 
 import contextlib
-import importlib.util
-import sys
-import time
-import types
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from algorithms.offline.awac import AWAC, AWACConfig
 from algorithms.offline.cql import CQL, CQLConfig
@@ -31,23 +20,13 @@ from algorithms.offline.edac import EDAC, EDACConfig
 from algorithms.offline.iql import IQL, IQLConfig
 from algorithms.offline.sac_n import SACN, SACNConfig
 from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
+from benchmarks.peers import load_file
+from benchmarks.turns import Contestant, on_device
 from model import EnsembleCritic
-from utils import UserError, check_counts, parse_config, progress, run_cli
 
 D, A, BATCH = 17, 6, 256  # halfcheetah and walker2d
 LR = 3e-4
-NAMES = ("td3_bc", "iql", "iql_deterministic", "awac", "cql", "sac_n", "edac")
-
-
-@dataclass
-class BenchCORLConfig:
-    path: str = "CORL/algorithms/offline"  # folder of CORL's files
-    algorithms: tuple[str, ...] = NAMES  # which of them
-    checked: int = 20  # updates in float64 whose weights are compared
-    updates: int = 20  # in a turn, for the speed
-    repeats: int = 5  # turns of each; the median is printed
-    threads: int = 1  # CPU threads
-
+CPU = torch.device("cpu")
 
 Weights = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -92,20 +71,21 @@ def adam(net: nn.Module, lr: float = LR) -> torch.optim.Adam:
     return torch.optim.Adam(net.parameters(), lr)
 
 
-def td3_bc(corl: Any, _: str) -> Pair:
+def td3_bc(corl: Any, _: str, device: torch.device = CPU) -> Pair:
     actor, critics = corl.Actor(D, A, 1.0), [corl.Critic(D, A) for _ in range(2)]
     ours = TD3BC(TD3BCConfig(), (D, A, 1.0), torch.default_generator)
-    trainer = corl.TD3_BC(1.0, actor, adam(actor), critics[0], adam(critics[0]), critics[1], adam(critics[1]))
+    first, second = critics
+    trainer = corl.TD3_BC(*(1.0, actor, adam(actor), first, adam(first), second, adam(second)), device=str(device))
     weights = beside(ours.actor, actor) + critics_beside(ours.critic, critics)
     copy_over(weights + beside(ours.actor_target, actor) + critics_beside(ours.critic_target, critics))
     return Pair(ours.update, trainer.train, weights)
 
 
-def iql(corl: Any, name: str) -> Pair:
+def iql(corl: Any, name: str, device: torch.device = CPU) -> Pair:
     point = name == "iql_deterministic"
     actor = (corl.DeterministicPolicy if point else corl.GaussianPolicy)(D, A, 1.0)
     q, value = corl.TwinQ(D, A), corl.ValueFunction(D)
-    trainer = corl.ImplicitQLearning(1.0, actor, adam(actor), q, adam(q), value, adam(value))
+    trainer = corl.ImplicitQLearning(1.0, actor, adam(actor), q, adam(q), value, adam(value), device=str(device))
     ours = IQL(IQLConfig(iql_deterministic=point), (D, A, 1.0), torch.default_generator)
     critics = [q.q1, q.q2]
     weights = beside(ours.actor, actor) + beside(ours.value, value) + critics_beside(ours.critic, critics)
@@ -113,7 +93,7 @@ def iql(corl: Any, name: str) -> Pair:
     return Pair(ours.update, trainer.train, weights)
 
 
-def awac(corl: Any, _: str) -> Pair:
+def awac(corl: Any, _: str, __: torch.device = CPU) -> Pair:
     actor, critics = corl.Actor(D, A, 256), [corl.Critic(D, A, 256) for _ in range(2)]
     optimizers = [adam(critic) for critic in critics]
     trainer = corl.AdvantageWeightedActorCritic(
@@ -125,11 +105,11 @@ def awac(corl: Any, _: str) -> Pair:
     return Pair(ours.update, trainer.update, weights)
 
 
-def sac_n(corl: Any, name: str) -> Pair:
+def sac_n(corl: Any, name: str, device: torch.device = CPU) -> Pair:
     """SAC-N and EDAC. CORL adds 1e-6 inside the density's logarithm, so that weights part a little."""
     actor, critic = corl.Actor(D, A, 256), corl.VectorizedCritic(D, A, 256, 10)
     make = corl.SACN if name == "sac_n" else corl.EDAC
-    trainer = make(actor, adam(actor), critic, adam(critic), alpha_learning_rate=LR)
+    trainer = make(actor, adam(actor), critic, adam(critic), alpha_learning_rate=LR, device=str(device))
     settings = SACNConfig() if name == "sac_n" else EDACConfig()
     ours = (SACN if name == "sac_n" else EDAC)(settings, (D, A, 1.0), torch.default_generator)
     *hidden, last = linears(ours.actor)
@@ -142,7 +122,7 @@ def sac_n(corl: Any, name: str) -> Pair:
     return Pair(ours.update, trainer.update, weights)
 
 
-def cql(corl: Any, _: str) -> Pair:
+def cql(corl: Any, _: str, device: torch.device = CPU) -> Pair:
     """Without the temperature's step, whose draws are others, and CORL's two scalars beside log std."""
     actor = corl.TanhGaussianPolicy(D, A, 1.0)
     critics = [corl.FullyConnectedQFunction(D, A, True) for _ in range(2)]
@@ -152,6 +132,7 @@ def cql(corl: Any, _: str) -> Pair:
     trainer = corl.ContinuousCQL(
         *(critics[0], optimizers[0], critics[1], optimizers[1], actor, adam(actor.base_network, 3e-5)),
         **{"target_entropy": -A, "policy_lr": 0.0, "qf_lr": LR, "bc_steps": 0, "cql_alpha": 10.0},
+        device=str(device),
     )
     ours = CQL(CQLConfig(), (D, A, 1.0), torch.default_generator)
     ours.optimizers["temperature"].param_groups[0]["lr"] = torch.tensor(0.0)
@@ -182,29 +163,28 @@ def copy_over(weights: Weights) -> None:
         own.copy_(other)
 
 
-class Anything(types.ModuleType):
-    """A module that has whatever is asked of it, as a decorator or type that does nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {"__call__": lambda self, function: function})
-
-
-def load_corl(path: str, name: str) -> Any:
-    """One of CORL's files as a module. Raises UserError."""
+def load(folder: str, name: str) -> Any:
+    """CORL's file of an algorithm, from a clone. Raises UserError."""
     file = {"iql_deterministic": "iql"}.get(name, name)
-    if not (Path(path) / f"{file}.py").exists():
-        raise UserError(f"--path {path}: no {file}.py there; git clone https://github.com/corl-team/CORL")
-    for missing in ("gym", "d4rl", "pyrallis", "wandb"):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(missing)
-        sys.modules.setdefault(missing, Anything(missing))
-    spec = importlib.util.spec_from_file_location(f"corl_{file}", Path(path) / f"{file}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return load_file("--corl", folder, f"algorithms/offline/{file}.py")
+
+
+def contestant(folder: str, name: str, arrays: dict[str, np.ndarray], device: torch.device) -> Contestant:
+    """An update of CORL's on a batch of its own ReplayBuffer.
+
+    Args:
+        folder: a clone of CORL.
+        name: of the algorithm, a key of MAKERS.
+        arrays: observations, next_observations [N, D], actions [N, A], rewards, dones [N] float32.
+        device: of the networks and the data.
+    """
+    corl = load(folder, name)
+    with device:  # where new tensors go; ours beside them are made for the weights and not used
+        update = MAKERS[name](corl, name, device).theirs
+    buffer = corl.ReplayBuffer(D, A, len(arrays["rewards"]), str(device))
+    with contextlib.redirect_stdout(io.StringIO()):  # it says how large the data is
+        buffer.load_d4rl_dataset({**arrays, "terminals": arrays["dones"]})
+    return on_device(lambda: update([part.to(device) for part in buffer.sample(BATCH)]), device)
 
 
 def make_batch(seed: int) -> tuple[dict, list]:
@@ -231,39 +211,3 @@ def largest_difference(corl: Any, name: str, updates: int) -> float:
         return max(float((own - other).abs().max()) for own, other in pair.weights)
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def measure(corl: Any, name: str, config: BenchCORLConfig) -> tuple[float, float]:
-    """Updates a second of processor time, ours and theirs."""
-    pair, batches = MAKERS[name](corl, name), make_batch(0)
-    seconds: list[list[float]] = [[], []]
-    for turn in range(config.repeats + 1):
-        for own, step, batch in zip(seconds, (pair.ours, pair.theirs), batches, strict=True):
-            began = time.process_time()
-            for _ in range(config.updates):
-                step(batch)
-            if turn > 0:  # the first is a warm-up
-                own.append((time.process_time() - began) / config.updates)
-    return 1 / float(np.median(seconds[0])), 1 / float(np.median(seconds[1]))
-
-
-def main(argv: list[str] | None = None) -> None:
-    config = parse_config(BenchCORLConfig, argv, __doc__)
-    check_counts(config)
-    unknown = set(config.algorithms) - set(NAMES)
-    if unknown:
-        raise UserError(f"--algorithms {unknown.pop()}: choose among {', '.join(NAMES)}")
-    torch.set_num_threads(config.threads)
-    lines = ["| algorithm | largest difference | ours, updates/s | CORL, updates/s | ratio |", "|---|---|---|---|---|"]
-    claims = []
-    for name in progress(config.algorithms, "algorithms"):
-        corl = load_corl(config.path, name)
-        difference = largest_difference(corl, name, config.checked)
-        ours, theirs = measure(corl, name, config)
-        lines.append(f"| {name} | {difference:.1e} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f} |")
-        claims.append(f"{name} updates/s: ours {ours:.1f}, peer {theirs:.1f}, ratio {ours / theirs:.2f}")
-    print("\n".join([*lines, "", *claims]))
-
-
-if __name__ == "__main__":
-    run_cli(main)
