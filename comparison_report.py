@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
 
 from d4rl_utils import is_official
 from utils import UserError, one_line, read_episodes, read_metrics, write_text_atomic
@@ -176,6 +175,8 @@ def paired_interval(gains: np.ndarray) -> tuple[float, float]:
     Equal gains say that scores move in steps, as antmaze's do, not that nothing varies. With three seeds a bootstrap
     would be far too sure.
     """
+    from scipy.stats import t as student  # late: it takes a third of a second, and --help does without
+
     if len(gains) < LEAST_SEEDS or np.ptp(gains) == 0:
         return math.nan, math.nan
     half = student.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / math.sqrt(len(gains))

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 
 import make_dataset
 from model import resolve_backend
@@ -148,6 +147,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation of all entries; 0 where one of them is constant (a collapsed value orders nothing)."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
+    from scipy.stats import spearmanr  # late: it takes a third of a second, and --help does without
+
     return float(spearmanr(a.ravel(), b.ravel()).statistic)
 
 

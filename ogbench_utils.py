@@ -20,15 +20,19 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
-import torch
 
 import utils
 from downloads import download
-from utils import UserError
+from utils import LateImport, UserError
+
+if TYPE_CHECKING:
+    import torch
+else:  # make_dataset.py does without
+    torch = LateImport("torch", globals())
 
 DATASET_URL = "https://rail.eecs.berkeley.edu/datasets/ogbench"
 NUM_TASKS = 5  # evaluation goals an environment

@@ -31,8 +31,6 @@ from typing import Any, Literal
 import gymnasium
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import nn
 
 from benchmark_data.experts import (
@@ -575,6 +573,9 @@ def describe(result: dict[str, Any]) -> str:
 
 def plot_learning_curve(run_dir: Path, title: str) -> None:
     """learning_curve.png: returns of training episodes and of snapshots against environment steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     metrics = read_metrics(run_dir)
     steps = np.array(metrics["step"])
     figure = Figure(figsize=(7, 4), layout="constrained")

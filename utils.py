@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import errno
 import hashlib
+import importlib
 import importlib.metadata
 import io
 import json
@@ -28,13 +29,29 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 import tyro
 import yaml
 from tqdm import tqdm
+
+
+class LateImport:
+    """Stands for a module in the namespace given, and gives way to it when something of it is first used."""
+
+    def __init__(self, name: str, namespace: dict[str, Any]):
+        self._name, self._namespace = name, namespace
+
+    def __getattr__(self, attribute: str) -> Any:
+        self._namespace[self._name] = module = importlib.import_module(self._name)
+        return getattr(module, attribute)
+
+
+if TYPE_CHECKING:
+    import torch
+else:  # torch takes a second to import: `--help` and `make_dataset.py --list` do without
+    torch = LateImport("torch", globals())
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 ALWAYS_MAY_CHANGE = {"resume", "run_dir"}

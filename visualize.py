@@ -1,14 +1,18 @@
 """Pictures of a run: training curves, and values with proposals over the maze. Written as PNG, without a display."""
 
+from __future__ import annotations
+
 import io
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from utils import write_bytes_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OFFLINE_LOSSES = {  # column of metrics.csv -> name of the curve
     "critic_loss": "Critic",
@@ -20,7 +24,15 @@ OFFLINE_LOSSES = {  # column of metrics.csv -> name of the curve
 }
 
 
+def _new_figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # late, since most that a command does draws nothing
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def _save(figure: Figure, path: str | Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     write_bytes_atomic(path, buffer.getvalue())
@@ -41,7 +53,7 @@ def plot_training_curves(metrics: dict[str, list[float]], path: str | Path, titl
         path: the PNG to write.
         title: the dataset id and seed; it stands on the picture, so that it cannot be taken for another's.
     """
-    figure = Figure(figsize=(14, 6.4), layout="constrained")
+    figure = _new_figure(14, 6.4)
     figure.suptitle(title)
     axes = figure.subplots(2, 4).ravel()
     steps = np.asarray(metrics["step"], dtype=float)
@@ -98,7 +110,7 @@ def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, ti
         path, title: as in `plot_training_curves`.
     """
     rows = -(-len(maps) // 3)
-    figure = Figure(figsize=(14, 4.6 * rows), layout="constrained")
+    figure = _new_figure(14, 4.6 * rows)
     figure.suptitle(title)
     left, right, bottom, top = extent = maze.extent
     axes = figure.subplots(rows, 3).ravel()
@@ -146,7 +158,7 @@ def plot_online_curves(metrics: dict[str, list[float]], path: str | Path, title:
     found = {"success_rate"} | {column for column in metrics if np.isfinite(metrics[column]).any()}
     shown = [(column, name) for column, name in ONLINE_CURVES.items() if column in found]
     rows = math.ceil(len(shown) / 4)
-    figure = Figure(figsize=(14, 3.2 * rows), layout="constrained")
+    figure = _new_figure(14, 3.2 * rows)
     figure.suptitle(title)
     steps = np.asarray(metrics["env_steps"], dtype=float)
     for axis, (column, name) in zip(
@@ -172,7 +184,7 @@ def plot_paths(maze, panels: list[dict], path: str | Path, title: str) -> None:
         panels: for each task `name`, `paths` (of [T, 2] positions), `success` (of bool), `goal_xy`, `subgoals` [S, 2].
         path, title: as in `plot_training_curves`.
     """
-    figure = Figure(figsize=(14, 9.2), layout="constrained")
+    figure = _new_figure(14, 9.2)
     figure.suptitle(title)
     axes = figure.subplots(2, 3).ravel()
     axes[-1].axis("off")
@@ -203,7 +215,7 @@ def plot_chain_curves(
         actors: how many the chain has.
         data_score: mean score of the dataset's own episodes, a dashed line.
     """
-    figure = Figure(figsize=(14, 6.4), layout="constrained")
+    figure = _new_figure(14, 6.4)
     figure.suptitle(title)
     axes = figure.subplots(2, 3).ravel()
     steps, colours = np.asarray(metrics["step"], dtype=float), [f"C{number % 10}" for number in range(actors)]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -69,6 +68,8 @@ def print_table(title: str, first: str, columns: dict[str, str], figures: dict[t
         columns: name of a figure -> how it is printed, as in `.3f`.
         figures: of each variant and seed.
     """
+    from scipy.stats import t as student  # late: --help does without
+
     print(f"{title}\n\n| {first} | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for variant in dict.fromkeys(name for name, _ in figures):

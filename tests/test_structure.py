@@ -305,6 +305,9 @@ def command_violations(commands: list[tuple[str, list[str]]], helps: dict[str, d
         if answer["code"] != 0:
             found.append(f"{source}: python {target} --help fails: {answer['output'].strip()[-300:]}")
             continue
+        late = re.search(r"^late modules loaded: (.+)$", answer["output"], re.MULTILINE)
+        if late:
+            found.append(f"{source}: python {target} --help imports {late.group(1)}, which it does not need")
         known = set(re.findall(r"(?<![\w-])--?[\w-]+", answer["output"]))
         used = [word.split("=")[0] for word in arguments if re.match(r"--?[A-Za-z]", word) and word != "-m"]
         found += [f"{source}: python {target} has no flag {flag}" for flag in used if flag not in known]
@@ -318,6 +321,8 @@ def command_violations(commands: list[tuple[str, list[str]]], helps: dict[str, d
 FORKING_PARENT = """
 import json, os, runpy, sys, tempfile, traceback
 import gymnasium, numpy, torch, tyro, yaml, tqdm
+
+LATE = ("scipy.stats", "matplotlib")  # what a command imports when it needs it
 
 def work(job):
     before = dict(os.environ)
@@ -348,6 +353,8 @@ for job in json.load(sys.stdin):
             except BaseException:
                 traceback.print_exc()
                 code = 1
+            if job["kind"] == "help":
+                print("late modules loaded:", *(name for name in LATE if name in sys.modules))
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -423,6 +430,15 @@ def test_documented_commands_exist():
     assert_none(command_violations(commands, in_fresh_interpreters("help", targets)))
 
 
+@pytest.mark.parametrize("flag", ["--help", "--list"])
+def test_making_data_needs_no_torch(flag):
+    """In an interpreter of its own: the forking parent has torch."""
+    code = "import runpy, sys; sys.argv = ['make_dataset.py', sys.argv[1]]\ntry: runpy.run_path('make_dataset.py', "
+    code += "run_name='__main__')\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, flag], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "local/pointmaze" in done.stdout, done.stderr
+
+
 # --- the rules can fail ----------------------------------------------------------------------------------------------
 
 
@@ -481,8 +497,12 @@ def test_a_wrong_command_is_found():
         ["-m", "pip", "install", "x"],
         ["-m", "walker.run"],
     ]
-    helps = {"a.py": {"code": 0, "output": "--seed INT"}, "-m walker.run": {"code": 1, "output": "No module"}}
+    helps = {
+        "a.py": {"code": 0, "output": "--seed INT\nlate modules loaded: matplotlib"},
+        "-m walker.run": {"code": 1, "output": "No module"},
+    }
     assert command_violations(commands, helps) == [
+        "README.md: python a.py --help imports matplotlib, which it does not need",
         "README.md: python a.py has no flag --sed",
         "README.md: python -m walker.run --help fails: No module",
     ]
@@ -497,4 +517,4 @@ def test_an_import_with_effects_is_found(tmp_path):
     assert [line.split(":")[0] for line in found] == ["importing loud", "importing setter", "importing missing"]
     assert "MUJOCO_GL" in found[1] and "ModuleNotFoundError" in found[2]
     answer = in_fresh_interpreters("help", ["script.py"], tmp_path)["script.py"]
-    assert answer == {"code": 3, "output": "['script.py', '--help'] __main__\n"}
+    assert answer == {"code": 3, "output": "['script.py', '--help'] __main__\nlate modules loaded:\n"}
