@@ -3,10 +3,12 @@
     python benchmarks/bench_encoder.py                      # one CPU thread, batch 16, length 100, d_model 128
     python benchmarks/bench_encoder.py --device cuda        # adds mamba_ssm's kernels where they are installed
 
-The candidates take turns, so that a machine whose speed drifts drifts for all of them; medians are printed. Needs
-requirements-dev.txt for transformers.
+The candidates take turns, so that a machine whose speed drifts drifts for all of them; medians are printed. A peer that
+is not installed is left out, which is said: transformers is in requirements-dev.txt, mamba_ssm in
+requirements-cuda.txt.
 """
 
+import importlib.util
 import logging
 import sys
 import time
@@ -63,6 +65,14 @@ def transformers_block(block: Mamba2, config: BenchEncoderConfig):
     return mixer
 
 
+def is_there(package: str) -> bool:
+    """Whether a peer is installed; says so where it is not."""
+    found = importlib.util.find_spec(package) is not None
+    if not found:
+        print(f"{package} is not installed: left out")
+    return found
+
+
 def check_agreement(candidates: dict, u: torch.Tensor) -> None:
     """A peer that computes something else is no peer: outputs and input gradients must agree."""
     expected = None
@@ -97,15 +107,17 @@ def seconds(candidates: dict, u: torch.Tensor, repeats: int) -> dict[str, float]
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchEncoderConfig, argv, __doc__)
     device = resolve_device(config.device)
+    config.device = str(device)  # of auto, what it chose
     check_counts(config)
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     block = Mamba2(config.d_model, backend="torch").to(config.device)
     u = torch.randn(config.batch, config.length, config.d_model, device=config.device)
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # it announces at length that it has no kernels
-    peer = transformers_block(block, config)
-    candidates = {"ours": block, "sequential": lambda x: sequential(block, x), "transformers": peer}
-    if device.type == "cuda":
+    candidates = {"ours": block, "sequential": lambda x: sequential(block, x)}
+    if is_there("transformers"):
+        logging.getLogger("transformers").setLevel(logging.ERROR)  # it announces at length that it has no kernels
+        candidates["transformers"] = transformers_block(block, config)
+    if device.type == "cuda" and is_there("mamba_ssm"):
         fused = Mamba2(config.d_model, backend="cuda").to(config.device)
         fused.load_state_dict(block.state_dict())
         candidates["mamba_ssm"] = fused

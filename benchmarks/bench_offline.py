@@ -80,6 +80,7 @@ def one_transition(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchOfflineConfig, argv, __doc__)
     device = resolve_device(config.device)
+    config.device = str(device)  # of auto, what it chose
     check_counts(config)
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)

@@ -231,6 +231,9 @@ def main(argv: list[str] | None = None) -> None:
         for peer in (name for name in PEERS if name in rates):
             name = f"pogo_updates_per_second_{actors}_actors_{peer.replace(' ', '_')}"
             closing.append(claim(name, rates[best], rates[peer], f" ({best})"))
+        if "graph" in rates:
+            name = f"pogo_updates_per_second_{actors}_actors_eager"
+            closing.append(claim(name, rates["graph"], rates["eager"], " (graph)"))
     if device.type == "cuda":
         made = seeds_at_once(config, config.max_actors, buffer)
         rates = median_rates(made, config.repeats, config.seconds, clock)

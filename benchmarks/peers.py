@@ -9,7 +9,6 @@ update does not use: empty modules stand for those that are missing. JAX compute
 """
 
 import contextlib
-import importlib
 import importlib.util
 import os
 import sys
@@ -59,10 +58,8 @@ def load_file(flag: str, folder: str, file: str) -> types.ModuleType:
     path = Path(folder) / file
     if not path.is_file():
         raise UserError(f"{flag} {folder}: no {file} there; give a clone of the repository")
-    for missing in UNUSED:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(missing)
-        sys.modules.setdefault(missing, Anything(missing))
+    missing = {name: Anything(name) for name in UNUSED if importlib.util.find_spec(name) is None}
+    sys.modules.update(missing)
     spec = importlib.util.spec_from_file_location(f"peer_{flag.strip('-')}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look themselves up
@@ -71,6 +68,9 @@ def load_file(flag: str, folder: str, file: str) -> types.ModuleType:
             spec.loader.exec_module(module)
         except ImportError as error:
             raise UserError(f"{flag} {folder}: {file} needs {error.name}; see requirements/benchmarks.txt") from None
+        finally:
+            for name in missing:
+                del sys.modules[name]
     return module
 
 

@@ -2,8 +2,11 @@
 
 import copy
 import functools
+import importlib
 import json
+import os
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,20 @@ import torch
 from running import error_line
 
 import make_dataset
-from benchmarks import ablation, bench_pogo, peers, run_corl
+from benchmarks import (
+    ablation,
+    bench_algorithms,
+    bench_evaluation,
+    bench_pogo,
+    bench_updates,
+    peers,
+    run_all,
+    run_corl,
+    turns,
+)
 from offline_data import load_transitions, normalized_score
 from pogo_agent import POGOAgent, POGOConfig
+from utils import parse_config
 
 STAND_IN = """
 import torch
@@ -148,6 +162,97 @@ def test_a_run_that_fails_stops_the_ablation_with_its_last_line(tmp_path, monkey
 def test_settings_of_an_ablation_are_checked(names, seeds, jobs):
     with pytest.raises(ablation.UserError):
         ablation.check_variants(names, {"a": []}, seeds, jobs)
+
+
+@pytest.mark.parametrize("name", [name for name, part in run_all.PARTS.items() if part.script.endswith(".py")])
+def test_every_part_of_the_whole_run_works_in_its_quick_form(name, capsys):
+    """In this process, which has imported most already; what the parts print is what the whole run looks for."""
+    if name == "encoder":
+        pytest.importorskip("transformers")
+    command = run_all.command_of(name, run_all.RunAllConfig(quick=True))
+    importlib.import_module(f"benchmarks.{Path(command[1]).stem}").main(command[2:])
+    assert run_all.CLAIM.findall(capsys.readouterr().out) or name in (
+        "algorithms",
+        "updates",
+    )  # which have no peer here
+
+
+def test_every_part_of_the_whole_run_takes_its_flags_on_a_gpu():
+    clones = {name: "there" for name in ("corl", "jax_corl", "unifloral", "agent", "base")}
+    found = {name: run_all.command_of(name, run_all.RunAllConfig("cuda", **clones)) for name in run_all.PARTS}
+    assert [name for name, command in found.items() if command is None] == ["evaluation", "online"]
+    assert found["gpu_tests"][-1].endswith(".py") and {"-m", "gpu"} < set(found["gpu_tests"])
+    for config, name in [(bench_pogo.BenchPOGOConfig, "pogo"), (bench_updates.BenchUpdatesConfig, "updates")]:
+        assert parse_config(config, found[name][2:]).device == "cuda"
+    settings = parse_config(bench_algorithms.BenchAlgorithmsConfig, found["algorithms"][2:])
+    assert (settings.device, settings.corl, settings.unifloral) == ("cuda", "there", "there")
+
+
+def test_a_part_that_fails_or_takes_too_long_is_a_line_of_the_table(tmp_path, monkeypatch, capsys):
+    scripts = {
+        "good": "print('a_b: ours 1.5 ms (x), peer 3.0 ms, ratio 2.00 (y)')",
+        "bad": "import sys; sys.exit('what | went wrong')",
+        "endless": "import time; print('begun', flush=True); time.sleep(60)",
+        "late": "print('never')",
+    }
+    monkeypatch.setattr(run_all, "PARTS", dict.fromkeys(scripts))
+    monkeypatch.setattr(run_all, "PART_LIMIT", 2)
+    monkeypatch.setattr(run_all, "command_of", lambda name, _: [sys.executable, "-c", scripts[name]])
+    clock = iter([0.0, *[1.0] * 9])  # three looks a part, and then it is late
+    monkeypatch.setattr(run_all, "time", types.SimpleNamespace(perf_counter=lambda: next(clock, 1e6)))
+    run_all.main(["--limit", "100", "--output", str(tmp_path / "table.md")])
+    rows = (tmp_path / "table.md").read_text().splitlines()[4:]
+    assert rows == [
+        "| a_b | 1.5 ms (x) | 3.0 ms | 2.00 (y) |",
+        "| bad | failed: what / went wrong | | |",
+        "| endless | not finished in its 2 seconds | | |",
+        "| late | not run: the 100 seconds were over | | |",
+    ]
+    assert "begun" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [("--only", "nothing"), ("--limit", "0"), ("--corl", "nowhere")])
+def test_settings_of_the_whole_run_are_checked(capsys, flags):
+    assert flags[0] in error_line(run_all.main, capsys, *flags)
+
+
+def test_rates_are_medians_of_turns_and_count_the_updates_of_a_call():
+    now = [0.0]
+    lengths = iter([9.0, 9.0, 9.0, 1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 2.0])  # four calls of warm-up, then turns of two
+
+    def step():
+        now[0] += next(lengths)
+
+    rates = turns.median_rates({"x": turns.Contestant(step, updates=10)}, 3, 2.0, lambda: now[0])
+    assert rates["x"] == pytest.approx(10 * 2 / 6.0)
+    assert turns.claim("a", 3.0, 2.0, " (b)") == "a: ours 3.0 (b), peer 2.0, ratio 1.50"
+
+
+def test_the_best_jax_file_leaves_other_work_out():
+    lines = bench_algorithms.claims_of("cql", {"ours, eager": 10.0, "CORL": 5.0, "JAX-CORL": 8.0, "unifloral": 20.0})
+    assert [line.split(": ")[1] for line in lines] == [
+        "ours 10.0 (eager), peer 8.0, ratio 1.25 (JAX-CORL)",
+        "ours 10.0 (eager), peer 5.0, ratio 2.00",
+    ]
+
+
+def test_a_peer_that_is_not_there_is_one_line(tmp_path, capsys):
+    for flag in ("--jax_corl", "--unifloral"):
+        pytest.importorskip("jax")
+        assert f"{flag} {tmp_path}: no " in error_line(bench_algorithms.main, capsys, flag, tmp_path)
+    assert "no algorithms/offline/td3_bc.py there" in error_line(bench_algorithms.main, capsys, "--corl", tmp_path)
+    assert "not a checkout" in error_line(bench_updates.main, capsys, "--base", tmp_path)
+
+
+def test_a_file_of_a_peer_leaves_the_environment_as_it_was(tmp_path):
+    (tmp_path / "x.py").write_text("import os, sys, wandb\nos.environ['XLA_FLAGS'] = 'theirs'\nargv = sys.argv\n")
+    module, before = peers.load_file("--corl", str(tmp_path), "x.py"), list(sys.argv)
+    assert "wandb" not in sys.modules and "gym" not in sys.modules
+    assert module.argv == [str(tmp_path / "x.py")] and sys.argv == before and os.environ.get("XLA_FLAGS") != "theirs"
+
+
+def test_an_evaluation_may_have_no_other_process(capsys):
+    assert "--workers -1" in error_line(bench_evaluation.main, capsys, "--workers", "-1")
 
 
 # A file as CORL's are: what it asks of its modules, and a policy that acts 0.
