@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.turns import claim
 from benchmarks.update_worker import UPDATES
-from utils import UserError, check_counts, one_line, parse_config, progress, resolve_device, run_cli
+from utils import UserError, check_counts, one_line, parse_config, progress, resolve_device, run_cli, warn
 
 
 @dataclass
@@ -78,6 +78,17 @@ def start_workers(config: BenchUpdatesConfig) -> Iterator[dict[str, Worker]]:
             worker.process.wait()
 
 
+def median_rates(name: str, workers: dict[str, Worker], config: BenchUpdatesConfig) -> dict[str, float]:
+    """Updates a second of each worker, which take turns."""
+    times: dict[str, list[float]] = {who: [] for who in workers}
+    for turn in range(config.repeats + 1):
+        for who, worker in workers.items():
+            taken = worker.seconds(name, config.calls)
+            if turn:  # the first one warms up
+                times[who].append(max(taken, 1e-9) / config.calls)
+    return {who: 1 / float(np.median(taken)) for who, taken in times.items()}
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchUpdatesConfig, argv, __doc__)
     check_counts(config)
@@ -87,13 +98,11 @@ def main(argv: list[str] | None = None) -> None:
     with start_workers(config) as workers:
         print("| update | whose | ms | updates/s |\n|---|---|---|---|")
         for name in progress(config.updates, "updates"):
-            times: dict[str, list[float]] = {who: [] for who in workers}
-            for turn in range(config.repeats + 1):
-                for who, worker in workers.items():
-                    taken = worker.seconds(name, config.calls)
-                    if turn:  # the first one warms up
-                        times[who].append(max(taken, 1e-9) / config.calls)
-            rates = {who: 1 / float(np.median(taken)) for who, taken in times.items()}
+            try:
+                rates = median_rates(name, workers, config)
+            except UserError as error:  # the others are worth having without this one
+                warn(f"left out: {error}")
+                continue
             for who, rate in rates.items():
                 print(f"| {name} | {who} | {1e3 / rate:.1f} | {rate:.2f} |", flush=True)
             if "base" in rates:

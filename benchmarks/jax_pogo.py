@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from benchmarks.peers import JAX_WARMUP
 from benchmarks.turns import Contestant
 from pogo_agent import POGOConfig
 from transport import _temperatures, box_diameter
@@ -248,4 +249,4 @@ def make_contestant(
     def step() -> None:
         kept[0] = scan(kept[0])
 
-    return Contestant(step, updates, lambda: jax.block_until_ready(kept[0]))
+    return Contestant(step, updates, lambda: jax.block_until_ready(kept[0]), JAX_WARMUP)

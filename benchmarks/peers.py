@@ -26,6 +26,7 @@ from utils import UserError
 UNUSED = ("gym", "d4rl", "wandb", "pyrallis")  # what peers import and an update does not need
 JAX_CORL = {"td3_bc": "TD3BC", "iql": "IQL", "awac": "AWAC", "cql": "CQL"}  # class of each algorithm
 UNIFLORAL = ("td3_bc", "iql", "cql", "sac_n", "edac")
+JAX_WARMUP = 2  # calls that may compile: some files compile again at the second
 # Updates in a scan: enough that the call itself costs nothing, few enough that a turn is not one call.
 SCAN = {"td3_bc": 50, "iql": 50, "cql": 5, "sac_n": 10, "edac": 5}
 # Widths of the hidden layers where JAX-CORL's own are not the three of 256 that ours and CORL's have.
@@ -127,7 +128,7 @@ def jax_corl(folder: str, name: str, arrays: dict[str, np.ndarray], layer_norm: 
     def wait() -> None:
         jax.block_until_ready([leaf for leaf in jax.tree.leaves(kept[1]) if isinstance(leaf, jax.Array)])
 
-    return Contestant(step, config.n_jitted_updates, wait)
+    return Contestant(step, config.n_jitted_updates, wait, JAX_WARMUP)
 
 
 def unifloral(folder: str, name: str, arrays: dict[str, np.ndarray]) -> Contestant:
@@ -152,7 +153,7 @@ def unifloral(folder: str, name: str, arrays: dict[str, np.ndarray]) -> Contesta
         kept[0] = scan(kept[0])
 
     per_step = args.num_critic_updates_per_step if name == "td3_bc" else 1
-    return Contestant(step, SCAN[name] * per_step, lambda: jax.block_until_ready(kept[0]))
+    return Contestant(step, SCAN[name] * per_step, lambda: jax.block_until_ready(kept[0]), JAX_WARMUP)
 
 
 def _unifloral_networks(module: Any, name: str, args: Any, data: Any) -> tuple[dict[str, Any], list[tuple]]:

@@ -35,6 +35,7 @@ from utils import UserError, check_bounds, one_line, parse_config, run_cli, writ
 # name: ours 12.3 (eager), peer 4.5 ms, ratio 2.73
 CLAIM = re.compile(r"^(\S+): ours ([\d.]+.*?), peer ([\d.]+.*?), ratio ([\d.]+)(.*)$", re.MULTILINE)
 SUMMARY = re.compile(r"^(?=.*\b(?:passed|failed|errors?|skipped|deselected)\b)=*\s*(.+?)\s*=*$", re.MULTILINE)
+WARNING = re.compile(r"^.*?(warning: .*left out.*)$", re.MULTILINE)  # of a contestant that failed
 HEAD = "| claim | ours | peer | ratio |\n|---|---|---|---|"
 GPU_LIMIT = 470  # seconds: less than eight minutes
 PART_LIMIT = 160  # seconds of one script, where there is a limit: none may take the others' time
@@ -160,6 +161,7 @@ def run_part(name: str, command: list[str], seconds: float | None) -> list[str]:
         print(errors, file=sys.stderr, flush=True)
         last = [line for line in (errors.strip() or said.strip() or "no message").splitlines() if line.strip()][-1]
         fault = f"failed: {one_line(last)[:300]}"
+    rows += [f"| {name} | {one_line(text)[:300].replace('|', '/')} | | |" for text in WARNING.findall(errors)]
     if fault:
         rows.append(f"| {name} | {fault.replace('|', '/')} | | |")
     return rows or [f"| {name} | ran, no peer | | |"]

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-WARMUP = 4  # calls before the first turn: compilation, caches, the capture of a CUDA graph
-
 
 @dataclass
 class Contestant:
@@ -18,6 +16,7 @@ class Contestant:
     step: Callable[[], Any]
     updates: int = 1
     wait: Callable[[], Any] = lambda: None
+    warmup: int = 5  # calls before anything is timed: caches, the capture of a CUDA graph (the fourth), compilation
 
 
 def on_device(step: Callable[[], Any], device: torch.device) -> Contestant:
@@ -43,7 +42,7 @@ def median_rates(
     """
     calls = {}
     for name, contestant in contestants.items():
-        for _ in range(WARMUP - 1):
+        for _ in range(contestant.warmup):
             contestant.step()
         contestant.wait()
         calls[name] = max(1, int(seconds / max(_time(contestant, 1, clock), 1e-9)))

@@ -191,6 +191,7 @@ def test_every_part_of_the_whole_run_takes_its_flags_on_a_gpu():
 def test_a_part_that_fails_or_takes_too_long_is_a_line_of_the_table(tmp_path, monkeypatch, capsys):
     scripts = {
         "good": "print('a_b: ours 1.5 ms (x), peer 3.0 ms, ratio 2.00 (y)')",
+        "worse": "import sys; print('warning: x: CORL is left out (why)', file=sys.stderr)",
         "bad": "import sys; sys.exit('what | went wrong')",
         "endless": "import time; print('begun', flush=True); time.sleep(60)",
         "late": "print('never')",
@@ -198,12 +199,13 @@ def test_a_part_that_fails_or_takes_too_long_is_a_line_of_the_table(tmp_path, mo
     monkeypatch.setattr(run_all, "PARTS", dict.fromkeys(scripts))
     monkeypatch.setattr(run_all, "PART_LIMIT", 2)
     monkeypatch.setattr(run_all, "command_of", lambda name, _: [sys.executable, "-c", scripts[name]])
-    clock = iter([0.0, *[1.0] * 9])  # three looks a part, and then it is late
+    clock = iter([0.0, *[1.0] * 12])  # three looks a part, and then it is late
     monkeypatch.setattr(run_all, "time", types.SimpleNamespace(perf_counter=lambda: next(clock, 1e6)))
     run_all.main(["--limit", "100", "--output", str(tmp_path / "table.md")])
     rows = (tmp_path / "table.md").read_text().splitlines()[4:]
     assert rows == [
         "| a_b | 1.5 ms (x) | 3.0 ms | 2.00 (y) |",
+        "| worse | warning: x: CORL is left out (why) | | |",
         "| bad | failed: what / went wrong | | |",
         "| endless | not finished in its 2 seconds | | |",
         "| late | not run: the 100 seconds were over | | |",
@@ -218,12 +220,12 @@ def test_settings_of_the_whole_run_are_checked(capsys, flags):
 
 def test_rates_are_medians_of_turns_and_count_the_updates_of_a_call():
     now = [0.0]
-    lengths = iter([9.0, 9.0, 9.0, 1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 2.0])  # four calls of warm-up, then turns of two
+    lengths = iter([9.0, 9.0, 1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 2.0])  # a warm-up, a look how long a call is, turns of two
 
     def step():
         now[0] += next(lengths)
 
-    rates = turns.median_rates({"x": turns.Contestant(step, updates=10)}, 3, 2.0, lambda: now[0])
+    rates = turns.median_rates({"x": turns.Contestant(step, updates=10, warmup=2)}, 3, 2.0, lambda: now[0])
     assert rates["x"] == pytest.approx(10 * 2 / 6.0)
     assert turns.claim("a", 3.0, 2.0, " (b)") == "a: ours 3.0 (b), peer 2.0, ratio 1.50"
 
