@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation import Episodes, Evaluator, episode_seeds, num_workers
+from model_kernels import KernelConfig, use_kernels
 from offline_data import OfflineData, data_scores, is_official, make_env, normalized_score
 from transport import MAX_EXACT
 from utils import (
@@ -58,7 +59,7 @@ Act = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of observations [.
 
 
 @dataclass
-class ChainRunConfig:
+class ChainRunConfig(KernelConfig):
     env: str = "local/hopper-medium-v2"  # id of the dataset: D4RL's, local/<id>, minari/<id>, or OGBench's single tasks
     dataset_dir: str | None = None  # folder of the data; default: D4RL_DATASET_DIR, or the benchmark's usual folder
     seed: int = 0  # seed of initialisation, sampling, noise and evaluation, each a stream of its own
@@ -139,6 +140,7 @@ class ChainRun(abc.ABC):
             config = replace(config, checkpoint_dir=str(Path(config.checkpoint_dir).resolve()))
         self.ask(config)  # before the data is made or loaded
         self.config, self.device, self.prefix = config, resolve_device(config.device), prefix
+        use_kernels(config, self.device)
         self.run_dir, self.checkpoint = self.default_run_dir(config), self.checkpoint_path(config)
         where = {"may_change": MAY_CHANGE_ON_RESUME, "checkpoint_name": str(self.checkpoint)}
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()

@@ -18,12 +18,15 @@ import functools
 import logging
 import platform
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from utils import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +46,34 @@ class _Chosen:
     precision: str = "float32"
 
 
+@dataclass
+class KernelConfig:
+    """What every command that trains may be told of its products."""
+
+    kernels: Kernels = "auto"  # library of a CPU's products: torch, onednn or auto (by the processor); or plain code
+    precision: Precision = "float32"  # numbers that hidden layers multiply; bf16 on CPUs that have such products
+
+
+def use_kernels(config: KernelConfig, device: torch.device) -> None:
+    """`choose_kernels` by a command's settings; UserError where they cannot be met."""
+    if config.precision == "bf16" and (device.type != "cpu" or config.kernels == "plain"):
+        raise UserError("--precision bf16: for a CPU and its fast kernels alone; use --device cpu, or float32")
+    if config.precision == "bf16" and not has_bf16():
+        raise UserError("--precision bf16: this processor has no such products, and would take many times as long")
+    try:
+        choose_kernels(config.kernels, config.precision)
+    except ValueError as error:
+        raise UserError(f"--kernels {config.kernels}: {error}") from None
+
+
 def choose_kernels(kernels: Kernels = "auto", precision: Precision = "float32") -> str:
     """Set what this process multiplies with, log it, and return it: torch, onednn or plain.
 
     Raises:
-        ValueError: onednn where this PyTorch lacks the operator or refuses it; a name that is none of these.
+        ValueError: onednn where this PyTorch lacks the operator or refuses it.
     """
-    if kernels not in ("auto", "torch", "onednn", "plain") or precision not in ("float32", "bf16"):
-        raise ValueError(f"kernels {kernels!r} and precision {precision!r} are not among the choices")
     if kernels == "onednn" and not onednn_works():
-        raise ValueError("kernels onednn need an operator that this PyTorch lacks or refuses: use auto or torch")
+        raise ValueError("this PyTorch lacks the operator, or it refuses this processor; use auto or torch")
     chosen = fastest_kernels() if kernels == "auto" else kernels
     if (chosen, precision) != (_Chosen.kernels, _Chosen.precision):
         logger.info("matrix products on a CPU: %s, %s", chosen, precision)
@@ -105,8 +126,8 @@ def block_rows(width: int) -> int:
 
 
 @functools.cache
-def has_fast_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 itself. Elsewhere `--precision bf16` is right and slow."""
+def has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself. Elsewhere PyTorch does it by a loop, a hundred times slower."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return bool(supported and supported()) and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
@@ -170,7 +191,10 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What `F.linear` gives: x [..., in], weight [out, in], bias [out] or none -> [..., out]; differentiable once."""
-    if kernels_of(x) != "onednn" or len(weight) == 1 or torch.is_autocast_enabled("cpu"):
+    kernels = kernels_of(x)
+    if kernels != "plain" and _Chosen.precision == "bf16":
+        return F.linear(x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()).to(x.dtype)
+    if kernels != "onednn" or len(weight) == 1 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
 

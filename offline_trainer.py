@@ -16,6 +16,7 @@ import torch
 
 import make_dataset
 from model import resolve_backend
+from model_kernels import KernelConfig, use_kernels
 from offline_agent import OfflineAgent, OfflineAgentConfig, effective_rank
 from ogbench_utils import Maze, Task, TrajectoryDataset, evaluation_tasks, make_env, parse_dataset_id
 from utils import (
@@ -41,7 +42,7 @@ from visualize import plot_training_curves, plot_value_maps
 
 
 @dataclass
-class OfflineTrainerConfig(OfflineAgentConfig):
+class OfflineTrainerConfig(KernelConfig, OfflineAgentConfig):
     dataset: str = "local/pointmaze-medium-navigate-v0"  # OGBench id, or local/<id> for one generated here
     dataset_dir: str | None = None  # folder of the data; default OGBENCH_DATASET_DIR, else datasets/ beside the code
     max_trajectories: int | None = 100  # train on the file's first so many episodes
@@ -168,6 +169,7 @@ class OfflineRun:
         check(config)
         self.config = config
         self.device = resolve_device(config.device)
+        use_kernels(config, self.device)
         self.run_dir = default_run_dir(config)
         # With decay the learning rate depends on the run's length, so that cannot change on the way.
         may_change = MAY_CHANGE_ON_RESUME - ({"num_epochs"} if config.lr_decay else set())

@@ -26,6 +26,7 @@ import torch
 
 import make_dataset
 from model import OfflineModel
+from model_kernels import KernelConfig, use_kernels
 from ogbench_utils import (
     NUM_TASKS,
     Maze,
@@ -64,7 +65,7 @@ TRAIN_SEED_OFFSET = 10**6  # training episodes are reset with seeds from here on
 
 
 @dataclass
-class OnlineTrainerConfig(OnlineAgentConfig):
+class OnlineTrainerConfig(KernelConfig, OnlineAgentConfig):
     dataset: str = "local/pointmaze-medium-navigate-v0"  # OGBench id, or local/<id> for one generated here
     dataset_dir: str | None = None  # folder of the data; default OGBENCH_DATASET_DIR, else datasets/ beside the code
     offline_run_dir: str | None = None  # run of offline_trainer.py; default logs/offline/<dataset>/seed_<seed>
@@ -426,6 +427,7 @@ class OnlineRun:
         check(config)
         config = resolve(config)
         self.device = resolve_device(config.device)
+        use_kernels(config, self.device)
         self.model, self.pretrained = load_pretrained(config)
         trajectories = config.max_trajectories or self.pretrained["max_trajectories"]
         config = self.config = replace(config, max_trajectories=trajectories)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import make_dataset
 from evaluation import episode_seeds, num_workers
+from model_kernels import KernelConfig, use_kernels
 from utils import (
     MetricLogger,
     RandomStreams,
@@ -52,7 +53,7 @@ from walker.dmc_utils import ALL_DATASETS, TASKS, load_study_data, parse_dataset
 
 
 @dataclass
-class StudyConfig:
+class StudyConfig(KernelConfig):
     USE_DATASET_STR: str = f"local/{ALL_DATASETS}"  # walk_m, walk_mr, run_m, run_mr, with commas, or __all__
     data_dir: str | None = None  # folder that holds collected_data/; default: datasets/ beside the code
     ADD_TASK_BIT: bool = True  # append 0 for walk, 1 for run to the observation
@@ -97,6 +98,7 @@ class StudyRun(abc.ABC):
     def __init__(self, config: StudyConfig):
         self.check(config)
         self.config, self.device, self.run_dir = config, resolve_device(config.device), self.default_run_dir(config)
+        use_kernels(config, self.device)
         self.ids = parse_datasets(config.USE_DATASET_STR)
         check_run(self.run_dir, config, config.resume, MAY_CHANGE_ON_RESUME)  # before the data is made or loaded
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
