@@ -26,8 +26,13 @@ from model_kernels import (
     MLPShape,
     as_layers,
     block_rows,
+    chosen_kernels,
     kernels_of,
+    linear,
+    run_causal_conv_silu,
+    run_dual_form,
     run_frozen,
+    run_gated_rms_norm,
     run_mlp,
     run_mlp_with_gradients,
     run_regression,
@@ -36,6 +41,13 @@ from model_kernels import (
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "torch", "cuda")
+
+
+class Linear(nn.Linear):
+    """x W^T + b by the library that `choose_kernels` chose. x: [..., in_features] -> [..., out_features]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -62,7 +74,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int)
     for begin in range(0, length, chunk_size):
         here = slice(begin, begin + chunk_size)
         total = log_decay[:, :, here].cumsum(-1)  # decay since the chunk began, the position itself included
-        y = _DualForm.apply(C[:, here], B[:, here], total, dt[:, :, here], x[:, :, here])
+        y = dual_form(C[:, here], B[:, here], total, dt[:, :, here], x[:, :, here])
         if state is not None:  # what came before the chunk, decayed
             y = y + (C[:, None, here] @ state.transpose(2, 3)) * total.exp().unsqueeze(-1)
         outputs.append(y)
@@ -73,102 +85,36 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)).transpose(1, 2)
 
 
-class _DualForm(torch.autograd.Function):
-    """y = P (dt x) with P = (C B^T) * decay, decay[t, s] = exp(total_t - total_s) for s <= t, else 0.
+def dual_form(C: Tensor, B: Tensor, total: Tensor, dt: Tensor, x: Tensor) -> Tensor:
+    """One chunk of the scan as a masked matrix product: y = ((C B^T) * decay) (dt x), equation 6 of the paper.
 
-    Written by hand because autograd would pass over the [b, h, l, l] decay five more times. The derivative by
-    `total` needs none of them: with E = dP * P, the row sums of E are <dy_t, y_t> and its column sums
-    <u_s, du_s>, where u = dt x.
+    decay[t, s] = exp(total_t - total_s) for s <= t, else 0.
+
+    Args:
+        C, B: [batch, length, d_state].
+        total: [batch, heads, length] log decay since the chunk began, the position itself included.
+        dt: [batch, heads, length]. x: [batch, heads, length, headdim].
+
+    Returns:
+        y [batch, heads, length, headdim].
     """
-
-    @staticmethod
-    def forward(ctx, C, B, total, dt, x):
-        length = total.shape[-1]
-        # The mask goes in before the exponential: above the diagonal the sum is positive and would overflow.
-        above = torch.full((length, length), -torch.inf, dtype=total.dtype, device=total.device).triu_(1)
-        decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).add_(above).exp_()
-        P = decay * torch.bmm(C, B.transpose(1, 2)).unsqueeze(1)
-        u = torch.mul(dt.unsqueeze(-1), x, out=x.new_empty(x.shape))  # contiguous, so the products below copy nothing
-        y = P @ u
-        ctx.save_for_backward(C, B, dt, x, u, decay, P, y)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        C, B, dt, x, u, decay, P, y = ctx.saved_tensors
-        dy = dy.contiguous()
-        du = P.transpose(2, 3) @ dy
-        d_scores = (dy @ u.transpose(2, 3)).mul_(decay).sum(1)  # [b, l, l], summed over the heads
-        products = dy * y  # one buffer for the three: fresh memory costs more than the arithmetic
-        d_total = products.sum(-1)
-        d_total -= torch.mul(u, du, out=products).sum(-1)
-        d_dt = torch.mul(x, du, out=products).sum(-1)
-        d_x = torch.mul(dt.unsqueeze(-1), du, out=du)
-        return torch.bmm(d_scores, B), torch.bmm(d_scores.transpose(1, 2), C), d_total, d_dt, d_x
-
-
-class _CausalConvSiLU(torch.autograd.Function):
-    """silu of a depthwise causal convolution, as shifted multiply-adds; see `causal_conv_silu`."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        taps = weight.squeeze(1).t().contiguous()  # [width, channels]; the last tap looks at the present
-        width, length = taps.shape[0], x.shape[1]
-        y = torch.addcmul(bias, x, taps[-1])
-        for k in range(1, min(width, length)):
-            y[:, k:].addcmul_(x[:, : length - k], taps[-1 - k])
-        ctx.save_for_backward(x, taps, y)
-        return F.silu(y)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, taps, y = ctx.saved_tensors
-        width, length = taps.shape[0], x.shape[1]
-        grad = torch.ops.aten.silu_backward(grad.contiguous(), y)
-        d_taps = torch.zeros_like(taps)
-        products = grad * x
-        d_taps[-1] = products.sum((0, 1))
-        d_x = grad * taps[-1]
-        for k in range(1, min(width, length)):
-            d_x[:, : length - k].addcmul_(grad[:, k:], taps[-1 - k])
-            torch.mul(grad[:, k:], x[:, : length - k], out=products[:, k:])
-            d_taps[-1 - k] = products[:, k:].sum((0, 1))
-        return d_x, d_taps.t().unsqueeze(1), grad.sum((0, 1))
+    if chosen_kernels() != "plain":
+        return run_dual_form(C, B, total, dt, x)
+    # The mask goes in before the exponential: above the diagonal the sum is positive and would overflow.
+    above = torch.full((C.shape[1], C.shape[1]), -torch.inf, dtype=total.dtype, device=total.device).triu(1)
+    decay = torch.exp(total.unsqueeze(-1) - total.unsqueeze(-2) + above)
+    return ((C @ B.transpose(1, 2)).unsqueeze(1) * decay) @ (dt.unsqueeze(-1) * x)
 
 
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x: [batch, length, channels], weight: [channels, 1, width], bias: [channels] -> [batch, length, channels].
+    """silu of a depthwise convolution of each position with those before it.
 
-    Channels stay last, so there is no transpose, and on a CPU it takes a third of the time of a grouped `conv1d`.
+    x: [batch, length, channels], weight: [channels, 1, width], bias: [channels] -> [batch, length, channels].
     """
-    return _CausalConvSiLU.apply(x, weight, bias)
-
-
-class _GatedRMSNorm(torch.autograd.Function):
-    """rms_norm(x * silu(z)) * weight with one pass over each tensor where autograd takes three."""
-
-    @staticmethod
-    def forward(ctx, x, z, weight, eps):
-        gate = F.silu(z)
-        normed = gate * x
-        out = normed.square()
-        scale = out.mean(-1, keepdim=True).add_(eps).rsqrt_()
-        normed.mul_(scale)
-        ctx.save_for_backward(x, z, gate, weight, normed, scale)
-        return torch.mul(normed, weight, out=out)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, z, gate, weight, normed, scale = ctx.saved_tensors
-        products = grad * normed
-        d_weight = products.flatten(0, -2).sum(0)
-        along = products.mul_(weight).mean(-1, keepdim=True)
-        d = (grad * weight).sub_(torch.mul(normed, along, out=products)).mul_(scale)  # by x * silu(z)
-        d_gate = torch.mul(d, x, out=products)
-        return d.mul_(gate), torch.ops.aten.silu_backward(d_gate, z), d_weight, None
+    if chosen_kernels() != "plain":
+        return run_causal_conv_silu(x, weight, bias)
+    before = F.pad(x.transpose(1, 2), (weight.shape[-1] - 1, 0))
+    return F.silu(F.conv1d(before, weight, bias, groups=len(weight))).transpose(1, 2)
 
 
 class RMSNormGated(nn.Module):
@@ -180,7 +126,9 @@ class RMSNormGated(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return _GatedRMSNorm.apply(x, z, self.weight, self.eps)
+        if chosen_kernels() != "plain":
+            return run_gated_rms_norm(x, z, self.weight, self.eps)
+        return F.rms_norm(x * F.silu(z), self.weight.shape, self.weight, self.eps)
 
 
 class Mamba2(nn.Module):
@@ -205,7 +153,7 @@ class Mamba2(nn.Module):
         self.nheads = self.d_inner // headdim
         self.backend = backend
         conv_dim = self.d_inner + 2 * d_state
-        self.in_proj = nn.Linear(d_model, self.d_inner + conv_dim + self.nheads, bias=False)  # [z, x, B, C, dt]
+        self.in_proj = Linear(d_model, self.d_inner + conv_dim + self.nheads, bias=False)  # [z, x, B, C, dt]
         self.conv1d = nn.Conv1d(conv_dim, conv_dim, d_conv, groups=conv_dim, padding=d_conv - 1)
         # dt starts log-uniform in [0.001, 0.1]; dt_bias is its inverse softplus.
         dt = torch.exp(torch.rand(self.nheads) * math.log(100) + math.log(1e-3)).clamp_(min=1e-4)
@@ -213,7 +161,7 @@ class Mamba2(nn.Module):
         self.A_log = nn.Parameter(torch.log(torch.empty(self.nheads).uniform_(1, 16)))
         self.D = nn.Parameter(torch.ones(self.nheads))
         self.norm = RMSNormGated(self.d_inner)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.out_proj = Linear(self.d_inner, d_model, bias=False)
 
     def _split(self, u: Tensor):
         """Input projection of u [..., d_model] -> gate z, convolution input xBC, raw step size dt."""
@@ -360,7 +308,7 @@ class MambaEncoder(nn.Module):
         self.observation_dim, self.d_model = observation_dim, d_model
         self.register_buffer("mean", torch.zeros(observation_dim))
         self.register_buffer("std", torch.ones(observation_dim))
-        self.input = nn.Linear(observation_dim, d_model)
+        self.input = Linear(observation_dim, d_model)
         headdim = min(64, expand * d_model)
         self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(n_layers))
         self.mixers = nn.ModuleList(
@@ -368,7 +316,7 @@ class MambaEncoder(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(d_model)
-        self.output = nn.Linear(d_model, d_model)
+        self.output = Linear(d_model, d_model)
 
     def set_normalizer(self, mean: Tensor, std: Tensor) -> None:
         """mean, std: [observation_dim], the training data's."""
@@ -624,8 +572,8 @@ class StepInverse(nn.Module):
     def __init__(self, observation_dim: int, hidden_dim: int, action_dim: int):
         super().__init__()
         sizes = (2 * observation_dim, hidden_dim, hidden_dim, hidden_dim)
-        layers = [layer for m, n in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(m, n), nn.SiLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden_dim, action_dim))
+        layers = [layer for m, n in zip(sizes, sizes[1:], strict=False) for layer in (Linear(m, n), nn.SiLU())]
+        self.net = nn.Sequential(*layers, Linear(hidden_dim, action_dim))
         self.register_buffer("mean", torch.zeros(observation_dim))
         self.register_buffer("scale", torch.ones(observation_dim))
 

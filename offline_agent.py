@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import MambaEncoder, OfflineModel
+from model_kernels import kernels_of, run_bank_logsumexp
 from utils import expectile_loss
 
 ABSENT = -1e4  # added to a logit that must not count; finite, so that no gradient becomes nan
@@ -95,6 +96,13 @@ def effective_rank(codes: Tensor) -> Tensor:
     s = torch.linalg.svdvals(codes - codes.mean(0))
     p = s / s.sum().clamp(min=1e-12)
     return torch.exp(-torch.special.xlogy(p, p).sum())
+
+
+def bank_logsumexp(rows: Tensor, bank: Tensor, absent: Tensor) -> Tensor:
+    """logsumexp over the bank [m, d] of absent [m] + rows [n, d] bank^T -> [n]; no gradient to the bank."""
+    if kernels_of(rows) != "plain":
+        return run_bank_logsumexp(rows, bank, absent)
+    return torch.logsumexp(torch.addmm(absent, rows, bank.t()), dim=1)
 
 
 class OfflineAgent:
@@ -283,9 +291,7 @@ class OfflineAgent:
         )
         partition = torch.logsumexp(logits, dim=1)
         if not held_out and c.bank_size > 0:
-            partition = torch.logaddexp(
-                partition, torch.logsumexp(torch.addmm(self.bank_absent, both, self.bank.t()), dim=1)
-            )
+            partition = torch.logaddexp(partition, bank_logsumexp(both, self.bank, self.bank_absent))
         positive = (both[: len(z)] * z_next).sum(-1)
         loss = 0.5 * (partition.view(2, -1).sum(0)) - positive
         return (loss * valid).sum() / valid.sum().clamp(min=1), {}

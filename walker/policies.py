@@ -6,6 +6,7 @@ A policy acts on inputs [n, D]: standardised observations, and the task's bit wh
     policy.act(inputs, rewards)        actions [n, A]; rewards [n] of the step before, nan where they are not known
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from algorithms.offline.cql import make_actor
 from algorithms.offline.pogo_policies import DeterministicMLP
+from model import Linear
 from walker.ppo import GaussianActor
 
 
@@ -40,7 +42,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+        self.first, self.second = Linear(width, width), Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.relu(self.first(self.norm(x))))
@@ -52,11 +54,11 @@ class ResidualMLP(nn.Module):
     def __init__(self, input_dim: int, action_dim: int, hidden_dim: int = 512, blocks: int = 2):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(input_dim, hidden_dim),
+            Linear(input_dim, hidden_dim),
             *(ResidualBlock(hidden_dim) for _ in range(blocks)),
             nn.LayerNorm(hidden_dim),
             nn.ReLU(),
-            nn.Linear(hidden_dim, action_dim),
+            Linear(hidden_dim, action_dim),
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -70,8 +72,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
+        self.qkv, self.out = Linear(width, 3 * width), Linear(width, width)
+        self.mlp = nn.Sequential(Linear(width, 4 * width), nn.ReLU(), Linear(4 * width, width))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x: [n, L, width]; mask: [n, 1, L, L], True where a token may look."""
@@ -81,6 +83,13 @@ class TransformerBlock(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=share)
         x = x + F.dropout(self.out(attended.transpose(1, 2).flatten(2)), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.norm_mlp(x)), self.dropout, self.training)
+
+
+@functools.lru_cache(maxsize=64)
+def token_masks(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each of so many tokens may look, everything up to itself, and itself: [length, length] bool twice."""
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return causal, torch.eye(length, dtype=torch.bool, device=device)
 
 
 class DecisionTransformer(nn.Module):
@@ -110,11 +119,11 @@ class DecisionTransformer(nn.Module):
         super().__init__()
         self.context, self.action_dim, self.max_steps, self.dropout = context, action_dim, max_steps, dropout
         self.embed_time = nn.Embedding(max_steps, hidden_dim)
-        self.embed_return = nn.Linear(1, hidden_dim)
-        self.embed_input, self.embed_action = nn.Linear(input_dim, hidden_dim), nn.Linear(action_dim, hidden_dim)
+        self.embed_return = Linear(1, hidden_dim)
+        self.embed_input, self.embed_action = Linear(input_dim, hidden_dim), Linear(action_dim, hidden_dim)
         self.norm, self.norm_out = nn.LayerNorm(hidden_dim), nn.LayerNorm(hidden_dim)
         self.blocks = nn.ModuleList(TransformerBlock(hidden_dim, heads, dropout) for _ in range(layers))
-        self.head = nn.Linear(hidden_dim, action_dim)
+        self.head = Linear(hidden_dim, action_dim)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -133,9 +142,8 @@ class DecisionTransformer(nn.Module):
         tokens = (self.embed_return(returns.unsqueeze(-1)), self.embed_input(inputs), self.embed_action(actions))
         x = torch.stack([token + time for token in tokens], dim=2).flatten(1, 2)  # [n, 3 L, width]
         x = F.dropout(self.norm(x), self.dropout, self.training)
-        causal = torch.ones(3 * steps, 3 * steps, dtype=torch.bool, device=x.device).tril()
+        causal, own = token_masks(3 * steps, x.device)
         # A padded token sees itself, so that its row of the softmax is not empty; nobody looks at it.
-        own = torch.eye(3 * steps, dtype=torch.bool, device=x.device)
         mask = causal & valid.repeat_interleave(3, dim=1).view(n, 1, 1, 3 * steps) | own
         for block in self.blocks:
             x = block(x, mask)
