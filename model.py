@@ -326,7 +326,8 @@ class MambaEncoder(nn.Module):
     def forward(self, observations: Tensor) -> Tensor:
         """observations: [batch, length, observation_dim] -> codes [batch, length, d_model], one for each prefix."""
         h = self.input((observations - self.mean) / self.std)
-        h = rotary(h, torch.arange(h.shape[1], device=h.device))
+        if h.shape[1] > 1:  # position 0 is not rotated
+            h = rotary(h, torch.arange(h.shape[1], device=h.device))
         for norm, mixer in zip(self.norms, self.mixers, strict=True):
             h = h + self.dropout(mixer(norm(h)))
         return self.output(self.norm(h))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 Kernels = Literal["auto", "torch", "onednn", "plain"]
 Precision = Literal["float32", "bf16"]
+LOG2_E = 1 / math.log(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -563,7 +565,9 @@ class _DualForm(torch.autograd.Function):
         length = total.shape[-1]
         # The mask goes in before the exponential: above the diagonal the sum is positive and would overflow.
         above = torch.full((length, length), -torch.inf, dtype=total.dtype, device=total.device).triu_(1)
-        decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).add_(above).exp_()
+        # Powers of two: on a CPU torch.exp slows down twentyfold where it underflows, and far positions do.
+        powers = total * LOG2_E
+        decay = (powers.unsqueeze(-1) - powers.unsqueeze(-2)).add_(above).exp2_()
         P = decay * torch.bmm(C, B.transpose(1, 2)).unsqueeze(1)
         u = torch.mul(dt.unsqueeze(-1), x, out=x.new_empty(x.shape))  # contiguous, so the products below copy nothing
         y = P @ u
@@ -664,25 +668,24 @@ def run_gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tens
 
 
 class _BankLogSumExp(torch.autograd.Function):
-    """logsumexp of absent + rows bank^T, and its slope softmax bank while a block of logits is in the cache."""
+    """logsumexp of absent + rows bank^T and its slope, softmax bank, from one softmax."""
+
+    ROWS = 256  # at a time, which bounds the memory; fewer read the bank too often
 
     @staticmethod
     def forward(ctx, rows, bank, absent):
-        sums, slopes = rows.new_empty(len(rows), 1), torch.empty_like(rows)
-        columns, onednn = bank.t(), kernels_of(rows) == "onednn"
-        size = bank_rows(len(bank))
+        sums, slopes = rows.new_empty(len(rows)), torch.empty_like(rows)
+        codes, onednn, size = bank.t(), kernels_of(rows) == "onednn", _BankLogSumExp.ROWS
         for part, total, slope in zip(rows.split(size), sums.split(size), slopes.split(size), strict=True):
-            logits = _onednn(part, bank, absent) if onednn else torch.addmm(absent, part, columns)
-            largest = logits.amax(1, keepdim=True)
-            torch.sum(logits.sub_(largest).exp_(), 1, keepdim=True, out=total)
+            logits = _onednn(part, bank, absent) if onednn else torch.addmm(absent, part, codes)
+            softmax = torch.softmax(logits, 1)
+            torch.sub(logits.amax(1), softmax.amax(1).log_(), out=total)  # x - log softmax(x) is the same for each x
             if onednn:
-                slope.copy_(_onednn(logits, columns))
+                slope.copy_(_onednn(softmax, codes))
             else:
-                torch.mm(logits, bank, out=slope)
-            slope.div_(total)
-            total.log_().add_(largest)
+                torch.mm(softmax, bank, out=slope)
         ctx.save_for_backward(slopes)
-        return sums.squeeze(1)
+        return sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -690,15 +693,11 @@ class _BankLogSumExp(torch.autograd.Function):
         return grad.unsqueeze(1) * ctx.saved_tensors[0], None, None
 
 
-def bank_rows(size: int) -> int:
-    """Rows at a time against a bank of so many codes: their logits then stay in the cache."""
-    return max(16, cache_bytes() // (4 * size))
-
-
 def run_bank_logsumexp(rows: Tensor, bank: Tensor, absent: Tensor) -> Tensor:
     """logsumexp over a bank [m, d] of absent [m] + rows [n, d] bank^T -> [n]; differentiable once, by the rows alone.
 
-    The gradient is made in the forward pass, block by block, so that no [n, m] logits are kept.
+    The gradient is made in the forward pass, so that no [n, m] logits are kept. torch.softmax takes a twentieth of
+    the time of torch.exp on a CPU where most exponentials underflow, as those of slots not yet filled do.
     """
     return _BankLogSumExp.apply(rows, bank, absent)
 
