@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import model
+import model_kernels
 from model import GoalValue, InverseDynamics, Mamba2, MambaEncoder, NextState, OfflineModel, RewardLogit, TransitionQ
 
 
@@ -253,3 +254,71 @@ def test_impossible_sizes_are_named():
 def test_offline_model_holds_no_action_head():
     names = {name.split(".")[0] for name, _ in OfflineModel(4, 32, 16).named_parameters()}
     assert names == {"encoder", "q", "v", "next_state", "reward"}
+
+
+def with_gradients(compute, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """The value of a function and the gradient of each input, under a fixed random weight of the value."""
+    inputs = [each.detach().clone().requires_grad_() for each in inputs]
+    value = compute(*inputs)
+    weight = torch.randn(value.shape, generator=torch.Generator().manual_seed(3), dtype=value.dtype)
+    return [value.detach(), *torch.autograd.grad((value * weight).sum(), inputs)]
+
+
+FORMS = {  # name: the form, and the shapes of what it takes
+    "dual form": (model.dual_form, [(2, 9, 5), (2, 9, 5), (2, 3, 9), (2, 3, 9), (2, 3, 9, 4)]),
+    "convolution": (model.causal_conv_silu, [(2, 9, 6), (6, 1, 4), (6,)]),
+    "convolution of fewer than its width": (model.causal_conv_silu, [(2, 3, 6), (6, 1, 4), (6,)]),
+    "norm": (lambda x, z, weight: gated_norm(x, z, weight), [(2, 9, 6), (2, 9, 6), (6,)]),
+    "linear": (lambda x, weight, bias: model.linear(x, weight, bias), [(2, 9, 6), (4, 6), (4,)]),
+}
+
+
+def gated_norm(x, z, weight):
+    norm = model.RMSNormGated(len(weight)).double()
+    return torch.func.functional_call(norm, {"weight": weight}, (x, z))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_fast_forms_of_the_block_equal_their_plain_forms(name, monkeypatch):
+    """In float64: the value and the gradient of every input."""
+    form, shapes = FORMS[name]
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    if name == "dual form":  # decay falls along the chunk, at the end to nothing
+        inputs[2] = -inputs[2].abs().cumsum(-1) * torch.linspace(1, 100, 9)
+    found = {}
+    for kernels in ("plain", "torch"):
+        monkeypatch.setattr(model_kernels._Chosen, "kernels", kernels)
+        found[kernels] = with_gradients(form, *inputs)
+    for fast, plain in zip(found["torch"], found["plain"], strict=True):
+        assert torch.isfinite(plain).all() and relative(fast, plain) < 1e-10
+
+
+@pytest.mark.parametrize("kernels", ["plain", "onednn"])
+def test_encoder_is_the_same_by_all_kernels(kernels, monkeypatch):
+    """In float32, the gradient of every parameter too, by three chunks of a scan and by single states."""
+    if kernels == "onednn" and not model_kernels.onednn_works():
+        pytest.skip("this PyTorch has no such operator")
+    x, found = torch.randn(3, 20, 5), {}
+    for chosen in ("torch", kernels):
+        monkeypatch.setattr(model_kernels._Chosen, "kernels", chosen)
+        net = encoder()
+        for mixer in net.mixers:
+            mixer.chunk_size = 7
+        codes = torch.cat([net(x), net.encode_goal(x)])
+        codes.square().sum().backward()
+        found[chosen] = {name: p.grad for name, p in net.named_parameters()} | {"codes": codes}
+    for name, expected in found["torch"].items():
+        assert relative(found[kernels][name], expected) < 1e-4, name
+
+
+def test_linear_layers_are_those_of_torch():
+    """The same class to whoever asks, the same first weights, and the layers of the block are such."""
+    torch.manual_seed(0)
+    own = model.Linear(5, 3)
+    torch.manual_seed(0)
+    theirs = torch.nn.Linear(5, 3)
+    assert isinstance(own, torch.nn.Linear) and torch.equal(own.weight, theirs.weight)
+    x = torch.randn(2, 4, 5)
+    assert torch.allclose(own(x), theirs(x), atol=1e-6)
+    assert isinstance(Mamba2(32, headdim=16).in_proj, model.Linear)

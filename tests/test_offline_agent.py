@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 
-from offline_agent import OfflineAgent, OfflineAgentConfig, effective_rank
+import model_kernels
+from offline_agent import ABSENT, OfflineAgent, OfflineAgentConfig, bank_logsumexp, effective_rank
 from offline_trainer import sample_batch
 from ogbench_utils import NEVER, TrajectoryDataset
 from utils import expectile_loss
@@ -344,3 +345,33 @@ def test_golden_trace():
 
 
 GOLDEN = [8.0025082, 8.9095612, 12.5055132]
+
+
+@pytest.mark.parametrize("rows", [7, 600])  # less than a block, and several
+def test_logsumexp_over_the_bank_equals_its_plain_form(rows, monkeypatch):
+    """In float64, with the gradient, over a bank of which a part is absent."""
+    torch.manual_seed(0)
+    both, bank = torch.randn(rows, 16, dtype=torch.float64), torch.randn(50, 16, dtype=torch.float64)
+    absent = torch.where(torch.arange(50) < 30, 0.0, ABSENT).double()
+    found = {}
+    for kernels in ("plain", "torch"):
+        monkeypatch.setattr(model_kernels._Chosen, "kernels", kernels)
+        own = both.clone().requires_grad_()
+        value = bank_logsumexp(own, bank, absent)
+        found[kernels] = value.detach(), *torch.autograd.grad((value * torch.arange(rows)).sum(), own)
+    for fast, plain in zip(found["torch"], found["plain"], strict=True):
+        assert torch.allclose(fast, plain, rtol=1e-10, atol=1e-10)
+    nothing = bank_logsumexp(both, bank, torch.full_like(absent, ABSENT))  # a bank that holds nothing yet
+    assert torch.isfinite(nothing).all() and nothing.max() < -9000
+
+
+def test_updates_agree_by_all_kernels(monkeypatch):
+    """Ten updates in float32: the losses are the same to rounding whatever multiplies."""
+    batches, losses = [make_batch(OfflineAgentConfig(**SMALL), seed=i) for i in range(10)], {}
+    kinds = ["plain", "torch", *["onednn"] * model_kernels.onednn_works()]
+    for kernels in kinds:
+        monkeypatch.setattr(model_kernels._Chosen, "kernels", kernels)
+        agent = make_agent()
+        losses[kernels] = [float(agent.update(batch)["loss"]) for batch in batches]
+    for kernels in kinds[1:]:
+        assert losses[kernels] == pytest.approx(losses["plain"], rel=1e-3)
