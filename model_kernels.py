@@ -565,7 +565,7 @@ class _DualForm(torch.autograd.Function):
         length = total.shape[-1]
         # The mask goes in before the exponential: above the diagonal the sum is positive and would overflow.
         above = torch.full((length, length), -torch.inf, dtype=total.dtype, device=total.device).triu_(1)
-        # Powers of two: on a CPU torch.exp slows down twentyfold where it underflows, and far positions do.
+        # Powers of two: on a CPU torch.exp can be many times slower where it underflows, and far positions do.
         powers = total * LOG2_E
         decay = (powers.unsqueeze(-1) - powers.unsqueeze(-2)).add_(above).exp2_()
         P = decay * torch.bmm(C, B.transpose(1, 2)).unsqueeze(1)
@@ -696,7 +696,7 @@ class _BankLogSumExp(torch.autograd.Function):
 def run_bank_logsumexp(rows: Tensor, bank: Tensor, absent: Tensor) -> Tensor:
     """logsumexp over a bank [m, d] of absent [m] + rows [n, d] bank^T -> [n]; differentiable once, by the rows alone.
 
-    The gradient is made in the forward pass, so that no [n, m] logits are kept. torch.softmax takes a twentieth of
+    The gradient is made in the forward pass, so that no [n, m] logits are kept. torch.softmax takes a fraction of
     the time of torch.exp on a CPU where most exponentials underflow, as those of slots not yet filled do.
     """
     return _BankLogSumExp.apply(rows, bank, absent)
