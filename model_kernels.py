@@ -18,7 +18,7 @@ import functools
 import logging
 import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -152,6 +152,18 @@ def kernels_of(x: Tensor) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def _differentiable_once(backward: Callable) -> Callable:
+    """Refuse a second derivative, which `once_differentiable` takes for zero where no graph leads to the slope."""
+
+    @functools.wraps(backward)
+    def refusing(ctx, *slopes):
+        if torch.is_grad_enabled():  # create_graph
+            raise RuntimeError("a fast form on a CPU is differentiable once: a second derivative needs kernels plain")
+        return backward(ctx, *slopes)
+
+    return refusing
+
+
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     """activation(x W^T + b); x [n, in] and weight [out, in] contiguous or transposed, anything else is very slow."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
@@ -184,7 +196,7 @@ class _Linear(torch.autograd.Function):
         return _onednn(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_differentiable_once
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad
@@ -266,7 +278,7 @@ class _MLP(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_differentiable_once
     def backward(ctx, grad):
         y, _, x, *saved = ctx.saved_tensors
         to_theta, _, _, _, *to_inputs = ctx.needs_input_grad
@@ -295,7 +307,7 @@ class _Regression(torch.autograd.Function):
         return torch.dot(slope.view(-1), error.view(-1)) / 2, y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_differentiable_once
     def backward(ctx, grad, _):
         slopes, ctx.slopes = ctx.slopes, None  # handed on, so that it becomes theta's gradient without a copy
         return slopes.mul_(grad), *[None] * (len(ctx.needs_input_grad) - 1)
@@ -316,7 +328,7 @@ class _Frozen(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_differentiable_once
     def backward(ctx, grad):
         return *[None] * (len(ctx.needs_input_grad) - 1), (ctx.saved_tensors[0] * grad).sum(0)
 
@@ -518,7 +530,7 @@ class _MLPWithGradients(torch.autograd.Function):
         return q, g
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_differentiable_once
     def backward(ctx, d_q, d_g):
         (theta, x, *saved), net, onednn = ctx.saved_tensors, ctx.net, ctx.onednn
         depth, d_theta = len(net.shape.widths) - 2, torch.empty_like(theta)
