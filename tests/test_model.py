@@ -236,12 +236,14 @@ def test_twin_q_is_two_separate_networks():
     z, z_next, z_goal = (torch.randn(5, 8) for _ in range(3))
     for i in range(2):
         h = torch.cat([z, z_next, z_goal], dim=-1)
-        for k, layer in enumerate(q.layers):
-            h = h @ layer.weight[i] + layer.bias[i]
+        for k, (weight, bias) in enumerate(q.net.layers()):
+            h = h @ weight[i] + bias[i]
             h = F.relu(h) if k < 2 else h
         assert torch.allclose(q(z, z_next, z_goal)[i], h.squeeze(-1), atol=1e-6)
     q(z, z_next, z_goal)[0].sum().backward()
-    assert all(layer.weight.grad[1].abs().max() == 0 for layer in q.layers)
+    for weight, bias in q.net.layers(q.net.theta.grad):
+        assert weight[1].abs().max() == 0 and bias[1].abs().max() == 0
+        assert weight[0].abs().max() > 0 and bias[0].abs().max() > 0
 
 
 def test_impossible_sizes_are_named():

@@ -5,10 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
+from plain_nets import plain, plain_critics
 from torch import nn
 
-import model
-from model import EnsembleCritic, TransportActor, mlp, run_mlp
+from model import MLP, EnsembleCritic, TransportActor
 from pogo_agent import POGOAgent, POGOConfig
 from transport import box_diameter, sinkhorn
 from utils import GraphedStep, load_checkpoint, save_checkpoint
@@ -16,11 +16,16 @@ from utils import GraphedStep, load_checkpoint, save_checkpoint
 D, A, N = 5, 3, 32
 
 
-def make_agent(seed=0, device="cpu", max_action=1.0, apart=True, **settings) -> POGOAgent:
+def make_agent(seed=0, device="cpu", max_action=1.0, apart=True, dtype=torch.float32, **settings) -> POGOAgent:
     """An agent whose actors differ, unless they are to stand where they begin."""
     torch.manual_seed(seed)
     config = POGOConfig(**({"hidden_dim": 16, "w2_weights": (0.4, 1.0, 0.5)} | settings))
-    agent = POGOAgent(config, D, A, max_action, torch.Generator(device).manual_seed(seed), device)
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        agent = POGOAgent(config, D, A, max_action, torch.Generator(device).manual_seed(seed), device)
+    finally:
+        torch.set_default_dtype(kept)
     with torch.no_grad():
         for parameter in agent.actors[1:].parameters() if apart else ():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -72,7 +77,7 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 def test_the_actor_is_an_mlp_of_state_and_noise():
     torch.manual_seed(0)
     actor, s, z = TransportActor(D, A, 2.0, 8), torch.randn(N, D), torch.randn(N, 4, A)
-    expected = 2 * torch.tanh(actor.net(torch.cat([s.unsqueeze(1).expand(-1, 4, -1), z], -1)))
+    expected = 2 * torch.tanh(plain(actor.net)(torch.cat([s.unsqueeze(1).expand(-1, 4, -1), z], -1)))
     assert torch.allclose(actor(s, z), expected, atol=1e-6) and actor(s, z).shape == (N, 4, A)
     assert torch.allclose(actor(s, z[:, 2]), expected[:, 2], atol=1e-6)
     assert actor(s.view(2, 16, D), z[:, 0].view(2, 16, A)).shape == (2, 16, A)
@@ -83,9 +88,9 @@ def test_the_critic_is_two_mlps_and_its_frozen_half_is_the_first():
     critic, s, a = EnsembleCritic(D, A, 8), torch.randn(N, D), torch.randn(N, A, requires_grad=True)
     for number in range(2):
         h = torch.cat([s, a], -1)
-        for layer in critic.layers:
-            h = h @ layer.weight[number] + layer.bias[number]
-            h = h.relu() if layer is not critic.layers[-1] else h
+        for depth, (weight, bias) in enumerate(critic.net.layers()):
+            h = h @ weight[number] + bias[number]
+            h = h.relu() if depth < 2 else h
         assert torch.allclose(critic(s, a)[number], h.squeeze(-1), atol=1e-6)
         slope = torch.autograd.grad(h.sum(), a)[0]
         if number == 0:
@@ -98,36 +103,38 @@ def test_the_critic_is_two_mlps_and_its_frozen_half_is_the_first():
 
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5), (1, 5)])
 @pytest.mark.parametrize("hidden_layers", [1, 2, 3])
-def test_run_mlp_equals_the_module_and_its_gradients(shape, hidden_layers):
+def test_an_mlp_equals_the_usual_modules_and_their_gradients(shape, hidden_layers):
     torch.manual_seed(0)
-    net, x = mlp(5, 6, 4, hidden_layers), torch.randn(shape, requires_grad=True)
-    usual, found = net(x), run_mlp(net, x)
+    net, x = MLP(5, 6, 4, hidden_layers), torch.randn(shape, requires_grad=True)
+    module = plain(net)
+    usual, found = module(x), net(x)
     assert found.shape == usual.shape and torch.allclose(found, usual, atol=1e-6)
-    slope, among = torch.randn_like(usual), [x, *net.parameters()]
-    pairs = zip(*(torch.autograd.grad(y, among, slope) for y in (found, usual)), strict=True)
-    assert all(torch.allclose(*pair, atol=1e-5) for pair in pairs)
+    slope = torch.randn_like(usual)
+    x_slope, theta_slope = torch.autograd.grad(found, [x, net.theta], slope)
+    wanted, *layers = torch.autograd.grad(usual, [x, *module.parameters()], slope)
+    assert torch.allclose(x_slope, wanted, atol=1e-5)
+    for (weight, bias), w, b in zip(net.layers(theta_slope), layers[::2], layers[1::2], strict=True):
+        assert torch.allclose(weight.T, w, atol=1e-5) and torch.allclose(bias, b, atol=1e-5)
     net.requires_grad_(False)
-    assert torch.allclose(
-        *(torch.autograd.grad(run(x), x, slope)[0] for run in (net, lambda x: run_mlp(net, x))), atol=1e-5
-    )
-    assert not run_mlp(net, x.detach()).requires_grad
-    assert run_mlp(net.double(), x.double()).dtype == torch.float64
+    assert torch.allclose(torch.autograd.grad(net(x), x, slope)[0], wanted, atol=1e-5)
+    assert not net(x.detach()).requires_grad
+    assert net.double()(x.double()).dtype == torch.float64
 
 
-def test_many_rows_are_worked_on_in_blocks_to_the_same_values(monkeypatch):
+def test_many_rows_are_worked_on_in_blocks_to_the_same_values():
     torch.manual_seed(0)
-    net, critic, x = mlp(D, 6, 4), EnsembleCritic(D, A, 8), torch.randn(50, D, requires_grad=True)
+    net, critic, x = MLP(D, 6, 4), EnsembleCritic(D, A, 8), torch.randn(50, D, requires_grad=True)
     a = torch.randn(50, A)
     found = []
     for rows in (256, 7):
-        monkeypatch.setattr(model, "CACHED_ROWS", rows)
-        y, q = run_mlp(net, x), critic(x, a)
+        net.rows = critic.net.rows = rows
+        y, q = net(x), critic(x, a)
         slopes = torch.autograd.grad(y.square().sum() + q.square().sum(), [x, *net.parameters(), *critic.parameters()])
         found.append([y, q, *slopes])
     assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("run", [lambda x: run_mlp(mlp(D, 6, 1), x), lambda x: EnsembleCritic(D, A, 8)(x, x[:, :A])])
+@pytest.mark.parametrize("run", [lambda x: MLP(D, 6, 1)(x), lambda x: EnsembleCritic(D, A, 8)(x, x[:, :A])])
 def test_a_second_derivative_is_refused_rather_than_wrong(run):
     """A gradient penalty through one node of the graph would silently get zeros."""
     x = torch.randn(N, D, requires_grad=True)
@@ -150,7 +157,8 @@ def test_the_critics_gradients_are_those_of_batched_products(size, hidden_layers
         found = torch.autograd.grad(q, among[0], slope)
         wanted = torch.autograd.grad(expected, among[1], slope.double())
         assert all(torch.allclose(x.double(), y.double(), atol=1e-4) for x, y in zip(found, wanted, strict=True))
-    gradients = critic.action_gradients(s, a)
+    q, gradients = critic.with_action_gradients(s, a)
+    assert torch.allclose(q, critic(s, a), atol=1e-5)
     for k in range(size):
         assert torch.allclose(gradients[k], torch.autograd.grad(critic(s, a)[k].sum(), a)[0], atol=1e-5)
 
@@ -276,37 +284,22 @@ def plain_update(critics, targets, actor, optimizers, batch, generator, weight) 
             slow.data.mul_(0.995).add_(0.005 * fast.data)
 
 
-def copy_critic(critic: EnsembleCritic, number: int) -> nn.Sequential:
-    """One of the twins as a usual MLP."""
-    layers = []
-    for layer in critic.layers:
-        linear = nn.Linear(*layer.weight.shape[1:])
-        linear.weight.data, linear.bias.data = layer.weight[number].T.clone().detach(), layer.bias[number, 0].clone()
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1]).double().requires_grad_(True)
-
-
 def test_one_actor_equals_a_plain_agent_for_100_updates():
     """In float64, to 1e-6: deterministic policy gradients plus L2, written here with the usual modules."""
-    agent = make_agent(w2_weights=(0.4,))
-    for module in (agent.critic, agent.actors, agent.critic_target, agent.actor_target):
-        module.double()
+    agent = make_agent(w2_weights=(0.4,), dtype=torch.float64)
     agent.noise = lambda *shape: torch.randn(*shape, A, generator=agent.generator, dtype=torch.float64)
-    critics = [copy_critic(agent.critic, number) for number in range(2)]
-    targets, actor = copy.deepcopy(critics), copy.deepcopy(agent.actors[0].net)
-    parameters = [parameter for critic in critics for parameter in critic.parameters()]
-    optimizers = [torch.optim.Adam(parameters, 3e-4), torch.optim.Adam(actor.parameters(), 3e-4)]
+    critics, actor = plain_critics(agent.critic), plain(agent.actors[0].net)
+    targets = copy.deepcopy(critics)
+    optimizers = [torch.optim.Adam(critics.parameters(), 3e-4), torch.optim.Adam(actor.parameters(), 3e-4)]
     twin = rewound(agent, 9)
     for number in range(100):
         batch = make_batch(number, torch.float64)
         agent.update(batch)
         plain_update(critics, targets, actor, optimizers, batch, twin, 0.4)
-    for ours, theirs in zip(agent.actors[0].net.parameters(), actor.parameters(), strict=True):
-        assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
-    for ours, theirs in ((agent.critic, critics), (agent.critic_target, targets)):
-        for number in range(2):
-            pairs = zip(copy_critic(ours, number).parameters(), theirs[number].parameters(), strict=True)
-            assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in pairs)
+    ours = [plain(agent.actors[0].net), plain_critics(agent.critic), plain_critics(agent.critic_target)]
+    for own, theirs in zip(ours, (actor, critics, targets), strict=True):
+        pairs = zip(own.parameters(), theirs.parameters(), strict=True)
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in pairs)
 
 
 def test_actors_follow_in_order_and_each_refers_to_the_one_just_updated(monkeypatch):
@@ -314,22 +307,23 @@ def test_actors_follow_in_order_and_each_refers_to_the_one_just_updated(monkeypa
     samples = POGOAgent.samples
 
     def watched(self, number, observations):
-        seen.append((number, self.actors[number].net[0].weight.detach().clone()))
+        seen.append((number, self.actors[number].net.theta.detach().clone()))
         return samples(self, number, observations)
 
     monkeypatch.setattr(POGOAgent, "samples", watched)
-    before = [actor.net[0].weight.detach().clone() for actor in agent.actors]
+    before = [actor.net.theta.detach().clone() for actor in agent.actors]
     agent.update(batch)
     assert [number for number, _ in seen] == [0, 1]
     for number, weight in seen:
-        assert torch.equal(weight, agent.actors[number].net[0].weight) and not torch.equal(weight, before[number])
+        assert torch.equal(weight, agent.actors[number].net.theta) and not torch.equal(weight, before[number])
 
 
 def test_an_actor_takes_over_the_change_of_the_one_before_it():
     """With no weight on its own loss's gradient an actor keeps its distance in weights; without `follow` it stays."""
     for follow in (True, False):
         agent = make_agent(follow=follow, lr_decay=False)
-        agent.actor_optimizers[1:] = [torch.optim.SGD(actor.parameters(), 0.0) for actor in agent.actors[1:]]
+        for optimizer in agent.actor_optimizers[1:]:
+            optimizer.lr = torch.tensor(0.0)
         before = [[p.detach().clone() for p in actor.parameters()] for actor in agent.actors]
         agent.update(make_batch())
         changes = [
@@ -359,20 +353,18 @@ def test_the_actors_rate_follows_a_cosine_and_the_critics_stays():
     agent, batch = make_agent(lr=1e-3), make_batch()
     for share, expected in ((0.0, 1e-3), (0.5, 5e-4), (1.0, 0.0)):
         agent.anneal(share)
-        rates = [float(group["lr"]) for optimizer in agent.actor_optimizers for group in optimizer.param_groups]
+        rates = [float(optimizer.lr) for optimizer in agent.actor_optimizers]
         assert rates == pytest.approx([expected] * 3, abs=1e-9)
-        assert float(agent.critic_optimizer.param_groups[0]["lr"]) == pytest.approx(1e-3)
-    before = [tensor.clone() for tensor in agent.actors.parameters()], agent.critic.layers[0].weight.clone()
+        assert float(agent.critic_optimizer.lr) == pytest.approx(1e-3)
+    before = [tensor.clone() for tensor in agent.actors.parameters()], agent.critic.net.theta.clone()
     agent.update(batch)
-    assert same(before[0], list(agent.actors.parameters())) and not torch.equal(
-        before[1], agent.critic.layers[0].weight
-    )
+    assert same(before[0], list(agent.actors.parameters())) and not torch.equal(before[1], agent.critic.net.theta)
     steady = make_agent(lr=1e-3, lr_decay=False)
     steady.anneal(1.0)
     assert float(steady.actor_lr) == pytest.approx(1e-3)
     agent.load_state_dict(steady.state_dict())
     agent.anneal(0.5)  # still what the optimizers read
-    assert float(agent.actor_optimizers[1].param_groups[0]["lr"]) == pytest.approx(5e-4)
+    assert float(agent.actor_optimizers[1].lr) == pytest.approx(5e-4)
 
 
 def climbed_agent() -> tuple[POGOAgent, dict[str, torch.Tensor]]:

@@ -25,7 +25,7 @@ BELOW_ENTRY_POINTS = (
     AGENTS
     | BENCHMARK_TOOLS
     | {"offline_data", "evaluation", "chain_run", "comparison", "comparison_jobs", "comparison_report"}
-    | {"benchmark_data", "visualize", "model", "transport", "utils", "algorithms", "walker"}
+    | {"benchmark_data", "visualize", "model", "model_kernels", "transport", "utils", "algorithms", "walker"}
 )
 # What each module may import of this project; a package name stands for all that is in it.
 MAY_IMPORT = {
@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "comparison_report": {"d4rl_utils", "utils"},
     # It finds commands by the name that a file gives, and asks make_dataset about their data.
     "comparison": {"comparison", "comparison_jobs", "make_dataset", "utils"},
-    **dict.fromkeys(AGENTS, {"model", "transport", "utils"}),
+    **dict.fromkeys(AGENTS, {"model", "model_kernels", "transport", "utils"}),
     "offline_data": {*BENCHMARK_TOOLS, "utils"},
     **dict.fromkeys(BENCHMARK_TOOLS, {"downloads", "utils"}),
     "downloads": {"utils"},
@@ -46,12 +46,14 @@ MAY_IMPORT = {
     "chain_run": {"offline_data", "evaluation", "transport", "visualize", "utils"},
     "benchmark_data": {"benchmark_data", *BENCHMARK_TOOLS, "walker", "utils"},
     "visualize": {"utils"},
-    "model": set(),
+    "model": {"model_kernels"},
+    "model_kernels": set(),
     "transport": set(),
     "utils": set(),
     "algorithms": {
         "algorithms",
         "model",
+        "model_kernels",
         "transport",
         "utils",
         "d4rl_utils",
@@ -63,7 +65,11 @@ MAY_IMPORT = {
     "walker": {"walker", "algorithms", "model", "utils", "evaluation", "make_dataset"},  # the last: its entry points
 }
 UNRESTRICTED = {"tests", "benchmarks"}
-ONLY_PACKAGES = {"model": {"torch", "mamba_ssm", "causal_conv1d"}, "transport": {"torch", "geomloss"}}
+ONLY_PACKAGES = {
+    "model": {"torch", "mamba_ssm", "causal_conv1d"},
+    "model_kernels": {"torch"},
+    "transport": {"torch", "geomloss"},
+}
 OPTIONAL_PACKAGES = {
     "mamba_ssm",
     "causal_conv1d",
