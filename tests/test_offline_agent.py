@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 
 import model_kernels
+from model import MLP
 from offline_agent import ABSENT, OfflineAgent, OfflineAgentConfig, bank_logsumexp, effective_rank
 from offline_trainer import sample_batch
 from ogbench_utils import NEVER, TrajectoryDataset
@@ -40,15 +41,23 @@ def corridor(episodes=30, rows=41, seed=0) -> TrajectoryDataset:
     return TrajectoryDataset.from_arrays(arrays, "corridor")
 
 
+def matrices(net: MLP) -> list[torch.Tensor]:
+    """Its parameters, weights [out, in] as nn.Linear has them where it is one network."""
+    layers = [(weight if net.size else weight.T, bias) for weight, bias in net.layers()]
+    return [matrix for layer in layers for matrix in layer]
+
+
 def make_agent(seed=0, **settings) -> OfflineAgent:
     torch.manual_seed(seed)
     config = OfflineAgentConfig(**(SMALL | settings))
     agent = OfflineAgent(config, 2, *corridor().normalizer())
     with torch.no_grad():  # so that a target taken from the online network shows
-        for parameter in agent.target_parameters:
-            parameter.add_(0.05 * torch.randn_like(parameter))
-        agent.target.v.net[-1].bias.add_(0.4)
-        agent.target.q.layers[-1].bias.add_(0.4)
+        for module in agent.target.modules():
+            for parameter in module.parameters(recurse=False):
+                for matrix in matrices(module) if isinstance(module, MLP) else [parameter]:
+                    matrix.add_(0.05 * torch.randn(matrix.shape))
+        agent.target.v.net.layers()[-1][1].add_(0.4)
+        agent.target.q.net.layers()[-1][1].add_(0.4)
     return agent
 
 

@@ -33,8 +33,8 @@ def make_agent(seed=0, kind=OnlineAgent, discount=DISCOUNT, **settings) -> Onlin
     with torch.no_grad():  # so that a target taken from the online network shows, and values lie inside (0, 1)
         for parameter in agent.target_parameters:
             parameter.add_(0.1 * torch.randn_like(parameter))
-        agent.target["v"].net[-1].bias.add_(0.5)
-        agent.target["q"].layers[-1].bias.add_(0.5)
+        agent.target["v"].net.layers()[-1][1].add_(0.5)
+        agent.target["q"].net.layers()[-1][1].add_(0.5)
     return agent
 
 
@@ -116,7 +116,7 @@ def test_critic_and_v_losses():
     expected = (F.smooth_l1_loss(q[0], target) + F.smooth_l1_loss(q[1], target)) / 2
     assert torch.allclose(agent.critic_loss(batch)[0], expected, atol=1e-6)
     with torch.no_grad():
-        agent.heads["v"].net[-1].bias.add_(0.6)
+        agent.heads["v"].net.layers()[-1][1].add_(0.6)
     error = agent.v_target(batch) - agent.heads["v"](batch["z"], batch["z_goal"])
     assert (error > 0).any() and (error < 0).any()
     expected = (torch.where(error > 0, 0.9, 1 - 0.9) * error**2).mean()

@@ -226,14 +226,14 @@ def test_each_member_is_trained_on_rows_of_its_own():
     batch = linear_system(6)
     loss, _ = model.loss(batch, generator())
     loss.backward()
-    gradient = model.net[0].weight.grad.clone()
+    gradient = [weight.clone() for weight, _ in model.net.layers(model.net.theta.grad)]
     changed = {name: value.clone() for name, value in batch.items()}
     for value in changed.values():
         value[3:] += 1.0  # the second member's rows
     model.zero_grad()
     model.loss(changed, generator())[0].backward()
-    assert torch.equal(model.net[0].weight.grad[0], gradient[0])
-    assert not torch.equal(model.net[0].weight.grad[1], gradient[1])
+    for (weight, _), before in zip(model.net.layers(model.net.theta.grad), gradient, strict=True):
+        assert torch.equal(weight[0], before[0]) and not torch.equal(weight[1], before[1])
 
 
 def test_disagreement_is_the_largest_distance_of_a_pair():
