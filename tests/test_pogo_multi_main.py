@@ -231,13 +231,13 @@ def test_an_algorithms_own_policy_can_be_asked_for(algorithm, layers, arguments,
     assert agent.is_copy == [False, True]
     for actor in agent.actors:
         assert type(actor).__name__ == "GaussianMLP"
-        assert sum(isinstance(layer, torch.nn.Linear) for layer in actor.net) == layers
+        assert len(actor.net.layers()) == layers
 
 
 def test_loading_another_run_keeps_these_learning_rates(finished, arguments, tmp_path):
     path = finished / "iql" / "checkpoints/last.pth"
     run = MultiRun(parse(arguments("iql", tmp_path / "run", "--load_model", path, "--qf_lr", "1e-5")))
-    assert float(run.agent.algorithm.optimizers["critic"].param_groups[0]["lr"]) == pytest.approx(1e-5)
+    assert float(run.agent.algorithm.optimizers["critic"].lr) == pytest.approx(1e-5)
     run.close()
 
 
