@@ -648,7 +648,7 @@ def faulty(state: dict) -> dict[str, dict]:
         "another dataset": changed(lambda copy: copy.update(dataset="local/pointmaze-medium-navigate-v0")),
         "no mean": changed(lambda copy: copy["agent"]["target"].pop("encoder.mean")),
         "no std": changed(lambda copy: copy["agent"]["target"].pop("encoder.std")),
-        "no head": changed(lambda copy: copy["agent"]["target"].pop("v.net.0.weight")),
+        "no head": changed(lambda copy: copy["agent"]["target"].pop("v.net.theta")),
         "no discount": changed(lambda copy: copy["config"].pop("discount")),
         "no number of trajectories": changed(lambda copy: copy["config"].pop("max_trajectories")),
         "no config": changed(lambda copy: copy.pop("config")),
