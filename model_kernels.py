@@ -21,7 +21,7 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +72,10 @@ def choose_kernels(kernels: Kernels = "auto", precision: Precision = "float32") 
     """Set what this process multiplies with, log it, and return it: torch, onednn or plain.
 
     Raises:
-        ValueError: onednn where this PyTorch lacks the operator or refuses it.
+        ValueError: onednn where this PyTorch lacks the operator or refuses it; a name that is none of these.
     """
+    if kernels not in get_args(Kernels) or precision not in get_args(Precision):
+        raise ValueError(f"kernels {kernels!r} and precision {precision!r} are not among the choices")
     if kernels == "onednn" and not onednn_works():
         raise ValueError("this PyTorch lacks the operator, or it refuses this processor; use auto or torch")
     chosen = fastest_kernels() if kernels == "auto" else kernels

@@ -29,12 +29,12 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from geomloss import SamplesLoss
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import peers
 from benchmarks.turns import Contestant, choose_clock, claim, median_rates, on_device
-from model import mlp
 from pogo_agent import POGOAgent, POGOConfig
 from utils import (
     GraphedStep,
@@ -68,6 +68,12 @@ class BenchPOGOConfig:
     jax: bool = False  # also measure our plain JAX version
     threads: int = 1  # CPU threads
     device: str = "auto"  # auto, cpu or cuda
+
+
+def mlp(input_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:
+    """Two hidden layers of ReLU."""
+    hidden = (nn.Linear(input_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim), nn.ReLU())
+    return nn.Sequential(*hidden, nn.Linear(hidden_dim, output_dim))
 
 
 class PublishedScheme:

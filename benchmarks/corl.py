@@ -29,6 +29,7 @@ LR = 3e-4
 CPU = torch.device("cpu")
 
 Weights = list[tuple[torch.Tensor, torch.Tensor]]
+Layers = Weights  # weight and bias of each
 
 
 @dataclass
@@ -44,27 +45,33 @@ def linears(net: nn.Module) -> list[nn.Linear]:
     return [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
 
 
+def layers_of(ours: nn.Module) -> Layers:
+    """Weight [in, out] and bias [out] of the layers of a network's one MLP; with members in front, of an ensemble."""
+    return [(weight.detach(), bias.detach()) for weight, bias in ours.net.layers()]
+
+
 def beside(ours: nn.Module, theirs: nn.Module) -> Weights:
     """The parameters of two MLPs, layer by layer."""
-    return layers_beside(linears(ours), linears(theirs))
+    return layers_beside(layers_of(ours), linears(theirs))
 
 
-def layers_beside(ours: Sequence[nn.Module], theirs: Sequence[nn.Module]) -> Weights:
-    return [
-        (getattr(own, kind).data, getattr(other, kind).data)
-        for own, other in zip(ours, theirs, strict=True)
-        for kind in ("weight", "bias")
-    ]
+def layers_beside(ours: Layers, theirs: Sequence[nn.Linear]) -> Weights:
+    pairs = zip(ours, theirs, strict=True)
+    return [both for (w, b), other in pairs for both in ((w, other.weight.data.T), (b, other.bias.data))]
 
 
 def critics_beside(ours: EnsembleCritic, theirs: list[nn.Module]) -> Weights:
     """The parameters of stacked critics and of single ones."""
     found = []
     for number, critic in enumerate(theirs):
-        for own, other in zip(ours.layers, linears(critic), strict=True):
-            found.append((own.weight.data[number], other.weight.data.T))
-            found.append((own.bias.data[number, 0], other.bias.data))
+        found += layers_beside([(w[number], b[number, 0]) for w, b in layers_of(ours)], linears(critic))
     return found
+
+
+def stacked_beside(ours: EnsembleCritic, theirs: list[nn.Module]) -> Weights:
+    """The parameters of critics that both have stacked."""
+    pairs = zip(layers_of(ours), theirs, strict=True)
+    return [both for (w, b), other in pairs for both in ((w, other.weight.data), (b, other.bias.data))]
 
 
 def adam(net: nn.Module, lr: float = LR) -> torch.optim.Adam:
@@ -112,13 +119,12 @@ def sac_n(corl: Any, name: str, device: torch.device = CPU) -> Pair:
     trainer = make(actor, adam(actor), critic, adam(critic), alpha_learning_rate=LR, device=str(device))
     settings = SACNConfig() if name == "sac_n" else EDACConfig()
     ours = (SACN if name == "sac_n" else EDAC)(settings, (D, A, 1.0), torch.default_generator)
-    *hidden, last = linears(ours.actor)
+    *hidden, (weight, bias) = layers_of(ours.actor)
     weights = layers_beside(hidden, linears(actor.trunk))
-    for rows, head in ((slice(0, A), actor.mu), (slice(A, None), actor.log_sigma)):
-        weights += [(last.weight.data[rows], head.weight.data), (last.bias.data[rows], head.bias.data)]
+    weights += layers_beside([(weight[:, :A], bias[:A]), (weight[:, A:], bias[A:])], [actor.mu, actor.log_sigma])
     layers = [layer for layer in critic.critic if hasattr(layer, "weight")]
-    weights += layers_beside(ours.critic.layers, layers)
-    copy_over(weights + layers_beside(ours.critic_target.layers, layers))
+    weights += stacked_beside(ours.critic, layers)
+    copy_over(weights + stacked_beside(ours.critic_target, layers))
     return Pair(ours.update, trainer.update, weights)
 
 
@@ -135,7 +141,7 @@ def cql(corl: Any, _: str, device: torch.device = CPU) -> Pair:
         device=str(device),
     )
     ours = CQL(CQLConfig(), (D, A, 1.0), torch.default_generator)
-    ours.optimizers["temperature"].param_groups[0]["lr"] = torch.tensor(0.0)
+    ours.optimizers["temperature"].lr = torch.tensor(0.0)
     weights = beside(ours.actor, actor.base_network) + critics_beside(ours.critic, critics)
     copy_over(weights + critics_beside(ours.critic_target, critics))
 

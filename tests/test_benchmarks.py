@@ -73,17 +73,15 @@ def test_a_published_agent_on_another_device_is_refused(tmp_path, capsys):
 
 def as_nets(critic, actors):
     """Two critics and actors of ours as jax_pogo.py has them: weight [in, out] and bias [out] of each layer."""
-    pairs = [(layer.weight, layer.bias) for layer in critic.layers]
-    critics = [[(weight[k], bias[k, 0]) for weight, bias in pairs] for k in (0, 1)]
-    layers = [[layer for layer in actor.net if hasattr(layer, "weight")] for actor in actors]
-    return critics, [[(layer.weight.T, layer.bias) for layer in own] for own in layers]
+    critics = [[(weight[k], bias[k, 0]) for weight, bias in critic.net.layers()] for k in (0, 1)]
+    return critics, [actor.net.layers() for actor in actors]
 
 
 def gradient_net(optimizer, network):
     """The network with Adam's mean gradient in the place of its weights: one step's new weights tell only its sign."""
     network = copy.deepcopy(network)
-    for own, parameter in zip(network.parameters(), optimizer.param_groups[0]["params"], strict=True):
-        own.data = optimizer.state[parameter]["exp_avg"]
+    for own, moment in zip(network.parameters(), optimizer.first, strict=True):
+        own.data = moment
     return network
 
 
@@ -104,7 +102,7 @@ def test_an_update_in_jax_equals_ours():
             torch.manual_seed(0)
             agent = POGOAgent(config, 3, 2, 1.0, torch.default_generator)
             for actor in agent.actors[1:]:  # so that the distances are not 0
-                actor.net[0].weight.data += 0.3 * torch.randn(8, 5)
+                actor.net.theta.data += 0.3 * torch.randn(len(actor.net.theta))
             batch = {name: torch.rand(size) for name, size in sizes.items()} | {"terminated": torch.rand(16).round()}
             drawn = [torch.randn(shape) for shape in [(16, 2)] * 3 + [(16, 4, 2)] * 4]  # in the order of ours
             target_action, target_z, z, *clouds = plain(drawn)
