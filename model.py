@@ -1,4 +1,4 @@
-"""Networks of OPSO: a causal Mamba-2 encoder and the heads that read its codes.
+"""The networks of all systems, plainly: a causal Mamba-2 encoder and its heads, actors and critics.
 
 The Mamba-2 block (Dao & Gu, "Transformers are SSMs", 2024) keeps the parameter names and shapes of
 `mamba_ssm.Mamba2`, so weights move between the two. Per head, with state h in R^{headdim x d_state}:
@@ -8,8 +8,8 @@ The Mamba-2 block (Dao & Gu, "Transformers are SSMs", 2024) keeps the parameter 
 Unrolled over a chunk this is a masked matrix product, Y = (C B^T * decay) (dt X): the state-space dual form
 (equation 6 of the paper), which is what `ssd` computes; between chunks only the state is carried.
 
-Everything here needs PyTorch alone. The fused kernels of mamba_ssm are used when asked for (`backend='cuda'`),
-or found (`backend='auto'`).
+Everything here needs PyTorch alone; model_kernels.py has the fast forms. The fused kernels of mamba_ssm are used when
+asked for (`backend='cuda'`), or found (`backend='auto'`).
 """
 
 import functools
