@@ -44,7 +44,7 @@ LOG2_E = 1 / math.log(2)
 class _Chosen:
     """What this process multiplies with."""
 
-    kernels: str | None = None  # None: nobody has asked yet
+    kernels: str | None = None  # None until choose_kernels runs
     precision: str = "float32"
 
 
@@ -52,8 +52,10 @@ class _Chosen:
 class KernelConfig:
     """What every command that trains may be told of its products."""
 
-    kernels: Kernels = "auto"  # library of a CPU's products: torch, onednn or auto (by the processor); or plain code
-    precision: Precision = "float32"  # numbers that hidden layers multiply; bf16 on CPUs that have such products
+    kernels: Kernels = (
+        "auto"  # matrix library on a CPU: auto (by processor), torch (MKL on x86), onednn, or plain (autograd)
+    )
+    precision: Precision = "float32"  # precision of hidden layers; bf16 needs a CPU with bfloat16 instructions
 
 
 def use_kernels(config: KernelConfig, device: torch.device) -> None:
@@ -142,11 +144,11 @@ def chosen_kernels() -> str:
 
 
 def kernels_of(x: Tensor) -> str:
-    """What multiplies x: plain off the CPU and in half precision."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    """What multiplies x: plain off the CPU, in half precision and under autocast."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return "plain"
     chosen = chosen_kernels()
-    return "torch" if chosen == "onednn" and x.dtype == torch.float64 else chosen
+    return "torch" if chosen == "onednn" and (x.dtype == torch.float64 or not x.numel()) else chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -166,9 +168,12 @@ def _differentiable_once(backward: Callable) -> Callable:
     return refusing
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """activation(x W^T + b); x [n, in] and weight [out, in] contiguous or transposed, anything else is very slow."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b; x [n, in] and weight [out, in] contiguous or transposed, anything else is very slow.
+
+    Its own relu is not used: it makes 0 of nan, and a run that diverged would not be noticed.
+    """
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _to_layer(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, first: bool, onednn: bool) -> None:
@@ -215,7 +220,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     kernels = kernels_of(x)
     if kernels != "plain" and _Chosen.precision == "bf16":
         return F.linear(x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()).to(x.dtype)
-    if kernels != "onednn" or len(weight) == 1 or torch.is_autocast_enabled("cpu"):
+    if kernels != "onednn" or len(weight) == 1:
         return F.linear(x, weight, bias)
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
 
@@ -298,6 +303,8 @@ class _Regression(torch.autograd.Function):
     def forward(ctx, theta, net, target, expectile, *inputs):
         """-> the error, 0-d, and the outputs [size, n, 1]."""
         x = _beside(inputs)
+        if target.shape != x.shape[:1] or target.requires_grad:
+            raise ValueError(f"a target {list(target.shape)} of {list(x.shape)} inputs must be [n], without gradient")
         y, saved = _values(net, net.shape.size, x)
         error = y - target.unsqueeze(1)
         if expectile is None:
@@ -312,6 +319,8 @@ class _Regression(torch.autograd.Function):
     @_differentiable_once
     def backward(ctx, grad, _):
         slopes, ctx.slopes = ctx.slopes, None  # handed on, so that it becomes theta's gradient without a copy
+        if slopes is None:
+            raise RuntimeError("a squared error of a fast form has one backward pass")
         return slopes.mul_(grad), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
@@ -341,6 +350,8 @@ def _beside(inputs: Sequence[Tensor]) -> Tensor:
 
 def _values(net, members: int, x: Tensor, keep: bool = True) -> tuple[Tensor, list[Tensor]]:
     """Outputs [members, n, out] of x [n, in] or [members, n, in], and all hidden values if they are to be kept."""
+    if x.dim() == 3 and len(x) != members:
+        raise ValueError(f"an input of {len(x)} networks' own rows for {members} networks")
     y, saved = x.new_empty(members, x.shape[-2], net.output_dim), []
     forward = _forward_half if _Chosen.precision == "bf16" else _forward
     onednn = kernels_of(x) == "onednn"
@@ -383,7 +394,7 @@ def _forward(x: Tensor, layers: Sequence[Layer], out: Tensor, onednn: bool) -> l
     """Write the output of one MLP; returns its hidden values."""
     hidden = []
     for weight, bias, transposed, _ in layers[:-1]:
-        x = _onednn(x, transposed, bias, "relu") if onednn else torch.addmm(bias, x, weight).relu_()
+        x = (_onednn(x, transposed, bias) if onednn else torch.addmm(bias, x, weight)).relu_()
         hidden.append(x)
     torch.addmm(layers[-1].bias, x, layers[-1].weight, out=out)
     return hidden
@@ -409,7 +420,7 @@ def _backward(
             grad = grad * layer.transposed
         else:
             grad = _onednn(grad, layer.weight) if onednn else torch.mm(grad, layer.transposed)
-        torch.ops.aten.threshold_backward.grad_input(grad, value, 0, grad_input=grad)
+        grad = _relu_backward(grad, value)
     if into is not None:
         _to_layer(values[0], grad, *into[0], first, onednn)
     return grad
@@ -439,7 +450,7 @@ def _backward_half(
         if into is not None:
             _to_layer(value.to(grad.dtype), grad, *into[number], first, False)
         grad = torch.mm(grad, layer.transposed.to(grad.dtype)).bfloat16()
-        torch.ops.aten.threshold_backward.grad_input(grad, value, 0, grad_input=grad)
+        grad = _relu_backward(grad, value)
     if into is not None:
         _to_layer(values[0].bfloat16(), grad, *into[0], first, False)
     return grad.to(layers[0].weight.dtype)
@@ -589,7 +600,7 @@ class _DualForm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_differentiable_once
     def backward(ctx, dy):
         C, B, dt, x, u, decay, P, y = ctx.saved_tensors
         dy = dy.contiguous()
@@ -625,7 +636,7 @@ class _CausalConvSiLU(torch.autograd.Function):
         return F.silu(y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_differentiable_once
     def backward(ctx, grad):
         x, taps, y = ctx.saved_tensors
         width, length = taps.shape[0], x.shape[1]
@@ -660,7 +671,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         return torch.mul(normed, weight, out=out)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_differentiable_once
     def backward(ctx, grad):
         x, z, gate, weight, normed, scale = ctx.saved_tensors
         products = grad * normed
@@ -702,7 +713,7 @@ class _BankLogSumExp(torch.autograd.Function):
         return sums
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_differentiable_once
     def backward(ctx, grad):
         return grad.unsqueeze(1) * ctx.saved_tensors[0], None, None
 
@@ -749,6 +760,8 @@ class Adam:
     def step(self) -> None:
         mine = zip(self.parameters, self.first, self.second, self.steps, strict=True)
         rows = [(each, each.grad, *state) for each, *state in mine if each.grad is not None]
+        if not rows:
+            return
         parameters, grads, first, second, steps = map(list, zip(*rows, strict=True))
         torch._foreach_add_(steps, 1)
         numbers = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
@@ -761,4 +774,6 @@ class Adam:
         """Raises KeyError, ValueError or RuntimeError where the state is that of other parameters."""
         for name, own in self.state_dict().items():
             for mine, stored in zip(own, state[name], strict=True):
+                if mine.shape != stored.shape:
+                    raise ValueError(f"Adam's state {name} of {list(stored.shape)} is not {list(mine.shape)}")
                 mine.copy_(stored)

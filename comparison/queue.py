@@ -162,7 +162,7 @@ class Queue:
                 return
             self.starts[run] += 1
             pool.start(run, to_job(run, self.options))
-        except UserError as error:
+        except (UserError, OSError) as error:
             self.left = [other for other in self.left if other != run]
             self.fail(run, one_line(error))
 

@@ -100,6 +100,8 @@ def rows_of(run: Run, log_dir: str | Path, dataset_dir: str | None) -> list[Row]
         summary = json.loads((run_dir / "finished.json").read_text())
         reader = {"walker": _walker, "opso": _opso}.get(run.system, _chain)
         scores = list(reader(run_dir, summary))
+        if not scores:
+            raise ValueError("no score of a last checkpoint")
         count, digest = data_facts(_dataset_ids(summary), dataset_dir)
         versions = json.loads((run_dir / "versions.json").read_text())
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:

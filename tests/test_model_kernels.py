@@ -545,3 +545,43 @@ def test_100_updates_by_either_form_lead_to_the_same_parameters(name):
         assert one.dtype == torch.float64 and torch.allclose(one, other, rtol=0, atol=1e-5)
     moved = [not torch.equal(one, old) for one, old in zip(found, start, strict=True)]
     assert sum(moved) >= len(moved) - (name == "cql")  # whose multiplier is idle
+
+
+# -- what a fast form must not hide -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", ["torch", "onednn", "plain"])
+def test_nan_goes_through_every_form(kernels):
+    choose_kernels(kernels)
+    net, x = MLP(5, 8, 1, size=2), torch.ones(4, 5)
+    x[1] = torch.nan
+    assert net(x)[:, 1].isnan().all() and net(x)[:, 2:].isfinite().all()
+    loss, _ = net.squared_error([x], torch.zeros(4))
+    loss.backward()
+    assert loss.isnan() and net.theta.grad.isnan().any()
+
+
+@pytest.mark.parametrize("kernels", ["torch", "onednn", "plain"])
+def test_no_rows_give_no_gradient(kernels):
+    choose_kernels(kernels)
+    net = MLP(5, 8, 1, size=2)
+    net(torch.zeros(0, 5)).sum().backward()
+    assert (net.theta.grad == 0).all()
+
+
+@pytest.mark.parametrize("kernels", ["torch", "onednn"])
+def test_rows_of_another_number_of_networks_are_refused(kernels):
+    choose_kernels(kernels)
+    with pytest.raises(ValueError, match="7 networks' own rows for 2"):
+        MLP(5, 8, 1, size=2)(torch.zeros(7, 6, 5))
+    with pytest.raises(ValueError, match="must be"):
+        MLP(5, 8, 1, size=2).squared_error([torch.zeros(6, 5)], torch.zeros(2, 6))
+
+
+def test_adam_takes_no_state_of_other_parameters():
+    mine = Adam([torch.zeros(3, requires_grad=True)], torch.tensor(0.1))
+    other = Adam([torch.zeros(1, requires_grad=True)], torch.tensor(0.1))
+    with pytest.raises(ValueError, match=r"\[1\] is not \[3\]"):
+        mine.load_state_dict(other.state_dict())
+    mine.step()  # without a gradient
+    assert mine.steps[0] == 0
