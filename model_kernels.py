@@ -353,11 +353,10 @@ def _values(net, members: int, x: Tensor, keep: bool = True) -> tuple[Tensor, li
     if x.dim() == 3 and len(x) != members:
         raise ValueError(f"an input of {len(x)} networks' own rows for {members} networks")
     y, saved = x.new_empty(members, x.shape[-2], net.output_dim), []
-    forward = _forward_half if _Chosen.precision == "bf16" else _forward
-    onednn = kernels_of(x) == "onednn"
+    library = _library(x)
     for k, layers in enumerate(net.member_layers()[:members]):
         for rows, out in _blocks(net, k, x, y):
-            values = forward(rows, layers, out, onednn)
+            values = _forward(rows, layers, out, library)
             if keep:
                 saved += values
     return y, saved
@@ -376,13 +375,12 @@ def _slopes(
         own = net.shape.members(slopes)
     if end > begin:
         to_x = x.new_empty(*x.shape[:-1], end - begin)
-    half = saved[0].dtype == torch.bfloat16
-    backward, onednn = _backward_half if half else _backward, kernels_of(x) == "onednn"
+    library = _library(x)
     tensors = (x, grad) if to_x is None else (x, grad, to_x)
     for k, layers in enumerate(net.member_layers()[:members]):
         for number, (rows, slope, *out) in enumerate(_blocks(net, k, *tensors)):
             values, saved = [rows, *saved[:depth]], saved[depth:]
-            slope = backward(values, slope, layers, own and own[k], number == 0, onednn)
+            slope = _backward(values, slope, layers, own and own[k], number == 0, library)
             if out and (k == 0 or x.dim() == 3):
                 torch.mm(slope, layers[0].transposed[:, begin:end], out=out[0])
             elif out:
@@ -390,13 +388,21 @@ def _slopes(
     return slopes, to_x
 
 
-def _forward(x: Tensor, layers: Sequence[Layer], out: Tensor, onednn: bool) -> list[Tensor]:
+def _library(x: Tensor) -> str:
+    """What multiplies between hidden layers: torch, onednn, or bf16, whose products PyTorch gives to oneDNN itself."""
+    return "bf16" if _Chosen.precision == "bf16" else kernels_of(x)
+
+
+def _forward(x: Tensor, layers: Sequence[Layer], out: Tensor, library: str) -> list[Tensor]:
     """Write the output of one MLP; returns its hidden values."""
     hidden = []
     for weight, bias, transposed, _ in layers[:-1]:
-        x = (_onednn(x, transposed, bias) if onednn else torch.addmm(bias, x, weight)).relu_()
+        if library == "bf16":
+            x = torch.addmm(bias.bfloat16(), x.bfloat16(), weight.bfloat16()).relu_()
+        else:
+            x = (_onednn(x, transposed, bias) if library == "onednn" else torch.addmm(bias, x, weight)).relu_()
         hidden.append(x)
-    torch.addmm(layers[-1].bias, x, layers[-1].weight, out=out)
+    torch.addmm(layers[-1].bias, x.to(out.dtype), layers[-1].weight, out=out)
     return hidden
 
 
@@ -406,54 +412,25 @@ def _backward(
     layers: Sequence[Layer],
     into: list[tuple[Tensor, Tensor]] | None,
     first: bool,
-    onednn: bool,
+    library: str,
 ) -> Tensor:
-    """From the slope of the output to that behind the first layer, [n, width]; those of the parameters go to `into`.
+    """From the gradient of the output to that behind the first layer, [n, width]; the parameters' go to `into`.
 
-    first: write these, else add to them.
+    first: write these, else add to them. In bf16, only the last layer's products are in the parameters' precision.
     """
+    half, onednn, precision = library == "bf16", library == "onednn", grad.dtype
     for number in range(len(layers) - 1, 0, -1):
         value, layer = values[number], layers[number]
         if into is not None:
-            _to_layer(value, grad, *into[number], first, onednn and layer.width > 1)
+            _to_layer(value.to(grad.dtype), grad, *into[number], first, onednn and layer.width > 1)
         if layer.width == 1:
             grad = grad * layer.transposed
         else:
-            grad = _onednn(grad, layer.weight) if onednn else torch.mm(grad, layer.transposed)
-        grad = _relu_backward(grad, value)
+            grad = _onednn(grad, layer.weight) if onednn else torch.mm(grad, layer.transposed.to(grad.dtype))
+        grad = _relu_backward(grad.bfloat16() if half else grad, value)
     if into is not None:
-        _to_layer(values[0], grad, *into[0], first, onednn)
-    return grad
-
-
-def _forward_half(x: Tensor, layers: Sequence[Layer], out: Tensor, onednn: bool) -> list[Tensor]:
-    """`_forward` with hidden layers in bfloat16, whose products PyTorch gives to oneDNN itself."""
-    hidden, x = [], x.bfloat16()
-    for layer in layers[:-1]:
-        x = torch.addmm(layer.bias.bfloat16(), x, layer.weight.bfloat16()).relu_()
-        hidden.append(x)
-    torch.addmm(layers[-1].bias, x.to(out.dtype), layers[-1].weight, out=out)
-    return hidden
-
-
-def _backward_half(
-    values: Sequence[Tensor],
-    grad: Tensor,
-    layers: Sequence[Layer],
-    into: list[tuple[Tensor, Tensor]] | None,
-    first: bool,
-    onednn: bool,
-) -> Tensor:
-    """`_backward` after `_forward_half`: the last layer's products are in float32, the others in bfloat16."""
-    for number in range(len(layers) - 1, 0, -1):
-        value, layer = values[number], layers[number]
-        if into is not None:
-            _to_layer(value.to(grad.dtype), grad, *into[number], first, False)
-        grad = torch.mm(grad, layer.transposed.to(grad.dtype)).bfloat16()
-        grad = _relu_backward(grad, value)
-    if into is not None:
-        _to_layer(values[0].bfloat16(), grad, *into[0], first, False)
-    return grad.to(layers[0].weight.dtype)
+        _to_layer(values[0].to(grad.dtype), grad, *into[0], first, onednn)
+    return grad.to(precision)
 
 
 def _blocks(net, k: int, *tensors: Tensor) -> Iterable[Sequence[Tensor]]:
@@ -528,14 +505,15 @@ class _MLPWithGradients(torch.autograd.Function):
     def forward(ctx, theta, net, columns, *inputs):
         """-> q [size, n, 1], g [size, n, columns]."""
         x, size = torch.cat(inputs, -1), net.shape.size
-        ctx.net, ctx.columns, ctx.onednn = net, columns, kernels_of(x) == "onednn"
+        ctx.net, ctx.columns, ctx.library = net, columns, kernels_of(x)
+        onednn = ctx.library == "onednn"
         q, g, saved = x.new_empty(size, len(x), 1), x.new_empty(size, len(x), columns), []
         for k, layers in enumerate(net.member_layers()):
-            values = _forward(x, layers, q[k], ctx.onednn)
+            values = _forward(x, layers, q[k], ctx.library)
             last = layers[-1].transposed.expand_as(values[-1])
             slopes = [torch.ops.aten.threshold_backward(last, values[-1], 0)]
             for layer, value in zip(layers[-2:0:-1], values[-2::-1], strict=True):
-                slope = _onednn(slopes[-1], layer.weight) if ctx.onednn else torch.mm(slopes[-1], layer.transposed)
+                slope = _onednn(slopes[-1], layer.weight) if onednn else torch.mm(slopes[-1], layer.transposed)
                 slopes.append(_relu_backward(slope, value))
             torch.mm(slopes[-1], layers[0].transposed[:, -columns:], out=g[k])
             saved += values + slopes
@@ -545,12 +523,12 @@ class _MLPWithGradients(torch.autograd.Function):
     @staticmethod
     @_differentiable_once
     def backward(ctx, d_q, d_g):
-        (theta, x, *saved), net, onednn = ctx.saved_tensors, ctx.net, ctx.onednn
+        (theta, x, *saved), net, onednn = ctx.saved_tensors, ctx.net, ctx.library == "onednn"
         depth, d_theta = len(net.shape.widths) - 2, torch.empty_like(theta)
         for k, (layers, into) in enumerate(zip(net.member_layers(), net.shape.members(d_theta), strict=True)):
             own, saved = saved[: 2 * depth], saved[2 * depth :]
             values, slopes = own[:depth], own[depth:][::-1]  # slopes[l] is u_{l+1}
-            _backward([x, *values], d_q[k], layers, into, True, onednn)
+            _backward([x, *values], d_q[k], layers, into, True, ctx.library)
             into[0][0][-ctx.columns :].addmm_(d_g[k].t(), slopes[0])
             d_slope = _relu_backward(torch.mm(d_g[k], layers[0].weight[-ctx.columns :]), values[0])
             for layer, (weight, _), value, slope in zip(layers[1:-1], into[1:-1], values[1:], slopes[1:], strict=True):
