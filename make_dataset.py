@@ -28,22 +28,15 @@ SHA-256. On one machine with the same versions, the same id, size, seed and poli
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import utils
-from benchmark_data import generation, overview
+from benchmark_data import overview
 from benchmark_data.check import run_check
-from benchmark_data.d4rl import D4RLFamily
-from benchmark_data.experts import DEFAULT_EXPERTS_DIR as EXPERTS_DIR
-from benchmark_data.generation import Family, Plan
-from benchmark_data.maze import HUMANOID_MESSAGE, MazeFamily
-from benchmark_data.walker import WalkerFamily
+from benchmark_data.local import FAMILIES, find_family, generate
+from benchmark_data.maze import HUMANOID_MESSAGE
 from utils import UserError
-
-FAMILIES: tuple[Family, ...] = (MazeFamily(), D4RLFamily(), WalkerFamily())
 
 
 @dataclass
@@ -66,55 +59,6 @@ class MakeDatasetConfig:
 
 # Flags that the two other commands read; all others make data.
 READ_WITH = {"list": ("only", "dataset_dir"), "check": ("picture", "dataset_dir")}
-
-
-def find_family(dataset_id: str) -> Family:
-    """The family that makes an id. Raises UserError that says why one cannot be made, or names a near one that can."""
-    for family in FAMILIES:
-        if dataset_id in family.ids:
-            return family
-    ids = [known for family in FAMILIES for known in family.ids]
-    if f"local/{dataset_id}" in ids:
-        raise UserError(f"--dataset {dataset_id} names the official file; what is made here is local/{dataset_id}")
-    if dataset_id.split("/")[-1].startswith("humanoidmaze-"):
-        raise UserError(f"--dataset {dataset_id}: {HUMANOID_MESSAGE}")
-    nearest = overview.nearest_id(dataset_id, ids)
-    hint = f"the nearest that can is {nearest!r}; " if nearest else ""
-    raise UserError(f"--dataset {dataset_id!r} cannot be made here; {hint}see `python make_dataset.py --list`")
-
-
-def generate(
-    dataset_id: str,
-    size: int | None = None,
-    seed: int = 0,
-    dataset_dir: str | os.PathLike | None = None,
-    jobs: int = 1,
-    progress: bool = True,
-    overwrite: bool = False,
-    experts_dir: str | os.PathLike | None = None,
-) -> Path:
-    """Make a local dataset and return its main file or folder; one that is there already is kept.
-
-    `size` counts what the benchmark counts, episodes or transitions. Raises UserError for an id without a recipe,
-    numbers out of range, policies that are missing or another robot's, a folder that is missing or cannot be written,
-    and, unless `overwrite`, a dataset of the same id but another seed, size or policies, or files in its place without
-    a manifest.
-    """
-    family = find_family(dataset_id)
-    if experts_dir is not None and not Path(experts_dir).is_dir():
-        raise UserError(f"--experts_dir {experts_dir}: no such folder")
-    size = family.default_size(dataset_id) if size is None else size
-    plan = Plan(dataset_id, size, seed, Path(experts_dir or EXPERTS_DIR), jobs, progress)
-    return generation.make(family, plan, dataset_dir, overwrite)
-
-
-def generate_if_missing(dataset_id: str, dataset_dir: str | os.PathLike | None = None, jobs: int = 1) -> None:
-    """Make a local dataset that is not there, of the default size and seed; leave all others alone."""
-    for family in FAMILIES:
-        if dataset_id in family.ids:
-            if utils.read_manifest(family.manifest_path(dataset_id, dataset_dir), dataset_id) is None:
-                generate(dataset_id, None, MakeDatasetConfig.seed, dataset_dir, jobs)
-            return
 
 
 def print_list(dataset_dir: str | None, only: str | None = None) -> None:

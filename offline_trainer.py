@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import make_dataset
+from benchmark_data.local import generate_if_missing
 from model import resolve_backend
 from model_kernels import KernelConfig, use_kernels
 from offline_agent import OfflineAgent, OfflineAgentConfig, effective_rank
@@ -85,7 +85,7 @@ NOT_THE_MODEL = {"resume", "run_dir", *MAY_CHANGE_ON_RESUME}
 
 def open_dataset(config: OfflineTrainerConfig, device: torch.device) -> tuple[TrajectoryDataset, TrajectoryDataset]:
     """Training and validation episodes on the device; a local point maze that is missing is generated first."""
-    make_dataset.generate_if_missing(config.dataset, config.dataset_dir)
+    generate_if_missing(config.dataset, config.dataset_dir)
     train = TrajectoryDataset.load(config.dataset, "train", config.dataset_dir, config.max_trajectories, device)
     val = TrajectoryDataset.load(config.dataset, "val", config.dataset_dir, None, device)
     return train, val

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-import make_dataset
+from benchmark_data.local import generate_if_missing
 from model import OfflineModel
 from model_kernels import KernelConfig, use_kernels
 from ogbench_utils import (
@@ -434,7 +434,7 @@ class OnlineRun:
         self.run_dir = default_run_dir(config)
         check_run(self.run_dir, config, config.resume, MAY_CHANGE_ON_RESUME)  # before the data is made or loaded
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
-        make_dataset.generate_if_missing(config.dataset, config.dataset_dir)
+        generate_if_missing(config.dataset, config.dataset_dir)
         self.data = TrajectoryDataset.load(config.dataset, "train", config.dataset_dir, trajectories, self.device)
         takes, has = self.model.encoder.observation_dim, self.data.observation_dim
         if takes != has:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import chain_run
-import make_dataset
+from benchmark_data.local import generate_if_missing
 from chain_run import (
     Act,
     ChainRun,
@@ -93,7 +93,7 @@ class POGORun(ChainRun):
         """The transitions; a local dataset that is missing is made first."""
         config = self.config
         try:
-            make_dataset.generate_if_missing(config.env, config.dataset_dir)
+            generate_if_missing(config.env, config.dataset_dir)
             return load_transitions(config.env, config.dataset_dir, config.antmaze_reward_shift)
         except UserError as error:
             raise UserError(str(error).replace("--dataset ", "--env ")) from None

@@ -38,13 +38,13 @@ from typing import Any
 import numpy as np
 
 import d4rl_utils
+import dmc_utils
 import ogbench_utils
 import utils
 from benchmark_data import check_moves, check_rows, overview
 from benchmark_data.check_files import EPISODE_NAME, FAULT, LAYOUT_NAMES, Data, Finding, only_dataset, open_data
 from benchmark_data.check_robots import RUNNER_STEPS
 from utils import UserError, write_bytes_atomic
-from walker import dmc_utils
 
 WIDTH = 100  # columns of the printed report
 

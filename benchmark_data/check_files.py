@@ -1,6 +1,6 @@
 """Reading a dataset for `--check`: all that can be read, as it is stored, with what is wrong as findings.
 
-The loaders of ogbench_utils, d4rl_utils and walker.dmc_utils stop at the first fault; here only a path that is no
+The loaders of ogbench_utils, d4rl_utils and dmc_utils stop at the first fault; here only a path that is no
 dataset raises. Nothing pickled is loaded, no link out of a file is followed, and no array gets memory that its bytes
 in the file cannot fill.
 """
@@ -22,11 +22,11 @@ import h5py
 import numpy as np
 
 import d4rl_utils
+import dmc_utils
 import ogbench_utils
 from benchmark_data.check_robots import ROBOTS, RUNNER_STEPS, Robot
 from ogbench_utils import Maze
 from utils import UserError, one_line, progress
-from walker import dmc_utils
 
 FAULT, NOTE = "fault", "note"
 BLOCK = 1 << 16  # rows looked at together, so that no check needs a copy of the data

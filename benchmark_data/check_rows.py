@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+import dmc_utils
 from benchmark_data.check_files import EPISODE_NAME, FAULT, Damaged, Data, Finding
 from benchmark_data.check_moves import SAMPLE, moves_of, successors, usual_length
 from benchmark_data.check_robots import RUNNER_STEPS
-from walker import dmc_utils
 
 SHIFTS = (0, -2, -1, 1, 2)  # rows by which rewards and actions are tried; 0 first, so that it wins a tie
 

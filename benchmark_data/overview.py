@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import d4rl_utils
+import dmc_utils
 import ogbench_utils
 import utils
 from benchmark_data.generation import Family
-from walker import dmc_utils
 
 
 @dataclass(frozen=True)

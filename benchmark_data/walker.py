@@ -1,6 +1,6 @@
 """The walker study's episodes made on this machine: `local/walker_{walk,run}-td3-{medium,medium-replay}`.
 
-Policies sampled as they acted in training fill episodes of 1000 steps, in the layout of walker/dmc_utils.py.
+Policies sampled as they acted in training fill episodes of 1000 steps, in the layout of dmc_utils.py.
 
     medium          the snapshots nearest to the study's return: 963 (walk), 318 (run)
     medium-replay   the snapshots up to there, in the order of training, in shares that give 930 (walk), 251 (run)
@@ -27,7 +27,7 @@ import utils
 from benchmark_data import experts
 from benchmark_data.experts import describe_returns
 from benchmark_data.generation import Plan, run_tasks, warn_unplayed
-from walker.dmc_utils import (
+from dmc_utils import (
     EPISODE_STEPS,
     GENERATED_IDS,
     WalkerEnv,
@@ -86,7 +86,7 @@ def _policy(path: Path, policies: tuple[tuple[str, str], ...]) -> experts.Policy
 
 
 def play_episode(env: WalkerEnv, policy: experts.Policy, seed: np.random.SeedSequence) -> dict[str, np.ndarray]:
-    """One episode of 1001 rows, laid out as walker/dmc_utils.py says, with actions sampled from the policy."""
+    """One episode of 1001 rows, laid out as dmc_utils.py says, with actions sampled from the policy."""
     start, noise = seed.spawn(2)
     rng = np.random.default_rng(noise)
     observation, info = env.reset(seed=int(start.generate_state(1)[0]))

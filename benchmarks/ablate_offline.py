@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import make_dataset
+from benchmark_data.local import generate_if_missing
 from benchmarks.ablation import check_variants, print_table, run_variants, train
 from utils import parse_config, run_cli
 
@@ -55,7 +55,7 @@ def run_one(name: str, seed: int, config: AblateOfflineConfig) -> dict[str, floa
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(AblateOfflineConfig, argv, __doc__)
     check_variants(config.variants, VARIANTS, config.num_seeds, config.jobs)
-    make_dataset.generate_if_missing(config.dataset, config.dataset_dir)
+    generate_if_missing(config.dataset, config.dataset_dir)
     figures = run_variants(
         config.variants, config.num_seeds, config.jobs, lambda name, seed: run_one(name, seed, config)
     )

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import make_dataset
 from benchmark_data.generation import Family
+from benchmark_data.local import FAMILIES, find_family, generate_if_missing
 from utils import UserError, parse_config, read_manifest, run_cli
 
 
@@ -39,7 +39,7 @@ def deviation(family: Family, manifest: dict) -> str:
     """How a dataset was asked for where that is not the default: its size, its seed; empty where it is."""
     size, default = manifest.get(f"num_{family.unit}"), family.default_size(manifest["id"])
     found = [f"{size:,} {family.unit}, not {default:,}"] if size != default else []
-    found += [f"seed {manifest['seed']}"] if manifest["seed"] != make_dataset.MakeDatasetConfig.seed else []
+    found += [f"seed {manifest['seed']}"] if manifest["seed"] != 0 else []
     return f" (not the default: {'; '.join(found)})" if found else ""
 
 
@@ -48,9 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.jobs < 1:
         raise UserError(f"--jobs {config.jobs}: at least 1 is needed")
     print("| id | episodes | transitions | outcome | MB | seconds |\n|---|---|---|---|---|---|")
-    for dataset_id in config.ids or [known for family in make_dataset.FAMILIES for known in family.ids]:
-        make_dataset.generate_if_missing(dataset_id, config.dataset_dir, config.jobs)
-        family = make_dataset.find_family(dataset_id)
+    for dataset_id in config.ids or [known for family in FAMILIES for known in family.ids]:
+        generate_if_missing(dataset_id, config.dataset_dir, config.jobs)
+        family = find_family(dataset_id)
         manifest = read_manifest(family.manifest_path(dataset_id, config.dataset_dir), dataset_id)
         size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
         name = f"`{dataset_id}`{deviation(family, manifest)}"

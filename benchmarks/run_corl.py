@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import make_dataset
+from benchmark_data.local import generate_if_missing
 from benchmarks.ablation import print_table
 from offline_data import load_transitions, make_env, normalized_score
 from utils import UserError, check_counts, load_yaml, parse_config, progress, run_cli, write_text_atomic
@@ -141,7 +141,7 @@ def run_one(config: RunCORLConfig, algorithm: str, env: str, seed: int) -> dict[
     Raises UserError where that is of other settings or data.
     """
     path = Path(config.log_dir) / env / algorithm / f"updates_{config.max_timesteps}" / f"seed_{seed}.json"
-    make_dataset.generate_if_missing(env, config.dataset_dir)
+    generate_if_missing(env, config.dataset_dir)
     facts = load_transitions(env, config.dataset_dir, antmaze_reward_shift=0.0).facts()
     scores = []
     with progress(config.max_timesteps, f"{algorithm} {env} {seed}", unit="update") as bar:

@@ -233,12 +233,12 @@ def data_facts(ids: list[str], dataset_dir: str | None) -> tuple[int | str, str]
 
     Empty texts for no data, and where a manifest is gone.
     """
-    import make_dataset
+    from benchmark_data.local import find_family
     from utils import read_manifest
 
     manifests = []
     for dataset_id in ids:
-        path = make_dataset.find_family(dataset_id).manifest_path(dataset_id, dataset_dir)
+        path = find_family(dataset_id).manifest_path(dataset_id, dataset_dir)
         manifests.append(read_manifest(path, dataset_id))
     if not manifests or None in manifests:
         return "", ""

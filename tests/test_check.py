@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import benchmark_data.check as check_module
+import dmc_utils
 from benchmark_data.check import check, cut_rows, default_picture, episode_returns, find_dataset, run_check
 from benchmark_data.check_files import open_data
 from benchmark_data.check_robots import ROBOTS
 from utils import UserError
-from walker import dmc_utils
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 CELLS = [(0.0, 0.0), (4.0, 4.0), (20.0, 0.0), (12.0, 8.0)]  # centres of free cells of the medium maze

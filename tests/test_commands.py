@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import train_il
 
+import dmc_utils
 import make_dataset
 import offline_trainer
 import online_trainer
-from walker import dmc_utils, train_il
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASET = "local/pointmaze-medium-stitch-v0"

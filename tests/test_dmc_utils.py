@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from utils import UserError
-from walker import dmc_utils
-from walker.dmc_utils import (
+import dmc_utils
+from dmc_utils import (
     EPISODE_COLUMNS,
     GENERATED_IDS,
     OFFICIAL_IDS,
@@ -28,6 +27,7 @@ from walker.dmc_utils import (
     replay_episode,
     write_episode,
 )
+from utils import UserError
 
 
 def flat(observation):
@@ -170,12 +170,10 @@ def test_unknown_task():
 
 def test_no_display_is_needed():
     """Without MUJOCO_GL, even where warnings are errors; and MUJOCO_GL stays unset."""
-    code = (
-        "import os, walker.dmc_utils as d; print(d.make_env('run').reset(seed=0)[0].shape, 'MUJOCO_GL' in os.environ)"
-    )
+    code = "import os, dmc_utils as d; print(d.make_env('run').reset(seed=0)[0].shape, 'MUJOCO_GL' in os.environ)"
     environment = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "DISPLAY")}
     command = [sys.executable, "-W", "error::UserWarning", "-c", code]
-    root = Path(dmc_utils.__file__).parent.parent
+    root = Path(dmc_utils.__file__).parent
     answer = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert (answer.stdout, answer.stderr) == ("(24,) False\n", "")
 
@@ -366,7 +364,7 @@ def test_ids_and_folders(tmp_path):
     # --data_dir <dataset_dir>/local finds a collected_data of its own.
     assert dataset_folder(f"local/{name}", tmp_path) == tmp_path / "local" / "collected_data" / name
     assert manifest_path(GENERATED_IDS[0], tmp_path).name == "walker_walk-td3-medium.json"
-    assert dataset_folder(name).parent.parent == Path(dmc_utils.__file__).parent.parent / "datasets"
+    assert dataset_folder(name).parent.parent == Path(dmc_utils.__file__).parent / "datasets"
     with pytest.raises(UserError, match="did you mean 'local/walker_run-td3-medium'"):
         dataset_folder("local/walker_run-td3-medum")
 

@@ -20,16 +20,16 @@ import numpy as np
 import pytest
 
 import d4rl_utils
+import dmc_utils
 import make_dataset
 import ogbench_utils
 import utils
 from benchmark_data import experts, generation, maze
+from benchmark_data.local import generate, generate_if_missing
 from benchmark_data.maze import OracleWaypoints, cell_distances, vertex_cells
 from benchmarks import data_table
-from make_dataset import generate, generate_if_missing
 from ogbench_utils import Maze, TrajectoryDataset, ensure_dataset, load_arrays, make_env, read_manifest, seeded_reset
 from utils import UserError
-from walker import dmc_utils
 
 STITCH = "local/pointmaze-medium-stitch-v0"
 NAVIGATE = "local/pointmaze-medium-navigate-v0"

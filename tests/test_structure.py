@@ -20,7 +20,7 @@ MAX_LINES = 60
 
 ENTRY_POINTS = {"offline_trainer", "online_trainer", "pogo_main", "run_comparison", "make_dataset", "train_expert"}
 AGENTS = {"offline_agent", "online_agent", "pogo_agent"}
-BENCHMARK_TOOLS = {"ogbench_utils", "d4rl_utils"}
+BENCHMARK_TOOLS = {"ogbench_utils", "d4rl_utils", "dmc_utils"}
 BELOW_ENTRY_POINTS = (
     AGENTS
     | BENCHMARK_TOOLS
@@ -29,22 +29,20 @@ BELOW_ENTRY_POINTS = (
 )
 # What each module may import of this project; a package name stands for all that is in it.
 MAY_IMPORT = {
-    # An entry point may have make_dataset make what is missing; no other imports one.
-    **dict.fromkeys(ENTRY_POINTS - {"make_dataset"}, BELOW_ENTRY_POINTS | {"make_dataset"}),
-    "make_dataset": BELOW_ENTRY_POINTS,
+    **dict.fromkeys(ENTRY_POINTS, BELOW_ENTRY_POINTS),
     # Its runs are pogo_main's: the settings, their checks and the directories are defined there once.
     "run_comparison": BELOW_ENTRY_POINTS | {"pogo_main"},
     "comparison_jobs": {"comparison_jobs", "utils"},  # itself: a Ray worker imports it by name
     "comparison_report": {"d4rl_utils", "utils"},
-    # It finds commands by the name that a file gives, and asks make_dataset about their data.
-    "comparison": {"comparison", "comparison_jobs", "make_dataset", "utils"},
+    # It finds commands by the name that a file gives, and asks benchmark_data about their data.
+    "comparison": {"benchmark_data", "comparison", "comparison_jobs", "utils"},
     **dict.fromkeys(AGENTS, {"model", "model_kernels", "transport", "utils"}),
     "offline_data": {*BENCHMARK_TOOLS, "utils"},
     **dict.fromkeys(BENCHMARK_TOOLS, {"downloads", "utils"}),
     "downloads": {"utils"},
     "evaluation": {"utils"},
     "chain_run": {"offline_data", "evaluation", "model_kernels", "transport", "visualize", "utils"},
-    "benchmark_data": {"benchmark_data", *BENCHMARK_TOOLS, "walker", "utils"},
+    "benchmark_data": {"benchmark_data", *BENCHMARK_TOOLS, "utils"},
     "visualize": {"utils"},
     "model": {"model_kernels"},
     "model_kernels": {"utils"},
@@ -60,10 +58,10 @@ MAY_IMPORT = {
         "offline_data",
         "evaluation",
         "chain_run",
-        "make_dataset",  # of its entry point
+        "benchmark_data",  # of its entry point
     },
-    # make_dataset: its entry points.
-    "walker": {"walker", "algorithms", "model", "model_kernels", "utils", "evaluation", "make_dataset"},
+    # benchmark_data: its entry points.
+    "walker": {"walker", "algorithms", "benchmark_data", "dmc_utils", "model", "model_kernels", "utils", "evaluation"},
 }
 UNRESTRICTED = {"tests", "benchmarks"}
 ONLY_PACKAGES = {
@@ -117,7 +115,7 @@ def sources() -> dict[str, str]:
 
 
 def top_name(path: str) -> str:
-    """model for model.py, walker for walker/dmc_utils.py."""
+    """model for model.py, walker for walker/agent.py."""
     return Path(path).parts[0].removesuffix(".py")
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from benchmark_data import experts, generation, walker
 from benchmark_data.walker import RECIPES, WalkerFamily, play_episode, snapshot_steps
+from dmc_utils import GENERATED_IDS, TASKS, ensure_dataset, load_episodes, make_env, replay_episode
 from utils import UserError
-from walker.dmc_utils import GENERATED_IDS, TASKS, ensure_dataset, load_episodes, make_env, replay_episode
 
 FAMILY = WalkerFamily()
 REPLAY = "local/walker_run-td3-medium-replay"

@@ -15,11 +15,7 @@ from running import digest, error_line
 
 import make_dataset
 import walker.agent as agent_module
-from evaluation import episode_seeds
-from utils import RunFinished, UserError, load_checkpoint, parse_config, read_metrics
-from walker import train_cds, train_cqlsac, train_dt, train_il, train_model, train_morel, train_td3bc
-from walker.agent import Agent, evaluate
-from walker.dmc_utils import (
+from dmc_utils import (
     TASKS,
     ensure_dataset,
     load_episodes,
@@ -28,6 +24,10 @@ from walker.dmc_utils import (
     parse_datasets,
     rewards_in_task,
 )
+from evaluation import episode_seeds
+from utils import RunFinished, UserError, load_checkpoint, parse_config, read_metrics
+from walker import train_cds, train_cqlsac, train_dt, train_il, train_model, train_morel, train_td3bc
+from walker.agent import Agent, evaluate
 from walker.study_run import StudyRun
 
 ROOT = Path(__file__).resolve().parent.parent

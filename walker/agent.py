@@ -22,6 +22,7 @@ import gymnasium
 import numpy as np
 import torch
 
+from dmc_utils import ACTION_DIM, OBSERVATION_DIM, TASKS, make_env
 from evaluation import Evaluator, episode_seeds, num_workers
 from utils import (
     UserError,
@@ -36,7 +37,6 @@ from utils import (
     run_cli,
     write_text_atomic,
 )
-from walker.dmc_utils import ACTION_DIM, OBSERVATION_DIM, TASKS, make_env
 from walker.policies import POLICIES
 
 EXPERT_RETURNS = {"walk": 962.8, "run": 318.4}  # of the study's data; a method's score is its return as % of these

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import make_dataset
+from benchmark_data.local import generate_if_missing
+from dmc_utils import ALL_DATASETS, TASKS, load_study_data, parse_datasets, short_name
 from evaluation import episode_seeds, num_workers
 from model_kernels import KernelConfig, use_kernels
 from utils import (
@@ -49,7 +50,6 @@ from utils import (
     write_text_atomic,
 )
 from walker.agent import EXPERT_RETURNS, Agent, evaluate, report
-from walker.dmc_utils import ALL_DATASETS, TASKS, load_study_data, parse_datasets, short_name
 
 
 @dataclass
@@ -103,7 +103,7 @@ class StudyRun(abc.ABC):
         check_run(self.run_dir, config, config.resume, MAY_CHANGE_ON_RESUME)  # before the data is made or loaded
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
         for dataset_id in self.ids:
-            make_dataset.generate_if_missing(dataset_id, config.data_dir)
+            generate_if_missing(dataset_id, config.data_dir)
         self.data = load_study_data(self.ids, config.data_dir)
         self.fingerprint, self.data_returns = self.data.fingerprint(), self.returns_by_task()
         try:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmc_utils import TASKS, make_env, rewards_in_task
 from utils import ReplayBuffer, UserError, check_bounds, progress, run_cli
-from walker.dmc_utils import TASKS, make_env, rewards_in_task
 from walker.study_run import run_command
 from walker.train_cqlsac import CQLRun, WalkerCQLConfig
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmc_utils import ACTION_DIM
 from utils import UserError, check_bounds, run_cli
 from walker.agent import EXPERT_RETURNS, acting_state
-from walker.dmc_utils import ACTION_DIM
 from walker.policies import POLICIES, ReturnConditioned
 from walker.study_run import StudyConfig, StudyRun, run_command
 

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmc_utils import ACTION_DIM
 from utils import check_bounds, run_cli
 from walker.agent import acting_state
-from walker.dmc_utils import ACTION_DIM
 from walker.policies import POLICIES
 from walker.study_run import StudyConfig, StudyRun, run_command
 

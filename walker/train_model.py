@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmc_utils import ACTION_DIM
 from utils import ReplayBuffer, UserError, check_bounds, run_cli
 from walker.agent import acting_state
-from walker.dmc_utils import ACTION_DIM
 from walker.dynamics import Dynamics, MLPDynamics, VAEDynamics, statistics_of
 from walker.policies import Markov
 from walker.ppo import PPO, PPOConfig

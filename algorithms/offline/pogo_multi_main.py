@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 import chain_run
-import make_dataset
 from algorithms.offline.awac import AWAC, AWACConfig
 from algorithms.offline.base import OfflineAlgorithm
 from algorithms.offline.cql import CQL, CQLConfig
@@ -27,6 +26,7 @@ from algorithms.offline.iql import IQL, IQLConfig
 from algorithms.offline.pogo_multi import POLICIES, ChainConfig, MultiActor
 from algorithms.offline.sac_n import SACN, SACNConfig
 from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
+from benchmark_data.local import generate_if_missing
 from chain_run import (
     Act,
     ChainRun,
@@ -191,7 +191,7 @@ class MultiRun(ChainRun):
         """The transitions, rewards scaled as the settings say; a local dataset that is missing is made first."""
         config = self.config
         try:
-            make_dataset.generate_if_missing(config.env, config.dataset_dir)
+            generate_if_missing(config.env, config.dataset_dir)
             data = load_transitions(config.env, config.dataset_dir, -1.0 if config.normalize_reward else 0.0)
         except UserError as error:
             raise UserError(str(error).replace("--dataset ", "--env ")) from None

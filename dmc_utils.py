@@ -177,7 +177,7 @@ def make_env(task: str) -> WalkerEnv:
 
 def resolve_dataset_dir(dataset_dir: str | os.PathLike | None = None) -> Path:
     """The dataset folder: the argument, else `datasets` at the top of the repository."""
-    return Path(dataset_dir or Path(__file__).resolve().parent.parent / "datasets").expanduser()
+    return Path(dataset_dir or Path(__file__).resolve().parent / "datasets").expanduser()
 
 
 def dataset_folder(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> Path:
