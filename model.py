@@ -22,9 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_kernels import (
-    Layer,
     MLPShape,
-    as_layers,
     block_rows,
     chosen_kernels,
     kernels_of,
@@ -392,11 +390,12 @@ class MLP(nn.Module):
     ):
         super().__init__()
         self.size, self.output_dim, self.squash = size, output_dim, squash
-        self.shape = MLPShape((input_dim, *[hidden_dim] * hidden_layers, output_dim), size or 1)
-        count = self.shape.size * sum(a * b + b for a, b in self.shape.layers)
+        widths = (input_dim, *[hidden_dim] * hidden_layers, output_dim)
+        self.shape = MLPShape(widths, size or 1)
+        count = self.shape.size * sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
         self.theta = nn.Parameter(torch.empty(count))
-        self.rows = block_rows(max(self.shape.widths[1:]))  # at a time, on a CPU
-        self._member_layers: tuple[int, list] = (0, [])
+        self.rows = block_rows(max(widths[1:]))  # at a time, on a CPU
+        self._members: tuple[int, list] = (0, [])
         with torch.no_grad():
             for weight, bias in self.layers():  # as nn.Linear has it
                 drawn, bound = weight if size else weight.new_empty(weight.t().shape), weight.shape[-2] ** -0.5
@@ -405,24 +404,18 @@ class MLP(nn.Module):
                 weight.copy_(drawn if size else drawn.t())
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_member_layers": (0, [])}  # a copy has views of its own
+        return {**self.__dict__, "_members": (0, [])}  # a copy has views of its own
 
     def layers(self, theta: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
         """Views of the vector: each layer's weight [size, in, out] and bias [size, 1, out], without `size` of one."""
-        members = (self.size,) if self.size else ()
-        counts = [n * self.shape.size for a, b in self.shape.layers for n in (a * b, b)]
-        pieces = (self.theta if theta is None else theta).split(counts)
-        return [
-            (weight.view(*members, a, b), bias.view(*members, *members and (1,), b))
-            for (a, b), weight, bias in zip(self.shape.layers, pieces[::2], pieces[1::2], strict=True)
-        ]
+        layers = self.shape.layers(self.theta if theta is None else theta)
+        return layers if self.size else [(weight[0], bias[0, 0]) for weight, bias in layers]
 
-    def member_layers(self) -> list[list[Layer]]:
-        """Of each network, each layer, as views without gradient; kept while the parameters stay where they are."""
-        place = self.theta.data_ptr()
-        if self._member_layers[0] != place:
-            self._member_layers = place, [as_layers(own) for own in self.shape.members(self.theta.detach())]
-        return self._member_layers[1]
+    def members(self) -> list[list[tuple[Tensor, Tensor]]]:
+        """`MLPShape.members` of the parameters, without gradient; kept while these stay where they are."""
+        if self._members[0] != self.theta.data_ptr():
+            self._members = self.theta.data_ptr(), self.shape.members(self.theta.detach())
+        return self._members[1]
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Inputs [..., d_1], [..., d_2], ..., taken side by side -> [..., out], or [size, ..., out].

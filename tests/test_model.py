@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import model
-import model_kernels
 from model import GoalValue, InverseDynamics, Mamba2, MambaEncoder, NextState, OfflineModel, RewardLogit, TransitionQ
+from model_kernels import choice
 
 
 def sequential_mamba2(block: Mamba2, u: torch.Tensor) -> torch.Tensor:
@@ -290,7 +290,7 @@ def test_fast_forms_of_the_block_equal_their_plain_forms(name, monkeypatch):
         inputs[2] = -inputs[2].abs().cumsum(-1) * torch.linspace(1, 100, 9)
     found = {}
     for kernels in ("plain", "torch"):
-        monkeypatch.setattr(model_kernels._Chosen, "kernels", kernels)
+        monkeypatch.setattr(choice._Chosen, "kernels", kernels)
         found[kernels] = with_gradients(form, *inputs)
     for fast, plain in zip(found["torch"], found["plain"], strict=True):
         assert torch.isfinite(plain).all() and relative(fast, plain) < 1e-10
@@ -299,11 +299,11 @@ def test_fast_forms_of_the_block_equal_their_plain_forms(name, monkeypatch):
 @pytest.mark.parametrize("kernels", ["plain", "onednn"])
 def test_encoder_is_the_same_by_all_kernels(kernels, monkeypatch):
     """In float32, the gradient of every parameter too, by three chunks of a scan and by single states."""
-    if kernels == "onednn" and not model_kernels.onednn_works():
+    if kernels == "onednn" and not choice.onednn_works():
         pytest.skip("this PyTorch has no such operator")
     x, found = torch.randn(3, 20, 5), {}
     for chosen in ("torch", kernels):
-        monkeypatch.setattr(model_kernels._Chosen, "kernels", chosen)
+        monkeypatch.setattr(choice._Chosen, "kernels", chosen)
         net = encoder()
         for mixer in net.mixers:
             mixer.chunk_size = 7

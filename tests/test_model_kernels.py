@@ -12,10 +12,10 @@ from test_offline_algorithms import make, make_batch
 from test_pogo_agent import make_agent
 from test_pogo_agent import make_batch as make_pogo_batch
 
-import model_kernels
 from algorithms.offline.edac import gradient_similarity
 from model import MLP
-from model_kernels import Adam, choose_kernels, fastest_kernels, linear, onednn_works
+from model_kernels import Adam, choice, choose_kernels, linear
+from model_kernels.choice import fastest_kernels, onednn_works
 
 S, A, ROWS = 4, 2, 32  # widths of the two inputs; rows in a block
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the largest number of each tensor
@@ -308,9 +308,9 @@ def test_no_view_of_the_parameters_is_stale(made):
     wanted = torch.stack([own(torch.cat([s, a], 1)) for own in plain_members(other)])
     assert not torch.allclose(wanted.float(), first, atol=1e-3)
     close([other(s, a)], [wanted], 1e-5)
-    for own, views in zip(plain_members(other), other.member_layers(), strict=True):
-        for module, layer in zip(own[::2], views, strict=True):
-            assert torch.equal(module.weight, layer.transposed) and torch.equal(module.bias, layer.bias)
+    for own, views in zip(plain_members(other), other.members(), strict=True):
+        for module, (weight, bias) in zip(own[::2], views, strict=True):
+            assert torch.equal(module.weight, weight.t()) and torch.equal(module.bias, bias)
     if made in ("copied", "pickled"):
         assert torch.equal(net(s, a), first)  # which the copy's change leaves alone
 
@@ -388,20 +388,20 @@ def test_adam_says_when_a_state_is_of_other_parameters():
 
 
 @pytest.mark.parametrize(
-    "capability, vendor, works, expected",
+    "capability, processor, works, expected",
     [
-        ("AVX512", "AuthenticAMD", True, "onednn"),
-        ("AVX512", "GenuineIntel", True, "torch"),
-        ("AVX2", "AuthenticAMD", True, "torch"),
-        ("AVX2", "GenuineIntel", True, "torch"),
-        ("DEFAULT", "", True, "torch"),  # ARM
-        ("AVX512", "AuthenticAMD", False, "torch"),  # a PyTorch without the operator
+        ("AVX512", ("AuthenticAMD", 26), True, "onednn"),
+        ("AVX512", ("AuthenticAMD", 25), True, "torch"),  # Zen 4 multiplies 256 bits at a time
+        ("AVX512", ("GenuineIntel", 6), True, "torch"),
+        ("AVX2", ("AuthenticAMD", 26), True, "torch"),
+        ("DEFAULT", ("", 0), True, "torch"),  # ARM
+        ("AVX512", ("AuthenticAMD", 26), False, "torch"),  # a PyTorch without the operator
     ],
 )
-def test_the_processor_decides(capability, vendor, works, expected, monkeypatch):
+def test_the_processor_decides(capability, processor, works, expected, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(model_kernels, "processor_vendor", lambda: vendor)
-    monkeypatch.setattr(model_kernels, "onednn_works", lambda: works)
+    monkeypatch.setattr(choice, "processor", lambda: processor)
+    monkeypatch.setattr(choice, "onednn_works", lambda: works)
     assert fastest_kernels() == expected and choose_kernels("auto") == expected
     assert choose_kernels("torch") == "torch" and choose_kernels("plain") == "plain"
     if works:
@@ -435,9 +435,9 @@ def refuse(*_):
 )
 def test_an_operator_that_does_not_do_its_work_counts_as_missing(operators, monkeypatch):
     monkeypatch.setattr(torch.ops, "mkldnn", operators)
-    monkeypatch.setattr(model_kernels, "onednn_works", onednn_works.__wrapped__)
+    monkeypatch.setattr(choice, "onednn_works", onednn_works.__wrapped__)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(model_kernels, "processor_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(choice, "processor", lambda: ("AuthenticAMD", 26))
     assert choose_kernels("auto") == "torch"
     with pytest.raises(ValueError, match="lacks the operator"):
         choose_kernels("onednn")

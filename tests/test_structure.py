@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "benchmark_data": {"benchmark_data", *BENCHMARK_TOOLS, "utils"},
     "visualize": {"utils"},
     "model": {"model_kernels"},
-    "model_kernels": {"utils"},
+    "model_kernels": {"model_kernels", "utils"},
     "transport": set(),
     "utils": set(),
     "algorithms": {

@@ -1,0 +1,426 @@
+"""MLPs on a CPU: one node of the graph each, whose parameters are one vector and whose gradient is another.
+
+With a node a layer, overhead would take as long as the products. Networks of an ensemble run one after the other, in
+blocks of rows, so that what one computes is still in the core's cache when its backward pass reads it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model_kernels.choice import cache_bytes, kernels_of, uses_bf16
+
+NARROW = 32  # a product of fewer columns than this is several times as fast when its transpose is computed
+
+
+def differentiable_once(backward: Callable) -> Callable:
+    """Refuse a second derivative, which `once_differentiable` takes for zero where no graph leads to the gradient."""
+
+    @functools.wraps(backward)
+    def refusing(ctx, *gradients):
+        if torch.is_grad_enabled():  # create_graph
+            raise RuntimeError("a fast form on a CPU is differentiable once: a second derivative needs kernels plain")
+        return backward(ctx, *gradients)
+
+    return refusing
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Products
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b; x [n, in] and weight [out, in] contiguous or transposed, anything else is very slow.
+
+    Its own relu is not used: it makes 0 of nan, and a run that diverged would not be noticed.
+    """
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """x [n, in] by weight [out, in] and bias [out] or none, by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return onednn_linear(x, weight, bias)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, d_y):
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        d_y = d_y.contiguous()
+        return (
+            onednn_linear(d_y, weight.t()) if to_x else None,
+            onednn_linear(d_y.t(), x.t()) if to_weight else None,
+            d_y.sum(0) if to_bias else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `F.linear` gives: x [..., in], weight [out, in], bias [out] or none -> [..., out]; differentiable once."""
+    kernels = kernels_of(x)
+    if kernels != "plain" and uses_bf16():
+        return F.linear(x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()).to(x.dtype)
+    if kernels != "onednn" or len(weight) == 1:
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b."""
+    if not 1 < b.shape[-1] < NARROW:
+        return torch.mm(a, b, out=out)
+    product = torch.mm(b.t(), a.t()).t()
+    return product if out is None else out.copy_(product)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W + b."""
+    if 1 < weight.shape[-1] < NARROW:
+        return _mm(x, weight).add_(bias)
+    return torch.addmm(bias, x, weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The passes through a network
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class MLPShape(NamedTuple):
+    """`size` MLPs of these widths, whose parameters lie in one vector: layer by layer all weights, then all biases."""
+
+    widths: tuple[int, ...]
+    size: int
+
+    def layers(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's weight [size, in, out] and bias [size, 1, out], as views of a vector."""
+        shapes = [(a, b) for a, b in zip(self.widths, self.widths[1:], strict=False)]
+        pieces = iter(theta.split([n * self.size for a, b in shapes for n in (a * b, b)]))
+        return [(next(pieces).view(self.size, a, b), next(pieces).view(self.size, 1, b)) for a, b in shapes]
+
+    def members(self, theta: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
+        """Of each member, each layer's weight [in, out] and bias [out], as views of a vector."""
+        return [[(weight[k], bias[k, 0]) for weight, bias in self.layers(theta)] for k in range(self.size)]
+
+
+def block_rows(width: int) -> int:
+    """Rows at a time, of so many numbers each: a block's values and their gradients then stay in the cache."""
+    return max(64, cache_bytes() // (8 * width))
+
+
+def _library(x: Tensor) -> str:
+    """What multiplies between hidden layers: torch, onednn, or bf16, whose products PyTorch gives to oneDNN itself."""
+    return "bf16" if uses_bf16() else kernels_of(x)
+
+
+def _passes(net, members: int, *tensors: Tensor) -> Iterator[tuple[int, bool, Sequence[Tensor]]]:
+    """A member's number, whether this is its first block, and the block's rows of tensors [n, ...], [members, n, ...].
+
+    What a block computes is still in the core's cache when its backward pass reads it.
+    """
+    for k in range(members):
+        own = [each if each.dim() == 2 else each[k] for each in tensors]
+        if len(own[0]) <= net.rows:
+            yield k, True, own
+        else:
+            for number, block in enumerate(zip(*(each.split(net.rows) for each in own), strict=True)):
+                yield k, number == 0, block
+
+
+def _values(net, members: int, x: Tensor, keep: bool = True) -> tuple[Tensor, list[Tensor]]:
+    """Outputs [members, n, out] of x [n, in] or [members, n, in], and all hidden values if they are to be kept."""
+    if x.dim() == 3 and len(x) != members:
+        raise ValueError(f"an input of {len(x)} networks' own rows for {members} networks")
+    library, outputs, saved = _library(x), [], []
+    for k, _, (rows,) in _passes(net, members, x):
+        output, hidden = _forward(rows, net.members()[k], library)
+        outputs.append(output)
+        if keep:
+            saved += hidden
+    return _assembled(outputs, members), saved
+
+
+def _gradients(
+    net, x: Tensor, saved: list[Tensor], d_y: Tensor, to_theta: bool, begin: int = 0, end: int = 0
+) -> tuple[Tensor | None, Tensor | None]:
+    """From the gradient of the outputs [members, n, out] to theta's, and to that of columns begin to end of x.
+
+    The latter is each member's own, [members, n, columns].
+    """
+    members, depth, library = len(d_y), len(net.shape.widths) - 2, _library(x)
+    d_theta, into, d_inputs = None, None, []
+    if to_theta:
+        d_theta = torch.empty_like(net.theta, requires_grad=False)
+        if members < net.shape.size:
+            d_theta.zero_()
+        into = net.shape.members(d_theta)
+    for k, first, (rows, d_rows) in _passes(net, members, x, d_y):
+        hidden, saved = saved[:depth], saved[depth:]
+        layers = net.members()[k]
+        d_rows = _backward([rows, *hidden], d_rows, layers, into and into[k], first, library)
+        if end > begin:
+            d_inputs.append(_mm(d_rows, layers[0][0][begin:end].t()))
+    return d_theta, _assembled(d_inputs, members) if d_inputs else None
+
+
+def _assembled(passes: list[Tensor], members: int) -> Tensor:
+    """[members, n, ...] of what each pass gave."""
+    whole = passes[0] if len(passes) == 1 else torch.cat(passes)
+    return whole.view(members, -1, whole.shape[-1])
+
+
+def _forward(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], library: str) -> tuple[Tensor, list[Tensor]]:
+    """The output of one MLP, and its hidden values."""
+    hidden, dtype = [], x.dtype
+    for weight, bias in layers[:-1]:
+        if library == "onednn":
+            x = onednn_linear(x, weight.t(), bias)
+        elif library == "bf16":
+            x = _affine(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+        else:
+            x = _affine(x, weight, bias)
+        hidden.append(x.relu_())
+    return _affine(x.to(dtype), *layers[-1]), hidden
+
+
+def _backward(
+    values: Sequence[Tensor],
+    d_y: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    into: list[tuple[Tensor, Tensor]] | None,
+    first: bool,
+    library: str,
+) -> Tensor:
+    """From the gradient of the output to that behind the first layer, [n, width]; the parameters' go to `into`.
+
+    first: write these, else add to them. In bf16, only the last layer's products are in the parameters' precision.
+    """
+    dtype = d_y.dtype
+    for number in range(len(layers) - 1, 0, -1):
+        value, weight = values[number], layers[number][0]
+        if into is not None:
+            _add_layer(value.to(d_y.dtype), d_y, *into[number], first, library)
+        if weight.shape[-1] == 1:
+            d_y = d_y * weight.t()
+        elif library == "onednn":
+            d_y = onednn_linear(d_y, weight)
+        else:
+            d_y = _mm(d_y, weight.t().to(d_y.dtype))
+        d_y = relu_backward(d_y.bfloat16() if library == "bf16" else d_y, value)
+    if into is not None:
+        _add_layer(values[0].to(d_y.dtype), d_y, *into[0], first, library)
+    return d_y.to(dtype)
+
+
+def _add_layer(x: Tensor, d_y: Tensor, weight: Tensor, bias: Tensor, first: bool, library: str) -> None:
+    """Write (or, where it is not the first, add) x^T d_y [in, out] and the sum of d_y to a layer's gradients."""
+    if library == "onednn" and weight.shape[-1] > 1:
+        product = onednn_linear(d_y.t(), x.t()).t()
+    else:
+        product = _mm(x.t(), d_y, weight if first and x.dtype == weight.dtype else None)
+    if product is not weight:
+        weight.copy_(product) if first else weight.add_(product)
+    torch.sum(d_y, 0, out=bias) if first else bias.add_(d_y.sum(0))
+
+
+def relu_backward(d_y: Tensor, y: Tensor) -> Tensor:
+    """d_y where y is positive, else 0; in place."""
+    return torch.ops.aten.threshold_backward.grad_input(d_y, y, 0, grad_input=d_y)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Nodes of the graph
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _MLP(torch.autograd.Function):
+    """The first `members` of MLPs: inputs [n, ...], side by side the input of all, or [members, n, in], one of each."""
+
+    @staticmethod
+    def forward(ctx, theta, net, members, squash, *inputs):
+        """-> [members, n, out]."""
+        x = _concatenate(inputs)
+        ctx.net, ctx.squash, ctx.inputs = net, squash, [each.shape[-1] for each in inputs]
+        y, saved = _values(net, members, x)
+        if squash:
+            y.tanh_()
+        ctx.save_for_backward(y, theta, x, *saved)
+        return y
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, d_y):
+        y, _, x, *saved = ctx.saved_tensors
+        to_theta, _, _, _, *to_inputs = ctx.needs_input_grad
+        if ctx.squash:
+            d_y = torch.ops.aten.tanh_backward(d_y, y)
+        begin, end = _wanted_columns(ctx.inputs, to_inputs)
+        d_theta, d_x = _gradients(ctx.net, x, saved, d_y, to_theta, begin, end)
+        if d_x is not None and x.dim() == 2:
+            d_x = d_x.sum(0) if len(d_x) > 1 else d_x[0]
+        return d_theta, None, None, None, *_by_input(d_x, begin, ctx.inputs, to_inputs)
+
+
+class _Regression(torch.autograd.Function):
+    """Squared error of MLPs of one output, its gradient made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, theta, net, target, expectile, *inputs):
+        """-> the error, 0-d, and the outputs [size, n, 1]."""
+        x = _concatenate(inputs)
+        if target.shape != x.shape[:1] or target.requires_grad:
+            raise ValueError(f"a target {list(target.shape)} of {list(x.shape)} inputs must be [n], without gradient")
+        y, saved = _values(net, net.shape.size, x)
+        error = y - target.unsqueeze(1)
+        if expectile is None:
+            d_y = error * (2 / len(x))
+        else:
+            d_y = (error > 0).to(error.dtype).sub_(expectile).abs_().mul_(error).mul_(2 / len(x))
+        ctx.d_theta = _gradients(net, x, saved, d_y, True)[0]
+        ctx.mark_non_differentiable(y)
+        return torch.dot(d_y.view(-1), error.view(-1)) / 2, y
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, d_error, _):
+        d_theta, ctx.d_theta = ctx.d_theta, None  # handed on, so that it becomes theta's gradient without a copy
+        if d_theta is None:
+            raise RuntimeError("a squared error of a fast form has one backward pass")
+        return d_theta.mul_(d_error), *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+class _Frozen(torch.autograd.Function):
+    """The first `members` of MLPs of one output, with a gradient to the last input alone, made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, net, members, *inputs):
+        """-> [members, n, 1]."""
+        x = _concatenate(inputs)
+        y, saved = _values(net, members, x)
+        begin = x.shape[1] - inputs[-1].shape[1]
+        ctx.save_for_backward(_gradients(net, x, saved, torch.ones_like(y), False, begin, x.shape[1])[1])
+        return y
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, d_y):
+        d_x = ctx.saved_tensors[0] * d_y
+        return *[None] * (len(ctx.needs_input_grad) - 1), d_x.sum(0) if len(d_x) > 1 else d_x[0]
+
+
+class _MLPWithGradients(torch.autograd.Function):
+    """Outputs q of MLPs and their gradients g by the last columns of their input, both differentiable by the weights.
+
+    With h_l = relu(h_{l-1} W_l + b_l), q = h_L w + c and m_l where h_l is positive:
+
+        u_L = w^T m_L        u_{l-1} = (u_l W_l^T) m_{l-1}        g = u_1 W_1^T, the last columns of W_1^T alone
+
+    Each of these products is differentiated like a layer; the masks are constants.
+    """
+
+    @staticmethod
+    def forward(ctx, theta, net, columns, *inputs):
+        """-> q [size, n, 1], g [size, n, columns]."""
+        x, size = _concatenate(inputs), net.shape.size
+        ctx.net, ctx.columns, ctx.library = net, columns, kernels_of(x)
+        q, g, saved = [], [], []
+        for layers in net.members():
+            output, values = _forward(x, layers, ctx.library)
+            d_q = layers[-1][0].t().expand_as(values[-1])
+            backwards = [torch.ops.aten.threshold_backward(d_q, values[-1], 0)]  # u_L, ..., u_1
+            for (weight, _), value in zip(layers[-2:0:-1], values[-2::-1], strict=True):
+                backwards.append(relu_backward(_times(backwards[-1], weight.t(), ctx.library), value))
+            q.append(output)
+            g.append(_mm(backwards[-1], layers[0][0][-columns:].t()))
+            saved += values + backwards[::-1]
+        ctx.save_for_backward(theta, x, *saved)
+        return _assembled(q, size), _assembled(g, size)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, d_q, d_g):
+        (theta, x, *saved), net, columns, library = ctx.saved_tensors, ctx.net, ctx.columns, ctx.library
+        depth, d_theta = len(net.shape.widths) - 2, torch.empty_like(theta)
+        for k, (layers, into) in enumerate(zip(net.members(), net.shape.members(d_theta), strict=True)):
+            own, saved = saved[: 2 * depth], saved[2 * depth :]
+            values, backwards = own[:depth], own[depth:]  # h_1, ..., h_L; u_1, ..., u_L
+            _backward([x, *values], d_q[k], layers, into, True, library)
+            into[0][0][-columns:].add_(_mm(d_g[k].t(), backwards[0]))
+            d_u = relu_backward(_mm(d_g[k], layers[0][0][-columns:]), values[0])
+            for number in range(1, depth):
+                into[number][0].add_(_times(d_u.t(), backwards[number], library))
+                d_u = relu_backward(_times(d_u, layers[number][0], library), values[number])
+            into[-1][0].add_(d_u.sum(0).unsqueeze(1))
+        return d_theta, None, None, *[None] * len(ctx.needs_input_grad[3:])
+
+
+def _times(a: Tensor, b: Tensor, library: str) -> Tensor:
+    """a b between hidden layers."""
+    return onednn_linear(a, b.t()) if library == "onednn" else _mm(a, b)
+
+
+def _concatenate(inputs: Sequence[Tensor]) -> Tensor:
+    return inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
+
+
+def _wanted_columns(widths: Sequence[int], wanted: Sequence[bool]) -> tuple[int, int]:
+    """First and last column of those inputs that want a gradient."""
+    columns = [(sum(widths[:i]), sum(widths[: i + 1])) for i, want in enumerate(wanted) if want]
+    return (columns[0][0], columns[-1][1]) if columns else (0, 0)
+
+
+def _by_input(d_x: Tensor | None, begin: int, widths: Sequence[int], wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+    """The gradient of each input that wants one, of those of x's columns from `begin` on."""
+    if d_x is None:
+        return [None] * len(widths)
+    ends = [sum(widths[: i + 1]) - begin for i in range(len(widths))]
+    return [d_x[..., end - n : end] if want else None for end, n, want in zip(ends, widths, wanted, strict=True)]
+
+
+def run_mlp(net, theta: Tensor, members: int, inputs: Sequence[Tensor], squash: bool = False) -> Tensor:
+    """The first `members` of a `model.MLP`, as one node of the graph; differentiable once.
+
+    Args:
+        net: the network. theta: its parameters, or those detached. squash: tanh of the output.
+        inputs: [n, ...], side by side the input of every member; or one of [members, n, in], each member's own.
+
+    Returns:
+        [members, n, out].
+    """
+    if torch.is_grad_enabled():
+        return _MLP.apply(theta, net, members, squash, *inputs)
+    y, _ = _values(net, members, _concatenate(inputs), keep=False)
+    return y.tanh_() if squash else y
+
+
+def run_regression(net, inputs: Sequence[Tensor], target: Tensor, expectile: float | None) -> tuple[Tensor, Tensor]:
+    """Squared error of a `model.MLP` of one output to target [n]: mean over rows, sum over networks, 0-d; its outputs.
+
+    With an expectile, errors of outputs above the target weigh 1 - expectile, and others expectile. The error is
+    differentiable by the parameters, the outputs [size, n, 1] are not.
+    """
+    return _Regression.apply(net.theta, net, target, expectile, *inputs)
+
+
+def run_frozen(net, members: int, inputs: Sequence[Tensor]) -> Tensor:
+    """The first `members` of a `model.MLP` of one output, [members, n, 1], differentiable by its last input alone."""
+    if not torch.is_grad_enabled() or not inputs[-1].requires_grad:
+        return _values(net, members, _concatenate(inputs), keep=False)[0]
+    return _Frozen.apply(net, members, *inputs)
+
+
+def run_mlp_with_gradients(net, inputs: Sequence[Tensor], columns: int) -> tuple[Tensor, Tensor]:
+    """Outputs [size, n, 1] of a `model.MLP` and their gradients by its input's last columns [size, n, columns].
+
+    Both are differentiable, once, by the parameters; not by the inputs [n, ...], which lie side by side.
+    """
+    return _MLPWithGradients.apply(net.theta, net, columns, *inputs)
