@@ -19,6 +19,7 @@ from model import resolve_backend
 from model_kernels import KernelConfig, use_kernels
 from offline_agent import OfflineAgent, OfflineAgentConfig, effective_rank
 from ogbench_utils import Maze, Task, TrajectoryDataset, evaluation_tasks, make_env, parse_dataset_id
+from opso.maze import distances
 from utils import (
     MetricLogger,
     RandomStreams,
@@ -129,7 +130,7 @@ class HeldOut:
         self.states = self.observations.gather(1, last).squeeze(1)  # [states, D]
         rows = torch.randint(len(val.observations), (config.eval_goals,), generator=generator, device=val.device)
         self.goals = val.observations[rows]  # [goals, D]
-        self.distance = maze.distances_to(self.goals[:, :2].cpu().numpy(), self.states[:, :2].cpu().numpy())
+        self.distance = distances(maze, self.goals[:, :2].cpu().numpy(), self.states[:, :2].cpu().numpy())
 
     def evaluate(self, agent: OfflineAgent) -> dict[str, float]:
         """`value_distance_spearman` over all pairs, and the collapse diagnostics of the codes."""

@@ -497,19 +497,12 @@ def steps_ahead(rows: torch.Tensor, goal_rows: torch.Tensor, episode_end: torch.
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """z of the cross product of plane vectors [..., 2]; positive where b points to the left of a."""
-    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
-
-
 class Maze:
     """The floor plan of a maze. Row i of `maze_map` runs along y, column j along x; lengths are MuJoCo's.
 
     Attributes: maze_map [H, W] int (1 is wall), unit (side of a cell), offset_x, offset_y (cell (0, 0) is centred at
     (-offset_x, -offset_y)), extent (x_min, x_max, y_min, y_max), for `imshow(maze_map, origin="lower", extent=extent)`.
     """
-
-    SUBCELLS = 8  # nodes along a cell's side in the graph that measures distances
 
     def __init__(self, maze_map: np.ndarray, unit: float = 4.0, offset_x: float = 4.0, offset_y: float = 4.0):
         self.maze_map = np.array(maze_map, dtype=int)
@@ -541,156 +534,6 @@ class Maze:
         inside = ((ij >= 0) & (ij < self.maze_map.shape)).all(axis=-1)
         clipped = np.clip(ij, 0, np.array(self.maze_map.shape) - 1)
         return inside & (self.maze_map[clipped[..., 0], clipped[..., 1]] == 0)
-
-    def distances_to(self, goals_xy: np.ndarray, points_xy: np.ndarray) -> np.ndarray:
-        """Shortest distance through free space from each point [P, 2] to each goal [G, 2]: [G, P] float64.
-
-        Exact where the rectangle of cells between the two is free, else at most 3% too long (the angles of a
-        16-neighbour grid). Points in a wall count from the nearest free place; unreachable ones are at infinity.
-        Teleporters are ignored.
-        """
-        from scipy.sparse import coo_matrix
-        from scipy.sparse.csgraph import dijkstra
-
-        goals, points = (self._snap(np.asarray(xy, dtype=np.float64).reshape(-1, 2)) for xy in (goals_xy, points_xy))
-        starts, ends, weights, count = self._edges
-        goal_nodes, goal_costs = self._links(goals)
-        goal_ids = np.broadcast_to(count + np.arange(len(goals))[:, None], goal_nodes.shape)
-        linked = np.isfinite(goal_costs)
-        # Goals are nodes with edges out only: a path must not take a short cut through another goal. Their weights
-        # stay above 0, which a sparse graph would read as no edge.
-        rows = np.concatenate([starts, ends, goal_ids[linked]])
-        columns = np.concatenate([ends, starts, goal_nodes[linked]])
-        weights = np.concatenate([weights, weights, np.maximum(goal_costs[linked], 1e-12)])
-        size = count + len(goals)
-        graph = coo_matrix((weights, (rows, columns)), shape=(size, size)).tocsr()
-        distance = dijkstra(graph, indices=np.arange(count, size))
-        through = np.full((len(goals), len(points)), np.inf)
-        for start in range(0, len(points), 4096):  # bounds the memory that the links take
-            block = slice(start, start + 4096)
-            for nodes, costs in zip(*(part.T for part in self._links(points[block])), strict=True):
-                through[:, block] = np.minimum(through[:, block], distance[:, nodes] + costs)
-        return np.fmin(through, self._direct_distance(goals, points))
-
-    def _snap(self, xy: np.ndarray) -> np.ndarray:
-        """Move points [P, 2] that lie in a wall to the nearest place in a free cell."""
-        blocked = np.flatnonzero(~self.is_free(xy))
-        if len(blocked) == 0:
-            return xy
-        centres = self.ij_to_xy(np.argwhere(self.maze_map == 0))
-        reach = self.unit / 2 * (1 - 1e-9)
-        nearest, best = xy[blocked], np.full(len(blocked), np.inf)
-        for centre in centres:
-            candidate = centre + np.clip(xy[blocked] - centre, -reach, reach)
-            gap = np.linalg.norm(candidate - xy[blocked], axis=1)
-            nearest = np.where((gap < best)[:, None], candidate, nearest)
-            best = np.minimum(gap, best)
-        snapped = xy.copy()
-        snapped[blocked] = nearest
-        return snapped
-
-    def _direct_distance(self, goals: np.ndarray, points: np.ndarray) -> np.ndarray:
-        """Exact distances [G, P] where they need no graph, NaN elsewhere.
-
-        Two kinds of pairs: no wall in the rectangle of cells that spans both; and diagonal cells with one wall beside
-        them, whose shortest path is straight or bends at the wall's corner. What is left is far apart, so that the
-        grid's rounding is small beside it.
-        """
-        walls = np.pad(self.maze_map, ((1, 0), (1, 0))).cumsum(axis=0).cumsum(axis=1)
-        goal_ij, point_ij = np.broadcast_arrays(self.xy_to_ij(goals)[:, None], self.xy_to_ij(points)[None])
-        low, high = np.minimum(goal_ij, point_ij), np.maximum(goal_ij, point_ij) + 1
-        top, left, bottom, right = low[..., 0], low[..., 1], high[..., 0], high[..., 1]
-        count = walls[bottom, right] - walls[top, right] - walls[bottom, left] + walls[top, left]
-        distance = np.full(count.shape, np.nan)
-        g, p = np.nonzero(count == 0)
-        distance[g, p] = np.linalg.norm(goals[g] - points[p], axis=-1)
-        g, p = np.nonzero((count == 1) & (np.abs(goal_ij - point_ij) == 1).all(axis=-1))
-        goal, point, (i, j), (k, m) = goals[g], points[p], goal_ij[g, p].T, point_ij[g, p].T
-        corner = self.ij_to_xy(np.stack([i + k, j + m], axis=-1) / 2)
-        wall = self.ij_to_xy(np.where((self.maze_map[i, m] == 1)[:, None], np.stack([i, m], -1), np.stack([k, j], -1)))
-        diagonal = self.ij_to_xy(np.stack([k, m], -1)) - self.ij_to_xy(np.stack([i, j], -1))
-        # The straight line is free when it leaves the corner on the side where the wall is.
-        free = _cross(point - goal, corner - goal) * _cross(diagonal, wall - corner) >= 0
-        bent = np.linalg.norm(goal - corner, axis=-1) + np.linalg.norm(corner - point, axis=-1)
-        distance[g, p] = np.where(free, np.linalg.norm(goal - point, axis=-1), bent)
-        return distance
-
-    @functools.cached_property
-    def _nodes(self) -> np.ndarray:
-        """Graph node at each corner of the subcells, [8 H + 1, 8 W + 1] int: a number, or -1 where all round is wall.
-
-        Corners, not centres: shortest paths run along walls and bend at their corners. Where two walls meet at a
-        point there is no node, so that no path squeezes through.
-        """
-        free = np.pad(self.maze_map == 0, 1)
-        fine = np.pad(np.kron(self.maze_map == 0, np.ones((self.SUBCELLS, self.SUBCELLS), dtype=bool)), 1)
-        usable = fine[:-1, :-1] | fine[:-1, 1:] | fine[1:, :-1] | fine[1:, 1:]
-        falling, rising = free[:-1, :-1] & free[1:, 1:], free[:-1, 1:] & free[1:, :-1]
-        either = free[:-1, :-1] | free[1:, 1:], free[:-1, 1:] | free[1:, :-1]
-        pinched = (falling & ~either[1]) | (rising & ~either[0])
-        usable[:: self.SUBCELLS, :: self.SUBCELLS] &= ~pinched
-        return np.where(usable, usable.cumsum().reshape(usable.shape) - 1, -1)
-
-    @functools.cached_property
-    def _edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Start nodes, end nodes and lengths of the 16-neighbour grid's edges [M], each once, and the number of nodes.
-
-        A diagonal crosses one subcell and a knight's move two, which must all be free; a straight edge may run along
-        a wall, so one of the two subcells beside it is enough.
-        """
-        height, width = self._nodes.shape
-        margin = 2
-        nodes = np.pad(self._nodes, margin, constant_values=-1)
-        fine = np.kron(self.maze_map == 0, np.ones((self.SUBCELLS, self.SUBCELLS), dtype=bool))
-        fine = np.pad(fine, ((margin, margin + 1), (margin, margin + 1)))
-
-        def shifted(array: np.ndarray, di: int, dj: int) -> np.ndarray:
-            return array[margin + di : margin + di + height, margin + dj : margin + dj + width]
-
-        # Subcell (0, 0) is the one between a node and its (1, 1) neighbour.
-        crossed = {
-            (0, 1): [(-1, 0), (0, 0)],
-            (1, 0): [(0, -1), (0, 0)],
-            (1, 1): [(0, 0)],
-            (1, -1): [(0, -1)],
-            (1, 2): [(0, 0), (0, 1)],
-            (1, -2): [(0, -1), (0, -2)],
-            (2, 1): [(0, 0), (1, 0)],
-            (2, -1): [(0, -1), (1, -1)],
-        }
-        starts, ends, weights = [], [], []
-        for (di, dj), subcells in crossed.items():
-            open_subcells = np.stack([shifted(fine, *subcell) for subcell in subcells])
-            allowed = open_subcells.any(axis=0) if 0 in (di, dj) else open_subcells.all(axis=0)
-            allowed &= (shifted(nodes, 0, 0) >= 0) & (shifted(nodes, di, dj) >= 0)
-            starts.append(shifted(nodes, 0, 0)[allowed])
-            ends.append(shifted(nodes, di, dj)[allowed])
-            weights.append(np.full(allowed.sum(), math.hypot(di, dj) * self.unit / self.SUBCELLS))
-        return np.concatenate(starts), np.concatenate(ends), np.concatenate(weights), int(nodes.max()) + 1
-
-    def _links(self, xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The nodes on the borders of each free point's cell and of the four beside it, as far as they are free.
-
-        All are in the point's sight, and far enough to leave it at nearly any angle. For points [P, 2], returns
-        nodes [P, 124] int and straight distances [P, 124], infinite where there is no node.
-        """
-        side = np.arange(self.SUBCELLS + 1)
-        border = np.array([(a, b) for a in side for b in side if {a, b} & {0, self.SUBCELLS}])
-        walls = np.pad(self.maze_map, 1, constant_values=1)
-        corner = np.array([self.extent[0], self.extent[2]])
-        found, costs = [], []
-        for shift in np.array([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]):
-            cell = self.xy_to_ij(xy) + shift
-            free = walls[cell[:, 0] + 1, cell[:, 1] + 1] == 0
-            # A node that two cells share is taken once, with the point's own cell.
-            relative = border + shift * self.SUBCELLS
-            own = ((relative >= 0) & (relative <= self.SUBCELLS)).all(axis=1) & shift.any()
-            lattice = np.where(free[:, None], cell, 0)[:, None] * self.SUBCELLS + border[~own]
-            nodes = self._nodes[lattice[..., 0], lattice[..., 1]]
-            length = np.linalg.norm(lattice[..., ::-1] * (self.unit / self.SUBCELLS) + corner - xy[:, None], axis=-1)
-            found.append(np.maximum(nodes, 0))
-            costs.append(np.where((nodes >= 0) & free[:, None], length, np.inf))
-        return np.concatenate(found, axis=1), np.concatenate(costs, axis=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from running import digest, error_line
 import make_dataset
 import offline_trainer
 from ogbench_utils import Maze, TrajectoryDataset, make_env
+from opso.maze import distances
 from utils import hold_run, load_checkpoint, read_metrics, run_cli
 
 DATASET = "local/pointmaze-medium-stitch-v0"
@@ -268,7 +269,7 @@ def test_held_out_distances_are_the_mazes(dataset_dir):
             return torch.stack(last)  # the "code" is the state itself, so V sees what it is handed
 
         def value(self, z, goals):
-            distance = maze.distances_to(goals[:, 0, :2].numpy(), z[0, :, :2].numpy())
+            distance = distances(maze, goals[:, 0, :2].numpy(), z[0, :, :2].numpy())
             return torch.from_numpy(self.sign * -distance)
 
     oracle = Oracle()

@@ -25,7 +25,7 @@ BELOW_ENTRY_POINTS = (
     AGENTS
     | BENCHMARK_TOOLS
     | {"offline_data", "evaluation", "chain_run", "comparison", "comparison_jobs", "comparison_report"}
-    | {"benchmark_data", "visualize", "model", "model_kernels", "transport", "utils", "algorithms", "walker"}
+    | {"benchmark_data", "opso", "visualize", "model", "model_kernels", "transport", "utils", "algorithms", "walker"}
 )
 # What each module may import of this project; a package name stands for all that is in it.
 MAY_IMPORT = {
@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "offline_data": {*BENCHMARK_TOOLS, "utils"},
     **dict.fromkeys(BENCHMARK_TOOLS, {"downloads", "utils"}),
     "downloads": {"utils"},
+    "opso": {"opso", "ogbench_utils", "utils"},
     "evaluation": {"utils"},
     "chain_run": {"offline_data", "evaluation", "model_kernels", "transport", "visualize", "utils"},
     "benchmark_data": {"benchmark_data", *BENCHMARK_TOOLS, "utils"},

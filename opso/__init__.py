@@ -1,0 +1,1 @@
+"""OPSO: search among dataset states, episodes, and mazes for its diagnostic."""
