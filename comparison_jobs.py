@@ -24,7 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, hold_run, one_line, write_text_atomic
+from runs.directory import hold_run
+from utils import UserError, one_line, write_text_atomic
 
 HELD = "another process is training there"  # hold_run's words
 STOP_SECONDS = 20  # from an interrupt to a kill
@@ -284,7 +285,7 @@ class RayPool:
         try:
             import ray
         except ImportError:
-            raise UserError("--backend ray: needs the package ray: pip install -r requirements-cluster.txt") from None
+            raise UserError("--backend ray: needs the package ray: pip install -r requirements/cluster.txt") from None
         probe(address)
         self.ray, self.jobs, self.running = ray, jobs, {}
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from d4rl_utils import is_official
-from utils import UserError, one_line, read_episodes, read_metrics, write_text_atomic
+from runs.metrics import read_episodes, read_metrics
+from utils import UserError, one_line, write_text_atomic
 
 DRAWS = 10_000  # of the bootstrap
 STILL = 1e-6  # a distance below this is none: of two Gaussians or two points the floor is 0

@@ -36,8 +36,9 @@ import h5py
 import numpy as np
 from numpy.typing import ArrayLike
 
+from dataset_files import read_manifest
 from downloads import download
-from utils import UserError, one_line, read_manifest, warn
+from utils import UserError, one_line, warn
 
 DATASET_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 ANTMAZE_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/ant_maze_v2"

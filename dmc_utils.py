@@ -28,6 +28,7 @@ import gymnasium
 import numpy as np
 
 import utils
+from dataset_files import read_manifest, read_npz
 from utils import UserError, one_line
 
 TASKS = ("walk", "run")
@@ -233,7 +234,7 @@ def ensure_dataset(dataset_id: str, dataset_dir: str | os.PathLike | None = None
                 f"{folder.parent.parent}, or use local/{dataset_id}, which make_dataset.py makes"
             )
         return folder
-    if utils.read_manifest(manifest_path(dataset_id, dataset_dir), dataset_id) is None:
+    if read_manifest(manifest_path(dataset_id, dataset_dir), dataset_id) is None:
         flag = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
         raise UserError(
             f"{dataset_id}: no complete dataset at {folder}; make it with "
@@ -289,7 +290,7 @@ def read_episode(path: str | os.PathLike) -> dict[str, np.ndarray]:
     discounts outside [0, 1], a first row that is not a reset's.
     """
     path = Path(path)
-    episode = utils.read_npz(path, tuple(EPISODE_COLUMNS), "--data_dir", _bad_episode)
+    episode = read_npz(path, tuple(EPISODE_COLUMNS), "--data_dir", _bad_episode)
     _check_episode(path, episode)
     return episode
 

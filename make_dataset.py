@@ -36,6 +36,7 @@ from benchmark_data import overview
 from benchmark_data.check import run_check
 from benchmark_data.local import FAMILIES, find_family, generate
 from benchmark_data.maze import HUMANOID_MESSAGE
+from runs.cli import parse_config, run_cli
 from utils import UserError
 
 
@@ -121,7 +122,7 @@ def run(config: MakeDatasetConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = utils.parse_config(MakeDatasetConfig, argv, __doc__)
+    config = parse_config(MakeDatasetConfig, argv, __doc__)
     refuse_unread_flags(config)
     try:
         run(config)
@@ -136,4 +137,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

@@ -256,7 +256,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
             raise ValueError(f"backend 'cuda' runs on a GPU, but the data is on {device}: use backend 'torch'")
         if not _kernels_found():
             raise ImportError(
-                "backend 'cuda' needs mamba_ssm: pip install -r requirements-cuda.txt, or backend 'torch'"
+                "backend 'cuda' needs mamba_ssm: pip install -r requirements/cuda.txt, or backend 'torch'"
             )
         return backend
     choice = "cuda" if device.type == "cuda" and _kernels_found() else "torch"

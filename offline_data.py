@@ -4,7 +4,7 @@ hopper-medium-v2                             D4RL's own file, see d4rl_utils
 local/hopper-medium-v2                       the same recipe, made by make_dataset.py
 antmaze-medium-navigate-singletask-v0        OGBench's file with the rewards of its default task
 antmaze-medium-navigate-singletask-task3-v0  of task 3; both also as local/...
-minari/mujoco/halfcheetah/medium-v0          through Minari (pip install -r requirements-data.txt)
+minari/mujoco/halfcheetah/medium-v0          through Minari (pip install -r requirements/data.txt)
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _open_minari(dataset_id: str, dataset_dir: str | os.PathLike | None = None) 
         import minari
     except ImportError:
         raise UserError(
-            f"--dataset {dataset_id}: needs the package minari: pip install -r requirements-data.txt"
+            f"--dataset {dataset_id}: needs the package minari: pip install -r requirements/data.txt"
         ) from None
     name = dataset_id.removeprefix("minari/")
     if not re.fullmatch(r"[\w-]+(/[\w-]+)*", name):
@@ -286,7 +286,7 @@ def _make_minari(dataset_id: str, dataset_dir: str | os.PathLike | None) -> gymn
     except (gymnasium.error.Error, ImportError, ValueError) as error:
         raise UserError(
             f"--dataset {dataset_id}: its environment cannot be made here ({one_line(error)}); "
-            "pip install -r requirements-data.txt"
+            "pip install -r requirements/data.txt"
         ) from None
 
 

@@ -20,26 +20,19 @@ from model_kernels import KernelConfig, use_kernels
 from offline_agent import OfflineAgent, OfflineAgentConfig, effective_rank
 from ogbench_utils import Maze, Task, TrajectoryDataset, evaluation_tasks, make_env, parse_dataset_id
 from opso.maze import distances
-from utils import (
-    MetricLogger,
-    RandomStreams,
-    RunningMeans,
-    UserError,
-    check_bounds,
+from runs.cli import check_bounds, parse_config, run_cli
+from runs.directory import (
     check_run,
     hold_run,
     load_checkpoint,
     mark_finished,
-    parse_config,
     plain_config,
     prepare_run,
-    progress,
-    read_metrics,
-    resolve_device,
-    run_cli,
     save_checkpoint,
 )
-from visualize import plot_training_curves, plot_value_maps
+from runs.metrics import MetricLogger, RunningMeans, read_metrics
+from runs.plots import plot_training_curves, plot_value_maps
+from utils import RandomStreams, UserError, progress, resolve_device
 
 
 @dataclass
@@ -59,7 +52,7 @@ class OfflineTrainerConfig(KernelConfig, OfflineAgentConfig):
     run_dir: str | None = None  # default logs/offline/<dataset>/seed_<seed> in the current folder
     resume: bool = False  # continue the run in run_dir from its last checkpoint
     tensorboard: bool = True  # write TensorBoard events
-    wandb_project: str | None = None  # also log to Weights & Biases (requirements-tracking.txt)
+    wandb_project: str | None = None  # also log to Weights & Biases (requirements/tracking.txt)
     plot_maps: bool = True  # write value_map.png at the end
 
 

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import numpy as np
 
-import utils
+import dataset_files
+from dataset_files import read_npz
 from downloads import download
 from utils import LateImport, UserError
 
@@ -162,7 +163,7 @@ def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     one row.
     """
     path = Path(path)
-    arrays = utils.read_npz(path, ("observations", "actions", "terminals"), "--dataset_dir", _bad_file)
+    arrays = read_npz(path, ("observations", "actions", "terminals"), "--dataset_dir", _bad_file)
     for key in ("observations", "actions"):
         array = arrays[key]
         if array.ndim != 2 or array.shape[1] == 0:
@@ -219,7 +220,7 @@ def read_manifest(dataset_id: str, dataset_dir: str | os.PathLike | None = None)
     Complete means: manifest, train and val file are there and the files have the sizes the manifest says.
     """
     train_path, val_path, manifest_path = dataset_paths(dataset_id, dataset_dir)
-    manifest = utils.read_manifest(manifest_path, dataset_id)
+    manifest = dataset_files.read_manifest(manifest_path, dataset_id)
     return manifest if manifest and set(manifest["files"]) == {train_path.name, val_path.name} else None
 
 

@@ -38,28 +38,19 @@ from ogbench_utils import (
     seeded_reset,
 )
 from online_agent import Navigator, OnlineAgent, OnlineAgentConfig, StateGraph
-from utils import (
-    EpisodeReplay,
-    MetricLogger,
-    RandomStreams,
-    RunningMeans,
-    UserError,
-    check_bounds,
+from runs.cli import check_bounds, parse_config, run_cli
+from runs.directory import (
     check_run,
     hold_run,
     load_checkpoint,
     mark_finished,
-    parse_config,
     plain_config,
     prepare_run,
-    progress,
-    read_metrics,
-    resolve_device,
-    run_cli,
     save_checkpoint,
-    write_text_atomic,
 )
-from visualize import plot_online_curves, plot_paths
+from runs.metrics import MetricLogger, RunningMeans, read_metrics
+from runs.plots import plot_online_curves, plot_paths
+from utils import EpisodeReplay, RandomStreams, UserError, progress, resolve_device, write_text_atomic
 
 TRAIN_SEED_OFFSET = 10**6  # training episodes are reset with seeds from here on, evaluation with those below
 
@@ -98,7 +89,7 @@ class OnlineTrainerConfig(KernelConfig, OnlineAgentConfig):
     run_dir: str | None = None  # default logs/online/<dataset>/<inverse_dynamics_data>/seed_<seed>
     resume: bool = False  # continue the run in run_dir from its last checkpoint
     tensorboard: bool = True  # write TensorBoard events
-    wandb_project: str | None = None  # also log to Weights & Biases (requirements-tracking.txt)
+    wandb_project: str | None = None  # also log to Weights & Biases (requirements/tracking.txt)
     record_video: bool = False  # write evaluation.mp4, an episode of each task (needs EGL or OSMesa)
     evaluate: str | None = None  # train nothing: evaluate this best_model.pth or last.pth, on --eval_episodes a task
 
@@ -839,7 +830,7 @@ def find_video_writer():
         import imageio.v2 as imageio
         import imageio_ffmpeg  # noqa: F401
     except ImportError:
-        raise UserError("--record_video needs imageio-ffmpeg: pip install -r requirements-video.txt") from None
+        raise UserError("--record_video needs imageio-ffmpeg: pip install -r requirements/video.txt") from None
     return imageio
 
 

@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-import chain_run
 from benchmark_data.local import generate_if_missing
-from chain_run import (
+from model import TransportActor
+from offline_data import OfflineData, load_transitions
+from pogo_agent import POGOAgent, POGOConfig
+from runs import chain
+from runs.chain import (
     Act,
     ChainRun,
     ChainRunConfig,
@@ -28,19 +31,9 @@ from chain_run import (
     evaluate_again,
     run_seeds,
 )
-from model import TransportActor
-from offline_data import OfflineData, load_transitions
-from pogo_agent import POGOAgent, POGOConfig
-from utils import (
-    UserError,
-    check_bounds,
-    load_checkpoint,
-    one_line,
-    parse_config,
-    resolve_device,
-    run_cli,
-    warn,
-)
+from runs.cli import check_bounds, parse_config, run_cli
+from runs.directory import load_checkpoint
+from utils import UserError, one_line, resolve_device, warn
 
 
 @dataclass
@@ -50,7 +43,7 @@ class POGOTrainerConfig(ChainRunConfig, POGOConfig):
 
 
 # What each number may be: smallest and largest value, ends included.
-BOUNDS = chain_run.BOUNDS | {
+BOUNDS = chain.BOUNDS | {
     **dict.fromkeys(("policy_freq", "hidden_dim"), (1, 10**9)),
     "sinkhorn_K": (2, 64),
     **dict.fromkeys(("lr", "sinkhorn_blur", "q_limit"), (1e-9, 1e9)),

@@ -36,7 +36,6 @@ import torch
 
 import pogo_main
 from algorithms.offline import make_configs, pogo_multi_main
-from chain_run import MAY_CHANGE_ON_RESUME, ChainRun, ChainRunConfig
 from comparison import queue, tables
 from comparison.queue import RUN_MODULE
 from comparison.registry import as_flags, check_keys, is_table, load_file, read_table
@@ -45,18 +44,10 @@ from comparison_report import POGO, ComparedRun, write_report
 from offline_data import is_minari, make_env, normalized_score
 from pogo_agent import POGOAgent
 from pogo_main import POGORun, POGOTrainerConfig
-from utils import (
-    RunFinished,
-    UserError,
-    check_run,
-    one_line,
-    parse_config,
-    plain_config,
-    progress,
-    resolve_device,
-    run_cli,
-    warn,
-)
+from runs.chain import MAY_CHANGE_ON_RESUME, ChainRun, ChainRunConfig
+from runs.cli import parse_config, run_cli
+from runs.directory import check_run, plain_config
+from utils import RunFinished, UserError, one_line, progress, resolve_device, warn
 
 SCRIPT = Path(pogo_main.__file__).resolve()
 POLL_SECONDS = 0.5

@@ -6,7 +6,7 @@
 A run's directory holds config.yaml, metrics.csv, policies/<env>_<step>.safetensors with a card each, learning_curve.png
 and checkpoints/last.pth, which includes the replay buffer. `make_dataset.py --experts_dir <run>/policies` uses them.
 
-Needs `pip install -r requirements-experts.txt`. One core trains about 100 steps a second.
+Needs `pip install -r requirements/experts.txt`. One core trains about 100 steps a second.
 
 Recipes: ant-xy and humanoid-xy are those of OGBench's data_gen_scripts/main_sac.py, the others SAC's published settings
 (Haarnoja et al. 2018) with two layers of 256. The ant takes the learning rate 3e-4 and 250,000 steps where OGBench
@@ -48,22 +48,10 @@ from benchmark_data.experts import (
     write_card,
     write_policy,
 )
-from utils import (
-    MetricLogger,
-    RandomStreams,
-    UserError,
-    check_bounds,
-    hold_run,
-    load_checkpoint,
-    mark_finished,
-    parse_config,
-    prepare_run,
-    progress,
-    read_metrics,
-    run_cli,
-    save_checkpoint,
-    write_bytes_atomic,
-)
+from runs.cli import check_bounds, parse_config, run_cli
+from runs.directory import hold_run, load_checkpoint, mark_finished, prepare_run, save_checkpoint
+from runs.metrics import MetricLogger, read_metrics
+from utils import RandomStreams, UserError, progress, write_bytes_atomic
 
 
 @dataclass
@@ -184,7 +172,7 @@ def stable_baselines3() -> Any:
     try:
         import stable_baselines3
     except ImportError:
-        raise UserError("training an expert needs stable-baselines3: pip install -r requirements-experts.txt") from None
+        raise UserError("training an expert needs stable-baselines3: pip install -r requirements/experts.txt") from None
     return stable_baselines3
 
 

@@ -40,10 +40,10 @@ import numpy as np
 import d4rl_utils
 import dmc_utils
 import ogbench_utils
-import utils
 from benchmark_data import check_moves, check_rows, overview
 from benchmark_data.check_files import EPISODE_NAME, FAULT, LAYOUT_NAMES, Data, Finding, only_dataset, open_data
 from benchmark_data.check_robots import RUNNER_STEPS
+from dataset_files import sha256
 from utils import UserError, write_bytes_atomic
 
 WIDTH = 100  # columns of the printed report
@@ -143,7 +143,7 @@ def check_manifest(data: Data) -> Iterator[Finding]:
     for file, (size, digest) in listed.items():
         if not file.is_file():
             yield Finding(FAULT, f"incomplete: a file that the manifest {path.name} lists is missing", file.name)
-        elif file in inside and file.stat().st_size != size or utils.sha256(file) != digest:
+        elif file in inside and file.stat().st_size != size or sha256(file) != digest:
             yield Finding(FAULT, f"size or SHA-256 is not what the manifest {path.name} says", file.name)
 
 

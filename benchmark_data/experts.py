@@ -30,7 +30,8 @@ import numpy as np
 
 import d4rl_utils
 import dmc_utils
-from utils import UserError, one_line, progress, sha256, write_bytes_atomic, write_text_atomic
+from dataset_files import sha256
+from utils import UserError, one_line, progress, write_bytes_atomic, write_text_atomic
 
 DEFAULT_EXPERTS_DIR = Path(__file__).resolve().parent.parent / "datasets" / "experts"
 CARD_EPISODES = 100  # episodes behind the returns of a card

@@ -37,6 +37,7 @@ import numpy as np
 
 import utils
 from benchmark_data import experts
+from dataset_files import read_manifest, sha256
 from utils import UserError
 
 Task = TypeVar("Task")
@@ -221,7 +222,7 @@ def _already_made(
     family: Family, plan: Plan, policies: dict[str, str], target: Path, manifest_path: Path, overwrite: bool
 ) -> bool:
     """Whether this very dataset is there. Raises UserError when another one is, unless it may be replaced."""
-    manifest = utils.read_manifest(manifest_path, plan.dataset_id)
+    manifest = read_manifest(manifest_path, plan.dataset_id)
     if manifest is None:
         return False
     count = f"num_{family.unit}"
@@ -310,7 +311,7 @@ def _describe(path: Path) -> dict[str, Any]:
     """Size and hash of a file, which is on the disk when this returns."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": utils.sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _hash_policy(path: Path) -> str:
@@ -318,7 +319,7 @@ def _hash_policy(path: Path) -> str:
     if not path.is_file():
         raise experts.missing_policy(path)
     experts.read_named_policy(path)
-    return utils.sha256(path)
+    return sha256(path)
 
 
 def _versions() -> dict[str, str]:

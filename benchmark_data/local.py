@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import utils
 from benchmark_data import generation, overview
 from benchmark_data.d4rl import D4RLFamily
 from benchmark_data.experts import DEFAULT_EXPERTS_DIR as EXPERTS_DIR
 from benchmark_data.generation import Family, Plan
 from benchmark_data.maze import HUMANOID_MESSAGE, MazeFamily
 from benchmark_data.walker import WalkerFamily
+from dataset_files import read_manifest
 from utils import UserError
 
 FAMILIES: tuple[Family, ...] = (MazeFamily(), D4RLFamily(), WalkerFamily())
@@ -61,6 +61,6 @@ def generate_if_missing(dataset_id: str, dataset_dir: str | os.PathLike | None =
     """Make a local dataset that is not there, of the default size and seed; leave all others alone."""
     for family in FAMILIES:
         if dataset_id in family.ids:
-            if utils.read_manifest(family.manifest_path(dataset_id, dataset_dir), dataset_id) is None:
+            if read_manifest(family.manifest_path(dataset_id, dataset_dir), dataset_id) is None:
                 generate(dataset_id, dataset_dir=dataset_dir, jobs=jobs)
             return

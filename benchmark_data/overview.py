@@ -11,8 +11,8 @@ from pathlib import Path
 import d4rl_utils
 import dmc_utils
 import ogbench_utils
-import utils
 from benchmark_data.generation import Family
+from dataset_files import read_manifest
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def local_groups(families: Iterable[Family], dataset_dir: str | os.PathLike | No
 
 
 def _local_row(family: Family, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Row:
-    manifest = utils.read_manifest(family.manifest_path(dataset_id, dataset_dir), dataset_id)
+    manifest = read_manifest(family.manifest_path(dataset_id, dataset_dir), dataset_id)
     if manifest is None:
         return Row(
             dataset_id,

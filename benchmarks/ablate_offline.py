@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmark_data.local import generate_if_missing
 from benchmarks.ablation import check_variants, print_table, run_variants, train
-from utils import parse_config, run_cli
+from runs.cli import parse_config, run_cli
 
 VARIANTS = {
     "all losses": [],

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark_data.local import generate_if_missing
 from benchmarks.ablation import check_variants, print_table, run_variants, train
 from comparison_report import last_tenth
-from utils import parse_config, read_metrics, run_cli
+from runs.cli import parse_config, run_cli
+from runs.metrics import read_metrics
 
 VARIANTS = {
     "default": [],

@@ -14,7 +14,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, load_yaml, progress
+from runs.cli import load_yaml
+from utils import UserError, progress
 
 Figures = dict[str, float]
 

@@ -35,18 +35,10 @@ from algorithms.offline.pogo_multi import ChainConfig, MultiActor
 from algorithms.offline.pogo_multi_main import ALGORITHMS
 from benchmarks import corl, peers
 from benchmarks.turns import Contestant, choose_clock, claim, median_rates, on_device
-from utils import (
-    GraphedStep,
-    ReplayBuffer,
-    RunningMeans,
-    UserError,
-    check_bounds,
-    parse_config,
-    progress,
-    resolve_device,
-    run_cli,
-    warn,
-)
+from runs.cli import check_bounds, parse_config, run_cli
+from runs.cuda_graphs import GraphedStep
+from runs.metrics import RunningMeans
+from utils import ReplayBuffer, UserError, progress, resolve_device, warn
 
 NAMES = ("td3_bc", "iql", "iql_deterministic", "awac", "cql", "sac_n", "edac")
 OTHER_WORK = {("cql", "unifloral")}  # shown, but no measure of ours

@@ -5,7 +5,7 @@
 
 The candidates take turns, so that a machine whose speed drifts drifts for all of them; medians are printed. A peer that
 is not installed is left out, which is said: transformers is in requirements-dev.txt, mamba_ssm in
-requirements-cuda.txt.
+requirements/cuda.txt.
 """
 
 import importlib.util
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import Mamba2
-from utils import check_counts, parse_config, resolve_device, run_cli
+from runs.cli import check_counts, parse_config, run_cli
+from utils import resolve_device
 
 
 @dataclass

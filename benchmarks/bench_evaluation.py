@@ -21,12 +21,12 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import chain_run
 import d4rl_utils
 import offline_data
 from benchmark_data import experts
-from evaluation import Evaluator, episode_seeds
-from utils import check_bounds, parse_config, run_cli
+from runs import chain
+from runs.cli import check_bounds, parse_config, run_cli
+from runs.evaluation import Evaluator, episode_seeds
 
 
 @dataclass
@@ -88,7 +88,7 @@ def all_at_once(actors: list[Actor], evaluator: Evaluator, seeds: list[int]) -> 
     """The same as pogo_main.py evaluates."""
     size = actors[0].mean[0].in_features
     normalizer = (torch.zeros(size), torch.ones(size))
-    found = chain_run.play(evaluator, actors, actors[0].action_dim, *normalizer, seeds, 0, "all at once")
+    found = chain.play(evaluator, actors, actors[0].action_dim, *normalizer, seeds, 0, "all at once")
     return found.returns, int(found.lengths.sum())
 
 

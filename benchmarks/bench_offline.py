@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from offline_agent import OfflineAgent, OfflineAgentConfig
 from offline_trainer import sample_batch
 from ogbench_utils import TrajectoryDataset
-from utils import check_counts, parse_config, resolve_device, run_cli
+from runs.cli import check_counts, parse_config, run_cli
+from utils import resolve_device
 
 
 @dataclass

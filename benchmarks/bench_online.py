@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import OfflineModel
 from ogbench_utils import make_env, seeded_reset
 from online_agent import Navigator, OnlineAgent, OnlineAgentConfig, StateGraph
-from utils import check_counts, parse_config, run_cli
+from runs.cli import check_counts, parse_config, run_cli
 
 DATASET = "antmaze-medium-navigate-v0"
 FAR = 300.0  # steps that a squared distance of the untrained metric counts as

@@ -36,19 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import peers
 from benchmarks.turns import Contestant, choose_clock, claim, median_rates, on_device
 from pogo_agent import POGOAgent, POGOConfig
-from utils import (
-    GraphedStep,
-    ReplayBuffer,
-    SideBySide,
-    UserError,
-    check_bounds,
-    check_counts,
-    one_line,
-    parse_config,
-    resolve_device,
-    run_cli,
-    warn,
-)
+from runs.cli import check_bounds, check_counts, parse_config, run_cli
+from runs.cuda_graphs import GraphedStep, SideBySide
+from utils import ReplayBuffer, UserError, one_line, resolve_device, warn
 
 PEERS = ("plain scheme", "published agent", "plain JAX")
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from runs.cli import check_counts, parse_config, run_cli
 from transport import MAX_EXACT, box_diameter, sinkhorn
-from utils import UserError, check_counts, parse_config, resolve_device, run_cli
+from utils import UserError, resolve_device
 
 
 @dataclass

@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.turns import claim
 from benchmarks.update_worker import UPDATES
-from utils import UserError, check_counts, one_line, parse_config, progress, resolve_device, run_cli, warn
+from runs.cli import check_counts, parse_config, run_cli
+from utils import UserError, one_line, progress, resolve_device, warn
 
 
 @dataclass

@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmark_data.generation import Family
 from benchmark_data.local import FAMILIES, find_family, generate_if_missing
-from utils import UserError, parse_config, read_manifest, run_cli
+from dataset_files import read_manifest
+from runs.cli import parse_config, run_cli
+from utils import UserError
 
 
 @dataclass

@@ -30,7 +30,8 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import UserError, check_bounds, one_line, parse_config, run_cli, write_text_atomic
+from runs.cli import check_bounds, parse_config, run_cli
+from utils import UserError, one_line, write_text_atomic
 
 # name: ours 12.3 (eager), peer 4.5 ms, ratio 2.73
 CLAIM = re.compile(r"^(\S+): ours ([\d.]+.*?), peer ([\d.]+.*?), ratio ([\d.]+)(.*)$", re.MULTILINE)

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark_data.local import generate_if_missing
 from benchmarks.ablation import print_table
 from offline_data import load_transitions, make_env, normalized_score
-from utils import UserError, check_counts, load_yaml, parse_config, progress, run_cli, write_text_atomic
+from runs.cli import check_counts, load_yaml, parse_config, run_cli
+from utils import UserError, progress, write_text_atomic
 
 
 @dataclass

@@ -251,7 +251,7 @@ def _flags(path: Path, where: str, command: str, flags: Any) -> tuple[tuple[str,
 
 def settings_of(run: Run, arguments: list[str]) -> Any:
     """The settings of a run's process, as its command reads them. Raises UserError for flags that it does not have."""
-    from utils import parse_config
+    from runs.cli import parse_config
 
     command = COMMANDS[run.command]
     found = getattr(importlib.import_module(run.command), command.settings)

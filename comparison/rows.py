@@ -122,7 +122,7 @@ def _text(value: Any) -> str:
 
 def _stored(run_dir: Path) -> dict[str, Any]:
     """The run's config.yaml."""
-    from utils import load_yaml
+    from runs.cli import load_yaml
 
     return load_yaml(run_dir / "config.yaml")
 
@@ -134,7 +134,7 @@ def check_settings(run: Run, log_dir: str | Path, dataset_dir: str | None) -> No
     filled in by the command.
     """
     from comparison.registry import settings_of
-    from utils import plain_config
+    from runs.directory import plain_config
 
     machine = {"device", "eval_workers", "tensorboard", "cuda_graph", "resume", "dataset_dir", "data_dir"}
     machine |= {"offline_run_dir", "run_dir"}
@@ -169,7 +169,7 @@ def _walker(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _chain(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A row for each actor and mode, from training/evaluations.csv."""
-    from utils import read_episodes
+    from runs.metrics import read_episodes
 
     final: dict[tuple[int, str], list[dict]] = {}
     training: dict[tuple[int, str], dict[int, list[float]]] = {}
@@ -196,7 +196,7 @@ def _opso(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
             value = {"mean": float(summary[name]), "score": float(summary[name])}
             yield {"task": name, "updates": summary["updates"], "environment_steps": 0, **value}
         return
-    from utils import read_metrics
+    from runs.metrics import read_metrics
 
     metrics, episodes = read_metrics(run_dir), int(_stored(run_dir)["eval_episodes"])
     names = ["eval/success_rate", *sorted(name for name in summary if name.startswith("eval/success_task"))]
@@ -234,7 +234,7 @@ def data_facts(ids: list[str], dataset_dir: str | None) -> tuple[int | str, str]
     Empty texts for no data, and where a manifest is gone.
     """
     from benchmark_data.local import find_family
-    from utils import read_manifest
+    from dataset_files import read_manifest
 
     manifests = []
     for dataset_id in ids:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import run_cli
+from runs.cli import run_cli
 
 
 def digest(path: Path) -> str:

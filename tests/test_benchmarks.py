@@ -28,7 +28,7 @@ from benchmarks import (
 )
 from offline_data import load_transitions, normalized_score
 from pogo_agent import POGOAgent, POGOConfig
-from utils import parse_config
+from runs.cli import parse_config
 
 STAND_IN = """
 import torch

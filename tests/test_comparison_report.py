@@ -14,7 +14,8 @@ import pytest
 
 import comparison_report
 from comparison_report import ComparedRun, bootstrap_interval, collect, iqm, mean, write_report
-from utils import EpisodeLog, MetricLogger, UserError
+from runs.metrics import EpisodeLog, MetricLogger
+from utils import UserError
 
 OFFICIAL = {"hopper-medium-v2": 999_906, "walker2d-medium-v2": 999_995, "local/hopper-medium-v2": 100_000}
 STEPS = (100, 200, 300)

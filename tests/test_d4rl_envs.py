@@ -18,7 +18,7 @@ import torch
 import d4rl_utils
 import offline_data
 from d4rl_utils import AntMaze, QuickRunner, make_env, normalized_score, official_ids
-from evaluation import Evaluator, episode_seeds
+from runs.evaluation import Evaluator, episode_seeds
 from utils import ProcessDied, UserError
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -253,8 +253,8 @@ def test_ctrl_c_ends_all_processes_in_one_line(tmp_path, repository):
             import functools, sys
             import numpy as np
             import offline_data
-            from evaluation import Evaluator
-            from utils import run_cli
+            from runs.evaluation import Evaluator
+            from runs.cli import run_cli
 
             def policy(observations, alive):
                 print("step", flush=True)

@@ -22,7 +22,8 @@ from d4rl_utils import (
     parse_dataset_id,
     replay,
 )
-from utils import UserError, read_manifest
+from dataset_files import read_manifest
+from utils import UserError
 
 SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6), "walker2d": (17, 6)}
 MEDIUM, REPLAY = "local/hopper-medium-v2", "local/hopper-medium-replay-v2"

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 import d4rl_utils
+import dataset_files
 import dmc_utils
 import make_dataset
 import ogbench_utils
-import utils
 from benchmark_data import experts, generation, maze
 from benchmark_data.local import generate, generate_if_missing
 from benchmark_data.maze import OracleWaypoints, cell_distances, vertex_cells
@@ -221,12 +221,12 @@ def test_a_manifest_names_no_file_outside_its_folder(stitch_dir, tmp_path, name)
     (tmp_path / "else.npz").write_bytes(b"1")
     manifest["files"][name.format(folder=tmp_path)] = {"bytes": 1}
     (folder / FILES[1]).write_text(json.dumps(manifest))
-    assert utils.read_manifest(folder / FILES[1], STITCH) is None
+    assert dataset_files.read_manifest(folder / FILES[1], STITCH) is None
 
 
 def test_a_manifest_nested_too_deeply_is_none(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 200_000)
-    assert utils.read_manifest(tmp_path / "deep.json", STITCH) is None
+    assert dataset_files.read_manifest(tmp_path / "deep.json", STITCH) is None
 
 
 @pytest.mark.parametrize("name", [FILES[0], FILES[2]])

@@ -18,7 +18,7 @@ from algorithms.offline.iql import IQL, IQLConfig
 from algorithms.offline.sac_n import SACN, SACNConfig
 from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
 from model import MLP, EnsembleCritic
-from utils import GraphedStep
+from runs.cuda_graphs import GraphedStep
 
 D, A, N, WIDTH, UPDATES = 5, 3, 16, 16, 30
 SIZES = (D, A, 1.0)

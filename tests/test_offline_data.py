@@ -132,7 +132,7 @@ def test_ids_of_no_single_task(name, tmp_path):
 def test_minari_missing_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "minari", None)
     for ask in (load_transitions, make_env):
-        with pytest.raises(UserError, match="minari/mujoco/hopper/medium-v0: needs .*requirements-data.txt"):
+        with pytest.raises(UserError, match="minari/mujoco/hopper/medium-v0: needs .*requirements/data.txt"):
             ask("minari/mujoco/hopper/medium-v0")
 
 

@@ -18,7 +18,9 @@ import make_dataset
 import offline_trainer
 from ogbench_utils import Maze, TrajectoryDataset, make_env
 from opso.maze import distances
-from utils import hold_run, load_checkpoint, read_metrics, run_cli
+from runs.cli import run_cli
+from runs.directory import hold_run, load_checkpoint
+from runs.metrics import read_metrics
 
 DATASET = "local/pointmaze-medium-stitch-v0"
 TINY_SETTINGS = {

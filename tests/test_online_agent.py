@@ -12,7 +12,8 @@ from model import OfflineModel
 from ogbench_utils import NEVER
 from online_agent import Navigator, OnlineAgent, OnlineAgentConfig, StateGraph
 from online_trainer import CodeSet, sample_batch, sample_pairs
-from utils import EpisodeReplay, load_checkpoint, save_checkpoint
+from runs.directory import load_checkpoint, save_checkpoint
+from utils import EpisodeReplay
 
 SETTINGS = {
     **{"lr": 1e-3, "tau": 0.1, "expectile": 0.9, "horizon": 5, "subgoal_steps": 4, "state_temperature": 0.3},

@@ -25,7 +25,10 @@ from ogbench_utils import TrajectoryDataset
 from ogbench_utils import make_env as make_full_env
 from online_agent import OnlineAgent, StateGraph
 from online_trainer import EnvPool, OnlineRun, OnlineTrainerConfig
-from utils import RandomStreams, hold_run, load_checkpoint, parse_config, read_metrics, run_cli, save_checkpoint
+from runs.cli import parse_config, run_cli
+from runs.directory import hold_run, load_checkpoint, save_checkpoint
+from runs.metrics import read_metrics
+from utils import RandomStreams
 
 DATASET = "local/pointmaze-medium-stitch-v0"
 STEPS = 12  # of an episode

@@ -10,8 +10,9 @@ from torch import nn
 
 from model import MLP, EnsembleCritic, TransportActor
 from pogo_agent import POGOAgent, POGOConfig
+from runs.cuda_graphs import GraphedStep
+from runs.directory import load_checkpoint, save_checkpoint
 from transport import box_diameter, sinkhorn
-from utils import GraphedStep, load_checkpoint, save_checkpoint
 
 D, A, N = 5, 3, 32
 

@@ -13,22 +13,15 @@ import pytest
 import torch
 from running import digest, error_line
 
-import chain_run
 import make_dataset
 import pogo_main
-from evaluation import episode_seeds
 from pogo_main import POGORun, POGOTrainerConfig
-from utils import (
-    RunFinished,
-    UserError,
-    hold_run,
-    load_checkpoint,
-    parse_config,
-    read_episodes,
-    read_metrics,
-    run_cli,
-    save_checkpoint,
-)
+from runs import chain
+from runs.cli import parse_config, run_cli
+from runs.directory import hold_run, load_checkpoint, save_checkpoint
+from runs.evaluation import episode_seeds
+from runs.metrics import read_episodes, read_metrics
+from utils import RunFinished, UserError
 
 DATASET = "local/hopper-medium-v2"
 TINY = {
@@ -42,7 +35,7 @@ WEIGHTS = ["--w2_weights", "0.4", "1"]
 @pytest.fixture(scope="module", autouse=True)
 def short_episodes():
     """Episodes of a few steps, so that an evaluation takes no time."""
-    make = chain_run.make_env
+    make = chain.make_env
 
     def shortened(*arguments):
         env = make(*arguments)
@@ -50,7 +43,7 @@ def short_episodes():
         return env
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chain_run, "make_env", shortened)
+        patch.setattr(chain, "make_env", shortened)
         yield
 
 
@@ -115,7 +108,7 @@ def test_a_run_writes_all_its_outputs(finished):
     assert (finished / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((finished / "finished.json").read_text())
     assert summary["steps"] == 12 and summary["dataset"] == DATASET and summary["w2_weights"] == [0.4, 1.0]
-    assert {f"actor_{i}/{mode}/score" for i in (0, 1) for mode in chain_run.MODES} <= set(summary)
+    assert {f"actor_{i}/{mode}/score" for i in (0, 1) for mode in chain.MODES} <= set(summary)
 
 
 def test_the_rows_hold_the_chain(finished):
@@ -134,7 +127,7 @@ def test_every_episode_is_kept_and_the_scores_are_theirs(finished):
     assert {row["step"] for row in final} == {12} and {row["episode"] for row in final} == {0, 1, 2, 3}
     summary = json.loads((finished / "finished.json").read_text())
     for actor in (0, 1):
-        for mode in chain_run.MODES:
+        for mode in chain.MODES:
             own = [row for row in final if (row["actor"], row["mode"]) == (actor, mode)]
             assert all(row["score"] == pytest.approx(100 * (row["return"] + 20.272305) / 3254.572305) for row in own)
             assert summary[f"actor_{actor}/{mode}/score"] == pytest.approx(np.mean([row["score"] for row in own]))
@@ -148,7 +141,7 @@ def test_the_evaluation_block_is_printed(arguments, tmp_path, capsys):
     train(arguments(tmp_path / "run"))
     out = capsys.readouterr()
     block = (out.out + out.err).split("Update 6.\nEvaluation over 2 episodes:\n")[1].splitlines()[:4]
-    for line, (actor, mode) in zip(block, [(i, mode) for i in (0, 1) for mode in chain_run.MODES], strict=True):
+    for line, (actor, mode) in zip(block, [(i, mode) for i in (0, 1) for mode in chain.MODES], strict=True):
         assert line.startswith(f"  Actor {actor} - {mode.capitalize()}: ") and ", D4RL score: " in line
 
 
@@ -156,7 +149,7 @@ def test_evaluation_equals_stepping_one_environment_by_hand(arguments, tmp_path,
     run = POGORun(parse_config(POGOTrainerConfig, [*arguments(tmp_path / "run"), "--no_tensorboard"]))
     seeds = episode_seeds(5, 2)
     played = run.play(seeds, 7, "evaluate")
-    env = chain_run.make_env(DATASET)
+    env = chain.make_env(DATASET)
     for actor in (0, 1):
         for episode, seed in enumerate(seeds):
             observation, total, over = env.reset(seed=seed)[0], 0.0, False
@@ -418,8 +411,8 @@ def test_seeds_that_were_cut_at_different_updates_come_together(
     train_until(stop_at, flags, 1, method)
     checkpoints = [folder(seed) / "checkpoints" / "last.pth" for seed in range(3)]
     assert [load_checkpoint(path)["step"] if path.exists() else 0 for path in checkpoints] == reached
-    make_update = chain_run.make_update
-    monkeypatch.setattr(chain_run, "make_update", lambda runs: groups.append(len(runs)) or make_update(runs))
+    make_update = chain.make_update
+    monkeypatch.setattr(chain, "make_update", lambda runs: groups.append(len(runs)) or make_update(runs))
     train([*flags, "--resume"])
     assert groups == ([3] if len(set(reached)) == 1 else [2, 3] if reached[0] == 6 else [2])
     for seed, run_dir in alone.items():

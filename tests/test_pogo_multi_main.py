@@ -10,12 +10,13 @@ import torch
 import yaml
 from running import digest, error_line
 
-import chain_run
 import make_dataset
 from algorithms.offline import make_configs, pogo_multi_main
 from algorithms.offline.pogo_multi_main import ALGORITHMS, MultiRun, find_config
 from offline_data import load_transitions
-from utils import load_checkpoint, read_episodes, read_metrics
+from runs import chain
+from runs.directory import load_checkpoint
+from runs.metrics import read_episodes, read_metrics
 
 DATASET = "local/hopper-medium-v2"
 TINY = {
@@ -30,7 +31,7 @@ exits = functools.partial(error_line, pogo_multi_main.main)
 @pytest.fixture(scope="module", autouse=True)
 def short_episodes():
     """Episodes of a few steps, so that an evaluation takes no time."""
-    make = chain_run.make_env
+    make = chain.make_env
 
     def shortened(*arguments):
         env = make(*arguments)
@@ -38,7 +39,7 @@ def short_episodes():
         return env
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chain_run, "make_env", shortened)
+        patch.setattr(chain, "make_env", shortened)
         patch.setattr(MultiRun, "plot", lambda run: None)
         yield
 

@@ -27,7 +27,8 @@ from comparison import queue, rows, tables
 from comparison.registry import COMMANDS, check_flags, read_table, settings_of
 from comparison_jobs import Job
 from make_dataset import generate
-from utils import UserError, plain_config
+from runs.directory import plain_config
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 AGENT = {"method": "random", "command": "walker.agent", "flags": {"episodes": 2}}

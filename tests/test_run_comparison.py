@@ -27,7 +27,10 @@ import make_dataset
 import run_comparison
 from pogo_main import POGOTrainerConfig
 from run_comparison import expand
-from utils import UserError, hold_run, parse_config, read_metrics, run_cli
+from runs.cli import parse_config, run_cli
+from runs.directory import hold_run
+from runs.metrics import read_metrics
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,9 +100,10 @@ os.replace(run_dir / "finished.tmp", run_dir / "finished.json")
 START = """
 import sys
 sys.path.insert(0, {root!r})
-import run_comparison, utils
+import run_comparison
+from runs.cli import run_cli
 run_comparison.SCRIPT = {script!r}
-utils.run_cli(run_comparison.main)
+run_cli(run_comparison.main)
 """
 SECOND = 0.02  # of an update of ten, in the trainer above; `learning_rate` sets it
 BASE = {
@@ -492,7 +496,7 @@ def test_bad_flags_are_named(place, capsys, monkeypatch):
     assert "--conifg" in exits(capsys, "--conifg", "x")
     monkeypatch.setitem(sys.modules, "ray", None)
     line = exits(capsys, *place.flags("--backend", "ray", "--address", "auto"))
-    assert "requirements-cluster.txt" in line
+    assert "requirements/cluster.txt" in line
     assert not place.ledger()
 
 

@@ -16,8 +16,10 @@ import torch
 
 import train_expert
 from benchmark_data.experts import evaluate_policy, make_expert_env, read_card, read_policy
+from runs.directory import hold_run, load_checkpoint
+from runs.metrics import read_metrics
 from train_expert import ExpertRun, SeededEpisodes, TrainExpertConfig, build_model, extract_policy
-from utils import RunFinished, UserError, hold_run, load_checkpoint, read_metrics
+from utils import RunFinished, UserError
 
 needs_sb3 = pytest.mark.skipif(importlib.util.find_spec("stable_baselines3") is None, reason="needs stable-baselines3")
 TINY = {
@@ -333,7 +335,7 @@ def test_bad_input_is_one_line(arguments, words, tmp_path, monkeypatch):
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
-    with pytest.raises(UserError, match="pip install -r requirements-experts.txt"):
+    with pytest.raises(UserError, match="pip install -r requirements/experts.txt"):
         train_expert.main(["--env", "hopper"])
     assert not os.listdir(tmp_path)
 

@@ -17,7 +17,11 @@ import torch
 import yaml
 
 import utils
-from utils import MetricLogger, RandomStreams, ReplayBuffer, RunFinished, UserError, parse_config
+from dataset_files import read_npz
+from runs.cli import check_counts, parse_config, run_cli
+from runs.directory import load_checkpoint, mark_finished, prepare_run, save_checkpoint
+from runs.metrics import MetricLogger, RunningMeans, read_metrics
+from utils import RandomStreams, ReplayBuffer, RunFinished, UserError
 
 
 @dataclass
@@ -145,9 +149,9 @@ def test_resuming_a_named_run_takes_its_settings(tmp_path):
 
 
 def test_counts_below_one_are_named():
-    utils.check_counts(SmallConfig(seed=1, limit=1))
+    check_counts(SmallConfig(seed=1, limit=1))
     with pytest.raises(UserError, match="--seed 0: at least 1"):
-        utils.check_counts(SmallConfig(seed=0))
+        check_counts(SmallConfig(seed=0))
 
 
 @pytest.mark.parametrize("damage", [b"'shape': (2,", b"'shape': )2,)"])
@@ -159,7 +163,7 @@ def test_a_damaged_array_header_is_one_line(tmp_path, damage):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("observations.npy", content)
     with pytest.raises(UserError, match="data.npz: not a readable npz"):
-        utils.read_npz(path, ("observations",), "--dataset_dir", lambda file, fault: UserError(f"{file}: {fault}"))
+        read_npz(path, ("observations",), "--dataset_dir", lambda file, fault: UserError(f"{file}: {fault}"))
 
 
 @pytest.mark.parametrize("unpacked", [None, 8 * 10**12 + 128])
@@ -172,7 +176,7 @@ def test_an_array_gets_no_memory_that_its_file_cannot_fill(tmp_path, unpacked):
         archive.filelist[0].file_size = unpacked or archive.filelist[0].file_size
     words = "cannot unpack to 8,000,000,000,128 bytes" if unpacked else r"declares \(1000000000000, 2\) .* and holds 8"
     with pytest.raises(UserError, match=f"data.npz: not a readable npz .*observations {words}"):
-        utils.read_npz(path, ("observations",), "--dataset_dir", lambda file, fault: UserError(f"{file}: {fault}"))
+        read_npz(path, ("observations",), "--dataset_dir", lambda file, fault: UserError(f"{file}: {fault}"))
 
 
 def test_missing_config_file_is_named(tmp_path):
@@ -215,7 +219,7 @@ def raising(error):
 )
 def test_run_cli_prints_one_line(capsys, error, code, words):
     with pytest.raises(SystemExit) as caught:
-        utils.run_cli(raising(error))
+        run_cli(raising(error))
     shown = capsys.readouterr()
     assert caught.value.code == code
     assert words in shown.err and shown.err.count("\n") == 1 and not shown.out
@@ -223,11 +227,11 @@ def test_run_cli_prints_one_line(capsys, error, code, words):
 
 def test_run_cli_reports_a_finished_run_and_keeps_tracebacks_of_defects(capsys):
     with pytest.raises(SystemExit) as caught:
-        utils.run_cli(raising(RunFinished("logs/a: finished")))
+        run_cli(raising(RunFinished("logs/a: finished")))
     assert caught.value.code == 0 and capsys.readouterr().out == "logs/a: finished\n"
     with pytest.raises(FileNotFoundError):
-        utils.run_cli(raising(FileNotFoundError(errno.ENOENT, "none")))
-    utils.run_cli(lambda argv: None)
+        run_cli(raising(FileNotFoundError(errno.ENOENT, "none")))
+    run_cli(lambda argv: None)
 
 
 # --- device and randomness -------------------------------------------------------------------------------------------
@@ -270,10 +274,10 @@ def test_initialising_is_reproducible_and_leaves_the_global_generator_alone():
 def test_streams_continue_exactly_from_a_checkpoint(tmp_path):
     streams = RandomStreams(5)
     torch.rand(7, generator=streams.sampling), torch.randn(3, generator=streams.policy)
-    utils.save_checkpoint(tmp_path / "a.pth", streams.state_dict())
+    save_checkpoint(tmp_path / "a.pth", streams.state_dict())
     expected = torch.rand(9, generator=streams.sampling), torch.randn(9, generator=streams.policy)
     resumed = RandomStreams(0)
-    resumed.load_state_dict(utils.load_checkpoint(tmp_path / "a.pth"))
+    resumed.load_state_dict(load_checkpoint(tmp_path / "a.pth"))
     assert torch.equal(torch.rand(9, generator=resumed.sampling), expected[0])
     assert torch.equal(torch.randn(9, generator=resumed.policy), expected[1])
     assert (resumed.init_seed, resumed.evaluation_seed) == (streams.init_seed, streams.evaluation_seed)
@@ -325,10 +329,10 @@ def training_state():
 
 def test_checkpoint_reads_back_and_its_bytes_are_deterministic(tmp_path):
     paths = [tmp_path / "deep" / name for name in ("a.pth", "b.pth", "c.pth")]
-    utils.save_checkpoint(paths[0], training_state())
-    utils.save_checkpoint(paths[1], training_state())
-    loaded = utils.load_checkpoint(paths[0])
-    utils.save_checkpoint(paths[2], loaded)
+    save_checkpoint(paths[0], training_state())
+    save_checkpoint(paths[1], training_state())
+    loaded = load_checkpoint(paths[0])
+    save_checkpoint(paths[2], loaded)
     assert paths[0].read_bytes() == paths[1].read_bytes() == paths[2].read_bytes()
     assert loaded["step"] == 12 and loaded["extra"] == [1, 2.5, None, True, ("a", "step")]
     for name, value in training_state()["network"].items():
@@ -337,47 +341,49 @@ def test_checkpoint_reads_back_and_its_bytes_are_deterministic(tmp_path):
 
 
 def test_checkpoint_stores_a_view_and_not_the_memory_behind_it(tmp_path):
-    utils.save_checkpoint(tmp_path / "a.pth", {"row": torch.zeros(1000, 1000)[0]})
+    save_checkpoint(tmp_path / "a.pth", {"row": torch.zeros(1000, 1000)[0]})
     assert (tmp_path / "a.pth").stat().st_size < 20_000
 
 
 def test_unreadable_values_are_refused_before_writing(tmp_path):
     with pytest.raises(TypeError, match=r"state\['a'\]\[0\] is a ndarray"):
-        utils.save_checkpoint(tmp_path / "a.pth", {"a": [np.zeros(2)]})
+        save_checkpoint(tmp_path / "a.pth", {"a": [np.zeros(2)]})
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, monkeypatch, broken):
     path = tmp_path / "last.pth"
-    utils.save_checkpoint(path, {"step": 1})
+    save_checkpoint(path, {"step": 1})
 
     def fail(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
         patch.setattr(os, broken, fail)
-        utils.save_checkpoint(path, {"step": 2})
+        save_checkpoint(path, {"step": 2})
     assert caught.value.filename == str(path) and caught.value.errno == errno.ENOSPC
-    assert list(tmp_path.iterdir()) == [path] and utils.load_checkpoint(path) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path] and load_checkpoint(path) == {"step": 1}
 
 
 def test_full_disk_in_a_real_process_ends_in_one_line(tmp_path, repository):
     """A file size limit makes the kernel cut the write short, as a full disk does."""
     program = """if True:
-        import resource, torch, utils
+        import resource, torch
+        from runs.cli import run_cli
+        from runs.directory import save_checkpoint
         def main(argv):
-            utils.save_checkpoint("last.pth", {"step": 1})
+            save_checkpoint("last.pth", {"step": 1})
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-            utils.save_checkpoint("last.pth", {"step": 2, "big": torch.zeros(100_000)})
-        utils.run_cli(main)
+            save_checkpoint("last.pth", {"step": 2, "big": torch.zeros(100_000)})
+        run_cli(main)
     """
     environment = os.environ | {"PYTHONPATH": str(repository)}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: last.pth: the disk is full") and done.stderr.count("\n") == 1
-    assert os.listdir(tmp_path) == ["last.pth"] and utils.load_checkpoint(tmp_path / "last.pth") == {"step": 1}
+    assert os.listdir(tmp_path) == ["last.pth"] and load_checkpoint(tmp_path / "last.pth") == {"step": 1}
 
 
 class Exploit:
@@ -410,13 +416,13 @@ def test_damaged_checkpoint_is_one_line_with_the_remedy(tmp_path, monkeypatch, k
     monkeypatch.chdir(tmp_path)
     (tmp_path / "last.pth").write_bytes(damaged_files()[kind])
     with pytest.raises(UserError, match=r"last\.pth.*give another, or move it away"):
-        utils.load_checkpoint(tmp_path / "last.pth")
+        load_checkpoint(tmp_path / "last.pth")
     assert os.listdir(tmp_path) == ["last.pth"]
 
 
 def test_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.pth"):
-        utils.load_checkpoint(tmp_path / "none.pth")
+        load_checkpoint(tmp_path / "none.pth")
 
 
 # --- replay ----------------------------------------------------------------------------------------------------------
@@ -461,8 +467,8 @@ def test_replay_from_arrays_and_state_round_trip(tmp_path):
     assert len(full) == full.capacity == 7 and full.truncated.tolist() == [1, 0, 0, 1, 0, 0, 1]
     ring, copy = ReplayBuffer(5, 2, 1), ReplayBuffer(5, 2, 1)
     ring.add(*transitions(0, 8))
-    utils.save_checkpoint(tmp_path / "a.pth", ring.state_dict())
-    copy.load_state_dict(utils.load_checkpoint(tmp_path / "a.pth"))
+    save_checkpoint(tmp_path / "a.pth", ring.state_dict())
+    copy.load_state_dict(load_checkpoint(tmp_path / "a.pth"))
     for buffer in (ring, copy):
         buffer.add(*transitions(8, 3))
     assert all(torch.equal(getattr(ring, name), getattr(copy, name)) for name in ReplayBuffer.FIELDS)
@@ -490,7 +496,7 @@ def test_metrics_keep_late_columns_and_full_precision(tmp_path):
     first = write_metrics(tmp_path, [10, 20, 30]).decode().splitlines()
     assert first[0] == "step,loss,rate,eval/return"
     assert first[1].endswith(",0.3333333333333333,") and first[2].endswith(",20.0")
-    metrics = utils.read_metrics(tmp_path)
+    metrics = read_metrics(tmp_path)
     assert metrics["step"] == [10, 20, 30] and metrics["loss"][0] == torch.tensor(0.1).item()
     assert np.isnan(metrics["eval/return"]).tolist() == [True, False, True]
     assert write_metrics(tmp_path, [5]).decode().startswith("step,loss,rate\n5,0.2")  # a new run starts a new file
@@ -520,11 +526,11 @@ def test_resumed_metrics_equal_the_uninterrupted_ones_wherever_the_kill_cut(tmp_
 
 def test_reading_survives_damage(tmp_path):
     (tmp_path / "metrics.csv").write_bytes(b"step,loss\n1,0.5\n\xff\xfe,1\n2,0.5,7\n3,\n4,0.2")
-    assert str(utils.read_metrics(tmp_path)) == "{'step': [1, 3], 'loss': [0.5, nan]}"
+    assert str(read_metrics(tmp_path)) == "{'step': [1, 3], 'loss': [0.5, nan]}"
     (tmp_path / "metrics.csv").write_bytes(b"")
-    assert utils.read_metrics(tmp_path) == {"step": []}
+    assert read_metrics(tmp_path) == {"step": []}
     with pytest.raises(UserError, match=r"metrics\.csv"):
-        utils.read_metrics(tmp_path / "none")
+        read_metrics(tmp_path / "none")
 
 
 def test_tensorboard_purges_what_a_resume_repeats(tmp_path):
@@ -547,7 +553,7 @@ def test_missing_wandb_warns_once_and_says_how_to_install(tmp_path, monkeypatch,
     logger.log(1, {"loss": 1.0})
     shown = capsys.readouterr().err
     assert shown.startswith("warning: wandb") and "pip install" in shown and shown.count("\n") == 1
-    assert utils.read_metrics(tmp_path)["loss"] == [1.0]
+    assert read_metrics(tmp_path)["loss"] == [1.0]
 
 
 @pytest.mark.parametrize("moment", ["init", "log", "finish"])
@@ -574,7 +580,7 @@ def test_a_failing_tracker_never_stops_a_run(tmp_path, monkeypatch, capsys, mome
         for step in (1, 2) if resume_step is None else (3,):
             logger.log(step, {"loss": 1.0})
         logger.close()
-    assert utils.read_metrics(tmp_path)["step"] == [1, 2, 3]
+    assert read_metrics(tmp_path)["step"] == [1, 2, 3]
     assert capsys.readouterr().err.count("\n") == 2 and identities[0] == identities[1]
     if moment == "finish":
         assert ("log", ({"loss": 1.0},), {"step": 3}) in received
@@ -610,7 +616,7 @@ def test_runs_of_one_process_have_pages_of_their_own(tmp_path, monkeypatch):
 
 def test_new_run_writes_config_and_versions(tmp_path):
     config = SmallConfig(lr=1e-5, w2_weights=(1.0,))
-    assert utils.prepare_run(tmp_path / "run", config, resume=False) is None
+    assert prepare_run(tmp_path / "run", config, resume=False) is None
     stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert stored["lr"] == 1e-5 and stored["w2_weights"] == [1.0]
     assert parse_config(SmallConfig, ["--config", str(tmp_path / "run" / "config.yaml")]) == config
@@ -620,41 +626,41 @@ def test_new_run_writes_config_and_versions(tmp_path):
 
 def test_resume_needs_the_flag_and_the_same_settings(tmp_path, capsys):
     config = SmallConfig()
-    assert utils.prepare_run(tmp_path, config, resume=True) is None
+    assert prepare_run(tmp_path, config, resume=True) is None
     assert "starting anew" in capsys.readouterr().err
     checkpoint = tmp_path / "checkpoints" / "last.pth"
-    utils.save_checkpoint(checkpoint, {"step": 1})
+    save_checkpoint(checkpoint, {"step": 1})
     with pytest.raises(UserError, match=r"--resume.*--run_dir"):
-        utils.prepare_run(tmp_path, config, resume=False)
-    assert utils.prepare_run(tmp_path, replace(config, resume=True), resume=True) == checkpoint
+        prepare_run(tmp_path, config, resume=False)
+    assert prepare_run(tmp_path, replace(config, resume=True), resume=True) == checkpoint
     before = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=r"config\.yaml: seed was 0 and is now 9"):
-        utils.prepare_run(tmp_path, replace(config, seed=9), resume=True)
+        prepare_run(tmp_path, replace(config, seed=9), resume=True)
     assert (tmp_path / "config.yaml").read_bytes() == before
-    assert utils.prepare_run(tmp_path, replace(config, seed=9), resume=True, may_change={"seed"}) == checkpoint
-    assert utils.prepare_run(tmp_path, replace(config, seed=9), resume=True) == checkpoint
+    assert prepare_run(tmp_path, replace(config, seed=9), resume=True, may_change={"seed"}) == checkpoint
+    assert prepare_run(tmp_path, replace(config, seed=9), resume=True) == checkpoint
 
 
 def test_finished_run_says_so_and_stops(tmp_path):
-    utils.prepare_run(tmp_path, SmallConfig(), resume=False)
-    utils.mark_finished(tmp_path, {"success": torch.tensor(0.5), "steps": np.int64(3)})
+    prepare_run(tmp_path, SmallConfig(), resume=False)
+    mark_finished(tmp_path, {"success": torch.tensor(0.5), "steps": np.int64(3)})
     assert yaml.safe_load((tmp_path / "finished.json").read_text()) == {"success": 0.5, "steps": 3}
     for resume in (False, True):
         with pytest.raises(RunFinished, match="finished"):
-            utils.prepare_run(tmp_path, SmallConfig(), resume)
+            prepare_run(tmp_path, SmallConfig(), resume)
     with pytest.raises(UserError, match="seed"):
-        utils.prepare_run(tmp_path, SmallConfig(seed=1), resume=False)
+        prepare_run(tmp_path, SmallConfig(seed=1), resume=False)
 
 
 def test_run_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--run_dir"):
-        utils.prepare_run(tmp_path / "file" / "run", SmallConfig(), resume=False)
+        prepare_run(tmp_path / "file" / "run", SmallConfig(), resume=False)
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_running_means_average_each_name_over_the_updates_that_have_it():
-    means = utils.RunningMeans()
+    means = RunningMeans()
     assert means.take() == {}
     for number in range(4):
         info = {"a": torch.tensor(float(number))} | ({"b": torch.tensor(10 * number)} if number % 2 else {})

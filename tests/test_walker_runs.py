@@ -15,17 +15,12 @@ from running import digest, error_line
 
 import make_dataset
 import walker.agent as agent_module
-from dmc_utils import (
-    TASKS,
-    ensure_dataset,
-    load_episodes,
-    load_study_data,
-    make_env,
-    parse_datasets,
-    rewards_in_task,
-)
-from evaluation import episode_seeds
-from utils import RunFinished, UserError, load_checkpoint, parse_config, read_metrics
+from dmc_utils import TASKS, ensure_dataset, load_episodes, load_study_data, make_env, parse_datasets, rewards_in_task
+from runs.cli import parse_config
+from runs.directory import load_checkpoint
+from runs.evaluation import episode_seeds
+from runs.metrics import read_metrics
+from utils import RunFinished, UserError
 from walker import train_cds, train_cqlsac, train_dt, train_il, train_model, train_morel, train_td3bc
 from walker.agent import Agent, evaluate
 from walker.study_run import StudyRun

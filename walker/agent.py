@@ -23,20 +23,10 @@ import numpy as np
 import torch
 
 from dmc_utils import ACTION_DIM, OBSERVATION_DIM, TASKS, make_env
-from evaluation import Evaluator, episode_seeds, num_workers
-from utils import (
-    UserError,
-    check_bounds,
-    hold_run,
-    load_checkpoint,
-    mark_finished,
-    one_line,
-    parse_config,
-    prepare_run,
-    resolve_device,
-    run_cli,
-    write_text_atomic,
-)
+from runs.cli import check_bounds, parse_config, run_cli
+from runs.directory import hold_run, load_checkpoint, mark_finished, prepare_run
+from runs.evaluation import Evaluator, episode_seeds, num_workers
+from utils import UserError, one_line, resolve_device, write_text_atomic
 from walker.policies import POLICIES
 
 EXPERT_RETURNS = {"walk": 962.8, "run": 318.4}  # of the study's data; a method's score is its return as % of these

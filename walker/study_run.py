@@ -27,28 +27,20 @@ from tqdm import tqdm
 
 from benchmark_data.local import generate_if_missing
 from dmc_utils import ALL_DATASETS, TASKS, load_study_data, parse_datasets, short_name
-from evaluation import episode_seeds, num_workers
 from model_kernels import KernelConfig, use_kernels
-from utils import (
-    MetricLogger,
-    RandomStreams,
-    ReplayBuffer,
-    RunningMeans,
-    UserError,
-    check_bounds,
+from runs.cli import check_bounds, parse_config
+from runs.directory import (
     check_run,
     hold_run,
     load_checkpoint,
     mark_finished,
-    one_line,
-    parse_config,
     plain_config,
     prepare_run,
-    progress,
-    resolve_device,
     save_checkpoint,
-    write_text_atomic,
 )
+from runs.evaluation import episode_seeds, num_workers
+from runs.metrics import MetricLogger, RunningMeans
+from utils import RandomStreams, ReplayBuffer, UserError, one_line, progress, resolve_device, write_text_atomic
 from walker.agent import EXPERT_RETURNS, Agent, evaluate, report
 
 
@@ -73,7 +65,7 @@ class StudyConfig(KernelConfig):
     run_dir: str | None = None  # directory of the run; default: the one named above, in the current folder
     resume: bool = False  # continue the run from its last checkpoint
     tensorboard: bool = True  # write TensorBoard events
-    wandb_project: str | None = None  # also log to Weights & Biases (requirements-tracking.txt)
+    wandb_project: str | None = None  # also log to Weights & Biases (requirements/tracking.txt)
 
 
 BOUNDS = {

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from dmc_utils import TASKS, make_env, rewards_in_task
-from utils import ReplayBuffer, UserError, check_bounds, progress, run_cli
+from runs.cli import check_bounds, run_cli
+from utils import ReplayBuffer, UserError, progress
 from walker.study_run import run_command
 from walker.train_cqlsac import CQLRun, WalkerCQLConfig
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from algorithms.offline.cql import CQL, CQLConfig
-from utils import run_cli
+from runs.cli import run_cli
 from walker.study_run import StudyConfig, run_command
 from walker.value_run import ValueRun
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from dmc_utils import ACTION_DIM
-from utils import UserError, check_bounds, run_cli
+from runs.cli import check_bounds, run_cli
+from utils import UserError
 from walker.agent import EXPERT_RETURNS, acting_state
 from walker.policies import POLICIES, ReturnConditioned
 from walker.study_run import StudyConfig, StudyRun, run_command

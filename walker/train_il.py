@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmc_utils import ACTION_DIM
-from utils import check_bounds, run_cli
+from runs.cli import check_bounds, run_cli
 from walker.agent import acting_state
 from walker.policies import POLICIES
 from walker.study_run import StudyConfig, StudyRun, run_command

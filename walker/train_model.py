@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmc_utils import ACTION_DIM
-from utils import ReplayBuffer, UserError, check_bounds, run_cli
+from runs.cli import check_bounds, run_cli
+from utils import ReplayBuffer, UserError
 from walker.agent import acting_state
 from walker.dynamics import Dynamics, MLPDynamics, VAEDynamics, statistics_of
 from walker.policies import Markov

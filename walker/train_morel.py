@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dmc_utils import ACTION_DIM
-from utils import check_bounds, run_cli
+from runs.cli import check_bounds, run_cli
 from walker.dynamics import MLPDynamics
 from walker.study_run import run_command
 from walker.train_model import InModelConfig, InModelLearner, InModelRun

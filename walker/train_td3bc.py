@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
-from utils import run_cli
+from runs.cli import run_cli
 from walker.study_run import StudyConfig, run_command
 from walker.value_run import ValueRun
 

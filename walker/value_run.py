@@ -6,7 +6,7 @@ import numpy as np
 
 from algorithms.offline.base import OfflineAlgorithm
 from dmc_utils import ACTION_DIM
-from utils import check_bounds
+from runs.cli import check_bounds
 from walker.agent import acting_state
 from walker.policies import Markov
 from walker.study_run import StudyRun

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-import chain_run
 from algorithms.offline.awac import AWAC, AWACConfig
 from algorithms.offline.base import OfflineAlgorithm
 from algorithms.offline.cql import CQL, CQLConfig
@@ -27,7 +26,9 @@ from algorithms.offline.pogo_multi import POLICIES, ChainConfig, MultiActor
 from algorithms.offline.sac_n import SACN, SACNConfig
 from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
 from benchmark_data.local import generate_if_missing
-from chain_run import (
+from offline_data import OfflineData, load_transitions
+from runs import chain
+from runs.chain import (
     Act,
     ChainRun,
     ChainRunConfig,
@@ -38,18 +39,9 @@ from chain_run import (
     evaluate_again,
     run_seeds,
 )
-from offline_data import OfflineData, load_transitions
-from utils import (
-    UserError,
-    check_bounds,
-    load_checkpoint,
-    load_yaml,
-    one_line,
-    parse_config,
-    resolve_device,
-    run_cli,
-    warn,
-)
+from runs.cli import check_bounds, load_yaml, parse_config, run_cli
+from runs.directory import load_checkpoint
+from utils import UserError, one_line, resolve_device, warn
 
 NEED_DENSITY = {"cql", "sac_n", "edac"}  # their losses have log pi; their own policy is the default
 # Spellings of the original text.
@@ -112,7 +104,7 @@ ALGORITHMS: dict[str, tuple[type[OfflineAlgorithm], type[MultiRunConfig]]] = {
     "sac_n": (SACN, SACNRunConfig),
     "edac": (EDAC, EDACRunConfig),
 }
-BOUNDS = chain_run.BOUNDS | {
+BOUNDS = chain.BOUNDS | {
     **dict.fromkeys(("hidden_dim", "buffer_size"), (1, 10**9)),
     "num_actors": (1, 10**6),
     "sinkhorn_K": (2, 64),

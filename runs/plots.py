@@ -49,7 +49,7 @@ def plot_training_curves(metrics: dict[str, list[float]], path: str | Path, titl
     """The six losses, train and validation, and the two diagnostics, against updates.
 
     Args:
-        metrics: columns of metrics.csv, nan where a row has no value (`utils.read_metrics`).
+        metrics: columns of metrics.csv, nan where a row has no value (`runs.metrics.read_metrics`).
         path: the PNG to write.
         title: the dataset id and seed; it stands on the picture, so that it cannot be taken for another's.
     """

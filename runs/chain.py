@@ -25,34 +25,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from evaluation import Episodes, Evaluator, episode_seeds, num_workers
 from model_kernels import KernelConfig, use_kernels
 from offline_data import OfflineData, data_scores, is_official, make_env, normalized_score
-from transport import MAX_EXACT
-from utils import (
-    EpisodeLog,
-    GraphedStep,
-    MetricLogger,
-    RandomStreams,
-    RunFinished,
-    RunningMeans,
-    SideBySide,
-    UserError,
-    check_bounds,
+from runs.cli import check_bounds
+from runs.cuda_graphs import GraphedStep, SideBySide
+from runs.directory import (
     check_run,
     hold_run,
     load_checkpoint,
     mark_finished,
-    one_line,
     plain_config,
     prepare_run,
-    progress,
-    read_metrics,
-    resolve_device,
     save_checkpoint,
-    warn,
 )
-from visualize import plot_chain_curves
+from runs.evaluation import Episodes, Evaluator, episode_seeds, num_workers
+from runs.metrics import EpisodeLog, MetricLogger, RunningMeans, read_metrics
+from runs.plots import plot_chain_curves
+from transport import MAX_EXACT
+from utils import RandomStreams, RunFinished, UserError, one_line, progress, resolve_device, warn
 
 MODES = ("deterministic", "stochastic")
 Act = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of observations [..., D] and noise z [..., A]; z = 0: mode
@@ -80,7 +70,7 @@ class ChainRunConfig(KernelConfig):
     run_dir: str | None = None  # directory of the run; default: the one named above, in the current folder
     resume: bool = False  # continue the run from its last checkpoint
     tensorboard: bool = True  # write TensorBoard events
-    wandb_project: str | None = None  # also log to Weights & Biases (requirements-tracking.txt)
+    wandb_project: str | None = None  # also log to Weights & Biases (requirements/tracking.txt)
     evaluate: str | None = None  # train nothing: score the actors of this last.pth, or run, as at the end of its run
     evaluate_episodes: int | None = None  # with --evaluate: so many episodes instead
     evaluate_seed: int | None = None  # with --evaluate: on other episodes than the run itself

@@ -1,0 +1,238 @@
+"""The directory of a run: one process at a time, its settings, its checkpoints, and the sign that it is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from runs.cli import load_yaml
+from utils import DISK_FULL, RunFinished, UserError, torch, write_bytes_atomic, write_text_atomic
+
+ALWAYS_MAY_CHANGE = {"resume", "run_dir"}
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write nested dicts, lists and tuples of tensors, numbers, text and None; equal states give equal bytes.
+
+    Raises TypeError, before anything is written, for a value that `weights_only=True` could not read back.
+    """
+    buffer = io.BytesIO()
+    torch.save(_canonical(state, "state", {}), buffer)
+    write_bytes_atomic(path, buffer.getbuffer())
+
+
+def _canonical(value: Any, where: str, texts: dict[str, str]) -> Any:
+    """A copy in which tensors lie on the CPU without sharing memory and equal texts are one object.
+
+    The bytes of a pickle depend on which objects are identical; here they depend on the values alone.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True).clone(memory_format=torch.contiguous_format)
+    if isinstance(value, dict):
+        keys = {key: _canonical(key, where, texts) for key in value}
+        return {keys[key]: _canonical(item, f"{where}[{key!r}]", texts) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_canonical(item, f"{where}[{index}]", texts) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, np.generic):
+        return _canonical(value.item(), where, texts)
+    if isinstance(value, str):
+        return texts.setdefault(value, value)
+    if value is None or type(value) in (bool, int, float):
+        return value
+    raise TypeError(f"{where} is a {type(value).__name__}: a checkpoint holds tensors, numbers, text, dicts and lists")
+
+
+def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read what save_checkpoint wrote; raises UserError for a missing, damaged or foreign file."""
+    try:
+        data = io.BytesIO(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read this checkpoint ({error.strerror}); check the path or train first"
+        ) from None
+    try:
+        # torch does not compare the checksums of the archive, zipfile does.
+        with zipfile.ZipFile(data) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("a checksum differs")
+        data.seek(0)
+        state = torch.load(data, map_location=map_location, weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError("no dictionary inside")
+    except Exception:  # damaged bytes fail in many ways
+        raise UserError(
+            f"{path}: damaged, or not a checkpoint of this program; give another, or move it away and start anew"
+        ) from None
+    return state
+
+
+def prepare_run(
+    run_dir: str | Path,
+    config: Any,
+    resume: bool,
+    checkpoint_name: str = "checkpoints/last.pth",
+    may_change: Iterable[str] = (),
+) -> Path | None:
+    """Open a run's directory; returns the checkpoint to continue from, or None for a new run.
+
+    Call it inside `hold_run`: a second start must not change the settings of a run that goes on.
+
+    Writes config.yaml and versions.json. Keys in may_change, and resume and run_dir, may differ from the stored
+    config.yaml. Raises RunFinished for a finished run of these settings, and UserError where continuing would mix
+    two runs: other settings, or a checkpoint without `--resume`.
+    """
+    run_dir = Path(run_dir)
+    checkpoint = run_dir / checkpoint_name
+    started = checkpoint.exists()
+    check_run(run_dir, config, resume, may_change, checkpoint_name)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(_stored_config(config), sort_keys=False))
+        write_text_atomic(run_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
+    except OSError as error:
+        raise _no_run_dir(run_dir, error) from None
+    if resume and not started:
+        print(f"{run_dir}: nothing to resume, starting anew", file=sys.stderr)
+    return checkpoint if started else None
+
+
+def check_run(
+    run_dir: str | Path,
+    config: Any,
+    resume: bool,
+    may_change: Iterable[str] = (),
+    checkpoint_name: str = "checkpoints/last.pth",
+) -> None:
+    """Whether a run may begin or go on here, as `prepare_run` asks, without writing anything: cheap, to ask first."""
+    run_dir = Path(run_dir)
+    finished, started = (run_dir / "finished.json").exists(), (run_dir / checkpoint_name).exists()
+    if started and not (run_dir / "config.yaml").exists():
+        raise UserError(
+            f"{run_dir / checkpoint_name}: belongs to another run, as {run_dir} has no config.yaml; choose another "
+            "folder of checkpoints, or the directory of that run"
+        )
+    if finished or (resume and (run_dir / "config.yaml").exists()):
+        _check_same_config(run_dir, _stored_config(config), ALWAYS_MAY_CHANGE | set(may_change))
+    if finished:
+        figures = _last_figures(run_dir)
+        raise RunFinished(f"{run_dir}: this run is finished{figures}; choose another --run_dir to train again")
+    if started and not resume:
+        raise UserError(f"{run_dir}: holds an unfinished run; continue it with --resume or choose another --run_dir")
+
+
+def _last_figures(run_dir: Path) -> str:
+    """` (name 0.123, ...)`: the first eight figures of finished.json, or nothing where it cannot be read."""
+    try:
+        summary = json.loads((run_dir / "finished.json").read_text())
+        figures = [f"{name} {value:.3f}" for name, value in summary.items() if isinstance(value, float)]
+        figures = [figure for figure in figures if "/" in figure] or figures
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return f" ({', '.join(figures[:8])})" if figures else ""
+
+
+def _no_run_dir(run_dir: Path, error: OSError) -> Exception:
+    """What to raise for a directory that cannot be written: a full disk is no reason to choose another name."""
+    if error.errno in DISK_FULL:
+        return error
+    return UserError(f"--run_dir {run_dir}: cannot write there ({error.strerror}); choose another")
+
+
+@contextlib.contextmanager
+def hold_run(run_dir: str | Path) -> Iterator[None]:
+    """Make a run's directory and keep it to one process.
+
+    Raises UserError where there can be no such directory and where another process trains in it. The lock goes with the
+    process, so that a killed run leaves none behind.
+    """
+    import fcntl
+
+    try:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_run_dir(Path(run_dir), error) from None
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir}: another process is training there; choose another --run_dir") from None
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
+    finally:
+        os.close(folder)
+
+
+def mark_finished(run_dir: str | Path, summary: dict[str, Any]) -> None:
+    """Write finished.json: the run's last figures, and the sign that nothing is left to do."""
+    write_text_atomic(Path(run_dir) / "finished.json", json.dumps(summary, indent=2, default=float) + "\n")
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A config dataclass (or dict) as YAML writes it: tuples as lists, paths as text."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config)
+
+
+def _stored_config(config: Any) -> dict[str, Any]:
+    """Settings as a run keeps them: `resume` says how it was started, not what it is."""
+    return {key: value for key, value in plain_config(config).items() if key != "resume"}
+
+
+def _check_same_config(run_dir: Path, current: dict[str, Any], may_change: set[str]) -> None:
+    path = run_dir / "config.yaml"
+    stored = load_yaml(path)
+    absent = "(absent)"
+    if stored.keys() - current.keys() and current.keys() - stored.keys():
+        raise UserError(f"{run_dir}: holds a run of another command or version; choose another --run_dir")
+    for key in [*current, *(key for key in stored if key not in current)]:
+        before, now = stored.get(key, absent), current.get(key, absent)
+        if key not in may_change and before != now:
+            raise UserError(
+                f"{path}: {key} was {before} and is now {now}; give the old value, or choose another --run_dir"
+            )
+
+
+def _versions() -> dict[str, str | None]:
+    """What ran: interpreter, platform, packages (null where not installed) and the commit of this checkout."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("torch", "numpy", "mujoco", "gymnasium", "ogbench", "dm_control"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    versions["commit"] = _commit(Path(__file__).resolve().parent.parent)
+    return versions
+
+
+def _commit(folder: Path) -> str | None:
+    command = ["git", "-C", str(folder), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    # A folder that was unpacked inside some other repository has no commit of its own.
+    return lines[1] if Path(lines[0]).resolve() == folder else None
