@@ -35,6 +35,7 @@ from algorithms.offline.pogo_multi import ChainConfig, MultiActor
 from algorithms.offline.pogo_multi_main import ALGORITHMS
 from benchmarks import corl, peers
 from benchmarks.turns import Contestant, choose_clock, claim, median_rates, on_device
+from model_kernels import KernelConfig, use_kernels
 from runs.cli import check_bounds, parse_config, run_cli
 from runs.cuda_graphs import GraphedStep
 from runs.metrics import RunningMeans
@@ -45,7 +46,7 @@ OTHER_WORK = {("cql", "unifloral")}  # shown, but no measure of ours
 
 
 @dataclass
-class BenchAlgorithmsConfig:
+class BenchAlgorithmsConfig(KernelConfig):
     algorithms: tuple[str, ...] = tuple(name for name in NAMES if name != "iql_deterministic")  # which of them
     corl: str | None = None  # a clone of CORL, to measure it too
     jax_corl: str | None = None  # a clone of JAX-CORL, to measure it too
@@ -158,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu" and (config.jax_corl or config.unifloral):
         peers.start_jax()
     torch.set_num_threads(config.threads)
+    use_kernels(config, device)
     torch.manual_seed(0)
     print("\n".join(missing_peers(config, device)))
     print("| algorithm | whose | updates/s | largest difference of a weight |\n|---|---|---|---|")

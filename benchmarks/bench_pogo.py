@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import peers
 from benchmarks.turns import Contestant, choose_clock, claim, median_rates, on_device
+from model_kernels import KernelConfig, use_kernels
 from pogo_agent import POGOAgent, POGOConfig
 from runs.cli import check_bounds, check_counts, parse_config, run_cli
 from runs.cuda_graphs import GraphedStep, SideBySide
@@ -44,7 +45,7 @@ PEERS = ("plain scheme", "published agent", "plain JAX")
 
 
 @dataclass
-class BenchPOGOConfig:
+class BenchPOGOConfig(KernelConfig):
     observation_dim: int = 17  # of halfcheetah and walker2d
     action_dim: int = 6  # likewise
     batch_size: int = 256  # transitions in an update
@@ -209,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     device = resolve_device(config.device)
+    use_kernels(config, device)
     published = load_published(config.path, device) if config.path else None
     if published is not None and config.sinkhorn_K != 4:
         raise UserError(f"--sinkhorn_K {config.sinkhorn_K}: the published agent has 4; leave --path out to change it")

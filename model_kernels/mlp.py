@@ -189,7 +189,7 @@ def _forward(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], library: str) -
         else:
             x = _affine(x, weight, bias)
         hidden.append(x.relu_())
-    return _affine(x.to(dtype), *layers[-1]), hidden
+    return _affine(x.to(dtype) if library == "bf16" else x, *layers[-1]), hidden
 
 
 def _backward(
@@ -208,25 +208,27 @@ def _backward(
     for number in range(len(layers) - 1, 0, -1):
         value, weight = values[number], layers[number][0]
         if into is not None:
-            _add_layer(value.to(d_y.dtype), d_y, *into[number], first, library)
+            _add_layer(value, d_y, *into[number], first, library)
         if weight.shape[-1] == 1:
             d_y = d_y * weight.t()
         elif library == "onednn":
             d_y = onednn_linear(d_y, weight)
         else:
-            d_y = _mm(d_y, weight.t().to(d_y.dtype))
+            d_y = _mm(d_y, weight.t() if d_y.dtype == dtype else weight.t().bfloat16())
         d_y = relu_backward(d_y.bfloat16() if library == "bf16" else d_y, value)
     if into is not None:
-        _add_layer(values[0].to(d_y.dtype), d_y, *into[0], first, library)
+        _add_layer(values[0], d_y, *into[0], first, library)
     return d_y.to(dtype)
 
 
 def _add_layer(x: Tensor, d_y: Tensor, weight: Tensor, bias: Tensor, first: bool, library: str) -> None:
     """Write (or, where it is not the first, add) x^T d_y [in, out] and the sum of d_y to a layer's gradients."""
+    if library == "bf16":
+        x = x.to(d_y.dtype)
     if library == "onednn" and weight.shape[-1] > 1:
         product = onednn_linear(d_y.t(), x.t()).t()
     else:
-        product = _mm(x.t(), d_y, weight if first and x.dtype == weight.dtype else None)
+        product = _mm(x.t(), d_y, weight if first and d_y.dtype == weight.dtype else None)
     if product is not weight:
         weight.copy_(product) if first else weight.add_(product)
     torch.sum(d_y, 0, out=bias) if first else bias.add_(d_y.sum(0))
