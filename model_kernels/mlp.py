@@ -150,19 +150,14 @@ def _values(net, members: int, x: Tensor, keep: bool = True) -> tuple[Tensor, li
 
 
 def _gradients(
-    net, x: Tensor, saved: list[Tensor], d_y: Tensor, to_theta: bool, begin: int = 0, end: int = 0
+    net, x: Tensor, saved: list[Tensor], d_y: Tensor, to_theta: bool, begin: int, end: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """From the gradient of the outputs [members, n, out] to theta's, and to that of columns begin to end of x.
 
     The latter is each member's own, [members, n, columns].
     """
-    members, depth, library = len(d_y), len(net.shape.widths) - 2, _library(x)
-    d_theta, into, d_inputs = None, None, []
-    if to_theta:
-        d_theta = torch.empty_like(net.theta, requires_grad=False)
-        if members < net.shape.size:
-            d_theta.zero_()
-        into = net.shape.members(d_theta)
+    members, depth, library, d_inputs = len(d_y), len(net.shape.widths) - 2, _library(x), []
+    d_theta, into = _new_gradient(net, members) if to_theta else (None, None)
     for k, first, (rows, d_rows) in _passes(net, members, x, d_y):
         hidden, saved = saved[:depth], saved[depth:]
         layers = net.members()[k]
@@ -170,6 +165,14 @@ def _gradients(
         if end > begin:
             d_inputs.append(_mm(d_rows, layers[0][0][begin:end].t()))
     return d_theta, _assembled(d_inputs, members) if d_inputs else None
+
+
+def _new_gradient(net, members: int) -> tuple[Tensor, list[list[tuple[Tensor, Tensor]]]]:
+    """A vector for the gradient of theta, and its views; zero where members are left out."""
+    d_theta = torch.empty_like(net.theta, requires_grad=False)
+    if members < net.shape.size:
+        d_theta.zero_()
+    return d_theta, net.shape.members(d_theta)
 
 
 def _assembled(passes: list[Tensor], members: int) -> Tensor:
@@ -281,15 +284,20 @@ class _Regression(torch.autograd.Function):
         x = _concatenate(inputs)
         if target.shape != x.shape[:1] or target.requires_grad:
             raise ValueError(f"a target {list(target.shape)} of {list(x.shape)} inputs must be [n], without gradient")
-        y, saved = _values(net, net.shape.size, x)
-        error = y - target.unsqueeze(1)
-        if expectile is None:
+        members, library, outputs, loss = net.shape.size, _library(x), [], 0
+        ctx.d_theta, into = _new_gradient(net, members)
+        for k, first, (rows, wanted) in _passes(net, members, x, target.unsqueeze(1)):
+            output, hidden = _forward(rows, net.members()[k], library)
+            error = output - wanted
             d_y = error * (2 / len(x))
-        else:
-            d_y = (error > 0).to(error.dtype).sub_(expectile).abs_().mul_(error).mul_(2 / len(x))
-        ctx.d_theta = _gradients(net, x, saved, d_y, True)[0]
+            if expectile is not None:
+                d_y.mul_((error > 0).to(error.dtype).sub_(expectile).abs_())
+            _backward([rows, *hidden], d_y, net.members()[k], into[k], first, library)
+            outputs.append(output)
+            loss = loss + torch.dot(d_y.view(-1), error.view(-1))
+        y = _assembled(outputs, members)
         ctx.mark_non_differentiable(y)
-        return torch.dot(d_y.view(-1), error.view(-1)) / 2, y
+        return loss / 2, y
 
     @staticmethod
     @differentiable_once
@@ -306,11 +314,15 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, net, members, *inputs):
         """-> [members, n, 1]."""
-        x = _concatenate(inputs)
-        y, saved = _values(net, members, x)
-        begin = x.shape[1] - inputs[-1].shape[1]
-        ctx.save_for_backward(_gradients(net, x, saved, torch.ones_like(y), False, begin, x.shape[1])[1])
-        return y
+        x, library, outputs, d_inputs = _concatenate(inputs), _library(inputs[0]), [], []
+        for k, first, (rows,) in _passes(net, members, x):
+            layers = net.members()[k]
+            output, hidden = _forward(rows, layers, library)
+            d_rows = _backward([rows, *hidden], torch.ones_like(output), layers, None, first, library)
+            d_inputs.append(_mm(d_rows, layers[0][0][-inputs[-1].shape[1] :].t()))
+            outputs.append(output)
+        ctx.save_for_backward(_assembled(d_inputs, members))
+        return _assembled(outputs, members)
 
     @staticmethod
     @differentiable_once
