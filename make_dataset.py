@@ -49,7 +49,7 @@ class MakeDatasetConfig:
     num_transitions: int | None = None  # of a D4RL dataset; 100,000 where it is not given
     seed: int = 0  # on one machine the files depend on the id, the size, the policies and this alone
     dataset_dir: str | None = None  # where datasets are kept; else as said above
-    experts_dir: str | None = None  # folder of policies that train_expert.py wrote; else datasets/experts/
+    experts_dir: str | None = None  # folder of policies that benchmark_data.train_expert wrote; else datasets/experts/
     jobs: int = 1  # processes that make episodes side by side; changes no byte of the files
     overwrite: bool = False  # replace a dataset of another seed, size or policies, or files without a manifest
     list: bool = False  # instead, show every id: size, where it is, or how to get it

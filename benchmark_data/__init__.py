@@ -1,1 +1,1 @@
-"""What stands behind make_dataset.py and train_expert.py: expert policies, recipes, checks."""
+"""What stands behind make_dataset.py: expert policies, recipes, checks."""

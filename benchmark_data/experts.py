@@ -14,7 +14,6 @@ than on the arithmetic.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -100,95 +99,56 @@ def _directional(env_id: str, interval: int, reward: Callable[[Any, float], floa
     return DirectionalEnv(gymnasium.make(env_id, disable_env_checker=True), interval, reward)
 
 
-def _d4rl(robot: str) -> gymnasium.Env:
-    return d4rl_utils.make_env(f"{robot}-medium-v2")  # the same environment for every level
-
-
 @dataclass(frozen=True)
 class ExpertEnv:
     """An environment that a policy can be trained in."""
 
     simulator: str  # whose environment it is
-    packages: tuple[str, ...]  # whose versions the returns depend on
     observation: str  # what the policy sees, in its order
     observation_dim: int
     action_dim: int
     reward: str  # what a step pays
     factory: Callable[[], gymnasium.Env]
+    packages: tuple[str, ...] = ("gymnasium", "mujoco")  # whose versions the returns depend on
 
 
-_GYM = ("gymnasium", "mujoco")
-_GYM_REWARD = "forward velocity and a bonus for being healthy, minus the control cost"
-_CHEETAH_REWARD = "forward velocity minus the control cost"
-_PLANAR = "qpos[1:], qvel"
-_WALKER = "orientations [14], height, qvel [9]"
-_WALKER_REWARD = "dm_control's, in [0, 1]"
+def _runner(robot: str, sizes: tuple[int, int], clipped: str, bonus: str) -> ExpertEnv:
+    env = functools.partial(d4rl_utils.make_env, f"{robot.lower()}-medium-v2")  # the same for every level
+    reward = f"forward velocity{bonus} minus the control cost"
+    return ExpertEnv(f"Gymnasium {robot}-v4", f"qpos[1:], qvel{clipped}", *sizes, reward, env)
+
+
+def _dm_walker(task: str) -> ExpertEnv:
+    seen, env = "orientations [14], height, qvel [9]", functools.partial(dmc_utils.make_env, task)
+    packages = ("dm_control", "mujoco")
+    return ExpertEnv(f"dm_control walker-{task}", seen, 24, 6, "dm_control's, in [0, 1]", env, packages)
+
 
 ENVIRONMENTS: dict[str, ExpertEnv] = {
     "ant-xy": ExpertEnv(
         "OGBench online-ant-v0, a new direction every 100 steps",
-        (*_GYM, "ogbench"),
         "qpos[2:15], qvel[0:14], unit direction [2]",
         29,
         8,
         "displacement along the direction in metres",
         functools.partial(_directional, "online-ant-v0", 100),
+        ("gymnasium", "mujoco", "ogbench"),
     ),
     "humanoid-xy": ExpertEnv(
         "OGBench online-humanoid-v0, a new direction every 200 steps",
-        (*_GYM, "ogbench"),
         "joint angles [21], head height, extremities [12], torso vertical [3], centre-of-mass velocity [3], qvel [27], "
         "unit direction [2]",
         69,
         21,
         "how well it stands, times 1 + 100 * the displacement along the direction in metres",
         functools.partial(_directional, "online-humanoid-v0", 200, _standing_reward),
+        ("gymnasium", "mujoco", "ogbench"),
     ),
-    "hopper": ExpertEnv(
-        "Gymnasium Hopper-v4",
-        _GYM,
-        f"{_PLANAR} clipped to [-10, 10]",
-        11,
-        3,
-        _GYM_REWARD,
-        functools.partial(_d4rl, "hopper"),
-    ),
-    "halfcheetah": ExpertEnv(
-        "Gymnasium HalfCheetah-v4",
-        _GYM,
-        _PLANAR,
-        17,
-        6,
-        _CHEETAH_REWARD,
-        functools.partial(_d4rl, "halfcheetah"),
-    ),
-    "walker2d": ExpertEnv(
-        "Gymnasium Walker2d-v4",
-        _GYM,
-        f"{_PLANAR} clipped to [-10, 10]",
-        17,
-        6,
-        _GYM_REWARD,
-        functools.partial(_d4rl, "walker2d"),
-    ),
-    "walker_walk": ExpertEnv(
-        "dm_control walker-walk",
-        ("dm_control", "mujoco"),
-        _WALKER,
-        24,
-        6,
-        _WALKER_REWARD,
-        functools.partial(dmc_utils.make_env, "walk"),
-    ),
-    "walker_run": ExpertEnv(
-        "dm_control walker-run",
-        ("dm_control", "mujoco"),
-        _WALKER,
-        24,
-        6,
-        _WALKER_REWARD,
-        functools.partial(dmc_utils.make_env, "run"),
-    ),
+    "hopper": _runner("Hopper", (11, 3), " clipped to [-10, 10]", " and a bonus for being healthy,"),
+    "halfcheetah": _runner("HalfCheetah", (17, 6), "", ""),
+    "walker2d": _runner("Walker2d", (17, 6), " clipped to [-10, 10]", " and a bonus for being healthy,"),
+    "walker_walk": _dm_walker("walk"),
+    "walker_run": _dm_walker("run"),
 }
 
 
@@ -232,7 +192,7 @@ def _relu(x: np.ndarray) -> np.ndarray:
     return np.maximum(x, np.float32(0))
 
 
-ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"gelu_tanh": _gelu_tanh, "relu": _relu, "tanh": np.tanh}
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"gelu_tanh": _gelu_tanh, "relu": _relu}
 
 
 @dataclass(frozen=True)
@@ -255,22 +215,22 @@ class Policy:
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        if not self.log_std_min < self.log_std_max or not self.noise >= 0:
-            raise ValueError("log_std_min must lie below log_std_max, and noise must not be negative")
-        layers = [_layer(self.weights, f"hidden.{index}") for index in range(self.depth)]
-        mean = _layer(self.weights, "mean")
-        sizes = [(weight.shape[0], weight.shape[1]) for weight, _ in (*layers, mean)]
-        if any(before[1] != after[0] for before, after in zip(sizes[:-1], sizes[1:], strict=True)):
-            raise ValueError(f"layers of {sizes} do not follow one another")
-        log_std = _layer(self.weights, "log_std") if self.stochastic else None
-        if log_std is not None and log_std[0].shape != mean[0].shape:
-            raise ValueError(f"log_std is {log_std[0].shape}, mean is {mean[0].shape}")
-        known = {f"{name}.{part}" for name in self.layer_names for part in ("weight", "bias")}
-        unknown = sorted(set(self.weights) - known)
-        if unknown:
-            raise ValueError(f"array {unknown[0]!r} has no place in the network")
+        expected = {f"{name}.{part}" for name in self.layer_names for part in ("weight", "bias")}
+        if expected ^ set(self.weights):
+            raise ValueError(f"its arrays do not form a network: {', '.join(sorted(expected ^ set(self.weights)))}")
+        for name, array in self.weights.items():
+            if array.dtype != np.float32 or not np.isfinite(array).all():
+                raise ValueError(f"{name} is {array.dtype}, or holds NaN or infinity")
+        layers, width = {}, self.observation_dim
+        for name in self.layer_names:
+            weight, bias = layers[name] = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+            outputs = len(bias) if name.startswith("hidden") else self.action_dim
+            if weight.shape != (width, outputs) or bias.shape != (outputs,):
+                raise ValueError(f"{name} is {weight.shape} and {bias.shape}, expected {(width, outputs)}")
+            width = outputs if name.startswith("hidden") else width
+        mean, log_std = layers.pop("mean"), layers.pop("log_std", None)
         # The dataclass is frozen; this is what `act` reads.
-        object.__setattr__(self, "_network", (tuple(layers), mean, log_std, ACTIVATIONS[self.activation]))
+        object.__setattr__(self, "_network", (tuple(layers.values()), mean, log_std, ACTIVATIONS[self.activation]))
 
     @property
     def depth(self) -> int:
@@ -322,24 +282,6 @@ class Policy:
         return np.tanh(action, out=action)
 
 
-def _layer(weights: dict[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Weight [in, out] and bias [out] of a layer, or ValueError."""
-    for part, ndim in (("weight", 2), ("bias", 1)):
-        array = weights.get(f"{name}.{part}")
-        if array is None:
-            raise ValueError(f"no array {name}.{part}")
-        if array.dtype != np.float32 or array.ndim != ndim or 0 in array.shape:
-            raise ValueError(
-                f"{name}.{part} is {array.dtype} {list(array.shape)}, expected float32, {ndim}-dimensional"
-            )
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name}.{part} holds NaN or infinity")
-    weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-    if weight.shape[1] != len(bias):
-        raise ValueError(f"{name}.weight is {list(weight.shape)}, {name}.bias {list(bias.shape)}")
-    return weight, bias
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # Files
 # ----------------------------------------------------------------------------------------------------------------
@@ -365,14 +307,14 @@ def missing_policy(path: Path) -> UserError:
     if not folder.is_dir():
         return UserError(f"{folder}: no such folder; --experts_dir names the one that holds {path.name}")
     there = sorted(file.name for file in folder.glob("*.safetensors"))
-    named = ", ".join(there[:MAX_NAMED]) + f" and {len(there) - MAX_NAMED} more" * (len(there) > MAX_NAMED)
-    holds = f"this folder holds {named or 'no policy'}"
+    more = f" and {len(there) - MAX_NAMED} more" * (len(there) > MAX_NAMED)
+    holds = f"this folder holds {', '.join(there[:MAX_NAMED]) or 'no policy'}{more}"
     if not there and any((folder / "policies").glob("*.safetensors")):
         holds += f", {folder / 'policies'} does: give that as --experts_dir"
     return UserError(
         f"{path}: no such policy; {holds}; a snapshot carries its training steps in its name, "
-        f"<env>_<steps>.safetensors; train with `python train_expert.py --env {env}`, or leave out --experts_dir to "
-        "take the shipped ones"
+        f"<env>_<steps>.safetensors; train with `python -m benchmark_data.train_expert --env {env}`, or leave out "
+        "--experts_dir to take the shipped ones"
     )
 
 
@@ -381,36 +323,35 @@ def card_path(policy_file: str | Path) -> Path:
     return Path(policy_file).with_suffix(".json")
 
 
-def _settings(policy: Policy) -> dict[str, Any]:
-    return {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy) if field.name != "weights"}
-
-
 def write_policy(path: str | Path, policy: Policy) -> None:
     """Write a policy file as a whole; equal policies give equal bytes. Raises OSError that names the file."""
     from safetensors.numpy import save
 
+    # safetensors writes the memory as it lies: a transposed array would come back as other numbers.
     weights = {name: np.ascontiguousarray(array) for name, array in policy.weights.items()}
+    settings = {name: value for name, value in vars(policy).items() if name not in ("weights", "_network")}
     # safetensors keeps no order among metadata entries, so there is one.
-    write_bytes_atomic(path, save(weights, {"policy": json.dumps(_settings(policy), sort_keys=True)}))
+    write_bytes_atomic(path, save(weights, {"policy": json.dumps(settings, sort_keys=True)}))
 
 
 def read_policy(path: str | Path) -> Policy:
     """Read and check a policy file. Raises UserError in one line where it is missing, damaged or of another kind."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
     path = Path(path)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot read this policy file ({error.strerror}); check --experts_dir") from None
     try:
-        weights, settings = _parse(data)
-        policy = Policy(weights=weights, **settings)
-        sizes = [policy.observation_dim, policy.action_dim]
-        known = ENVIRONMENTS.get(policy.env)
-        if known is None:
-            raise ValueError(f"its environment is {policy.env!r}")
-        if sizes != [known.observation_dim, known.action_dim]:
-            raise ValueError(f"observations and actions of {sizes} numbers are not {policy.env}'s")
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        weights = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        policy = Policy(weights=weights, **json.loads(header["__metadata__"]["policy"]))
+        sizes, known = (policy.observation_dim, policy.action_dim), ENVIRONMENTS.get(policy.env)
+        if known is None or sizes != (known.observation_dim, known.action_dim):
+            raise ValueError(f"{sizes[0]} observation and {sizes[1]} action numbers of {policy.env!r}")
+    except (SafetensorError, ValueError, TypeError, LookupError) as error:
         raise UserError(
             f"{path}: not a policy file of this program ({one_line(error)}); copy it again, or train one"
         ) from None
@@ -418,56 +359,23 @@ def read_policy(path: str | Path) -> Policy:
 
 
 def read_named_policy(path: str | Path) -> Policy:
-    """`read_policy` of a file whose name, see `policy_path`, must be true of what it holds.
-
-    Raises UserError also where the environment or the training steps are others.
-    """
+    """`read_policy` of a file whose name, see `policy_path`, must be true of what it holds; else UserError."""
     policy = read_policy(path)
-    env, _, step = Path(path).stem.rpartition("_")
-    if policy.env != env:
-        raise UserError(f"{path}: a policy of {policy.env}, not of {env}; copy or train it again")
-    if str(policy.step) != step:
-        raise UserError(f"{path}: a policy of {policy.step} training steps, not of {step}; copy or train it again")
+    if Path(path).stem != f"{policy.env}_{policy.step}":
+        raise UserError(f"{path}: the policy inside is {policy.env}_{policy.step}; copy or train it again")
     return policy
-
-
-def _parse(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and settings of a policy file's bytes, or ValueError."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    try:
-        weights = load(data)
-    except SafetensorError as error:
-        raise ValueError(error) from None
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    settings = json.loads(header.get("__metadata__", {}).get("policy", "null"))
-    if not isinstance(settings, dict):
-        raise ValueError("no metadata entry 'policy'")
-    kinds = {"env": str, "step": int, "activation": str, "observation": str}
-    for name, kind in kinds.items():
-        if type(settings.get(name)) is not kind:
-            raise ValueError(f"{name} is {settings.get(name)!r}")
-    for name in ("log_std_min", "log_std_max", "noise"):
-        settings[name] = float(settings[name])
-    return weights, settings
 
 
 def read_card(policy_file: str | Path) -> dict[str, Any]:
     """The card beside a policy file. Raises UserError where it is missing or not JSON."""
     path = card_path(policy_file)
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"{path}: cannot read the card of {Path(policy_file).name} ({error.strerror}); write it with "
-            f"`python train_expert.py --evaluate {policy_file}`"
+            f"{path}: cannot read this card ({one_line(error)}); write it with "
+            f"`python -m benchmark_data.train_expert --evaluate {policy_file}`"
         ) from None
-    except (ValueError, RecursionError):
-        card = None
-    if not isinstance(card, dict):
-        raise UserError(f"{path}: not a policy's card; write it with `python train_expert.py --evaluate {policy_file}`")
-    return card
 
 
 def algorithm(policy_file: str | Path) -> str:

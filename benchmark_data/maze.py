@@ -65,7 +65,7 @@ RECIPES = {
 DEFAULT_EPISODES = {"navigate": 100, "stitch": 300, "explore": 120}
 HUMANOID_MESSAGE = (
     "not made here, take the official files: the recipe needs a humanoid that walks in a given direction, which is not "
-    "shipped (`python train_expert.py --env humanoid-xy` would train one, in OGBench's 40 million steps)"
+    "shipped (`python -m benchmark_data.train_expert --env humanoid-xy` would train one, in OGBench's 40 million steps)"
 )
 
 

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import train_il
 
 import dmc_utils
 import make_dataset
 import offline_trainer
 import online_trainer
+from walker import train_il
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASET = "local/pointmaze-medium-stitch-v0"
@@ -70,8 +70,8 @@ SMALLER = {
     "make_dataset.py --check": ("", "good"),
     "make_dataset.py --dataset local/hopper": ("--num_transitions 300 --jobs 1 --dataset_dir made", "hopper_medium"),
     "make_dataset.py --dataset": ("--num_episodes 1 --jobs 1 --dataset_dir made", ".npz"),
-    "train_expert.py --env": (f"{EXPERT} --batch_size 8 --run_dir run", "policies"),
-    "train_expert.py --evaluate": ("--card_episodes 1", "deterministic"),
+    "-m benchmark_data.train_expert --env": (f"{EXPERT} --batch_size 8 --run_dir run", "policies"),
+    "-m benchmark_data.train_expert --evaluate": ("--card_episodes 1", "deterministic"),
     "benchmarks/bench_encoder.py": (
         "--device cpu --batch 2 --length 20 --d_model 64 --repeats 1",
         "mamba2_vs_transformers: ours",
@@ -106,9 +106,8 @@ def shown_commands() -> list[str]:
     found = []
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for line in page.read_text().splitlines():
-            match = re.search(
-                r"(?:^|&& |\s{4})python ((?:-m (?:algorithms|walker)[\w.]+|(?:benchmarks/)?\w+\.py)[^#|]*)", line
-            )
+            module = r"-m (?:algorithms|benchmark_data|walker)[\w.]+"
+            match = re.search(rf"(?:^|&& |\s{{4}})python ((?:{module}|(?:benchmarks/)?\w+\.py)[^#|]*)", line)
             if match and "`" not in line:
                 found.append(match.group(1).strip())
     return sorted(set(found))
@@ -165,7 +164,7 @@ def test_command_runs_in_a_small_form(command, tmp_path, monkeypatch, capsys):
     spec.loader.exec_module(module)
     if script == "benchmarks/bench_encoder.py":
         pytest.importorskip("transformers")
-    if script == "train_expert.py":
+    if script == "benchmark_data/train_expert.py":
         pytest.importorskip("stable_baselines3")
     more, says = SMALLER[beginning(command)]
     try:

@@ -308,7 +308,7 @@ def test_the_shipped_policies_are_at_their_levels(tmp_path):
 def test_a_missing_policy_is_named_with_the_command_that_trains_it(experts_dir, tmp_path):
     (tmp_path / "hopper_110000.safetensors").write_bytes((experts_dir / "hopper_110000.safetensors").read_bytes())
     plan = Plan(MEDIUM, 10, 0, tmp_path, progress=False)
-    with pytest.raises(UserError, match="hopper_120000.safetensors: .*python train_expert.py --env hopper"):
+    with pytest.raises(UserError, match="hopper_120000.safetensors: .*-m benchmark_data.train_expert --env hopper"):
         make(D4RLFamily(), plan, tmp_path / "data")
     assert not dataset_path(MEDIUM, tmp_path / "data").exists()
 
@@ -316,12 +316,12 @@ def test_a_missing_policy_is_named_with_the_command_that_trains_it(experts_dir, 
 def test_a_policy_of_another_robot_is_refused(experts_dir, tmp_path):
     for step in SNAPSHOTS["hopper"].medium:
         experts.write_policy(experts.policy_path(tmp_path, "hopper", step), random_policy("walker2d", step))
-    with pytest.raises(UserError, match="hopper_110000.safetensors: a policy of walker2d, not of hopper"):
+    with pytest.raises(UserError, match="hopper_110000.safetensors: the policy inside is walker2d_110000"):
         make(D4RLFamily(), Plan(MEDIUM, 10, 0, tmp_path, progress=False), tmp_path / "data")
     assert not dataset_path(MEDIUM, tmp_path / "data").exists()
     for step in SNAPSHOTS["hopper"].medium:
         experts.write_policy(experts.policy_path(tmp_path, "hopper", step), random_policy("hopper", 7))
-    with pytest.raises(UserError, match="hopper_110000.safetensors: a policy of 7 training steps, not of 110000"):
+    with pytest.raises(UserError, match="hopper_110000.safetensors: the policy inside is hopper_7"):
         make(D4RLFamily(), Plan(MEDIUM, 10, 0, tmp_path, progress=False), tmp_path / "data")
 
 

@@ -273,8 +273,8 @@ def test_an_overwrite_that_is_killed_between_two_files_is_made_good_by_the_next_
 @pytest.mark.parametrize(
     "dataset_id, message",
     [
-        ("local/humanoidmaze-large-stitch-v0", "not shipped.*train_expert.py --env humanoid-xy"),
-        ("humanoidmaze-large-stitch-v0", "not shipped.*train_expert.py --env humanoid-xy"),
+        ("local/humanoidmaze-large-stitch-v0", "not shipped.*train_expert --env humanoid-xy"),
+        ("humanoidmaze-large-stitch-v0", "not shipped.*train_expert --env humanoid-xy"),
         ("local/pointmaze-giant-navigate-v0", "nearest that can is 'local/pointmaze-.*--list"),
         ("pointmaze-medium-navigate-v0", "official file.*local/pointmaze-medium-navigate-v0"),
         ("hopper-medium-v2", "official file.*local/hopper-medium-v2"),
@@ -399,7 +399,7 @@ def test_rows_of_an_ant_episode_follow_from_state_and_action(tmp_path):
 
 
 def test_missing_policy(tmp_path):
-    with pytest.raises(UserError, match="ant-xy_400000.safetensors.*train_expert.py --env ant-xy"):
+    with pytest.raises(UserError, match="ant-xy_400000.safetensors.*train_expert --env ant-xy"):
         generate("local/antmaze-medium-stitch-v0", 1, 0, tmp_path, progress=False, experts_dir=tmp_path)
     assert names(tmp_path) == []
 
@@ -426,7 +426,7 @@ def test_a_policy_file_that_changed_is_read_again(tmp_path):
 
 def test_a_policy_of_another_robot_is_refused(tmp_path):
     shutil.copy(EXPERTS / "hopper_270000.safetensors", tmp_path / "ant-xy_400000.safetensors")
-    with pytest.raises(UserError, match="ant-xy_400000.safetensors: a policy of hopper, not of ant-xy"):
+    with pytest.raises(UserError, match="ant-xy_400000.safetensors: the policy inside is hopper_270000"):
         generate("local/antmaze-medium-stitch-v0", 1, 0, tmp_path, progress=False, experts_dir=tmp_path)
 
 

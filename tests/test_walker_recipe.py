@@ -176,7 +176,7 @@ def test_a_policy_file_that_changed_is_read_again(tmp_path):
 def test_a_policy_of_the_other_task_is_refused(experts_dir, tmp_path):
     for path in FAMILY.policies(MEDIUM, tmp_path):
         shutil.copy(experts_dir / "walker_walk_200000.safetensors", path)
-    with pytest.raises(UserError, match="walker_run_80000.safetensors: a policy of walker_walk, not of walker_run"):
+    with pytest.raises(UserError, match="walker_run_80000.safetensors: the policy inside is walker_walk"):
         make(MEDIUM, tmp_path / "data", tmp_path)
     assert not list(tmp_path.rglob("*.npz"))
 
@@ -206,7 +206,7 @@ def test_a_missing_policy_is_named(experts_dir, tmp_path):
     folder.mkdir()
     first, second = FAMILY.policies(MEDIUM, folder)
     first.write_bytes((experts_dir / first.name).read_bytes())
-    with pytest.raises(UserError, match=f"{second.name}.*python train_expert.py --env walker_run"):
+    with pytest.raises(UserError, match=f"{second.name}.*python -m benchmark_data.train_expert --env walker_run"):
         make(MEDIUM, tmp_path / "data", folder)
     second.write_bytes(b"not a policy")
     with pytest.raises(UserError, match=f"{second.name}: not a policy file"):

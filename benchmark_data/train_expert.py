@@ -1,0 +1,449 @@
+"""Train an expert policy with SAC or TD3 of stable-baselines3: the walkers behind the local datasets.
+
+    python -m benchmark_data.train_expert --env hopper
+    python -m benchmark_data.train_expert --evaluate datasets/experts/hopper_270000.safetensors
+
+A run's directory holds config.yaml, metrics.csv, policies/<env>_<step>.safetensors with a card each, learning_curve.png
+and checkpoints/last.pth, which includes the replay buffer. `make_dataset.py --experts_dir <run>/policies` uses them.
+A resumed run goes on with networks, optimizers and replay buffer, but is not bit-exact: it begins a new episode with
+random numbers of its own.
+
+Needs `pip install -r requirements/experts.txt`. One core trains about 100 steps a second.
+
+Recipes: ant-xy and humanoid-xy are those of OGBench's data_gen_scripts/main_sac.py, the others SAC's published settings
+(Haarnoja et al. 2018) with two layers of 256. The ant takes the learning rate 3e-4 and 250,000 steps where OGBench
+takes 1e-4 and 400,000, because it comes as far in half the steps (docs/data.md). What stable-baselines3 does
+differently from OGBench's JAX code: it updates the critic before the actor instead of both at once, learns the
+logarithm of the temperature, bounds the log standard deviation by [-20, 2] instead of [-5, 2], and does not scale down
+the actor's last layer at the start. For the humanoid it also takes the minimum of the critics instead of the mean, and
+has no layer norm in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+import torch
+from torch import nn
+
+from benchmark_data.experts import (
+    CARD_EPISODES,
+    CARD_SEED,
+    ENVIRONMENTS,
+    Policy,
+    card_path,
+    evaluate_policy,
+    expert_env,
+    make_expert_env,
+    policy_path,
+    read_card,
+    read_policy,
+    write_card,
+    write_policy,
+)
+from runs.cli import check_bounds, parse_config, run_cli
+from runs.directory import hold_run, load_checkpoint, mark_finished, prepare_run, save_checkpoint
+from runs.metrics import MetricLogger, read_metrics
+from utils import RandomStreams, UserError, progress
+
+
+@dataclass
+class TrainExpertConfig:
+    env: str = "hopper"  # ant-xy, humanoid-xy, hopper, halfcheetah, walker2d, walker_walk or walker_run
+    algorithm: Literal["sac", "td3"] = "sac"  # of stable-baselines3
+    max_timesteps: int | None = None  # environment steps; default: the recipe's
+    lr: float | None = None  # learning rate of actor, critics and temperature; default: the recipe's
+    batch_size: int = 256  # transitions in an update
+    hidden_dims: tuple[int, ...] | None = None  # layers of the actor and of each critic; default: the recipe's
+    discount: float = 0.99  # of future rewards
+    tau: float = 0.005  # step of the target critics towards the critics
+    start_steps: int = 10_000  # uniformly random actions before the first update
+    buffer_size: int = 1_000_000  # transitions in the replay buffer
+    seed: int = 0  # of networks, exploration, sampling and episodes
+    snapshot_every: int = 10_000  # steps between policy files, each of them evaluated
+    eval_episodes: int = 10  # deterministic episodes of a snapshot's evaluation
+    card_episodes: int = CARD_EPISODES  # episodes behind the last and the best policy's card, and of --evaluate
+    checkpoint_every: int = 25_000  # steps between checkpoints
+    log_every: int = 2_000  # steps between rows of metrics.csv
+    run_dir: str | None = None  # default logs/expert/<env>/<algorithm>/seed_<seed> in the current folder
+    resume: bool = False  # continue the run in run_dir from its last checkpoint; not bit-exact
+    tensorboard: bool = True  # write TensorBoard events
+    evaluate: tuple[str, ...] | None = None  # policy files: measure their returns again for their cards, train nothing
+
+
+BOUNDS = {
+    **dict.fromkeys(("max_timesteps", "batch_size", "snapshot_every", "eval_episodes", "card_episodes"), (1, 10**9)),
+    **dict.fromkeys(("checkpoint_every", "log_every", "buffer_size"), (1, 10**9)),
+    **dict.fromkeys(("lr", "discount", "tau"), (1e-9, 1.0)),
+    "start_steps": (0, 10**9),
+    "seed": (0, 2**53),
+}
+MAY_CHANGE_ON_RESUME = {"max_timesteps", "checkpoint_every", "tensorboard", "card_episodes", "evaluate"}
+LOSSES = {"critic_loss": "train/critic_loss", "actor_loss": "train/actor_loss", "temperature": "train/ent_coef"}
+EXPLORATION_NOISE = 0.1  # standard deviation of TD3's noise on its actions
+
+
+class TanhGELU(nn.GELU):
+    """GELU in its tanh form, as a class without arguments, which is what stable-baselines3 takes."""
+
+    def __init__(self):
+        super().__init__(approximate="tanh")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of one environment that its flags leave open: OGBench's, or SAC's."""
+
+    steps: int = 300_000  # environment steps
+    lr: float = 3e-4
+    critic: tuple[int, ...] = (256, 256)  # hidden layers of each critic; the actor's are (256, 256)
+    activation: type[nn.Module] = nn.ReLU
+    entropy: float = 1.0  # target entropy of SAC as a multiple of -dim(action)
+    interval: int = 1  # environment steps an update
+    source: str = "SAC, Haarnoja et al. 2018, as in stable-baselines3"
+
+
+_OGBENCH = "OGBench data_gen_scripts/main_sac.py, but for what train_expert.py lists"
+RECIPES = {
+    "ant-xy": Recipe(250_000, activation=TanhGELU, entropy=0.5, source=_OGBENCH),
+    "humanoid-xy": Recipe(40_000_000, 1e-4, (1024,) * 3, TanhGELU, entropy=0.5, interval=4, source=_OGBENCH),
+    **dict.fromkeys(("hopper", "halfcheetah", "walker2d"), Recipe()),
+    **dict.fromkeys(("walker_walk", "walker_run"), Recipe(200_000)),
+}
+ACTIVATION_NAMES = {TanhGELU: "gelu_tanh", nn.ReLU: "relu"}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# stable-baselines3
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def stable_baselines3() -> Any:
+    """The package. Raises UserError where it is not installed."""
+    try:
+        import stable_baselines3
+    except ImportError:
+        raise UserError("training an expert needs stable-baselines3: pip install -r requirements/experts.txt") from None
+    return stable_baselines3
+
+
+def build_model(config: TrainExpertConfig, env: gymnasium.Env, seed: int) -> Any:
+    """SAC or TD3 on `env`, seeded; it draws from the global generators of NumPy and torch."""
+    sb3 = stable_baselines3()
+    from stable_baselines3.common.logger import Logger
+    from stable_baselines3.common.noise import NormalActionNoise
+
+    recipe, action_dim = RECIPES[config.env], env.action_space.shape[0]
+    layers = {"pi": list(config.hidden_dims or (256, 256)), "qf": list(config.hidden_dims or recipe.critic)}
+    special: dict[str, Any] = {"target_entropy": -recipe.entropy * action_dim}
+    if config.algorithm == "td3":
+        noise = NormalActionNoise(np.zeros(action_dim), np.full(action_dim, EXPLORATION_NOISE))
+        special = {"action_noise": noise}
+    seen = gymnasium.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)  # half the replay buffer
+    model = {"sac": sb3.SAC, "td3": sb3.TD3}[config.algorithm](
+        "MlpPolicy",
+        gymnasium.wrappers.TransformObservation(env, lambda observation: observation.astype(np.float32), seen),
+        learning_rate=config.lr or recipe.lr,
+        buffer_size=config.buffer_size,
+        learning_starts=config.start_steps,
+        batch_size=config.batch_size,
+        tau=config.tau,
+        gamma=config.discount,
+        train_freq=recipe.interval,
+        gradient_steps=1,
+        policy_kwargs={"net_arch": layers, "activation_fn": recipe.activation, "optimizer_kwargs": {"fused": True}},
+        seed=seed % 2**32,
+        device="cpu",
+        **special,
+    )
+    model.set_logger(Logger(folder=None, output_formats=[]))  # metrics.csv is written here
+    return model
+
+
+def extract_policy(model: Any, config: TrainExpertConfig, step: int) -> Policy:
+    """The acting part of the model that `build_model` made for `config`."""
+    from stable_baselines3.sac import policies as sac_policies
+
+    actor = model.policy.actor
+    gaussian = config.algorithm == "sac"
+    body = list(actor.latent_pi if gaussian else actor.mu)
+    linear = [module for module in body if isinstance(module, nn.Linear)]
+    named = {"mean": actor.mu, "log_std": actor.log_std} if gaussian else {"mean": linear.pop()}
+    named |= {f"hidden.{index}": layer for index, layer in enumerate(linear)}
+    weights = {}
+    for name, layer in named.items():
+        weights[f"{name}.weight"] = layer.weight.detach().numpy().T.copy()
+        weights[f"{name}.bias"] = layer.bias.detach().numpy().copy()
+    return Policy(
+        config.env,
+        step,
+        weights,
+        ACTIVATION_NAMES[type(body[1])],
+        float(sac_policies.LOG_STD_MIN),
+        float(sac_policies.LOG_STD_MAX),
+        0.0 if gaussian else EXPLORATION_NOISE,
+        ENVIRONMENTS[config.env].observation,
+    )
+
+
+def model_state(model: Any) -> dict[str, Any]:
+    """Networks, optimizers and the replay buffer, through what stable-baselines3 makes public.
+
+    Its own files (save, save_replay_buffer) are pickles, and not written as a whole.
+    """
+    buffer = model.replay_buffer
+    columns = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+    return {
+        "parameters": model.get_parameters(),
+        "log_ent_coef": getattr(model, "log_ent_coef", None),  # SAC's; not among its parameters
+        "buffer": {name: torch.from_numpy(getattr(buffer, name)[: buffer.size()]) for name in columns},
+        "buffer_position": [buffer.pos, buffer.full],
+    }
+
+
+def load_model_state(model: Any, state: dict[str, Any]) -> None:
+    """Continue from `model_state`; raises ValueError, RuntimeError or KeyError where it is another model's."""
+    model.set_parameters(state["parameters"], device="cpu")
+    if state["log_ent_coef"] is not None:
+        model.log_ent_coef.data.copy_(state["log_ent_coef"])
+    for name, column in state["buffer"].items():
+        getattr(model.replay_buffer, name)[: len(column)] = column.numpy()
+    model.replay_buffer.pos, model.replay_buffer.full = state["buffer_position"]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A run
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class ExpertRun:
+    """One training run: model, environments, log and directory."""
+
+    def __init__(self, config: TrainExpertConfig):
+        check(config)
+        stable_baselines3()
+        self.config, self.total = config, config.max_timesteps or RECIPES[config.env].steps
+        usual = Path("logs", "expert", config.env, config.algorithm, f"seed_{config.seed}")
+        self.run_dir = Path(config.run_dir or usual)
+        self.streams, self.resources = RandomStreams(config.seed), contextlib.ExitStack()
+        try:
+            self.resources.enter_context(hold_run(self.run_dir))
+            self.open(prepare_run(self.run_dir, config, config.resume, may_change=MAY_CHANGE_ON_RESUME))
+        except BaseException:
+            self.close()
+            raise
+
+    def open(self, checkpoint: Path | None) -> None:
+        """Build model and environments, continue from the checkpoint if there is one, open the log."""
+        torch.set_num_threads(1)  # more are slower for networks of this size
+        train_env, self.eval_env = make_expert_env(self.config.env), make_expert_env(self.config.env)
+        self.resources.callback(train_env.close)
+        self.resources.callback(self.eval_env.close)
+        state = load_checkpoint(checkpoint) if checkpoint else {"step": 0, "evaluations": {}}
+        self.step = state["step"]
+        self.evaluations: dict[int, float] = state["evaluations"]  # step -> mean return of the snapshot
+        if self.step > self.total:
+            raise UserError(f"--max_timesteps {self.total}: the run in {self.run_dir} is at step {self.step} already")
+        # A resumed run must not repeat the numbers that it began with.
+        self.model = build_model(self.config, train_env, self.streams.init_seed + self.step)
+        if checkpoint is None:
+            for left in (self.run_dir / "policies").glob("*.*"):  # of a run that ended before its first checkpoint
+                left.unlink()
+        else:
+            try:
+                load_model_state(self.model, state)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise UserError(f"{checkpoint}: not of this model ({error}); choose another --run_dir") from None
+            self.model.num_timesteps = self.step
+            print(
+                f"{self.run_dir}: continuing from step {self.step}; not bit-exact: the rest differs from that of a run "
+                "that was not stopped",
+                file=sys.stderr,
+            )
+        self.logger = MetricLogger(self.run_dir, self.step if checkpoint else None, self.config.tensorboard)
+        self.resources.callback(self.logger.close)
+
+    def close(self) -> None:
+        """Release the directory, the environments and the log; closing twice is harmless."""
+        self.resources.close()
+
+    def train(self) -> None:
+        """Train to the last step, with snapshots, rows and checkpoints along the way."""
+        if self.step == self.total:
+            return
+        with progress(self.total, f"{self.config.env} {self.config.algorithm}", initial=self.step, unit="step") as bar:
+            self.bar = bar
+            # With reset_num_timesteps=False stable-baselines3 counts from where it stands.
+            remaining = self.total - self.step
+            try:
+                self.model.learn(remaining, self.after_step, log_interval=None, reset_num_timesteps=False)
+                self.record()
+            except ValueError:  # torch refuses to sample from NaN
+                loss = self.model.logger.name_to_value.get(LOSSES["critic_loss"], 0.0)
+                if math.isfinite(loss):
+                    raise
+                raise UserError(
+                    f"{self.run_dir}: the critic's loss is {loss} at step {self.step}; lower --lr"
+                ) from None
+
+    def after_step(self, *_: Any) -> bool:
+        """stable-baselines3's callback: a step is taken, the transition not yet stored. Returns whether to go on."""
+        self.step = min(self.model.num_timesteps, self.total)  # several steps an update may go beyond
+        self.bar.update(self.step - self.bar.n)
+        if self.step < self.total:  # else after the last update
+            self.record()
+        return True
+
+    def record(self) -> None:
+        """What is due at this step: a snapshot, a row of metrics.csv, a checkpoint."""
+        config, last = self.config, self.step == self.total
+        row = self.snapshot() if self.step % config.snapshot_every == 0 or last else {}
+        if row or self.step % config.log_every == 0:
+            row |= self.training_figures()
+            self.logger.log(self.step, row)
+            self.bar.set_postfix({name: f"{row[name]:.1f}" for name in row if "return" in name}, refresh=False)
+        if self.step % config.checkpoint_every == 0 or last:
+            state = {"step": self.step, "evaluations": self.evaluations} | model_state(self.model)
+            save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state)
+
+    def snapshot(self) -> dict[str, float]:
+        """Write the policy of this step with its card; returns the columns of its evaluation.
+
+        The evaluation has an environment, seeds and generators of its own, so that it changes nothing in the training.
+        """
+        config = self.config
+        policy = extract_policy(self.model, config, self.step)
+        path = policy_path(self.run_dir / "policies", config.env, self.step)
+        write_policy(path, policy)
+        result = evaluate_policy(policy, config.eval_episodes, self.streams.evaluation_seed, env=self.eval_env)
+        write_card(path, facts(config), {"deterministic": result})
+        self.evaluations[self.step] = result["mean"]
+        return {"eval_return": result["mean"], "eval_std": result["std"], "eval_length": result["mean_length"]}
+
+    def training_figures(self) -> dict[str, float]:
+        """Losses of the last update, and return and length of the last episodes (at most 100)."""
+        recorded, episodes = self.model.logger.name_to_value, self.model.ep_info_buffer
+        figures = {name: recorded[key] for name, key in LOSSES.items() if key in recorded}
+        if episodes:
+            for name, key in (("train_return", "r"), ("train_length", "l")):
+                figures[name] = float(np.mean([episode[key] for episode in episodes]))
+        return figures
+
+    def finish(self) -> dict[str, Any]:
+        """Full cards for the last policy and the best one, the curve; returns the summary of finished.json."""
+        best = max(self.evaluations, key=self.evaluations.__getitem__)
+        measured = {}
+        for step in {self.step, best}:
+            path = policy_path(self.run_dir / "policies", self.config.env, step)
+            measured[step] = returns_of(path, self.config.card_episodes)
+            write_card(path, facts(self.config), measured[step])
+        returns = {step: both["deterministic"]["mean"] for step, both in measured.items()}
+        summary = {"env": self.config.env, "steps": self.step, "best_step": best}
+        summary |= {"last_return": returns[self.step], "best_return": returns[best]}
+        plot_learning_curve(self.run_dir, self.title())
+        mark_finished(self.run_dir, summary)
+        return summary
+
+    def title(self) -> str:
+        return f"{self.config.env}, {self.config.algorithm}, seed {self.config.seed}"
+
+
+def facts(config: TrainExpertConfig) -> dict[str, Any]:
+    """What a card says of the training."""
+    recipe = RECIPES[config.env]
+    return {
+        "algorithm": f"{config.algorithm.upper()} of stable-baselines3 {stable_baselines3().__version__}",
+        "recipe": {
+            "source": recipe.source if config.algorithm == "sac" else "TD3, Fujimoto et al. 2018",
+            "lr": config.lr or recipe.lr,
+            **{name: getattr(config, name) for name in ("batch_size", "discount", "tau", "start_steps")},
+            "critic": list(config.hidden_dims or recipe.critic),
+            "steps_per_update": recipe.interval,
+        },
+        "seed": config.seed,
+    }
+
+
+def returns_of(path: Path, episodes: int) -> dict[str, Any]:
+    """Returns of a policy file, deterministic and stochastic."""
+    policy = read_policy(path)
+    return {
+        kind: evaluate_policy(policy, episodes, CARD_SEED, stochastic=kind == "stochastic", show=True)
+        for kind in ("deterministic", "stochastic")
+    }
+
+
+def evaluate_file(path: Path, episodes: int) -> None:
+    """`--evaluate`: measure a policy again, keeping what its card says of its origin."""
+    card = read_card(path) if card_path(path).exists() else {}
+    origin = {name: card.get(name, "not recorded") for name in ("algorithm", "recipe", "seed")}
+    returns = returns_of(path, episodes)
+    for kind, result in returns.items():
+        print(
+            f"{path.stem}, {kind}: return {result['mean']:.1f} +- {result['std']:.1f} over {episodes} episodes "
+            f"(min {result['min']:.1f}, median {result['50%']:.1f}, max {result['max']:.1f}), "
+            f"{result['mean_length']:.0f} steps an episode, {result['reward_per_step']:.4f} a step"
+        )
+    known = max((int(old["episodes"]) for old in card.get("returns", {}).values()), default=0)
+    if episodes < known:
+        print(f"{card_path(path)} keeps its returns over {known} episodes; --card_episodes {known} replaces them")
+    else:
+        write_card(path, origin, returns)
+        print(f"wrote {card_path(path)}")
+
+
+def plot_learning_curve(run_dir: Path, title: str) -> None:
+    """learning_curve.png: returns of training episodes and of snapshots against environment steps."""
+    from matplotlib.figure import Figure
+
+    metrics = read_metrics(run_dir)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for column, marker in (("train_return", ""), ("eval_return", ".")):
+        if column in metrics:
+            known = np.isfinite(metrics[column])
+            axis.plot(np.array(metrics["step"])[known], np.array(metrics[column])[known], marker=marker, label=column)
+    axis.set(title=title, xlabel="environment step", ylabel="return")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(run_dir / "learning_curve.png")
+
+
+def check(config: TrainExpertConfig) -> None:
+    """One line for a setting that cannot work, before anything is made."""
+    expert_env(config.env)
+    check_bounds(config, BOUNDS)
+    if config.hidden_dims is not None and not (config.hidden_dims and all(1 <= n <= 2**14 for n in config.hidden_dims)):
+        raise UserError(f"--hidden_dims {' '.join(map(str, config.hidden_dims))}: one or more sizes from 1 to 16384")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(TrainExpertConfig, argv, __doc__)
+    if config.evaluate is not None:
+        check(config)
+        for path in config.evaluate:
+            evaluate_file(Path(path), config.card_episodes)
+        return
+    began = time.perf_counter()
+    run = ExpertRun(config)
+    with contextlib.closing(run):
+        first = run.step
+        run.train()
+        rate = (run.step - first) / (time.perf_counter() - began)
+        summary = run.finish()
+    print(f"{run.title()}: {run.step} steps, {rate:.0f} a second")
+    print(f"  last policy: return {summary['last_return']:.1f}")
+    print(f"  best snapshot, step {summary['best_step']}: return {summary['best_return']:.1f}")
+    print(f"make_dataset.py uses them with --experts_dir {run.run_dir / 'policies'}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
