@@ -5,7 +5,7 @@ before it: it raises Q and pays for the distance it moves. Actor i minimises
 
     L_i = -lambda E[Q1(s, pi_i(s, z))] + w_i D_i
     D_0 = mean over elements of (pi_0(s, z) - a)^2                 to the data, whose actions are points
-    D_i = Sinkhorn(pi_i(.|s), pi_{i-1}(.|s)), half of W2 squared   to the previous actor, i >= 1
+    D_i = half of W2(pi_i(.|s), pi_{i-1}(.|s)) squared               to the previous actor, i >= 1
 
 and the critics learn the value of the first actor, the one nearest to the data:
 
@@ -27,9 +27,12 @@ Choices where the sources differ or are silent:
   lags behind by more than the step it is to make (docs/pogo.md).
 - K samples a state and policy; the distance takes all of them, Q the first: fewer passes through the critic, and no
   difference in expectation.
-- The default backend is `fused`, GeomLoss's problem to 1e-5 several times faster; `tensorized` is GeomLoss itself.
+- Actor and reference are sampled with the same noise, and the optimal assignment is exact: with independent noise an
+  actor is drawn to a third of its reference's spread, and GeomLoss's gradients are a third off (docs/pogo.md).
+  `--w2_noise independent --sinkhorn_backend tensorized` is the original.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -39,15 +42,13 @@ from torch import Tensor, nn
 
 from model import EnsembleCritic, TransportActor
 from model_kernels import Adam
-from transport import Backend, box_diameter, cloud_spread, l2, sinkhorn
+from transport import DistanceConfig, blur_unit, cloud_spread, l2, policy_distance
 
-TINY = 1e-12  # what a figure is divided by at least
-SMALLEST_SPREAD = 1e-3  # of max_action: a cloud narrower than this counts as this wide where a blur is relative to it
+EPS = 1e-12  # avoids division by zero
 
 
 @dataclass
-class POGOConfig:
-    w2_weights: tuple[float, ...] = (0.4, 0.5, 0.5)  # weight of each actor's distance: more keeps it nearer
+class POGOConfig(DistanceConfig):
     lr: float = 3e-4  # learning rate of Adam for critic and actors; 1e-4 is usual on antmaze
     follow: bool = True  # an actor first repeats the change of weights that the actor before it has just made
     lr_decay: bool = True  # let the actors' learning rate fall to 0 along a cosine over the run
@@ -59,10 +60,6 @@ class POGOConfig:
     q_normalization: Literal["batch", "none"] = "batch"  # batch divides Q by its mean size in the batch
     td_actor: Literal["online", "target"] = "online"  # critics bootstrap from actor 0 or its target copy
     hidden_dim: int = 256  # width of the two hidden layers of every network
-    sinkhorn_K: int = 4  # samples of a policy in a state, between which distances are measured
-    sinkhorn_blur: float = 0.05  # entropic smoothing of distances, in units of actions
-    sinkhorn_backend: Backend = "fused"  # solver of distances; tensorized, online (needs pykeops), auto: GeomLoss's
-    blur_relative: Literal["none", "max_action", "spread"] = "none"  # multiply the blur by this
 
 
 class POGOAgent:
@@ -132,8 +129,9 @@ class POGOAgent:
             actions = self.actors[0](observations, self.noise(len(observations)))
             distance, q_actions = l2(actions, batch["actions"]), actions
         else:
-            samples = self.actors[number](observations, self.noise(len(observations), self.config.sinkhorn_K))
-            distance, q_actions = self.distance(samples, self.samples(number - 1, observations)), samples[:, 0]
+            z = self.noise(len(observations), self.config.sinkhorn_K)
+            samples = self.actors[number](observations, z)
+            distance, q_actions = self.distance(number, number - 1, observations, z, samples), samples[:, 0]
         q = self.critic.frozen_q1(observations, q_actions)
         scale = self.q_scale(q)
         loss = self.config.w2_weights[number] * distance - scale * q.mean()
@@ -146,21 +144,12 @@ class POGOAgent:
         """lambda, 0-d, without gradient."""
         return torch.ones_like(q[0]) if self.config.q_normalization == "none" else 1 / q.detach().abs().mean()
 
-    def distance(self, samples: Tensor, reference: Tensor) -> Tensor:
-        """D_i, 0-d: the divergence of clouds [n, K, A], averaged over states."""
-        config = self.config
-        diameter, scale = box_diameter(self.max_action, self.action_dim), None
-        if config.blur_relative == "max_action":
-            diameter, scale = box_diameter(1.0, self.action_dim), self.max_action
-        elif config.blur_relative == "spread":
-            smallest = SMALLEST_SPREAD * self.max_action
-            diameter, scale = diameter / smallest, cloud_spread(reference).clamp_min(smallest)
-        return sinkhorn(samples, reference, config.sinkhorn_blur, config.sinkhorn_backend, diameter, scale).mean()
-
-    @torch.no_grad()
-    def samples(self, number: int, observations: Tensor) -> Tensor:
-        """K actions of one actor in every state, without gradient: [n, D] -> [n, K, A]."""
-        return self.actors[number](observations, self.noise(len(observations), self.config.sinkhorn_K))
+    def distance(self, number: int, reference: int, observations: Tensor, z: Tensor, samples: Tensor) -> Tensor:
+        """D, 0-d, of one actor to another; z, samples: [n, K, A] noise and the actor's actions at it."""
+        policies = (functools.partial(self.actors[one], observations) for one in (number, reference))
+        return policy_distance(
+            self.config, self.max_action, *policies, z, samples, functools.partial(self.noise, *z.shape[:2])
+        )
 
     def noise(self, *shape: int) -> Tensor:
         """Standard normal [*shape, A] from the agent's generator."""
@@ -214,54 +203,51 @@ class POGOAgent:
         """What each step of the chain did, on one batch; changes nothing, draws from a generator of its own.
 
         For actor i: mean Q1 over its K samples, the mean norm of its gradient by the action, the distance and its floor
-        (two independent draws of the reference; 0 for the data), the blur as a share of the reference's spread, the
-        energy L_i, and what L_i would be had the actor stayed where the chain stood before it: an energy below that
-        says the step moved and helped. 0-d tensors.
+        (of the reference to itself, which only independent noise puts above 0), the spread, the energy L_i, and what
+        L_i would be had the actor stayed where the chain stood before it: an energy below that says the step moved and
+        helped. `moved` is the root mean square distance between the actions of actor and reference at the same noise,
+        `q_gain` what Q1 promises for it. 0-d tensors.
         """
         kept, self.generator = self.generator, torch.Generator(self.device).manual_seed(seed)
         try:
             found: dict[str, Tensor] = {}
             for number in range(len(self.actors)):
-                figures = self._diagnose_actor(number, batch)
-                found |= {f"chain/actor_{number}/{name}": value for name, value in figures.items()}
+                metrics = self._diagnose_actor(number, batch)
+                found |= {f"chain/actor_{number}/{name}": value for name, value in metrics.items()}
             return found
         finally:
             self.generator = kept
 
     def _diagnose_actor(self, number: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        observations, K = batch["observations"], self.config.sinkhorn_K
-        samples = self.samples(number, observations)
-        q, slope = self._q_and_slope(observations, samples)
-        if number == 0:
-            before = batch["actions"].unsqueeze(1).expand(-1, K, -1)
-            with torch.no_grad():
-                distance, floor = l2(samples, before), torch.zeros_like(q[0])
-        else:
-            before = self.samples(number - 1, observations)
-            with torch.no_grad():
-                distance = self.distance(samples, before)
-                floor = self.distance(self.samples(number - 1, observations), before)
-        scale, weight = self.q_scale(q), self.config.w2_weights[number]
-        stayed = self._q_and_slope(observations, before)[0]
-        figures = {
+        config, observations = self.config, batch["observations"]
+        z = self.noise(len(observations), config.sinkhorn_K)
+        with torch.no_grad():
+            samples = self.actors[number](observations, z)
+            if number == 0:
+                before = batch["actions"].unsqueeze(1).expand_as(samples)
+                distance, floor = l2(samples, before), samples.new_zeros(())
+            else:
+                before = self.actors[number - 1](observations, z)
+                distance = self.distance(number, number - 1, observations, z, samples)
+                floor = self.distance(number - 1, number - 1, observations, z, before)
+        (q, slope), (stayed, _) = (self._q_and_slope(observations, actions) for actions in (samples, before))
+        scale, weight = self.q_scale(q), config.w2_weights[number]
+        metrics = {
             "q": q.mean(),
             "q_gradient": slope,
+            "q_gain": q.mean() - stayed.mean(),
+            "moved": (samples - before).square().sum(-1).mean().sqrt(),
             "distance": distance,
             "floor": floor,
             "spread": cloud_spread(samples),
             "energy": weight * distance - scale * q.mean(),
             "energy_before": weight * floor - scale * stayed.mean(),
         }
-        figures["energy_fell"] = (figures["energy"] < figures["energy_before"]).float()
-        if number > 0:
-            figures["blur_to_spread"] = self.blur(before) / cloud_spread(before).clamp_min(TINY)
-        return figures
-
-    def blur(self, reference: Tensor) -> Tensor:
-        """The blur in units of actions, 0-d."""
-        spread = cloud_spread(reference).clamp_min(SMALLEST_SPREAD * self.max_action)
-        unit = {"none": 1.0, "max_action": self.max_action, "spread": spread}
-        return torch.as_tensor(self.config.sinkhorn_blur * unit[self.config.blur_relative], device=self.device)
+        metrics["energy_fell"] = (metrics["energy"] < metrics["energy_before"]).float()
+        if number > 0 and config.sinkhorn_backend != "exact":
+            blur = config.sinkhorn_blur * blur_unit(config, before, self.max_action)
+            metrics["blur_to_spread"] = blur / cloud_spread(before).clamp_min(EPS)
+        return metrics
 
     def _q_and_slope(self, observations: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Q1 of samples [n, K, A], flat, and the mean norm of its gradient by the action, 0-d."""

@@ -46,6 +46,7 @@ class POGOTrainerConfig(ChainRunConfig, POGOConfig):
 BOUNDS = chain.BOUNDS | {
     **dict.fromkeys(("policy_freq", "hidden_dim"), (1, 10**9)),
     "sinkhorn_K": (2, 64),
+    "sinkhorn_scaling": (0.01, 0.999),
     **dict.fromkeys(("lr", "sinkhorn_blur", "q_limit"), (1e-9, 1e9)),
     **dict.fromkeys(("policy_noise", "noise_clip"), (0.0, 1e3)),
     "antmaze_reward_shift": (-1e6, 1e6),
@@ -116,12 +117,12 @@ class POGORun(ChainRun):
         """As every chain, with a word about a blur that is too wide."""
         figures = super().diagnose()
         largest = max((value for name, value in figures.items() if name.endswith("blur_to_spread")), default=0.0)
-        if largest > 1 and "blur" not in self.warned and self.config.sinkhorn_backend != "exact":
+        if largest > 1 and "blur" not in self.warned:
             self.warned.add("blur")
             warn(
                 f"the blur is {largest:.1f} times the spread of an actor's samples, so that distances see little but "
-                "their means (usual with the published blur, see docs/pogo.md); --blur_relative spread or a smaller "
-                "--sinkhorn_blur would see more"
+                "their means (usual with the published blur, see docs/pogo.md); --sinkhorn_backend exact has none, and "
+                "--blur_relative spread or a smaller --sinkhorn_blur would see more"
             )
         return figures
 

@@ -3,32 +3,34 @@
 One convention holds for the whole module: a Wasserstein distance is returned as **half of W2 squared**, the optimal
 transport cost for c(x, y) = ||x - y||^2 / 2. GeomLoss with p=2 returns that, and published weights rely on it.
 
-The Sinkhorn divergence (Feydy et al., "Interpolating between Optimal Transport and MMD using Sinkhorn Divergences",
-2019, equation 3) is the debiased entropic cost S(x, y) = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2 at the temperature
-blur^2. What to know when reading its values:
+Two choices decide what a distance between two policies means; docs/pogo.md derives both and measures what each is
+wrong by.
 
-- The blur hides what is smaller than itself; far above the clouds' spread only the distance of their means is left.
-  Two clouds of standard deviation 0.01 in 6 dimensions under blur 0.05 have two fifths of their true distance with 4
-  samples, a sixth with 16, so that a collapsed policy is hardly held. Log `blur / cloud_spread(y)`; past 1, use a
-  smaller blur or one relative to the clouds, the argument `scale`.
-- Halving the scale in each step, as GeomLoss does by default, ends the descent early: however small the blur, values
-  stay about 1% below the optimum with 4 samples, 4% with 16. `exact` has no such error.
-- Two independent draws of one policy lie at a positive distance: `sinkhorn(draw_1, draw_2)` is the floor below which
-  a distance says nothing about a movement of the policy.
+- Which samples (`policy_distance`). Samples of independent noise lie apart even if the policies are equal, and the
+  further apart the wider they are: that distance is smallest for an actor far narrower than its reference. With the
+  same noise on both sides it is zero and stationary at equal policies, and a JKO step under it is exact.
+- Which solver (`sinkhorn`). `exact` is the optimal assignment. The others are debiased Sinkhorn divergences (Feydy et
+  al., "Interpolating between Optimal Transport and MMD using Sinkhorn Divergences", 2019, equation 3), entropic at the
+  temperature blur^2. A blur hides what is smaller than itself: two clouds of standard deviation 0.01 in 6 dimensions
+  under blur 0.05 have two fifths of their true distance with 4 samples. And GeomLoss's schedule, which halves the scale
+  in each step (`scaling` 0.5), ends before the descent does: values are 1% off with 4 samples, gradients a third.
 """
 
 import functools
-import importlib.util
 import itertools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Backend = Literal["tensorized", "online", "auto", "fused", "exact"]
+Backend = Literal["exact", "fused", "tensorized", "online", "auto"]
 BACKENDS = get_args(Backend)
-MAX_EXACT = 6  # samples a cloud, 720 assignments; 7 would take seven times as long and as much memory
+Noise = Literal["same", "independent", "debiased"]
+MAX_EXACT = 10  # samples a cloud; work and memory grow as 2^K K
+SMALLEST_SPREAD = 1e-3  # of max_action: a cloud narrower than this counts as this wide where a blur is relative to it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,50 +44,46 @@ def sinkhorn(
     blur: float = 0.05,
     backend: Backend = "tensorized",
     diameter: float | None = None,
-    scale: float | Tensor | None = None,
+    scaling: float = 0.5,
 ) -> Tensor:
     """Half of W2 squared between clouds of equally weighted samples, one problem a batch entry.
 
-    `tensorized`, `online` (needs pykeops) and `auto` are GeomLoss's. `fused` solves the same problem by the same
-    schedule in a few batched kernels; with a diameter it never waits for the device, so that a CUDA graph can capture
-    it. It holds B (2K)^2 A numbers at its peak: meant for small K. `exact` is the optimal assignment without any
-    blur, for at most 6 samples. Gradients follow from the envelope theorem; second derivatives are not meaningful.
+    `exact` is the optimal assignment without any blur, for at most MAX_EXACT samples. `tensorized`, `online` (needs
+    pykeops) and `auto` are GeomLoss's. `fused` solves the same problem by the same schedule in a few batched kernels,
+    and holds B (2K)^2 A numbers at its peak: meant for small K. `exact`, and `fused` with a diameter, never wait for
+    the device, so that a CUDA graph can capture them. Second derivatives are not meaningful.
 
     Args:
         x, y: [B, K, A] float32 or float64 samples, K of each state's policy. Gradients flow to both. GeomLoss's
             backends take clouds of different K too.
-        blur: in units of actions (of `scale`, where given); the final temperature is blur^2. `exact` ignores it.
+        blur: in units of actions; the final temperature is blur^2. `exact` ignores it, diameter and scaling.
         backend: one of BACKENDS.
-        diameter: in the same units, where the schedule of temperatures begins (each step halves it until blur). For
-            actions in a box, `box_diameter`. One that is too small costs accuracy, one too large a step for each
-            factor of two. None measures the bounding box of both batches, as GeomLoss does: this waits for the
-            device, and lets the value of one entry depend on the others.
-        scale: a positive number or tensor, 0-d or [B], taken as a constant: the result is that for blur * scale and
-            diameter * scale. `max_action` or `cloud_spread(y).clamp_min(smallest)` make a blur relative, the latter
-            without waiting for the device, with `box_diameter(...) / smallest` as its diameter.
+        diameter: where the schedule of temperatures begins. For actions in a box, `box_diameter`. One that is too small
+            costs accuracy, one too large a step for each factor of `scaling`. None measures the bounding box of both
+            batches, as GeomLoss does: this waits for the device, and lets one entry's value depend on the others.
+        scaling: ratio of the scales of two steps of the schedule, between 0 and 1; nearer to 1 is slower and nearer to
+            the optimum.
 
     Returns:
         [B]. Never negative but for rounding and an unfinished descent; 0 for equal clouds.
 
     Raises:
-        ValueError: shapes, dtypes, blur, diameter, scale or backend that do not fit; without a diameter, also samples
+        ValueError: shapes, dtypes, blur, diameter, scaling or backend that do not fit; without a diameter, also samples
             that are not finite.
-        ImportError: backend `online` without pykeops.
+        ImportError: backend `online` without pykeops, or without a C++ compiler for it.
     """
     _check_clouds(x, y, backend)
-    if not 0 < blur < math.inf or diameter is not None and not 0 < diameter < math.inf:
-        raise ValueError(f"blur {blur} and diameter {diameter} must be positive and finite")
-    if scale is not None:  # the divergence for blur * scale is scale^2 times that of the clouds divided by scale
-        unit = _unit(scale, x)
-        return sinkhorn(x / unit, y / unit, blur, backend, diameter) * unit.flatten().square()
+    if not 0 < blur < math.inf or diameter is not None and not 0 < diameter < math.inf or not 0 < scaling < 1:
+        raise ValueError(f"blur {blur}, diameter {diameter} must be positive and finite, scaling {scaling} in (0, 1)")
     if not torch.is_grad_enabled():  # neither GeomLoss nor an autograd.Function looks at this
         x, y = x.detach(), y.detach()
     if backend == "exact":
-        return _assignment(x, y)
+        partner = y.gather(1, _assignment(x, y).unsqueeze(-1).expand_as(y))
+        return (x - partner).square().sum(-1).mean(-1) / 2
     diameter = _diameter(x, y) or blur if diameter is None else diameter
     if backend == "fused":
-        return _FusedSinkhorn.apply(x, y, blur, diameter)
-    return _geomloss(backend, x, y, blur, diameter)
+        return _FusedSinkhorn.apply(x, y, blur, diameter, scaling)
+    return _geomloss(backend, x, y, blur, diameter, scaling)
 
 
 def box_diameter(max_action: float, action_dim: int) -> float:
@@ -131,17 +129,6 @@ def _check_clouds(x: Tensor, y: Tensor, backend: str) -> None:
         raise ValueError(f"{fault}: x is {list(x.shape)}, y is {list(y.shape)}")
 
 
-def _unit(scale: float | Tensor, x: Tensor) -> Tensor:
-    """The argument `scale` of `sinkhorn` as [1, 1, 1] or [B, 1, 1]."""
-    if isinstance(scale, Tensor):
-        if scale.dim() > 1 or scale.numel() not in (1, len(x)):
-            raise ValueError(f"scale must be 0-d or [B] with B = {len(x)}, not {list(scale.shape)}")
-        return scale.detach().to(x).view(-1, 1, 1)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale {scale} must be positive")
-    return x.new_full((1, 1, 1), scale)
-
-
 def _diameter(x: Tensor, y: Tensor) -> float:
     """The diagonal of the box around all points of both batches, as GeomLoss measures it. Waits for the device."""
     points = torch.cat([x.detach().flatten(0, 1), y.detach().flatten(0, 1)])
@@ -151,31 +138,60 @@ def _diameter(x: Tensor, y: Tensor) -> float:
     return diameter
 
 
-def _geomloss(backend: str, x: Tensor, y: Tensor, blur: float, diameter: float) -> Tensor:
+def _geomloss(backend: str, x: Tensor, y: Tensor, blur: float, diameter: float, scaling: float) -> Tensor:
     """GeomLoss's debiased Sinkhorn divergence, [B]."""
-    if backend == "online" and importlib.util.find_spec("pykeops") is None:
-        raise ImportError("backend 'online' needs pykeops: pip install pykeops, or use tensorized or fused")
     from geomloss import SamplesLoss
 
-    with torch.set_grad_enabled(torch.is_grad_enabled()):  # GeomLoss leaves gradients switched on behind it
-        return SamplesLoss("sinkhorn", p=2, blur=blur, diameter=diameter, debias=True, backend=backend)(x, y)
+    solver = SamplesLoss("sinkhorn", p=2, blur=blur, diameter=diameter, scaling=scaling, debias=True, backend=backend)
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # GeomLoss leaves gradients switched on behind it
+            return solver(x, y)
+    except (ImportError, NameError) as error:  # GeomLoss's own words name neither the package nor the compiler
+        raise ImportError(
+            f"backend {backend!r} needs pykeops and a C++ compiler ({error}); use exact, fused or tensorized"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimal assignment
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _permutations(K: int, device: torch.device) -> Tensor:
-    """All orders of K things, [K!, K], in lexical order; kept, because making them waits for the device."""
-    return torch.tensor(list(itertools.permutations(range(K))), device=device)
+def _subsets(K: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """For k = 1..K, of each subset of k out of K points: its points, and where in the list of k - 1 lies what is left.
+
+    Both [K over k, k]: without its i-th point a subset is the `rest[subset, i]`-th of the list before. Kept, because
+    making them waits for the device.
+    """
+    levels, place = [], {(): 0}
+    for k in range(1, K + 1):
+        subsets = list(itertools.combinations(range(K), k))
+        rest = [[place[subset[:i] + subset[i + 1 :]] for i in range(k)] for subset in subsets]
+        levels.append((torch.tensor(subsets, device=device), torch.tensor(rest, device=device)))
+        place = {subset: number for number, subset in enumerate(subsets)}
+    return levels
 
 
+@torch.no_grad()
 def _assignment(x: Tensor, y: Tensor) -> Tensor:
-    """Half the mean squared distance under the best of all assignments, [B]; x, y: [B, K, A]."""
-    orders = _permutations(x.shape[1], x.device)
-    with torch.no_grad():
-        cost = (x.unsqueeze(2) - y.unsqueeze(1)).square().sum(-1)  # [B, i, j]
-        totals = cost[:, orders[0], orders].sum(-1)  # [B, K!]; the first order is the identity
-        best = orders[totals.argmin(-1)]  # [B, K]
-    partner = y.gather(1, best.unsqueeze(-1).expand_as(y))
-    return (x - partner).square().sum(-1).mean(-1) / 2
+    """Partner of each point of x in y under the optimal assignment, [B, K] of int64; x, y: [B, K, A].
+
+    By dynamic programming over subsets (Bellman, 1962): the k first points of x go to a set of k points of y at the
+    least over j in the set of cost[k, j] plus what the others cost without j.
+    """
+    levels = _subsets(x.shape[1], x.device)
+    cost = (x.unsqueeze(2) - y.unsqueeze(1)).square_().sum(-1)  # [B, i, j]
+    least, choices = cost.new_zeros(len(x), 1), []
+    for k, (points, rest) in enumerate(levels):
+        least, choice = (least[:, rest] + cost[:, k][:, points]).min(-1)  # [B, subsets of k + 1 points]
+        choices.append(choice)
+    subset, partners = torch.zeros_like(choices[-1]), []  # [B, 1]
+    for (points, rest), choice in zip(reversed(levels), reversed(choices), strict=True):
+        last = choice.gather(1, subset)
+        partners.append(points[subset, last])
+        subset = rest[subset, last]
+    return torch.cat(partners[::-1], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,10 +199,10 @@ def _assignment(x: Tensor, y: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _temperatures(blur: float, diameter: float) -> list[float]:
-    """The schedule of GeomLoss for p=2, scaling 0.5: diameter^2 twice, then a quarter of the last down to blur^2."""
-    steps = math.ceil((math.log(blur) - math.log(diameter)) / math.log(0.5))
-    return [diameter**2, *(diameter**2 / 4**k for k in range(steps)), blur**2]
+def _temperatures(blur: float, diameter: float, scaling: float = 0.5) -> list[float]:
+    """The schedule of GeomLoss for p=2: diameter^2 twice, then scaling^2 of the last down to blur^2."""
+    steps = math.ceil((math.log(blur) - math.log(diameter)) / math.log(scaling))
+    return [diameter**2, *(diameter**2 * scaling ** (2 * k) for k in range(steps)), blur**2]
 
 
 def _logsumexp_scores(potential: Tensor, cost: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -201,7 +217,7 @@ def _logsumexp_scores(potential: Tensor, cost: Tensor, temperature: float) -> tu
 
 
 class _FusedSinkhorn(torch.autograd.Function):
-    """Debiased Sinkhorn of all problems x-x, x-y, y-x, y-y at once: (x, y [B, K, A], blur, diameter) -> [B].
+    """Debiased Sinkhorn of all problems x-x, x-y, y-x, y-y at once: (x, y [B, K, A], blur, diameter, scaling) -> [B].
 
     The four share every kernel, stacked as
 
@@ -221,11 +237,11 @@ class _FusedSinkhorn(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, y, blur, diameter):
+    def forward(ctx, x, y, blur, diameter, scaling):
         K = x.shape[1]
         z = torch.stack([x.permute(2, 1, 0), y.permute(2, 1, 0)], dim=2)  # [A, K, 2, B]
         cost = (z[:, :, None, :, None] - z[:, None, :, None]).square_().sum(0).div_(2)
-        schedule = _temperatures(blur, diameter)
+        schedule = _temperatures(blur, diameter, scaling)
         start, _ = _logsumexp_scores(cost.new_zeros(1, 1, 1, 1, 1), cost, schedule[0])
         potential = -start
         for now, after in zip(schedule, schedule[1:] + schedule[-1:], strict=True):
@@ -240,7 +256,8 @@ class _FusedSinkhorn(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return *(None if saved is None else grad[:, None, None] * saved for saved in ctx.saved_tensors), None, None
+        by_clouds = (None if saved is None else grad[:, None, None] * saved for saved in ctx.saved_tensors)
+        return *by_clouds, None, None, None
 
 
 def _gradient(log_shares: Tensor, z: Tensor, g: int) -> Tensor:
@@ -249,6 +266,74 @@ def _gradient(log_shares: Tensor, z: Tensor, g: int) -> Tensor:
     shares = log_shares[:, :, :, g].clamp_min(-50).exp_()  # [j, i, h, B]
     means = (shares * z.unsqueeze(2)).sum(1)  # [A, i, h, B]
     return (means[:, :, g] - means[:, :, 1 - g]).div_(z.shape[1]).permute(2, 1, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policies
+# ---------------------------------------------------------------------------------------------------------------------
+
+Sampler = Callable[[Tensor], Tensor]  # noise [B, K, A] -> actions [B, K, A]
+
+
+@dataclass
+class DistanceConfig:
+    w2_weights: tuple[float, ...] = (0.4, 0.5, 0.5)  # weight of each actor's distance: more keeps it nearer
+    w2_noise: Noise = "same"  # noise of an actor and its reference: same, independent, or debiased (docs/pogo.md)
+    sinkhorn_K: int = 4  # samples of a policy in a state, between which distances are measured
+    sinkhorn_backend: Backend = "exact"  # solver: exact, fused, or GeomLoss's tensorized, online (needs pykeops), auto
+    sinkhorn_blur: float = 0.05  # entropic smoothing of distances, in units of actions; the exact solver has none
+    sinkhorn_scaling: float = 0.5  # ratio of scales in Sinkhorn's schedule; nearer to 1 is slower and more accurate
+    blur_relative: Literal["none", "spread"] = "none"  # spread: measure the blur in units of the reference's spread
+
+
+def blur_unit(config: DistanceConfig, reference: Tensor, max_action: float) -> Tensor:
+    """What the blur is measured in, 0-d, in units of actions; reference: [B, K, A]."""
+    if config.blur_relative == "none":
+        return reference.new_ones(())
+    return cloud_spread(reference).clamp_min(SMALLEST_SPREAD * max_action)
+
+
+def cloud_distance(config: DistanceConfig, max_action: float, x: Tensor, y: Tensor) -> Tensor:
+    """Half of W2 squared between clouds [B, K, A] of a box's actions, averaged over states, 0-d."""
+    settings = (config.sinkhorn_blur, config.sinkhorn_backend, box_diameter(max_action, x.shape[-1]))
+    if config.blur_relative == "none" or config.sinkhorn_backend == "exact":
+        return sinkhorn(x, y, *settings, config.sinkhorn_scaling).mean()
+    # The divergence for blur * unit is unit^2 times that of the clouds divided by the unit.
+    unit, diameter = blur_unit(config, y, max_action), settings[2] / (SMALLEST_SPREAD * max_action)
+    return sinkhorn(x / unit, y / unit, *settings[:2], diameter, config.sinkhorn_scaling).mean() * unit.square()
+
+
+def policy_distance(
+    config: DistanceConfig,
+    max_action: float,
+    policy: Sampler,
+    reference: Sampler,
+    z: Tensor,
+    x: Tensor,
+    noise: Callable[[], Tensor],
+) -> Tensor:
+    """Half of W2 squared between two policies, estimated from K samples in each state, 0-d.
+
+    With d the `cloud_distance`, x, x' draws of the policy and y, y' of the reference, all of independent noise:
+
+        same          d(x, reference at the noise of x)
+        independent   d(x, y)
+        debiased      d(x, y) - d(x, x') / 2 - d(y, y') / 2
+
+    Args:
+        policy, reference: samplers; the reference gets no gradient.
+        z, x: [B, K, A] noise, and the policy's actions at it.
+        noise: makes fresh noise of z's shape.
+    """
+    with torch.no_grad():
+        y = reference(z if config.w2_noise == "same" else noise())
+    distance = cloud_distance(config, max_action, x, y)
+    if config.w2_noise == "debiased":
+        own = cloud_distance(config, max_action, x, policy(noise()))
+        with torch.no_grad():
+            others = cloud_distance(config, max_action, y, reference(noise()))
+        distance = distance - own / 2 - others / 2
+    return distance
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from model_kernels import KernelConfig, use_kernels
 from pogo_agent import POGOAgent, POGOConfig
 from runs.cli import check_bounds, check_counts, parse_config, run_cli
 from runs.cuda_graphs import GraphedStep, SideBySide
+from transport import Backend, Noise
 from utils import ReplayBuffer, UserError, one_line, resolve_device, warn
 
 PEERS = ("plain scheme", "published agent", "plain JAX")
@@ -50,6 +51,8 @@ class BenchPOGOConfig(KernelConfig):
     action_dim: int = 6  # likewise
     batch_size: int = 256  # transitions in an update
     sinkhorn_K: int = 4  # samples a state and policy
+    w2_noise: Noise = "independent"  # noise of our distances; the peers have independent noise
+    sinkhorn_backend: Backend = "fused"  # solver of our distances; fused solves the peers' problem
     transitions: int = 100_000  # in the data
     seconds: float = 0.5  # length of a turn
     repeats: int = 7  # turns of each; the median is printed
@@ -157,7 +160,8 @@ def make_buffer(config: BenchPOGOConfig, device: torch.device) -> ReplayBuffer:
 
 def chain_settings(config: BenchPOGOConfig, actors: int) -> POGOConfig:
     """Those of our agents, in PyTorch and in JAX."""
-    return POGOConfig(w2_weights=(0.4,) * actors, sinkhorn_K=config.sinkhorn_K)
+    solver = {"w2_noise": config.w2_noise, "sinkhorn_backend": config.sinkhorn_backend}
+    return POGOConfig(w2_weights=(0.4,) * actors, sinkhorn_K=config.sinkhorn_K, **solver)
 
 
 def make_step(config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer) -> tuple[Callable, list[torch.Generator]]:

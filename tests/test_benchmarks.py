@@ -94,7 +94,7 @@ def test_an_update_in_jax_equals_ours():
     def plain(tree):
         return jax.tree.map(lambda value: jax.numpy.asarray(value.detach().numpy().copy()), tree)
 
-    config = POGOConfig(hidden_dim=8)
+    config = POGOConfig(hidden_dim=8, w2_noise="independent", sinkhorn_backend="fused")
     sizes = {"observations": (16, 3), "next_observations": (16, 3), "actions": (16, 2), "rewards": (16,)}
     torch.set_default_dtype(torch.float64)
     try:

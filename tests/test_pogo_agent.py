@@ -12,7 +12,7 @@ from model import MLP, EnsembleCritic, TransportActor
 from pogo_agent import POGOAgent, POGOConfig
 from runs.cuda_graphs import GraphedStep
 from runs.directory import load_checkpoint, save_checkpoint
-from transport import box_diameter, sinkhorn
+from transport import box_diameter, cloud_spread, sinkhorn
 
 D, A, N = 5, 3, 32
 
@@ -205,21 +205,36 @@ def test_the_critic_loss_counts_both_and_leads_to_the_critic_alone():
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-@pytest.mark.parametrize("q_normalization", ["batch", "none"])
-def test_an_actors_loss_equals_its_equation(number, q_normalization):
-    agent, batch = make_agent(q_normalization=q_normalization), make_batch()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"q_normalization": "none"},
+        {"w2_noise": "independent", "sinkhorn_backend": "fused"},
+        {"w2_noise": "debiased", "sinkhorn_scaling": 0.8, "sinkhorn_backend": "fused"},
+    ],
+)
+def test_an_actors_loss_equals_its_equation(number, settings):
+    agent, batch = make_agent(**settings), make_batch()
+    config = agent.config
     twin, s = rewound(agent, 5), batch["observations"]
     loss, info = agent.actor_loss(number, batch)
     if number == 0:
         actions = agent.actors[0](s, torch.randn(N, A, generator=twin))
         distance = ((actions - batch["actions"]) ** 2).mean()
     else:
-        own, before = (torch.randn(N, 4, A, generator=twin) for _ in range(2))
-        samples, reference = agent.actors[number](s, own), agent.actors[number - 1](s, before)
-        each = sinkhorn(samples, reference, 0.05, "tensorized", box_diameter(1.0, A))
-        distance, actions = each.mean(), samples[:, 0]
+        noise = [torch.randn(N, 4, A, generator=twin) for _ in range(4)]
+        solver = (0.05, "exact" if config.w2_noise == "same" else "tensorized", box_diameter(1.0, A))
+
+        def d(x, y):
+            return sinkhorn(x, y, *solver, config.sinkhorn_scaling).mean()
+
+        own, before = (lambda z, actor=agent.actors[number - k]: actor(s, z) for k in range(2))
+        samples, reference = own(noise[0]), before(noise[0 if config.w2_noise == "same" else 1])
+        distance, actions = d(samples, reference.detach()), samples[:, 0]
+        if config.w2_noise == "debiased":
+            distance = distance - d(samples, own(noise[2])) / 2 - d(reference, before(noise[3])).detach() / 2
     q = agent.critic(s, actions)[0]
-    scale = 1 / q.abs().mean() if q_normalization == "batch" else 1
+    scale = 1 / q.abs().mean() if config.q_normalization == "batch" else 1
     expected = -scale * q.mean() + agent.config.w2_weights[number] * distance
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
     assert info[f"actor_{number}/distance"].item() == pytest.approx(distance.item(), rel=1e-4, abs=1e-6)
@@ -244,16 +259,39 @@ def test_lambda_carries_no_gradient():
         assert torch.allclose(first, parameter.grad * info["actor_0/q_scale"], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("relative,factor", [("none", 1.0), ("max_action", 2.0), ("spread", None)])
-def test_the_blur_is_relative_to_what_is_said(relative, factor):
-    agent = make_agent(blur_relative=relative, max_action=2.0)
-    torch.manual_seed(0)
-    samples, reference = (torch.randn(N, 4, A).clamp(-2, 2) for _ in range(2))
-    spread = reference.var(1).mean(-1).sqrt().mean().item()
-    blur = 0.05 * (factor or spread)
-    expected = sinkhorn(samples, reference, blur, "tensorized").mean().item()
-    assert agent.distance(samples, reference).item() == pytest.approx(expected, rel=0.02)
-    assert float(agent.blur(reference)) == pytest.approx(blur, rel=1e-5)
+def distance_alone(agent: POGOAgent, updates: int = 600) -> tuple[float, float]:
+    """Spread of actor 1 over that of actor 0, before and after actor 1 alone minimises its distance alone."""
+    agent.critic.frozen_q1 = lambda observations, actions: 0 * actions.sum(-1)
+    states, z = torch.randn(256, D, generator=torch.Generator().manual_seed(3)), agent.noise(256, 64).detach()
+    ratios = []
+    for step in range(updates + 1):
+        if step in (0, updates):
+            with torch.no_grad():
+                first, second = (cloud_spread(actor(states, z)).item() for actor in agent.actors[:2])
+            ratios.append(second / first)
+        loss, _ = agent.actor_loss(1, {"observations": states[128 * (step % 2) :][:128]})
+        agent.actor_optimizers[1].minimise(loss)
+    return tuple(ratios)
+
+
+@pytest.mark.parametrize("w2_noise, least, most", [("same", 1, 1), ("debiased", 0.93, 1.05), ("independent", 0, 0.75)])
+def test_what_the_distance_alone_does_to_a_copy_of_the_reference(w2_noise, least, most):
+    """Nothing with the same noise, next to nothing debiased; with independent noise it narrows the copy."""
+    agent = make_agent(apart=False, w2_noise=w2_noise, q_normalization="none", hidden_dim=64)
+    with torch.no_grad():
+        for actor in agent.actors:
+            actor.net.layers()[0][0][D:].mul_(4)
+    before, after = distance_alone(agent)
+    assert before == 1 and least <= after <= most
+
+
+def test_the_distance_alone_brings_an_actor_back_to_its_reference():
+    agent = make_agent(apart=False, q_normalization="none", hidden_dim=64)
+    with torch.no_grad():
+        for actor, factor in zip(agent.actors, (4.0, 1.0, 1.0), strict=True):
+            actor.net.layers()[0][0][D:].mul_(factor)
+    before, after = distance_alone(agent)
+    assert before < 0.6 and after == pytest.approx(1, abs=0.1)
 
 
 # -- an update --------------------------------------------------------------------------------------------------------
@@ -305,13 +343,13 @@ def test_one_actor_equals_a_plain_agent_for_100_updates():
 
 def test_actors_follow_in_order_and_each_refers_to_the_one_just_updated(monkeypatch):
     agent, batch, seen = make_agent(), make_batch(), []
-    samples = POGOAgent.samples
+    distance = POGOAgent.distance
 
-    def watched(self, number, observations):
-        seen.append((number, self.actors[number].net.theta.detach().clone()))
-        return samples(self, number, observations)
+    def watched(self, number, reference, *more):
+        seen.append((reference, self.actors[reference].net.theta.detach().clone()))
+        return distance(self, number, reference, *more)
 
-    monkeypatch.setattr(POGOAgent, "samples", watched)
+    monkeypatch.setattr(POGOAgent, "distance", watched)
     before = [actor.net.theta.detach().clone() for actor in agent.actors]
     agent.update(batch)
     assert [number for number, _ in seen] == [0, 1]
@@ -422,13 +460,23 @@ def test_diagnostics_change_nothing_and_say_what_moved():
     assert not torch.equal(agent.diagnose(batch, 2)["chain/actor_1/distance"], first["chain/actor_1/distance"])
     agent.actors[1].load_state_dict(agent.actors[0].state_dict())  # an actor that stays where the chain stood
     found = {name.removeprefix("chain/"): float(value) for name, value in agent.diagnose(batch, 1).items()}
-    assert found["actor_1/distance"] == pytest.approx(found["actor_1/floor"], rel=0.3) and found["actor_1/floor"] > 0
-    assert found["actor_1/energy"] == pytest.approx(found["actor_1/energy_before"], abs=0.05)
+    still = ("distance", "floor", "moved", "q_gain", "energy_fell")
+    assert not any(found[f"actor_1/{name}"] for name in still) and found["actor_2/moved"] > 0
+    assert found["actor_1/energy"] == found["actor_1/energy_before"] and "actor_1/blur_to_spread" not in found
+    assert found["actor_2/q_gain"] == pytest.approx(found["actor_2/q"] - found["actor_1/q"], abs=0.05)
     assert found["actor_0/floor"] == 0 and found["actor_0/distance"] > 0
     s = batch["observations"]
     actions = agent.act(s, 0).requires_grad_()
     slope = torch.autograd.grad(agent.critic(s, actions)[0].sum(), actions)[0].norm(dim=-1).mean()
     assert found["actor_0/q_gradient"] == pytest.approx(float(slope), rel=0.3)
+
+
+def test_diagnostics_with_independent_noise_have_a_floor_and_a_blur():
+    agent = make_agent(w2_noise="independent", sinkhorn_backend="fused")
+    agent.actors[1].load_state_dict(agent.actors[0].state_dict())
+    found = {name.removeprefix("chain/"): float(value) for name, value in agent.diagnose(make_batch(), 1).items()}
+    assert found["actor_1/distance"] == pytest.approx(found["actor_1/floor"], rel=0.3) and found["actor_1/floor"] > 0
+    assert found["actor_1/moved"] == 0 == found["actor_1/q_gain"]
     assert found["actor_1/blur_to_spread"] == pytest.approx(0.05 / found["actor_0/spread"], rel=0.3)
 
 
@@ -454,9 +502,9 @@ def test_the_energy_of_a_step_that_helps_falls():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["fused", "exact"])
-def test_a_captured_update_equals_the_eager_one(backend):
-    agents = [make_agent(device="cuda", sinkhorn_backend=backend) for _ in range(2)]
+@pytest.mark.parametrize("w2_noise, backend", [("same", "exact"), ("independent", "fused"), ("debiased", "exact")])
+def test_a_captured_update_equals_the_eager_one(w2_noise, backend):
+    agents = [make_agent(device="cuda", w2_noise=w2_noise, sinkhorn_backend=backend) for _ in range(2)]
     batch = {name: value.cuda() for name, value in make_batch().items()}
     captured = GraphedStep(lambda: agents[1].update(batch), [agents[1].generator])
     for _ in range(20):

@@ -234,13 +234,14 @@ def test_a_number_out_of_bounds_names_its_flag(name, arguments, tmp_path, capsys
 
 def test_bad_settings_name_the_flag(arguments, tmp_path, capsys):
     choices = {"q_normalization": "batch", "td_actor": "target", "sinkhorn_backend": "exact", "blur_relative": "spread"}
+    choices["w2_noise"] = "debiased"
     for name, choice in choices.items():
         line = exits(capsys, *arguments(tmp_path / "run"), f"--{name}", "nothing")
         assert f"--{name} nothing" in line and choice in line
     for weights in (["-1"], ["inf"], ["nan", "1"], ["0.4,-1"], ["0.4,x"]):
         assert "--w2_weights" in exits(capsys, *arguments(tmp_path / "run"), "--w2_weights", *weights)
-    line = exits(capsys, *arguments(tmp_path / "run"), "--sinkhorn_K", 7, "--sinkhorn_backend", "exact")
-    assert "--sinkhorn_K 7" in line
+    line = exits(capsys, *arguments(tmp_path / "run"), "--sinkhorn_K", 11)
+    assert "--sinkhorn_K 11: --sinkhorn_backend exact takes at most 10" in line
     if importlib.util.find_spec("pykeops") is None:
         assert "needs pykeops" in exits(capsys, *arguments(tmp_path / "run"), "--sinkhorn_backend", "online")
     assert "--env" in exits(capsys, *arguments(tmp_path / "run"), "--env", "hoper-medium-v2")
@@ -523,14 +524,14 @@ def test_seeds_at_once_on_a_gpu_equal_each_alone(arguments, tmp_path, monkeypatc
 
 
 def test_a_blur_wider_than_the_samples_is_told_once(arguments, tmp_path, capsys):
-    train(arguments(tmp_path / "run", sinkhorn_blur=5.0))
+    train(arguments(tmp_path / "run", "--sinkhorn_backend", "fused", sinkhorn_blur=5.0))
     assert capsys.readouterr().err.count("warning: the blur is") == 1
-    train(arguments(tmp_path / "exact", "--sinkhorn_backend", "exact", sinkhorn_blur=5.0))
+    train(arguments(tmp_path / "exact", sinkhorn_blur=5.0))
     assert "the blur" not in capsys.readouterr().err
 
 
 def test_a_wide_blur_of_any_seed_is_told_once(arguments, tmp_path, monkeypatch, capsys):
-    flags = [*several(arguments, tmp_path, monkeypatch), "--sinkhorn_blur", "5"]
+    flags = [*several(arguments, tmp_path, monkeypatch), "--sinkhorn_blur", "5", "--sinkhorn_backend", "fused"]
     train([*flags, "--num_seeds", "1"])  # which has its word
     capsys.readouterr()
     train(flags)

@@ -14,13 +14,14 @@ D is half of W2 squared between the two policies' actions in a state, averaged o
 | a policy and the data's action | E||pi(s, z) - a||^2 / 2, closed form for a Gaussian | exact: one coupling |
 | two points | ||pi_i(s) - pi_{i-1}(s)||^2 / 2 | exact |
 | two Gaussians | (||mean - mean'||^2 + ||std - std'||^2) / 2 | exact, before actions are cut to the box |
-| any other two | Sinkhorn divergence of `sinkhorn_K` draws each | GeomLoss's, which is half of W2 squared too |
+| any other two | from `sinkhorn_K` draws each, by `transport.policy_distance` | exact for a JKO step by default |
 
 so that a weight means the same everywhere. (`pogo_agent.py` has the mean over elements in actor 0: w there is 2 w / A
 here.) As there, an actor of the same kind as the one before begins as its copy and takes over its change of weights
 before it makes its own step (`follow`), without which it would spend the run on catching up.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ from algorithms.offline.pogo_policies import (
     StochasticMLP,
     TanhGaussianMLP,
 )
-from transport import Backend, box_diameter, cloud_spread, gaussian_w2, sinkhorn
+from transport import DistanceConfig, cloud_spread, gaussian_w2, policy_distance
 
 POLICIES = {
     "stochastic": StochasticMLP,
@@ -50,12 +51,9 @@ POLICIES = {
 
 
 @dataclass
-class ChainConfig:
+class ChainConfig(DistanceConfig):
     w2_weights: tuple[float, ...] = (10.0, 10.0, 10.0)  # weight of each actor's distance: more keeps it nearer
     follow: bool = True  # an actor first repeats the change of weights that the actor before it has just made
-    sinkhorn_K: int = 4  # samples of a policy in a state, between which distances are measured
-    sinkhorn_blur: float = 0.05  # entropic smoothing of distances, in units of actions
-    sinkhorn_backend: Backend = "fused"  # solver of distances; tensorized, online (needs pykeops), auto: GeomLoss's
 
 
 class MultiActor:
@@ -124,27 +122,26 @@ class MultiActor:
             loss, info = self.algorithm.actor_loss(distribution, draw, batch)
             distance = distance_to_data(distribution, draw, batch["actions"])
         else:
-            noise = (len(observations), self.chain.sinkhorn_K)
+            z = self.algorithm.noise(len(observations), self.chain.sinkhorn_K)
             distribution = actor(observations)
-            draw = distribution.draw(self.algorithm.noise(*noise))
+            draw = distribution.draw(z)
             loss, info = self.algorithm.next_actor_loss(distribution, draw.first(), batch)
             with torch.no_grad():
                 reference = self.actors[number - 1](observations)
-                reference_draw = reference.draw(self.algorithm.noise(*noise))
-            distance = self.distance(distribution, draw, reference, reference_draw)
+            distance = self.distance(distribution, reference, z, draw.actions)
         loss = loss + self.chain.w2_weights[number] * distance
         info = {f"actor_{number}_{name}": value for name, value in info.items()}
         return loss, info | {f"actor_{number}_loss": loss.detach(), f"w2_{number}_distance": distance.detach()}
 
-    def distance(self, policy: Distribution, draw: Draw, reference: Distribution, reference_draw: Draw) -> Tensor:
-        """D, 0-d, of the table above."""
+    def distance(self, policy: Distribution, reference: Distribution, z: Tensor, actions: Tensor) -> Tensor:
+        """D, 0-d, of the table above; z, actions: [n, K, A] noise and the policy's actions at it."""
         if isinstance(policy, Gaussian) and isinstance(reference, Gaussian):
             return gaussian_w2(policy.mean, policy.std, reference.mean, reference.std).mean()
         if isinstance(policy, Point) and isinstance(reference, Point):
             return (policy.mode - reference.mode).square().sum(-1).mean() / 2
-        chain, diameter = self.chain, box_diameter(self.algorithm.max_action, draw.actions.shape[-1])
-        clouds = (draw.actions, reference_draw.actions)
-        return sinkhorn(*clouds, chain.sinkhorn_blur, chain.sinkhorn_backend, diameter).mean()
+        samplers = [lambda z, of=of: of.draw(z).actions for of in (policy, reference)]
+        noise = functools.partial(self.algorithm.noise, *z.shape[:2])
+        return policy_distance(self.chain, self.algorithm.max_action, *samplers, z, actions, noise)
 
     @property
     def step(self) -> int:
@@ -158,8 +155,9 @@ class MultiActor:
     def diagnose(self, batch: Batch, seed: int) -> Info:
         """What each step of the chain did, on one batch; changes nothing, draws from a generator of its own.
 
-        For actor i: mean of the lesser Q over its draws, its distance to the one before, the floor of that (two
-        independent draws of the one before; 0 for the data), and the spread of its draws. 0-d tensors.
+        For actor i: mean of the lesser Q at a draw, and what that gains on the one before; the root mean square
+        distance `moved` between the actions of both at the same noise; their distance D and its floor (of the one
+        before to itself, which only independent noise puts above 0), and the spread of its draws. 0-d tensors.
         """
         kept = self.algorithm.generator
         self.algorithm.generator = torch.Generator(self.algorithm.device).manual_seed(seed)
@@ -171,18 +169,21 @@ class MultiActor:
         return {f"chain/actor_{i}/{name}": value for i, found in enumerate(figures) for name, value in found.items()}
 
     def _diagnose_actor(self, number: int, batch: Batch) -> Info:
-        observations, shape = batch["observations"], (len(batch["actions"]), self.chain.sinkhorn_K)
-        policy = self.actors[number](observations)
-        draw = policy.draw(self.algorithm.noise(*shape))
+        observations, policy = batch["observations"], self.actors[number](batch["observations"])
+        z = self.algorithm.noise(len(observations), self.chain.sinkhorn_K)
+        draw = policy.draw(z)
         if number == 0:
-            distance, floor = distance_to_data(policy, draw.first(), batch["actions"]), torch.zeros(())
+            before = batch["actions"].unsqueeze(1).expand_as(draw.actions)
+            distance, floor = distance_to_data(policy, draw.first(), batch["actions"]), before.new_zeros(())
         else:
-            before = self.actors[number - 1](observations)
-            draws = [before.draw(self.algorithm.noise(*shape)) for _ in range(2)]
-            distance = self.distance(policy, draw, before, draws[0])
-            floor = self.distance(before, draws[1], before, draws[0])
-        q = self.algorithm.critic(observations, draw.first().actions).amin(0).mean()
-        return {"q": q, "distance": distance, "floor": floor.to(q), "spread": cloud_spread(draw.actions)}
+            reference = self.actors[number - 1](observations)
+            before = reference.draw(z).actions
+            distance = self.distance(policy, reference, z, draw.actions)
+            floor = self.distance(reference, reference, z, before)
+        q, stayed = (self.algorithm.critic(observations, a[:, 0]).amin(0).mean() for a in (draw.actions, before))
+        moved = (draw.actions - before).square().sum(-1).mean().sqrt()
+        metrics = {"q": q, "q_gain": q - stayed, "moved": moved, "distance": distance, "floor": floor}
+        return metrics | {"spread": cloud_spread(draw.actions)}
 
     @torch.no_grad()
     def act(self, observations: Tensor, number: int = -1, stochastic: bool = False) -> Tensor:

@@ -108,6 +108,7 @@ BOUNDS = chain.BOUNDS | {
     **dict.fromkeys(("hidden_dim", "buffer_size"), (1, 10**9)),
     "num_actors": (1, 10**6),
     "sinkhorn_K": (2, 64),
+    "sinkhorn_scaling": (0.01, 0.999),
     **dict.fromkeys(("actor_lr", "qf_lr", "sinkhorn_blur", "reward_scale"), (1e-9, 1e9)),
     "reward_bias": (-1e9, 1e9),
     "discount": (0.0, 1 - 1e-9),
