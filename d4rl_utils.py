@@ -19,26 +19,23 @@ trained on D4RL's files would not find its way in them.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import math
 import os
 import tempfile
 import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gymnasium
-import h5py
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dataset_files import read_manifest
-from downloads import download
-from utils import UserError, one_line, warn
+from dataset_files import BLOCK_ROWS, Dataset, bad_file, check_arrays, find, jumps, read_hdf5
+from utils import UserError, warn
 
 DATASET_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 ANTMAZE_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/ant_maze_v2"
@@ -69,28 +66,39 @@ REFERENCE_RETURNS = {
     "antmaze": (0.0, 1.0),
 }
 
-_FLAGS, _STATES = ("terminals", "timeouts"), ("infos/qpos", "infos/qvel")
-_CHECK_ROWS = 1 << 14  # rows checked at a time, so that checks need no second copy of the data
-# Deflate makes at most 1032 bytes of one. Beyond a size that does no harm, an array that declares more than that holds
-# less than it says, and is not given the memory.
-_MOST_EXPANSION, _HARMLESS_BYTES = 1032, 1 << 26
+_STATES = ("infos/qpos", "infos/qvel")
+# Where a robot stands after a reset: height (what else a position holds is 0), and how far positions and velocities can
+# be from there and from 0. Gravity alone takes it out of this box within a step. halfcheetah's velocities are normal
+# with a deviation of 0.1.
+_RESETS = {"hopper": (1.25, 0.005, 0.005), "halfcheetah": (0.0, 0.1, 0.45), "walker2d": (1.25, 0.005, 0.005)}
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Dataset ids and folders
+# Datasets
 # ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class DatasetId:
-    """The parts of a dataset id such as `local/hopper-medium-replay-v2`."""
+class D4RLDataset(Dataset):
+    """A dataset such as `local/hopper-medium-replay-v2`: one HDF5 file."""
 
-    id: str  # as given
-    local: bool  # generated on this machine
-    name: str  # without `local/`
-    robot: str  # hopper, halfcheetah, walker2d, antmaze
-    level: str  # medium, medium-replay, ...; umaze, medium-play, ...
-    env_id: str  # the Gymnasium environment, e.g. Hopper-v4, or D4RL's name of the maze, e.g. antmaze-umaze
+    VARIABLE = "D4RL_DATASET_DIR"
+    OFFICIAL_FOLDER = "~/.d4rl/datasets"
+
+    @property
+    def robot(self) -> str:
+        """hopper, halfcheetah, walker2d or antmaze."""
+        return self.name.split("-")[0]
+
+    @property
+    def level(self) -> str:
+        """medium, medium-replay, ...; umaze, medium-play, ..."""
+        return self.name.removesuffix("-v2").partition("-")[2]
+
+    @property
+    def env_id(self) -> str:
+        """The Gymnasium environment, e.g. Hopper-v4, or D4RL's name of the maze, e.g. antmaze-umaze."""
+        return ENVIRONMENTS.get(self.robot) or f"antmaze-{self.level.split('-')[0]}"
 
     @property
     def file_name(self) -> str:
@@ -100,52 +108,127 @@ class DatasetId:
         return f"{self.robot}_{self.level.replace('-', '_')}-v2.hdf5"
 
     @property
-    def url(self) -> str | None:
-        """D4RL's address of the official file; a local dataset has none."""
-        if self.local:
-            return None
-        return f"{ANTMAZE_URL if self.robot == 'antmaze' else DATASET_URL}/{self.file_name}"
+    def files(self) -> tuple[str, ...]:
+        return (self.file_name,)
+
+    @property
+    def url(self) -> str:
+        return ANTMAZE_URL if self.robot == "antmaze" else DATASET_URL
+
+    @property
+    def generated(self) -> bool:
+        return f"local/{self.name}" in GENERATED_IDS
 
     @property
     def max_episode_steps(self) -> int:
         """Steps after which D4RL's environment cuts an episode."""
         return 700 if self.env_id == "antmaze-umaze" else MAX_EPISODE_STEPS
 
+    def read(self, path: Path) -> dict[str, np.ndarray]:
+        """`load_arrays`, and the numbers a row must be those of the id's robot."""
+        return load_arrays(path, sizes=_DIMENSIONS[self.robot])
 
-@functools.lru_cache(maxsize=1)
-def _known_ids() -> dict[str, DatasetId]:
-    known = {}
-    for robot, env_id in ENVIRONMENTS.items():
-        for prefix, levels in (("", OFFICIAL_LEVELS), ("local/", GENERATED_LEVELS)):
-            for level in levels:
-                name = f"{robot}-{level}-v2"
-                known[prefix + name] = DatasetId(prefix + name, bool(prefix), name, robot, level, env_id)
-    for level in ANTMAZES:
-        name = f"antmaze-{level}-v2"
-        known[name] = DatasetId(name, False, name, "antmaze", level, f"antmaze-{level.split('-')[0]}")
-    return known
+    def episode_ends(self, arrays: dict[str, np.ndarray], path: Path) -> np.ndarray:
+        """Rows that end an episode, int64 [E], ascending, the last row included.
+
+        Antmazes are recorded on at the goal, row after row with a terminal: an episode ends at a timeout, or where the
+        ant is elsewhere in the next row (it walks less than 1 m a step). The others end as `episode_ends` says, and,
+        where there are no next_observations, before each row that only a reset can lead to.
+        """
+        if self.robot == "antmaze":
+            ends = np.zeros(len(arrays["rewards"]), dtype=bool)
+            ends[jumps(arrays["observations"][:, :2], 1.0)] = True
+            if "timeouts" in arrays:
+                ends |= arrays["timeouts"]
+            else:
+                _cut_after(ends, self.max_episode_steps)
+            ends[-1] = True
+            return np.flatnonzero(ends)
+        if "next_observations" in arrays:
+            return episode_ends(arrays)
+        before_resets = _resets(arrays["observations"], self.robot) - 1
+        marked = arrays["terminals"] | arrays.get("timeouts", False)
+        missing = [row for row in before_resets if row >= 0 and not marked[row]]
+        if missing:
+            warn(
+                f"{path}: {len(missing)} episodes end without a mark in timeouts or terminals, the first at row "
+                f"{missing[0]}, which a reset follows; they are taken to end there"
+            )
+        return episode_ends(arrays, missing)
+
+    def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
+        """Fields of offline_data.OfflineData: its transitions, and the returns of whole episodes, see `task_returns`.
+
+        A transition is terminated where the file says `terminals`; truncated where its episode goes no further for
+        another reason. An episode is whole where it terminates, or lasts until the time limit (or as long as the
+        longest): what was cut before would pull the mean return down.
+
+        Where the file has next_observations every row is a transition. Otherwise they are the next row's, as in D4RL's
+        `qlearning_dataset`: rows at a timeout or at an unmarked end, whose next observation is not in the file, are
+        left out, and so is the last one. Rows at a terminal stay; what follows them is not in the file either and never
+        bootstrapped from, so they carry their own observation (D4RL has the next episode's first). D4RL itself takes
+        the next row in all files; where next_observations are there, this keeps one more transition an episode.
+
+        Raises UserError as `ensure` and `read` do.
+        """
+        (path,) = self.ensure(dataset_dir)
+        arrays = self.read(path)
+        terminated, timeouts = arrays["terminals"], arrays.get("timeouts")
+        ends = self.episode_ends(arrays, path)
+        lengths = np.diff(ends, prepend=-1)
+        whole = terminated[ends] | (lengths >= min(self.max_episode_steps, lengths.max()))
+        returns = task_returns(arrays["rewards"], terminated, ends)[whole]
+        truncated = np.zeros(len(terminated), dtype=bool)
+        truncated[ends] = ~terminated[ends]
+        columns = {"env_id": self.env_id, "returns": returns}
+        columns |= {key: arrays.pop(key) for key in ("observations", "actions", "rewards")}
+        if "next_observations" in arrays:
+            columns["next_observations"] = arrays["next_observations"]
+            return columns | {"terminated": terminated, "truncated": truncated}
+        dropped = truncated | timeouts if timeouts is not None else truncated.copy()
+        dropped[-1] = True
+        truncated[:-1] = dropped[1:] & ~terminated[:-1]  # the last one kept of an episode
+        rows = np.flatnonzero(~dropped)
+        if len(rows) == 0:
+            raise bad_file(path, "no two rows of one episode follow each other")
+        columns["next_observations"] = following_rows(columns["observations"], rows, terminated[rows])
+        columns |= {"terminated": terminated, "truncated": truncated}
+        for key in ("observations", "actions", "rewards", "terminated", "truncated"):
+            columns[key] = take_rows(columns[key], rows)
+        return columns
+
+    def make_env(self, dataset_dir: str | os.PathLike | None = None) -> gymnasium.Env:
+        """As the function `make_env`, in the fast form where there is one."""
+        return QuickRunner(self.id) if self.robot in ENVIRONMENTS else make_env(self.id)
+
+    def score(self, returns: ArrayLike, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:
+        """D4RL's score: 0 is a random policy, 100 D4RL's expert.
+
+        A local dataset has its robot's references. In antmaze the score is 100 for an episode that reaches the goal,
+        with the environment's rewards of 0 and 1.
+        """
+        low, high = REFERENCE_RETURNS[self.robot]
+        return 100.0 * (np.asarray(returns, dtype=np.float64) - low) / (high - low)
+
+
+DATASETS = {
+    dataset_id: D4RLDataset(dataset_id)
+    for dataset_id in (
+        *(f"{robot}-{level}-v2" for robot in ENVIRONMENTS for level in OFFICIAL_LEVELS),
+        *(f"antmaze-{level}-v2" for level in ANTMAZES),
+        *GENERATED_IDS,
+    )
+}
+
+
+def parse_dataset_id(dataset_id: str) -> D4RLDataset:
+    """The dataset of an id; raises UserError, naming an id that is near where there is one."""
+    return find(dataset_id, DATASETS, "a D4RL MuJoCo or AntMaze dataset (see `python make_dataset.py --list`)")
 
 
 def official_ids() -> tuple[str, ...]:
     """Every id with an official file."""
-    return tuple(name for name, dataset in _known_ids().items() if not dataset.local)
-
-
-def parse_dataset_id(dataset_id: str) -> DatasetId:
-    """Split a dataset id into its parts. Only listed ids pass, so an id can never point outside the dataset folder.
-
-    Raises UserError, naming an id that is near where there is one.
-    """
-    known = _known_ids()
-    if dataset_id in known:
-        return known[dataset_id]
-    nearest = difflib.get_close_matches(str(dataset_id), known, n=1, cutoff=0.7)
-    hint = f"did you mean {nearest[0]!r}? Ids" if nearest else "ids"
-    raise UserError(
-        f"--dataset {dataset_id!r} is not a D4RL MuJoCo or AntMaze dataset; {hint} are "
-        f"{{{','.join(ENVIRONMENTS)}}}-{{{','.join(OFFICIAL_LEVELS)}}}-v2, antmaze-{{{','.join(ANTMAZES)}}}-v2, or "
-        f"local/<id> for {', '.join(GENERATED_LEVELS)} made by make_dataset.py"
-    )
+    return tuple(name for name, dataset in DATASETS.items() if not dataset.local)
 
 
 def is_official(dataset_id: str, transitions: int) -> bool | None:
@@ -160,167 +243,9 @@ def is_official(dataset_id: str, transitions: int) -> bool | None:
     return transitions >= 0.9 * rows
 
 
-def resolve_dataset_dir(dataset_dir: str | os.PathLike | None = None, local: bool = False) -> Path:
-    """The dataset folder: the argument, else D4RL_DATASET_DIR, else D4RL's own ~/.d4rl/datasets.
-
-    The last resort for local datasets is `datasets` beside this file. Raises UserError where it is a file.
-    """
-    default = Path(__file__).resolve().parent / "datasets" if local else "~/.d4rl/datasets"
-    folder = Path(dataset_dir or os.environ.get("D4RL_DATASET_DIR") or default).expanduser()
-    if folder.is_file():
-        raise UserError(f"--dataset_dir {folder}: is a file; give the folder that holds it, {folder.parent}")
-    return folder
-
-
-def dataset_path(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> Path:
-    """Where the dataset's HDF5 file is kept, whether or not it is there."""
-    dataset = parse_dataset_id(dataset_id)
-    folder = resolve_dataset_dir(dataset_dir, dataset.local)
-    return (folder / "local" if dataset.local else folder) / dataset.file_name
-
-
-def manifest_path(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> Path:
-    """The JSON beside a local dataset's file, without which the file does not count."""
-    return dataset_path(dataset_id, dataset_dir).with_suffix(".json")
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Reading a file
-# ----------------------------------------------------------------------------------------------------------------
-
-
-def _bad_file(path: Path, fault: str) -> UserError:
-    return UserError(f"{path}: {fault}; {_remedy(path)}")
-
-
-def _remedy(path: Path) -> str:
-    if path.parent.name == "local":
-        return "make it again with make_dataset.py --overwrite, or choose another --dataset_dir"
-    return "choose another --dataset_dir, or move the file away and it is fetched again"
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
-    """The HDF5 file open for reading; whatever HDF5 says of a damaged one becomes one line."""
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; check --dataset_dir")
-        with open(path, "rb"):  # HDF5 reports a file without read permission in its own words
-            pass
-        # Without a lock, because files are renamed into place whole and read-only folders cannot lock. Without a cache
-        # of chunks, because each is read once: HDF5 and malloc would keep a third of the data's size.
-        with h5py.File(path, "r", locking=False, rdcc_nbytes=0) as file:
-            yield file
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read it; change that, or --dataset_dir") from None
-    except MemoryError:
-        raise UserError(f"{path}: does not fit in memory; use a smaller dataset") from None
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
-        raise _bad_file(path, f"not a readable HDF5 file, or cut short ({one_line(error)})") from None
-
-
-def outside_fault(file: h5py.File, key: str) -> str | None:
-    """Why an array that is there is not read: the file says to look elsewhere, maybe in another file. None if it is.
-
-    Nothing is followed to find out. A file from the internet must not make this process open other files.
-    """
-    place = file
-    for name in key.split("/"):
-        if not isinstance(place.get(name, getlink=True), h5py.HardLink):
-            return "is a link, which is not followed"
-        place = place[name]
-    # Asked before its shape, which a virtual array may look up in the files that it names.
-    if isinstance(place, h5py.Dataset) and (place.is_virtual or place.external):
-        return "keeps its numbers in another file, which is not read"
-    return None
-
-
-def holds_too_little(shape: tuple[int, ...], item_bytes: int, stored_bytes: int) -> bool:
-    """Whether an array declares more numbers than its bytes in the file can hold, and so many that they do harm."""
-    return math.prod(shape) * item_bytes > max(_HARMLESS_BYTES, _MOST_EXPANSION * stored_bytes)
-
-
-def _declared(path: Path, file: h5py.File, states: bool) -> dict[str, h5py.Dataset]:
-    """The arrays to read by key, and whatever else lies in infos/: none of them is read yet, or outside the file.
-
-    Raises UserError for a key missing, links and arrays kept elsewhere.
-    """
-    needed = ["observations", "actions", "rewards", "terminals", *(_STATES if states else ())]
-    held = {name for name in file if isinstance(name, str)}  # damaged names are bytes
-    if "infos" in held:
-        fault = outside_fault(file, "infos")
-        if fault:
-            raise _bad_file(path, f"infos {fault}")
-        infos = file["infos"]
-        held |= {f"infos/{name}" for name in infos if isinstance(name, str)} if isinstance(infos, h5py.Group) else set()
-    missing = [key for key in needed if key not in held]
-    if missing:
-        raise _bad_file(path, f"no array {missing[0]!r} (it holds {', '.join(sorted(held)) or 'nothing'})")
-    optional = [key for key in ("next_observations", "timeouts") if key in held]
-    rest = sorted(key for key in held if key.startswith("infos/") and key not in needed)
-    for key in needed + optional + rest:
-        fault = outside_fault(file, key)
-        if fault:
-            raise _bad_file(path, f"{key} {fault}")
-    return {key: file[key] for key in needed + optional + rest}
-
-
-def _check_declared(path: Path, items: dict[str, h5py.Dataset]) -> None:
-    """Types, shapes and sizes of arrays that are not read yet. Raises UserError."""
-    for key, item in items.items():
-        if key.startswith("infos/") and key not in _STATES:
-            continue
-        flags = key in _FLAGS
-        if not isinstance(item, h5py.Dataset) or item.dtype.kind not in ("biuf" if flags else "f"):
-            expected = "bool" if flags else "float64" if key.startswith("infos/") else "float32"
-            raise _bad_file(path, f"{key} has type {getattr(item, 'dtype', 'a group')}, expected {expected}")
-        ndim, shape = 1 if flags or key == "rewards" else 2, item.shape or ()
-        column = ndim == 1 and len(shape) == 2 and shape[1] == 1  # D4RL's loader takes [rows, 1] for [rows] too
-        if not column and (len(shape) != ndim or 0 in shape[1:]):
-            raise _bad_file(path, f"{key} has shape {shape}, expected [rows{', numbers' * (ndim - 1)}]")
-    shapes = {key: getattr(item, "shape", None) or (None,) for key, item in items.items()}
-    if len({shape[0] for shape in shapes.values()}) != 1 or shapes["observations"][0] == 0:
-        listed = ", ".join(f"{key} {shape}" for key, shape in shapes.items())
-        raise _bad_file(path, f"arrays do not have the same number of rows: {listed}")
-    if shapes.get("next_observations", shapes["observations"]) != shapes["observations"]:
-        raise _bad_file(path, f"next_observations {shapes['next_observations']} is not shaped as the observations")
-
-
-def _check_sizes(path: Path, items: dict[str, h5py.Dataset]) -> None:
-    """Raise UserError for arrays whose bytes are not in the file, and for more than this machine's memory holds."""
-    total, file_bytes = 0, path.stat().st_size
-    for key, item in items.items():
-        stored = min(item.id.get_storage_size(), file_bytes)
-        if holds_too_little(item.shape, item.dtype.itemsize, stored):
-            raise _bad_file(path, f"{key} declares {item.shape}, which the {stored:,} bytes in the file cannot hold")
-        total += math.prod(item.shape) * item.dtype.itemsize
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if total > memory:
-        gigabytes = f"its arrays take {total / 1e9:,.1f} GB, more than the {memory / 1e9:,.1f} GB here"
-        raise UserError(f"{path}: {gigabytes}; use a smaller dataset")
-
-
-def _read_floats(path: Path, item: h5py.Dataset, key: str) -> np.ndarray:
-    """One array of real numbers as [rows] or [rows, numbers]. Raises UserError for NaN and infinity."""
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is found below
-        array = np.ascontiguousarray(item[()], dtype=np.float64 if key.startswith("infos/") else np.float32)
-    array = array.reshape(-1) if key == "rewards" else array
-    for start in range(0, len(array), _CHECK_ROWS):
-        good = np.isfinite(array[start : start + _CHECK_ROWS]).reshape(-1, array[:1].size).all(axis=1)
-        if not good.all():
-            raise _bad_file(path, f"{key} row {start + int(np.argmin(good))} holds NaN or infinity")
-    return array
-
-
-def _read_flags(path: Path, item: h5py.Dataset, key: str) -> np.ndarray:
-    """One array of booleans [rows]; numbers that are 0 or 1 pass for them."""
-    flags = item[()].reshape(-1)
-    if flags.dtype != bool and not np.isin(flags, (0, 1)).all():
-        raise _bad_file(path, f"{key} holds something other than 0 and 1")
-    return flags.astype(bool)
-
-
-def load_arrays(path: str | os.PathLike, states: bool = False) -> dict[str, np.ndarray]:
+def load_arrays(
+    path: str | os.PathLike, states: bool = False, sizes: tuple[int, int] | None = None
+) -> dict[str, np.ndarray]:
     """Read and check one D4RL file.
 
     Returns observations [N, obs_dim], actions [N, act_dim] and rewards [N] float32, terminals [N] bool, and, where the
@@ -328,65 +253,13 @@ def load_arrays(path: str | os.PathLike, states: bool = False) -> dict[str, np.n
     that the state after it is absorbing, timeouts that the episode was cut there. `states` adds infos/qpos and
     infos/qvel float64, the simulator's state before the step. metadata/ is not read.
 
-    Raises UserError naming the file and the fault: unreadable or cut short, a key missing, wrong shapes or types, NaN,
-    actions outside [-1, 1]; links, arrays that the file keeps in other files, and arrays that declare more numbers than
-    their bytes hold or this machine's memory does. All that is declared is looked at before an array is read. The last
-    row need not end an episode: in official files it often does not.
+    Raises UserError for a file that cannot be read and for the faults of `dataset_files.check_arrays`. The last row
+    need not end an episode: in official files it often does not.
     """
-    path = Path(path)
-    with _opened(path) as file:
-        items = _declared(path, file, states)
-        _check_declared(path, items)
-        items = {key: item for key, item in items.items() if not key.startswith("infos/") or states and key in _STATES}
-        _check_sizes(path, items)
-        arrays = {key: (_read_flags if key in _FLAGS else _read_floats)(path, item, key) for key, item in items.items()}
-    for start in range(0, len(arrays["actions"]), _CHECK_ROWS):
-        # Squashed policies stay within 1 in float32; the tolerance is for rounding alone.
-        beyond = np.abs(arrays["actions"][start : start + _CHECK_ROWS]).max(axis=1) > 1.0 + 1e-5
-        if beyond.any():
-            raise _bad_file(path, f"actions row {start + int(np.argmax(beyond))} lies outside [-1, 1]")
+    path, needed = Path(path), ("observations", "actions", "rewards", "terminals", *(_STATES if states else ()))
+    arrays = read_hdf5(path, needed, ("next_observations", "timeouts"))
+    check_arrays(functools.partial(bad_file, path), arrays, sizes)
     return arrays
-
-
-def _load_checked(path: Path, dataset: DatasetId) -> dict[str, np.ndarray]:
-    """`load_arrays`, and the numbers a row must be those of the id's robot."""
-    arrays = load_arrays(path)
-    found = (arrays["observations"].shape[1], arrays["actions"].shape[1])
-    expected = _DIMENSIONS[dataset.robot]
-    if found != expected:
-        raise _bad_file(path, f"{found[0]} observation and {found[1]} action numbers a row, not {expected}")
-    return arrays
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Finding and downloading files
-# ----------------------------------------------------------------------------------------------------------------
-
-
-def ensure_dataset(dataset_id: str, dataset_dir: str | os.PathLike | None = None, base_url: str | None = None) -> Path:
-    """Path of the dataset's file; an official one that is missing is downloaded and checked first.
-
-    `base_url` stands for D4RL's address. A file that is there is used without touching the network. Raises UserError
-    for an unknown id, a local dataset that is missing or incomplete, and a download that fails; it then names the
-    address, and where to put the file by hand.
-    """
-    dataset = parse_dataset_id(dataset_id)
-    path = dataset_path(dataset_id, dataset_dir)
-    if dataset.local:
-        manifest = read_manifest(manifest_path(dataset_id, dataset_dir), dataset_id)
-        if manifest is None or set(manifest["files"]) != {path.name}:
-            folder = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
-            raise UserError(
-                f"{dataset_id}: no complete dataset at {path}; make it with "
-                f"`python make_dataset.py --dataset {dataset_id}{folder}`"
-            )
-    elif not path.exists():
-        advice = f"put {path.name} into {path.parent} by hand"
-        if f"local/{dataset_id}" in GENERATED_IDS:
-            advice += f", or use --dataset local/{dataset_id}, which is made on this machine"
-        url = f"{base_url.rstrip('/')}/{path.name}" if base_url else dataset.url
-        download(url, path, functools.partial(_load_checked, dataset=dataset), advice)
-    return path
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -394,24 +267,23 @@ def ensure_dataset(dataset_id: str, dataset_dir: str | os.PathLike | None = None
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def episode_ends(arrays: dict[str, np.ndarray]) -> np.ndarray:
+def episode_ends(arrays: dict[str, np.ndarray], unmarked: Sequence[int] = ()) -> np.ndarray:
     """Rows that end an episode, int64 [E], ascending, the last row included.
 
-    Beside terminals and timeouts, an episode ends where next_observations is not the following row's observation.
-    D4RL's medium-replay files do not mark every such place, and a file's last episode is often cut without a mark. In
-    a file that has neither timeouts nor next_observations it ends after 1000 steps, as D4RL has it.
+    Beside terminals, timeouts and the rows given, an episode ends where next_observations is not the following row's
+    observation. D4RL's medium-replay files do not mark every such place, and a file's last episode is often cut without
+    a mark. In a file that has neither timeouts nor next_observations it ends after 1000 steps, as D4RL has it.
     """
-    ends = arrays["terminals"].copy()
-    ends |= arrays.get("timeouts", False)
-    if "next_observations" not in arrays and "timeouts" not in arrays:
-        _cut_after(ends, MAX_EPISODE_STEPS)
+    ends = arrays["terminals"] | arrays.get("timeouts", False)
+    ends[[*unmarked, -1]] = True
     if "next_observations" in arrays:
         following, observations = arrays["next_observations"], arrays["observations"]
-        for start in range(0, len(ends) - 1, _CHECK_ROWS):
-            rows = slice(start, min(start + _CHECK_ROWS, len(ends) - 1))
+        for start in range(0, len(ends) - 1, BLOCK_ROWS):
+            rows = slice(start, min(start + BLOCK_ROWS, len(ends) - 1))
             later = observations[rows.start + 1 : rows.stop + 1]
             ends[rows] |= np.abs(following[rows] - later).max(axis=1) > 1e-3  # a reset moves every robot further
-    ends[-1] = True
+    elif "timeouts" not in arrays:
+        _cut_after(ends, MAX_EPISODE_STEPS)
     return np.flatnonzero(ends)
 
 
@@ -423,20 +295,18 @@ def _cut_after(ends: np.ndarray, steps: int) -> None:
         first = end + 1
 
 
-def _maze_episode_ends(arrays: dict[str, np.ndarray], max_episode_steps: int) -> np.ndarray:
-    """Like `episode_ends` for antmaze files, whose recording goes on at the goal: row after row there is a terminal.
-
-    An episode ends at a timeout, or where the ant is elsewhere in the next row: it walks less than 1 m a step.
-    """
-    ends = np.zeros(len(arrays["rewards"]), dtype=bool)
-    place = arrays["observations"][:, :2]
-    ends[:-1] = np.abs(place[1:] - place[:-1]).max(axis=1) > 1.0
-    if "timeouts" in arrays:
-        ends |= arrays["timeouts"]
-    else:
-        _cut_after(ends, max_episode_steps)
-    ends[-1] = True
-    return np.flatnonzero(ends)
+def _resets(observations: np.ndarray, robot: str) -> np.ndarray:
+    """Rows [n] in which the robot is where only a reset can have put it."""
+    height, near, still = _RESETS[robot]
+    width = observations.shape[1]  # positions, then velocities
+    rest, within = np.zeros(width, np.float32), np.full(width, still + 1e-6, np.float32)
+    rest[0], within[: width // 2] = height, near + 1e-6
+    return np.concatenate(
+        [
+            start + np.flatnonzero((np.abs(observations[start : start + BLOCK_ROWS] - rest) <= within).all(axis=1))
+            for start in range(0, len(observations), BLOCK_ROWS)
+        ]
+    )
 
 
 def episode_returns(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -466,8 +336,8 @@ def task_returns(rewards: np.ndarray, terminated: np.ndarray, ends: np.ndarray) 
 
 def take_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """array[rows] in the array's own memory, which is overwritten. rows: ascending."""
-    for start in range(0, len(rows), _CHECK_ROWS):
-        block = rows[start : start + _CHECK_ROWS]
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = rows[start : start + BLOCK_ROWS]
         array[start : start + len(block)] = array[block]
     return array[: len(rows)]
 
@@ -475,71 +345,15 @@ def take_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def following_rows(observations: np.ndarray, rows: np.ndarray, unknown: np.ndarray) -> np.ndarray:
     """The observation after each of `rows`, [n, obs_dim]; the row's own where unknown [n] bool."""
     following = np.empty((len(rows), observations.shape[1]), dtype=observations.dtype)
-    for start in range(0, len(rows), _CHECK_ROWS):
-        block = slice(start, start + _CHECK_ROWS)
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
         following[block] = observations[rows[block] + ~unknown[block]]
     return following
 
 
-def load_transitions(
-    dataset_id: str, dataset_dir: str | os.PathLike | None = None
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """A dataset's transitions, and the returns of its whole episodes, as `task_returns` has them.
-
-    Returns ({observations [N, obs_dim], actions [N, act_dim], rewards [N], next_observations [N, obs_dim] float32,
-    terminated [N] and truncated [N] bool}, returns [E] float64). A transition is terminated where the file says
-    `terminals`; truncated where its episode goes no further for another reason. The last episode counts as whole only
-    where the file marks its end, or where it is the only one.
-
-    Where the file has next_observations every row is a transition. Otherwise they are the next row's, as in D4RL's
-    `qlearning_dataset`: rows at a timeout or at an unmarked end, whose next observation is not in the file, are left
-    out, and so is the last one. Rows at a terminal stay; what follows them is not in the file either and never
-    bootstrapped from, so they carry their own observation (D4RL has the next episode's first). D4RL itself takes the
-    next row in all files; where next_observations are there, this keeps one more transition an episode.
-
-    Raises UserError as `ensure_dataset` and `load_arrays` do.
-    """
-    dataset = parse_dataset_id(dataset_id)
-    path = ensure_dataset(dataset_id, dataset_dir)
-    arrays = _load_checked(path, dataset)
-    terminated, timeouts = arrays["terminals"], arrays.get("timeouts")
-    maze = dataset.robot == "antmaze"
-    ends = _maze_episode_ends(arrays, dataset.max_episode_steps) if maze else episode_ends(arrays)
-    returns = task_returns(arrays["rewards"], terminated, ends)
-    marked = terminated[-1] or (timeouts is not None and timeouts[-1])
-    returns = returns if marked or len(returns) == 1 else returns[:-1]
-    truncated = np.zeros(len(terminated), dtype=bool)
-    truncated[ends] = ~terminated[ends]
-    columns = {key: arrays.pop(key) for key in ("observations", "actions", "rewards")}
-    if "next_observations" in arrays:
-        columns["next_observations"] = arrays["next_observations"]
-        return columns | {"terminated": terminated, "truncated": truncated}, returns
-    dropped = truncated | timeouts if timeouts is not None else truncated.copy()
-    dropped[-1] = True
-    truncated[:-1] = dropped[1:] & ~terminated[:-1]  # the last one kept of an episode
-    rows = np.flatnonzero(~dropped)
-    if len(rows) == 0:
-        raise _bad_file(path, "no two rows of one episode follow each other")
-    columns["next_observations"] = following_rows(columns["observations"], rows, terminated[rows])
-    columns |= {"terminated": terminated, "truncated": truncated}
-    for key in ("observations", "actions", "rewards", "terminated", "truncated"):
-        columns[key] = take_rows(columns[key], rows)
-    return columns, returns
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Scores
-# ----------------------------------------------------------------------------------------------------------------
-
-
 def normalized_score(dataset_id: str, returns: ArrayLike) -> np.ndarray:
-    """D4RL's score of undiscounted returns of any shape: 0 is a random policy, 100 D4RL's expert, float64.
-
-    A local dataset has its robot's references. In antmaze the score is 100 for an episode that reaches the goal, with
-    the environment's rewards of 0 and 1. Raises UserError for an unknown id.
-    """
-    low, high = REFERENCE_RETURNS[parse_dataset_id(dataset_id).robot]
-    return 100.0 * (np.asarray(returns, dtype=np.float64) - low) / (high - low)
+    """`D4RLDataset.score` by id."""
+    return parse_dataset_id(dataset_id).score(returns)
 
 
 # ----------------------------------------------------------------------------------------------------------------

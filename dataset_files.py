@@ -1,105 +1,391 @@
-"""Files of data: their digests and manifests, and npz archives read without trust."""
+"""Data files of every benchmark: dataset ids and where their files are, reading, checks of what they hold, downloads.
+
+Files are read without trust: nothing pickled is loaded, and every array's type, shape, range and rows are checked, with
+one line that names the file, the array and the row.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import functools
 import hashlib
 import json
-import math
-import struct
-import tokenize
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from utils import UserError, one_line
+from utils import UserError, exclusive_folder, one_line, progress
+
+BLOCK_ROWS = 1 << 14  # rows checked at a time, so that checks need no second copy of the data
+Bad = Callable[[str], UserError]  # of a fault: the error that names the file and what to do about it
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A dataset id
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One dataset id: where its files are kept and how they get there. Each benchmark adds what they hold.
+
+    `<name>` is the official dataset. `local/<name>` was made on this machine by make_dataset.py, and counts only with
+    its manifest, which is written last:
+
+        <folder>/<file>          <folder>/local/<file>          <folder>/local/<file without its suffix>.json
+    """
+
+    id: str
+    VARIABLE: ClassVar[str] = ""  # environment variable that names the folder where no argument does
+    OFFICIAL_FOLDER: ClassVar[str] = ""  # of official files where nothing names one; else `datasets` beside the code
+
+    @property
+    def file_id(self) -> str:
+        """The id under which the files are kept."""
+        return self.id
+
+    @property
+    def local(self) -> bool:
+        """Whether it is made on this machine."""
+        return self.file_id.startswith("local/")
+
+    @property
+    def name(self) -> str:
+        """The file's id without `local/`."""
+        return self.file_id.removeprefix("local/")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files, below the folder."""
+        raise NotImplementedError
+
+    @property
+    def url(self) -> str:
+        """Address of the folder of the official files; empty where they are not published at one."""
+        return ""
+
+    @property
+    def generated(self) -> bool:
+        """Whether make_dataset.py has a recipe for `local/<name>`."""
+        raise NotImplementedError
+
+    def read(self, path: Path) -> Any:
+        """Read and check one of the files; raises UserError."""
+        raise NotImplementedError
+
+    def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
+        """Fields of offline_data.OfflineData; raises UserError for data that are not read so."""
+        raise UserError(f"--dataset {self.id} is not read as transitions with rewards; use another")
+
+    def make_env(self, dataset_dir: str | os.PathLike | None = None) -> Any:
+        """The Gymnasium environment that its policies are evaluated in, with its time limit."""
+        raise NotImplementedError
+
+    def score(self, returns: ArrayLike, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:
+        """Scores of undiscounted returns there, any shape, float64: the returns themselves where there is no scale."""
+        return np.asarray(returns, dtype=np.float64)
+
+    def folder(self, dataset_dir: str | os.PathLike | None = None) -> Path:
+        """The dataset folder: the argument, else what VARIABLE names, else the benchmark's own or `datasets` here."""
+        default = Path(__file__).resolve().parent / "datasets"
+        if self.OFFICIAL_FOLDER and not self.local:
+            default = self.OFFICIAL_FOLDER
+        folder = Path(dataset_dir or os.environ.get(self.VARIABLE) or default).expanduser()
+        if folder.is_file():
+            raise UserError(f"--dataset_dir {folder}: is a file; give the folder that holds it, {folder.parent}")
+        return folder / "local" if self.local else folder
+
+    def paths(self, dataset_dir: str | os.PathLike | None = None) -> tuple[Path, ...]:
+        """The files, or the folder that holds them, whether or not they are there."""
+        return tuple(self.folder(dataset_dir) / file for file in self.files)
+
+    def manifest_path(self, dataset_dir: str | os.PathLike | None = None) -> Path:
+        """The JSON file beside the files of a local dataset."""
+        return self.paths(dataset_dir)[0].with_suffix(".json")
+
+    def manifest(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any] | None:
+        """The manifest of a complete local dataset, else None: it lists these files, each there with its size."""
+        manifest = read_manifest(self.manifest_path(dataset_dir), self.file_id)
+        own = {path.name for path in self.paths(dataset_dir)}
+        return manifest if manifest and {Path(name).parts[0] for name in manifest["files"]} == own else None
+
+    def ensure(self, dataset_dir: str | os.PathLike | None = None, base_url: str = "") -> tuple[Path, ...]:
+        """`paths`, all there: what is missing of an official dataset is downloaded first (from base_url if given).
+
+        Files that are there are used without touching the network. Raises UserError for a local dataset that is
+        missing or incomplete, and for a download that fails; it names the address, and where to put the file by hand.
+        """
+        paths = self.paths(dataset_dir)
+        if not self.local:
+            for path in paths:
+                if not path.exists():
+                    self._fetch(path, base_url or self.url)
+        elif self.manifest(dataset_dir) is None:
+            if not self.generated:
+                raise UserError(
+                    f"{self.id}: not at {paths[0]}, and make_dataset.py has no recipe for it; use {self.name}"
+                )
+            flag = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
+            raise UserError(
+                f"{self.id}: no complete dataset at {paths[0]}; make it with "
+                f"`python make_dataset.py --dataset {self.file_id}{flag}`"
+            )
+        return paths
+
+    def _fetch(self, path: Path, base_url: str) -> None:
+        advice = f"put {path.name} into {path.parent} by hand"
+        if self.generated:
+            advice += f", or use --dataset local/{self.name}, which is made on this machine"
+        download(f"{base_url.rstrip('/')}/{path.name}", path, self.read, advice)
+
+
+AnyDataset = TypeVar("AnyDataset", bound=Dataset)
+
+
+def find(dataset_id: str, known: Mapping[str, AnyDataset], what: str) -> AnyDataset:
+    """The dataset of an id. Only listed ids pass, so that an id can never point outside the dataset folder.
+
+    Raises UserError, `what` being the end of "--dataset x is not", and names an id that is near where there is one.
+    """
+    if dataset_id in known:
+        return known[dataset_id]
+    nearest = difflib.get_close_matches(str(dataset_id), known, n=1, cutoff=0.7)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise UserError(f"--dataset {dataset_id!r} is not {what}{hint}")
 
 
 def sha256(path: str | Path) -> str:
     """The file's SHA-256, in hexadecimal."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def read_npz(path: Path, keys: Iterable[str], flag: str, bad_file: Callable[[Path, str], UserError]) -> dict[str, Any]:
-    """Arrays of an npz file by name, nothing pickled, as they are stored.
-
-    Raises `bad_file(path, fault)` for a file that is damaged, no archive, lacks a key or declares more than it holds,
-    and UserError that names the flag of its folder for one that is not there, may not be read or does not fit in
-    memory.
-    """
-    damaged = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, struct.error, tokenize.TokenError)
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; check {flag}")
-        with open(path, "rb"):  # is_zipfile would take a file without read permission for a damaged one
-            pass
-        if not zipfile.is_zipfile(path):
-            raise bad_file(path, "not an npz archive, or cut short")
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [key for key in keys if key not in archive.files]
-            if missing:
-                raise bad_file(path, f"no array {missing[0]!r} (it holds {', '.join(archive.files) or 'nothing'})")
-            for key in keys:
-                _check_declared(archive.zip, key, path.stat().st_size)
-            return {key: archive[key] for key in keys}
-    except MemoryError:
-        raise UserError(f"{path}: does not fit in memory; use a smaller dataset") from None
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read it; change that, or {flag}") from None
-    except OSError as error:
-        raise bad_file(path, f"cannot be read ({error})") from None
-    except (*damaged, SyntaxError) as error:  # the last two: NumPy parses an array's header as Python
-        text = one_line(error) or type(error).__name__
-        raise bad_file(path, f"not a readable npz of plain arrays ({text})") from None
-
-
-def _check_declared(archive: zipfile.ZipFile, key: str, file_bytes: int) -> None:
-    """Raise ValueError for an array that declares more or less than its member of the archive holds.
-
-    NumPy would get the memory that the header asks for before it reads a number.
-    """
-    if f"{key}.npy" not in archive.namelist():
-        raise ValueError(f"{key} is no .npy array")
-    info = archive.getinfo(f"{key}.npy")
-    # Deflate makes at most 1032 bytes of one, so this much is there at most, whatever the archive's directory says.
-    if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and info.file_size > 1032 * file_bytes:
-        raise ValueError(f"{key} cannot unpack to {info.file_size:,} bytes, the file has {file_bytes:,}")
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        if version == (1, 0):
-            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-        elif version == (2, 0):
-            shape, _, dtype = np.lib.format.read_array_header_2_0(member)
-        else:  # names of fields beyond Latin-1
-            raise ValueError(f"{key} has NumPy format {version}")
-        held = info.file_size - member.tell()
-    declared = math.prod(shape) * dtype.itemsize
-    if declared != held and not dtype.hasobject:  # NumPy refuses those itself
-        raise ValueError(f"{key} declares {shape} of {dtype}, {declared:,} bytes, and holds {held:,}")
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(path: str | Path, dataset_id: str) -> dict[str, Any] | None:
-    """The manifest of a complete generated dataset, else None.
+    """A manifest that names this id and whose files are all there with the sizes it says, else None.
 
-    Complete means: the manifest is there, names this id, lists the dataset's own file or folder (the manifest's name
-    but for the suffix), nothing outside its folder, and every file it lists is there with the size it says. A manifest
-    is written after its files, so a generation that was cut leaves none.
+    It is written after its files, so that a generation that was cut leaves none.
     """
     path = Path(path)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = {Path(name): entry["bytes"] for name, entry in manifest["files"].items()}
-        inside = not any(name.is_absolute() or ".." in name.parts for name in files)
-        own = any(name.parts[0] in (path.stem, f"{path.stem}.npz", f"{path.stem}.hdf5") for name in files)
-        complete = manifest["id"] == dataset_id and inside and own
-        complete = complete and all((path.parent / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        sizes = {path.parent / name: entry["bytes"] for name, entry in manifest["files"].items()}
+        complete = manifest["id"] == dataset_id and all(file.stat().st_size == size for file, size in sizes.items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return manifest if complete else None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Reading
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def bad_file(path: Path, fault: str) -> UserError:
+    """The error for a file that cannot be used."""
+    remedy = "choose another --dataset_dir, or move the file away and it is fetched again"
+    if path.parent.name == "local":
+        remedy = "make it again with make_dataset.py --overwrite, or choose another --dataset_dir"
+    return UserError(f"{path}: {fault}; {remedy}")
+
+
+@contextlib.contextmanager
+def _readable(path: Path, kind: str, flag: str, bad: Bad) -> Iterator[None]:
+    """Whatever goes wrong inside becomes one line."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; check {flag}")
+        with open(path, "rb"):  # without permission a library would speak of a damaged file
+            pass
+        yield
+    except UserError:
+        raise
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it; change that, or {flag}") from None
+    except MemoryError:
+        raise UserError(f"{path}: does not fit in memory; use a smaller dataset") from None
+    except Exception as error:  # a damaged file fails in many ways
+        raise bad(f"not a readable {kind}, or cut short ({one_line(error) or type(error).__name__})") from None
+
+
+def _take(file: Any, keys: Iterable[str], optional: Iterable[str], bad: Bad) -> dict[str, np.ndarray]:
+    """The arrays of these keys, and of the optional ones that are there."""
+    missing = [key for key in keys if key not in file]
+    if missing:
+        raise bad(f"no array {missing[0]!r} (it holds {', '.join(sorted(file)) or 'nothing'})")
+    return {key: file[key][()] for key in (*keys, *(key for key in optional if key in file))}
+
+
+def read_npz(
+    path: Path, keys: Iterable[str], optional: Iterable[str] = (), flag: str = "--dataset_dir", bad: Bad | None = None
+) -> dict[str, np.ndarray]:
+    """Arrays of an npz file as they are stored; UserError where it is missing, damaged or lacks one of the keys.
+
+    `flag` names its folder, `bad` makes the error of a fault.
+    """
+    bad = bad or functools.partial(bad_file, path)
+    with _readable(path, "npz of plain arrays", flag, bad), np.load(path, allow_pickle=False) as file:
+        return _take(file, keys, optional, bad)
+
+
+def read_hdf5(path: Path, keys: Iterable[str], optional: Iterable[str] = ()) -> dict[str, np.ndarray]:
+    """Arrays of an HDF5 file as they are stored; UserError where it is missing, damaged or lacks one of the keys."""
+    import h5py
+
+    bad = functools.partial(bad_file, path)
+    # Without a lock, because files are renamed into place whole and read-only folders cannot lock. Without a cache of
+    # chunks, because each is read once: HDF5 and malloc would keep a third of the data's size.
+    options = {"locking": False, "rdcc_nbytes": 0}
+    with _readable(path, "HDF5 file", "--dataset_dir", bad), h5py.File(path, "r", **options) as file:
+        return _take(file, keys, optional, bad)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Checks, the same for every benchmark
+# ----------------------------------------------------------------------------------------------------------------
+
+_FLAGS = ("terminals", "timeouts")
+
+
+def check_arrays(bad: Bad, arrays: dict[str, np.ndarray], sizes: tuple[int, int] | None = None) -> None:
+    """Check the arrays of a file, and turn them into float32 and bool in place.
+
+    observations and next_observations [N, obs_dim], actions [N, act_dim] in [-1, 1], rewards [N], states (`infos/...`,
+    which stay float64) [N, any]; terminals and timeouts [N], which may be numbers 0 and 1. A column of shape [N, 1]
+    passes for [N], as in D4RL's loader. Raises `bad(fault)` at the first fault. sizes: (obs_dim, act_dim) of the robot.
+    """
+    for key, array in arrays.items():
+        flags, ndim = key in _FLAGS, 1 if key in (*_FLAGS, "rewards") else 2
+        if ndim == 1 and array.ndim == 2 and array.shape[1] == 1:
+            array = arrays[key] = array[:, 0]
+        if array.ndim != ndim or 0 in array.shape[1:]:
+            raise bad(f"{key} has shape {array.shape}, expected [rows{', numbers' * (ndim - 1)}]")
+        if array.dtype.kind not in ("biuf" if flags else "f"):
+            raise bad(f"{key} has type {array.dtype}, expected {'bool' if flags else 'float32'}")
+    shapes = {key: array.shape for key, array in arrays.items()}
+    if len({shape[0] for shape in shapes.values()}) != 1 or shapes["observations"][0] == 0:
+        listed = ", ".join(f"{key} {shape}" for key, shape in shapes.items())
+        raise bad(f"arrays do not have the same number of rows: {listed}")
+    if shapes.get("next_observations", shapes["observations"]) != shapes["observations"]:
+        raise bad(f"next_observations {shapes['next_observations']} is not shaped as the observations")
+    found = (shapes["observations"][1], shapes["actions"][1])
+    if sizes is not None and found != sizes:
+        raise bad(f"{found[0]} observation and {found[1]} action numbers a row, not {sizes}")
+    for key, array in arrays.items():
+        if key in _FLAGS:
+            if array.dtype != bool and not np.isin(array, (0, 1)).all():
+                raise bad(f"{key} holds something other than 0 and 1")
+            arrays[key] = array.astype(bool, copy=False)
+        else:
+            with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is found below
+                arrays[key] = np.ascontiguousarray(array, np.float64 if key.startswith("infos/") else np.float32)
+            check_rows(bad, key, arrays[key], *((-1, 1) if key == "actions" else ()))
+
+
+def check_rows(bad: Bad, name: str, array: np.ndarray, low: ArrayLike = -np.inf, high: ArrayLike = np.inf) -> None:
+    """Raise `bad(fault)` at the first row of [N, ...] that is not finite, or beyond the bounds, one or for each number.
+
+    The bounds have a tolerance of 1e-5, for rounding alone.
+    """
+    low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    for start in range(0, len(array), BLOCK_ROWS):
+        block = array[start : start + BLOCK_ROWS]
+        good = np.isfinite(block).reshape(len(block), -1).all(axis=1)
+        if not good.all():
+            raise bad(f"{name} row {start + int(np.argmin(good))} holds NaN or infinity")
+        good = (block >= low - 1e-5) & (block <= high + 1e-5)
+        if not good.all():
+            row, *column = np.argwhere(~good)[0]
+            ends = (np.broadcast_to(bound, block.shape)[(row, *column)] for bound in (low, high))
+            raise bad(f"{name} row {start + row} lies outside [{', '.join(f'{end:g}' for end in ends)}]")
+
+
+def jumps(places: np.ndarray, limit: float) -> np.ndarray:
+    """Rows after which a place [N, numbers] is further off than one step can lead: an episode ended there."""
+    return np.flatnonzero(np.abs(np.diff(places, axis=0)).max(axis=1, initial=0.0) > limit)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Downloads
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def download(url: str, path: Path, check: Callable[[Path], object], advice: str) -> None:
+    """Fetch one file to `<path>.part`, going on where an earlier attempt stopped; check it, rename it into place.
+
+    One process at a time fetches into a folder. Raises UserError in one line, ending with `advice`, for a server that
+    fails, a file that arrives short and one that `check` refuses, which is removed.
+    """
+    import requests
+
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive_folder(path.parent):
+            if path.exists():
+                return  # another process fetched it while this one waited
+            try:
+                _fetch(url, part)
+            except requests.RequestException:  # it may have passed
+                _fetch(url, part)
+            try:
+                check(part)
+            except UserError as error:
+                _discard(part)
+                fault = str(error).removeprefix(f"{part}: ").rpartition("; ")[0]
+                raise UserError(f"{url} is not the dataset: {fault}; {advice}") from None
+            os.replace(part, path)
+            _discard(part)
+    except requests.RequestException as error:
+        if not _tag(part).exists():
+            _discard(part)  # nothing tells whether it could be continued
+        plain = type(error) in (requests.HTTPError, requests.RequestException)
+        raise UserError(f"cannot download {url} ({error if plain else type(error).__name__}); {advice}") from None
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot store {path.name} there ({error.strerror or error})") from None
+
+
+def _discard(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _tag(part).unlink(missing_ok=True)
+
+
+def _tag(part: Path) -> Path:
+    """What identifies the server's file, kept beside what has arrived of it."""
+    return part.with_name(part.name + ".etag")
+
+
+def _fetch(url: str, part: Path) -> None:
+    """One attempt. If-Range makes the server send the rest only while its file is the same, else the whole file."""
+    import requests
+
+    have = part.stat().st_size if part.exists() and _tag(part).exists() else 0
+    headers = {"Accept-Encoding": "identity"}  # compressed transfer would make Content-Length useless
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": _tag(part).read_text()}
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
+        if response.status_code == 416:  # what is here is as long as the file, or longer
+            _discard(part)
+        if response.status_code not in (200, 206):
+            raise requests.HTTPError(f"HTTP status {response.status_code}")
+        have = have if response.status_code == 206 else 0
+        if not have:
+            _discard(part)
+            etag = response.headers.get("ETag", "W/")  # a weak one does not identify the bytes
+            if tag := response.headers.get("Last-Modified") if etag.startswith("W/") else etag:
+                _tag(part).write_text(tag)
+        total = have + int(response.headers.get("Content-Length", 0))
+        bar = progress(total, part.stem, initial=have, unit="B", unit_scale=True)
+        with open(part, "ab" if have else "wb") as file, bar:
+            for chunk in response.iter_content(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+    if total > have and part.stat().st_size != total:
+        raise requests.RequestException(f"{part.stat().st_size} of {total} bytes arrived")

@@ -13,7 +13,7 @@ so that a transition takes the observation of the row before: (o_{t-1}, a_t, r_t
 
 from __future__ import annotations
 
-import difflib
+import functools
 import hashlib
 import io
 import math
@@ -21,15 +21,15 @@ import os
 import re
 import types
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 
-import utils
-from dataset_files import read_manifest, read_npz
-from utils import UserError, one_line
+from dataset_files import Dataset, check_rows, find, read_npz
+from utils import UserError, one_line, write_bytes_atomic
 
 TASKS = ("walk", "run")
 OBSERVATION_DIM = 24
@@ -172,27 +172,57 @@ def make_env(task: str) -> WalkerEnv:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Where datasets are
+# Datasets
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def resolve_dataset_dir(dataset_dir: str | os.PathLike | None = None) -> Path:
-    """The dataset folder: the argument, else `datasets` at the top of the repository."""
-    return Path(dataset_dir or Path(__file__).resolve().parent / "datasets").expanduser()
+@dataclass(frozen=True)
+class WalkerDataset(Dataset):
+    """A dataset such as `local/walker_walk-td3-medium`: a folder of episode files.
 
-
-def dataset_folder(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> Path:
-    """Folder of a dataset, there or not: `<dataset_dir>/collected_data/<name>`; the episodes lie in its data/.
-
-    Local datasets have a collected_data of their own, `<dataset_dir>/local/collected_data/<name>`. Raises UserError,
-    naming the nearest id that exists.
+    <dataset_dir>/collected_data/<name>/data/episode_<index>_<steps>.npz
+    <dataset_dir>/local/collected_data/<name>/..., and <name>.json beside the folder
     """
-    known = OFFICIAL_IDS + GENERATED_IDS
-    if dataset_id not in known:
-        nearest = difflib.get_close_matches(str(dataset_id), known, n=1, cutoff=0.0)[0]
-        raise UserError(f"--dataset {dataset_id!r} is not a walker dataset; did you mean {nearest!r}?")
-    local, _, name = dataset_id.rpartition("/")
-    return resolve_dataset_dir(dataset_dir) / local / "collected_data" / name
+
+    @property
+    def task(self) -> str:
+        """walk or run."""
+        return self.name.removeprefix("walker_").split("-")[0]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (f"collected_data/{self.name}",)
+
+    @property
+    def generated(self) -> bool:
+        return True
+
+    @property
+    def short_name(self) -> str:
+        """`walk_m` of walker_walk-td3-medium, `local/walk_m` of the local one."""
+        short = next(short for short, name in SHORT_NAMES.items() if name == self.name)
+        return f"local/{short}" if self.local else short
+
+    def read(self, path: Path) -> list[dict[str, np.ndarray]]:
+        """Every episode of the folder, in the order of their indices; see `read_episode`."""
+        return load_episodes(path)
+
+    def _fetch(self, path: Path, base_url: str) -> None:
+        raise UserError(
+            f"{self.id}: no folder {path}; put the study's collected_data folder into {path.parent.parent}, or use "
+            f"local/{self.name}, which make_dataset.py makes"
+        )
+
+    def make_env(self, dataset_dir: str | os.PathLike | None = None) -> WalkerEnv:
+        return WalkerEnv(self.task)
+
+
+DATASETS = {dataset_id: WalkerDataset(dataset_id) for dataset_id in OFFICIAL_IDS + GENERATED_IDS}
+
+
+def parse_dataset_id(dataset_id: str) -> WalkerDataset:
+    """The dataset of an id; raises UserError, naming an id that is near where there is one."""
+    return find(dataset_id, DATASETS, "a walker dataset (see `python make_dataset.py --list --only walker`)")
 
 
 def parse_datasets(text: str) -> list[str]:
@@ -200,47 +230,22 @@ def parse_datasets(text: str) -> list[str]:
 
     `local/walk_m`, `local/__all__` are data made on this machine. Raises UserError for another name.
     """
-    chosen = set()
-    for name in text.split(","):
-        local, slash, short = name.strip().rpartition("/")
-        if local not in ("", "local") or short not in (*SHORT_NAMES, ALL_DATASETS):
+    ids = {dataset.short_name: dataset_id for dataset_id, dataset in DATASETS.items()}
+    chosen: set[str] = set()
+    for name in (name.strip() for name in text.split(",")):
+        if name in ids:
+            chosen.add(ids[name])
+        elif name in (ALL_DATASETS, f"local/{ALL_DATASETS}"):
+            chosen |= set(GENERATED_IDS if name.startswith("local/") else OFFICIAL_IDS)
+        else:
             choices = ", ".join((*SHORT_NAMES, ALL_DATASETS))
-            raise UserError(
-                f"--USE_DATASET_STR {text!r}: {name.strip()!r} is none of {choices}, nor one of these after local/"
-            )
-        chosen |= {local + slash + SHORT_NAMES[one] for one in (SHORT_NAMES if short == ALL_DATASETS else [short])}
-    return [dataset_id for dataset_id in OFFICIAL_IDS + GENERATED_IDS if dataset_id in chosen]
+            raise UserError(f"--USE_DATASET_STR {text!r}: {name!r} is none of {choices}, nor one of these after local/")
+    return [dataset_id for dataset_id in DATASETS if dataset_id in chosen]
 
 
 def short_name(dataset_id: str) -> str:
-    """`walk_m` of walker_walk-td3-medium, `local/walk_m` of the local one."""
-    local, slash, name = dataset_id.rpartition("/")
-    return local + slash + next(short for short, known in SHORT_NAMES.items() if known == name)
-
-
-def manifest_path(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> Path:
-    """The JSON file beside a local dataset's folder; it is written last."""
-    folder = dataset_folder(dataset_id, dataset_dir)
-    return folder.with_name(f"{folder.name}.json")
-
-
-def ensure_dataset(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> Path:
-    """Folder of a dataset that is there. Raises UserError that says how to get one that is missing or incomplete."""
-    folder = dataset_folder(dataset_id, dataset_dir)
-    if dataset_id in OFFICIAL_IDS:
-        if not (folder / "data").is_dir():
-            raise UserError(
-                f"{dataset_id}: no folder {folder / 'data'}; put the study's collected_data folder into "
-                f"{folder.parent.parent}, or use local/{dataset_id}, which make_dataset.py makes"
-            )
-        return folder
-    if read_manifest(manifest_path(dataset_id, dataset_dir), dataset_id) is None:
-        flag = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
-        raise UserError(
-            f"{dataset_id}: no complete dataset at {folder}; make it with "
-            f"`python make_dataset.py --dataset {dataset_id}{flag}`"
-        )
-    return folder
+    """`WalkerDataset.short_name` by id."""
+    return parse_dataset_id(dataset_id).short_name
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -279,7 +284,7 @@ def write_episode(path: str | os.PathLike, episode: dict[str, np.ndarray]) -> No
     _check_episode(Path(path), episode)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{key: episode[key] for key in EPISODE_COLUMNS})  # it dates the members 1980
-    utils.write_bytes_atomic(path, buffer.getvalue())
+    write_bytes_atomic(path, buffer.getvalue())
 
 
 def read_episode(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -290,33 +295,27 @@ def read_episode(path: str | os.PathLike) -> dict[str, np.ndarray]:
     discounts outside [0, 1], a first row that is not a reset's.
     """
     path = Path(path)
-    episode = read_npz(path, tuple(EPISODE_COLUMNS), "--data_dir", _bad_episode)
+    episode = read_npz(path, EPISODE_COLUMNS, flag="--data_dir", bad=functools.partial(_bad_episode, path))
     _check_episode(path, episode)
     return episode
 
 
 def _check_episode(path: Path, episode: dict[str, np.ndarray]) -> None:
     """Raise UserError for the first fault; see `read_episode`."""
-    name = _EPISODE_NAME.fullmatch(path.name)
+    name, bad = _EPISODE_NAME.fullmatch(path.name), functools.partial(_bad_episode, path)
     if name is None:
-        raise _bad_episode(path, "the name is not episode_<index>_<steps>.npz, the index of six digits")
+        raise bad("the name is not episode_<index>_<steps>.npz, the index of six digits")
     for key, columns in EPISODE_COLUMNS.items():
         array = episode[key]
         if array.dtype != np.float32:
-            raise _bad_episode(path, f"{key} has type {array.dtype}, expected float32")
+            raise bad(f"{key} has type {array.dtype}, expected float32")
         if array.shape != (EPISODE_STEPS + 1, columns):
-            raise _bad_episode(path, f"{key} has shape {array.shape}, expected {(EPISODE_STEPS + 1, columns)}")
-        finite = np.isfinite(array).all(axis=1)
-        if not finite.all():
-            raise _bad_episode(path, f"{key} row {int(np.argmin(finite))} holds NaN or infinity")
-        low, high = _LIMITS.get(key, (-np.inf, np.inf))
-        inside = ((array >= low - 1e-5) & (array <= high + 1e-5)).all(axis=1)
-        if not inside.all():
-            raise _bad_episode(path, f"{key} row {int(np.argmin(inside))} lies outside [{low:g}, {high:g}]")
+            raise bad(f"{key} has shape {array.shape}, expected {(EPISODE_STEPS + 1, columns)}")
+        check_rows(bad, key, array, *_LIMITS.get(key, ()))
     if int(name[2]) != EPISODE_STEPS:
-        raise _bad_episode(path, f"the name says {name[2]} steps, the file has {EPISODE_STEPS}")
+        raise bad(f"the name says {name[2]} steps, the file has {EPISODE_STEPS}")
     if episode["action"][0].any() or episode["reward"][0].any():
-        raise _bad_episode(path, "row 0 has an action or a reward, but nothing led to the reset: rows are out of line")
+        raise bad("row 0 has an action or a reward, but nothing led to the reset: rows are out of line")
 
 
 def _bad_episode(path: Path, fault: str) -> UserError:
@@ -376,9 +375,10 @@ def load_study_data(ids: list[str], dataset_dir: str | os.PathLike | None = None
     """The episodes of these datasets; raises UserError for a dataset that is missing and for the first bad file."""
     episodes, tasks = [], []
     for dataset_id in ids:
-        found = load_episodes(ensure_dataset(dataset_id, dataset_dir))
+        dataset = parse_dataset_id(dataset_id)
+        found = dataset.read(*dataset.ensure(dataset_dir))
         episodes += found
-        tasks += [next(i for i, task in enumerate(TASKS) if f"walker_{task}-" in dataset_id)] * len(found)
+        tasks += [TASKS.index(dataset.task)] * len(found)
     stacked = {key: np.stack([episode[key] for episode in episodes]) for key in EPISODE_COLUMNS}
     return StudyData(
         ids=tuple(ids),

@@ -1,10 +1,15 @@
-"""Transitions, environments and scores by dataset id, whichever benchmark it is of.
+"""Every dataset by its id: files, transitions, environment and score, whichever benchmark it is of.
 
 hopper-medium-v2                             D4RL's own file, see d4rl_utils
 local/hopper-medium-v2                       the same recipe, made by make_dataset.py
-antmaze-medium-navigate-singletask-v0        OGBench's file with the rewards of its default task
-antmaze-medium-navigate-singletask-task3-v0  of task 3; both also as local/...
+antmaze-medium-navigate-v0                   OGBench's file without rewards, see ogbench_utils
+antmaze-medium-navigate-singletask-v0        with the rewards of its default task
+antmaze-medium-navigate-singletask-task3-v0  of task 3; all of these also as local/...
+walker_walk-td3-medium                       the walker study's episodes, see dmc_utils
 minari/mujoco/halfcheetah/medium-v0          through Minari (pip install -r requirements/data.txt)
+
+    dataset = find_dataset("local/hopper-medium-v2")
+    dataset.ensure(); dataset.transitions(); dataset.make_env(); dataset.score(returns)
 """
 
 from __future__ import annotations
@@ -14,16 +19,22 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 
 import d4rl_utils
+import dmc_utils
 import ogbench_utils
-from utils import ReplayBuffer, UserError, one_line
+from dataset_files import Dataset, check_rows, find
+from utils import LateImport, ReplayBuffer, UserError, one_line, warn
+
+if TYPE_CHECKING:
+    import torch
+else:  # what only asks where files are does without
+    torch = LateImport("torch", globals())
 
 _BLOCK_ROWS = 1 << 16  # rows summed at a time, so that float64 needs no second copy of the data
 
@@ -39,16 +50,17 @@ class OfflineData:
 
     dataset_id: str
     env_id: str
-    max_action: float  # actions lie in [-max_action, max_action]
     observations: np.ndarray  # [N, obs_dim] float32
-    actions: np.ndarray  # [N, act_dim] float32
+    actions: np.ndarray  # [N, act_dim] float32, in [-max_action, max_action]
     rewards: np.ndarray  # [N] float32, reward_shift added
     next_observations: np.ndarray  # [N, obs_dim] float32
     terminated: np.ndarray  # [N] bool: no value beyond this transition
     truncated: np.ndarray  # [N] bool: the episode was cut here, values go on
     returns: np.ndarray  # [E] float64: undiscounted, of whole episodes, without reward_shift
-    reward_shift: float  # added to every reward
     reached: np.ndarray | None = None  # [E] bool: of a single task, the episodes that reach its goal
+    reward_shift: float = 0.0  # added to every reward
+    max_action: float = 1.0
+    scored: bool = True  # whether a score is more than the return
 
     @property
     def observation_dim(self) -> int:
@@ -66,7 +78,8 @@ class OfflineData:
         facts = {"dataset": self.dataset_id, "env": self.env_id, "transitions": len(self)}
         facts |= {"terminations": int(self.terminated.sum()), "episodes": len(self.returns)}
         facts |= {"mean_return": float(self.returns.mean()), "max_return": float(self.returns.max())}
-        return facts | {"max_action": self.max_action, "reward_shift": self.reward_shift}
+        facts |= {"max_action": self.max_action, "reward_shift": self.reward_shift}
+        return facts if self.scored else facts | {"score": "the return, as the data have no references"}
 
     def normalizer(self, epsilon: float = 1e-3) -> tuple[np.ndarray, np.ndarray]:
         """Mean of the observations and their standard deviation plus epsilon, [obs_dim] float32 each."""
@@ -96,7 +109,7 @@ class OfflineData:
 def load_transitions(
     dataset_id: str, dataset_dir: str | os.PathLike | None = None, antmaze_reward_shift: float = -1.0
 ) -> OfflineData:
-    """Read a dataset, downloading an official one that is missing.
+    """Read a dataset, downloading an official one that is missing, and compare it with its environment.
 
     Args:
         dataset_id: see the module's docstring.
@@ -105,47 +118,101 @@ def load_transitions(
             IQL does; other datasets are left as they are.
 
     Raises UserError in one line: an unknown id, a file that is missing, damaged or cannot be fetched, an optional
-    package that is missing, rewards that are all equal.
+    package that is missing, rewards that are all equal, an environment that cannot be made or is not the data's.
     """
-    loader = _load_minari if is_minari(dataset_id) else _load_singletask if is_singletask(dataset_id) else _load_d4rl
-    data = loader(dataset_id, dataset_dir)
+    dataset = find_dataset(dataset_id)
+    data = OfflineData(dataset_id, **dataset.transitions(dataset_dir))
     if data.rewards.min() == data.rewards.max():
         raise UserError(
             f"--dataset {dataset_id}: every reward is {data.rewards[0]:g}, there is nothing to learn; use another"
         )
+    check_environment(data, make_env(dataset_id, dataset_dir))
     if data.env_id in {f"antmaze-{maze}" for maze in d4rl_utils.AntMaze.MAPS}:
         data.reward_shift = float(antmaze_reward_shift)
         data.rewards += np.float32(antmaze_reward_shift)
     return data
 
 
-def _load_d4rl(dataset_id: str, dataset_dir: str | os.PathLike | None) -> OfflineData:
-    env_id = d4rl_utils.parse_dataset_id(dataset_id).env_id
-    columns, returns = d4rl_utils.load_transitions(dataset_id, dataset_dir)
-    return OfflineData(dataset_id, env_id, 1.0, **columns, returns=returns, reward_shift=0.0)
+def check_environment(data: OfflineData, env: gymnasium.Env) -> None:
+    """Close the environment; UserError where it has other observations or actions than the data."""
+    spaces = (env.observation_space, env.action_space)
+    env.close()
+    for space, array, what in zip(spaces, (data.observations, data.actions), ("observations", "actions"), strict=True):
+        if space.shape != array.shape[1:]:
+            raise UserError(
+                f"--dataset {data.dataset_id}: its {what} have {array.shape[1]} numbers, those of its environment "
+                f"{data.env_id} have the shape {space.shape}; use another dataset"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # OGBench's single tasks
 # ----------------------------------------------------------------------------------------------------------------
 
-_SINGLETASK = re.compile(r"(?P<start>.+)-singletask(?P<task>-task[1-5])?-v0")
 
+class SingleTask(ogbench_utils.MazeDataset):
+    """`<maze dataset>-singletask-v0`, or -singletask-task1-v0 to task5: its file with the rewards of one task."""
 
-def is_singletask(dataset_id: str) -> bool:
-    return "-singletask" in str(dataset_id)
+    @property
+    def file_id(self) -> str:
+        return re.sub("-singletask(-task[1-5])?", "", self.id)
 
+    @property
+    def env_id(self) -> str:
+        """The Gymnasium environment, which carries the task."""
+        task = re.search("-singletask(-task[1-5])?", self.id)[0]
+        return super().env_id.removesuffix("-v0") + f"{task}-v0"
 
-def _parse_singletask(dataset_id: str) -> tuple[str, str]:
-    """The id of the file, and the Gymnasium id of the environment. Raises UserError."""
-    match = _SINGLETASK.fullmatch(dataset_id)
-    if match is None:
-        raise UserError(
-            f"--dataset {dataset_id!r} is not an OGBench single-task dataset; ids are <dataset>-singletask-v0 for the "
-            "default task and <dataset>-singletask-task1-v0 to task5, as in antmaze-medium-navigate-singletask-v0"
-        )
-    dataset = ogbench_utils.parse_dataset_id(f"{match['start']}-v0")
-    return dataset.id, dataset.env_id.removesuffix("-v0") + f"-singletask{match['task'] or ''}-v0"
+    def make_env(self, dataset_dir: str | os.PathLike | None = None) -> gymnasium.Env:
+        """The environment of the task, whose episodes depend on the seed of their reset alone."""
+        import ogbench  # noqa: F401  registers the environments
+
+        return _SeededReset(ogbench_utils.make_env(self.file_id, **gymnasium.spec(self.env_id).kwargs))
+
+    def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
+        """The file's transitions with the rewards of the task, as OGBench's relabel_dataset has them.
+
+        One from a state within the goal's radius has reward 0 and terminates, any other has -1; the recording goes on.
+        The place is taken from the first two observation numbers, which are qpos in every maze.
+        """
+        data = self.load("train", dataset_dir)
+        env = self.make_env()
+        env.reset(seed=0)  # sets the task
+        maze: Any = env.unwrapped
+        observations, actions = data.observations.numpy(), data.actions.numpy()
+        last = (data.episode_starts + data.episode_lengths - 1).numpy()
+        reached = np.empty(len(observations), dtype=bool)
+        for start in range(0, len(reached), _BLOCK_ROWS):
+            block = slice(start, start + _BLOCK_ROWS)
+            reached[block] = np.linalg.norm(observations[block, :2] - maze.cur_goal_xy, axis=1) <= maze._goal_tol
+        env.close()
+        rows = np.delete(np.arange(len(observations)), last)
+        terminated = reached[rows]
+        rewards = terminated.astype(np.float32) - 1
+        cut = np.zeros(len(reached), dtype=bool)
+        cut[last - 1] = True
+        following = d4rl_utils.following_rows(observations, rows, np.zeros(len(rows), dtype=bool))
+        ends = last - np.arange(1, len(last) + 1)  # rows left out before and at each end
+        return {
+            "env_id": self.env_id,
+            "observations": d4rl_utils.take_rows(observations, rows),
+            "actions": d4rl_utils.take_rows(actions, rows),
+            "rewards": rewards,
+            "next_observations": following,
+            "terminated": terminated,
+            "truncated": cut[rows] & ~terminated,
+            "returns": d4rl_utils.task_returns(rewards, terminated, ends),
+            "reached": np.logical_or.reduceat(terminated, np.append(0, ends[:-1] + 1)),
+        }
+
+    def score(self, returns: ArrayLike, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:
+        """100 for an episode that reaches the goal, else 0.
+
+        One that fails has return -1 for every step of the time limit, and any other has more.
+        """
+        import ogbench  # noqa: F401  registers the environments
+
+        return 100.0 * (np.asarray(returns, dtype=np.float64) > -gymnasium.spec(self.env_id).max_episode_steps)
 
 
 class _SeededReset(gymnasium.Wrapper):
@@ -157,157 +224,188 @@ class _SeededReset(gymnasium.Wrapper):
         return ogbench_utils.seeded_reset(self.env, seed, options)
 
 
-def _make_singletask(dataset_id: str) -> gymnasium.Env:
-    file_id, env_id = _parse_singletask(dataset_id)
-    import ogbench  # noqa: F401  registers the environments
-
-    return _SeededReset(ogbench_utils.make_env(file_id, **gymnasium.spec(env_id).kwargs))
-
-
-def _load_singletask(dataset_id: str, dataset_dir: str | os.PathLike | None) -> OfflineData:
-    """OGBench's file with the rewards of one task, as its relabel_dataset has them.
-
-    A transition from a state within the goal's radius has reward 0 and terminates, any other has -1; the recording
-    goes on. The place is taken from the first two observation numbers, which are qpos in every maze.
-    """
-    file_id, env_id = _parse_singletask(dataset_id)
-    data = ogbench_utils.TrajectoryDataset.load(file_id, "train", dataset_dir)
-    env = _make_singletask(dataset_id)
-    env.reset(seed=0)  # sets the task
-    maze: Any = env.unwrapped
-    observations, actions = data.observations.numpy(), data.actions.numpy()
-    last = (data.episode_starts + data.episode_lengths - 1).numpy()
-    reached = np.empty(len(observations), dtype=bool)
-    for start in range(0, len(reached), _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
-        reached[block] = np.linalg.norm(observations[block, :2] - maze.cur_goal_xy, axis=1) <= maze._goal_tol
-    env.close()
-    rows = np.delete(np.arange(len(observations)), last)
-    terminated = reached[rows]
-    rewards = terminated.astype(np.float32) - 1
-    cut = np.zeros(len(reached), dtype=bool)
-    cut[last - 1] = True
-    following = d4rl_utils.following_rows(observations, rows, np.zeros(len(rows), dtype=bool))
-    ends = last - np.arange(1, len(last) + 1)  # rows left out before and at each end
-    return OfflineData(
-        dataset_id=dataset_id,
-        env_id=env_id,
-        max_action=1.0,
-        observations=d4rl_utils.take_rows(observations, rows),
-        actions=d4rl_utils.take_rows(actions, rows),
-        rewards=rewards,
-        next_observations=following,
-        terminated=terminated,
-        truncated=cut[rows] & ~terminated,
-        returns=d4rl_utils.task_returns(rewards, terminated, ends),
-        reward_shift=0.0,
-        reached=np.logical_or.reduceat(terminated, np.append(0, ends[:-1] + 1)),
-    )
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # Minari
 # ----------------------------------------------------------------------------------------------------------------
+
+
+class MinariDataset(Dataset):
+    """`minari/<Minari's id>`: flat observations and actions, in a folder that Minari keeps.
+
+    Actions are in [-1, 1] here: those of the dataset's action space, each number scaled by its own bounds; `make_env`'s
+    environment scales them back.
+    """
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.id.removeprefix("minari/"),)
+
+    def folder(self, dataset_dir: str | os.PathLike | None = None) -> Path:
+        default = Path.home() / ".minari" / "datasets"
+        return Path(dataset_dir or os.environ.get("MINARI_DATASETS_PATH") or default).expanduser()
+
+    def ensure(self, dataset_dir: str | os.PathLike | None = None, base_url: str = "") -> tuple[Path, ...]:
+        """Its folder, filled by Minari where it is missing."""
+        self._open(dataset_dir)
+        return self.paths(dataset_dir)
+
+    def _bad(self, fault: str) -> UserError:
+        return UserError(f"--dataset {self.id}: {fault}; use another dataset")
+
+    def _open(self, dataset_dir: str | os.PathLike | None) -> Any:
+        """The minari.MinariDataset, downloaded where it is missing. Raises UserError in one line."""
+        try:
+            import minari
+        except ImportError:
+            raise UserError(
+                f"--dataset {self.id}: needs the package minari: pip install -r requirements/data.txt"
+            ) from None
+        (name,) = self.files
+        if not re.fullmatch(r"[\w-]+(/[\w-]+)*", name):
+            raise UserError(
+                f"--dataset {self.id!r}: after minari/ comes Minari's id, as in mujoco/halfcheetah/medium-v0"
+            )
+        before = os.environ.get("MINARI_DATASETS_PATH")
+        try:
+            if dataset_dir is not None:  # Minari knows its folder by this variable alone
+                os.environ["MINARI_DATASETS_PATH"] = str(self.folder(dataset_dir))
+            return minari.load_dataset(name, download=True)
+        except Exception as error:  # the network and the file format fail in many ways
+            raise UserError(
+                f"--dataset {self.id}: Minari cannot load it ({type(error).__name__}: {one_line(error)}); "
+                f"`minari list remote` shows what there is, `minari download {name}` fetches it"
+            ) from None
+        finally:
+            if dataset_dir is not None:
+                os.environ.pop("MINARI_DATASETS_PATH")
+                if before is not None:
+                    os.environ["MINARI_DATASETS_PATH"] = before
+
+    def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
+        """The episodes' own rows, each episode checked: T + 1 observations, and T of all else."""
+        dataset = self._open(dataset_dir)
+        for space, what in ((dataset.observation_space, "observations"), (dataset.action_space, "actions")):
+            if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
+                raise self._bad(f"{what} are {space}, not one row of numbers")
+        low, high = dataset.action_space.low, dataset.action_space.high
+        if not np.isfinite([low, high]).all():
+            raise self._bad(f"actions are without bounds ({dataset.action_space})")
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
+        for episode in dataset.iterate_episodes():
+            for name, part in self._episode(episode, dataset).items():
+                parts[name].append(part)
+        if not parts["rewards"]:
+            raise self._bad("it has no episodes")
+        ends = np.cumsum([len(part) for part in parts["rewards"]]) - 1
+        columns = {name: np.concatenate(parts.pop(name)) for name in _COLUMNS}
+        lengths, limit = np.diff(ends, prepend=-1), getattr(dataset.env_spec, "max_episode_steps", None) or np.inf
+        whole = columns["terminated"][ends] | (lengths >= min(limit, lengths.max()))
+        returns = d4rl_utils.task_returns(columns["rewards"], columns["terminated"], ends)[whole]
+        scored = self._references(dataset) is not None
+        if not scored:
+            warn(f"{self.id} has no reference returns: where a score is shown, it is the return")
+        env_id = dataset.env_spec.id if dataset.env_spec else "unknown"
+        return columns | {"env_id": env_id, "returns": returns, "scored": scored}
+
+    def _episode(self, episode: Any, dataset: Any) -> dict[str, np.ndarray]:
+        """The columns of one episode."""
+
+        def bad(fault: str) -> UserError:
+            return self._bad(f"episode {episode.id}: {fault}")
+
+        steps, found = len(episode.rewards), {}
+        widths = {"observations": dataset.observation_space.shape, "actions": dataset.action_space.shape}
+        for name in ("observations", "actions", "rewards", "terminations"):
+            array, rows = np.asarray(getattr(episode, name)), steps + (name == "observations")
+            if steps == 0 or array.shape != (rows, *widths.get(name, ())):
+                raise bad(f"{name} have the shape {array.shape}, {steps} rewards need {(rows, *widths.get(name, ()))}")
+            found[name] = array
+        low, high = (np.asarray(bound, np.float64) for bound in (dataset.action_space.low, dataset.action_space.high))
+        check_rows(bad, "observations", found["observations"])
+        check_rows(bad, "actions", found["actions"], low, high)
+        check_rows(bad, "rewards", found["rewards"])
+        actions = found["actions"]
+        if not _is_unit(dataset.action_space):
+            actions = np.clip(2 * (actions - low) / (high - low) - 1, -1, 1)
+        truncated = np.arange(steps) == steps - 1
+        return {
+            "observations": found["observations"][:-1].astype(np.float32),
+            "actions": actions.astype(np.float32),
+            "rewards": found["rewards"].astype(np.float32),
+            "next_observations": found["observations"][1:].astype(np.float32),
+            "terminated": found["terminations"].astype(bool),
+            "truncated": truncated & ~found["terminations"].astype(bool),
+        }
+
+    def make_env(self, dataset_dir: str | os.PathLike | None = None) -> gymnasium.Env:
+        """The environment that the dataset names."""
+        dataset = self._open(dataset_dir)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the recording had other versions of the packages
+                env = dataset.recover_environment(eval_env=True, disable_env_checker=True)
+        except Exception as error:  # an environment fails in its package's ways
+            raise UserError(
+                f"--dataset {self.id}: its environment cannot be made here ({one_line(error)}); "
+                "pip install -r requirements/data.txt"
+            ) from None
+        own, other = dataset.action_space, env.action_space
+        if own.shape != other.shape or not (np.allclose(own.low, other.low) and np.allclose(own.high, other.high)):
+            raise self._bad(f"actions are {own}, those of its environment {other}")
+        return env if _is_unit(own) else gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
+
+    @staticmethod
+    def _references(dataset: Any) -> tuple[float, float] | None:
+        """Returns that score 0 and 100, where the dataset brings them."""
+        low, high = (dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
+        return None if low is None or high is None or low == high else (low, high)
+
+    def score(self, returns: ArrayLike, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:
+        """As D4RL's, with the references that the dataset brings; the returns themselves where it has none."""
+        returns, references = np.asarray(returns, dtype=np.float64), self._references(self._open(dataset_dir))
+        return returns if references is None else 100.0 * (returns - references[0]) / (references[1] - references[0])
+
+
+_COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminated", "truncated")
+
+
+def _is_unit(space: gymnasium.spaces.Box) -> bool:
+    """Whether all bounds are -1 and 1."""
+    return bool((space.low == -1).all() and (space.high == 1).all())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Ids
+# ----------------------------------------------------------------------------------------------------------------
+
+
+SINGLE_TASKS = {
+    dataset_id: SingleTask(dataset_id)
+    for name in ogbench_utils.DATASETS
+    for task in ("", *(f"-task{number}" for number in range(1, 6)))
+    for dataset_id in (f"{name.removesuffix('-v0')}-singletask{task}-v0",)
+}
+DATASETS = {**ogbench_utils.DATASETS, **SINGLE_TASKS, **d4rl_utils.DATASETS, **dmc_utils.DATASETS}
+
+
+def find_dataset(dataset_id: str) -> Dataset:
+    """The dataset of any id; raises UserError, naming an id that is near where there is one."""
+    if is_minari(dataset_id):
+        return MinariDataset(dataset_id)
+    return find(dataset_id, DATASETS, "a dataset of OGBench, D4RL or Minari (see `python make_dataset.py --list`)")
 
 
 def is_minari(dataset_id: str) -> bool:
     return str(dataset_id).startswith("minari/")
 
 
-def _open_minari(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> Any:
-    """The MinariDataset, downloaded by Minari where it is missing. Raises UserError in one line."""
-    try:
-        import minari
-    except ImportError:
-        raise UserError(
-            f"--dataset {dataset_id}: needs the package minari: pip install -r requirements/data.txt"
-        ) from None
-    name = dataset_id.removeprefix("minari/")
-    if not re.fullmatch(r"[\w-]+(/[\w-]+)*", name):
-        raise UserError(
-            f"--dataset {dataset_id!r}: after minari/ comes Minari's id, as in mujoco/halfcheetah/medium-v0"
-        )
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    try:
-        if dataset_dir is not None:  # Minari knows its folder by this variable alone
-            os.environ["MINARI_DATASETS_PATH"] = str(Path(dataset_dir).expanduser())
-        return minari.load_dataset(name, download=True)
-    except Exception as error:  # the network and the file format fail in many ways
-        raise UserError(
-            f"--dataset {dataset_id}: Minari cannot load it ({type(error).__name__}: {one_line(error)}); "
-            f"`minari list remote` shows what there is, `minari download {name}` fetches it"
-        ) from None
-    finally:
-        if dataset_dir is not None:
-            os.environ.pop("MINARI_DATASETS_PATH")
-            if before is not None:
-                os.environ["MINARI_DATASETS_PATH"] = before
-
-
-def _load_minari(dataset_id: str, dataset_dir: str | os.PathLike | None) -> OfflineData:
-    """Episodes of flat observations and actions. Observations of several parts, as with goals, are refused."""
-    dataset = _open_minari(dataset_id, dataset_dir)
-    spaces = (dataset.observation_space, dataset.action_space)
-    for space, what in zip(spaces, ("observations", "actions"), strict=True):
-        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
-            raise UserError(f"--dataset {dataset_id}: {what} are {space}, not one row of numbers; use another dataset")
-    widths, steps = [space.shape[0] for space in spaces], int(dataset.total_steps)
-    shapes = {"observations": (steps, widths[0]), "actions": (steps, widths[1]), "rewards": (steps,)}
-    shapes |= {"next_observations": (steps, widths[0])}
-    columns = {name: np.empty(shape, dtype=np.float32) for name, shape in shapes.items()}
-    columns |= {name: np.zeros(steps, dtype=bool) for name in ("terminated", "truncated")}
-    ends, end = [], 0
-    for episode in dataset.iterate_episodes():
-        rows = slice(end, end := end + len(episode.rewards))
-        columns["observations"][rows], columns["next_observations"][rows] = (
-            episode.observations[:-1],
-            episode.observations[1:],
-        )
-        columns["actions"][rows], columns["rewards"][rows] = episode.actions, episode.rewards
-        columns["terminated"][rows] = episode.terminations
-        ends.append(end - 1)
-    columns["truncated"][ends] = ~columns["terminated"][ends]
-    for name in shapes:
-        if not np.isfinite(columns[name].sum(dtype=np.float64)):
-            raise UserError(f"--dataset {dataset_id}: {name} hold NaN or infinity; use another dataset")
-    returns = d4rl_utils.task_returns(columns["rewards"], columns["terminated"], np.array(ends))
-    env_id = dataset.env_spec.id if dataset.env_spec else "unknown"
-    return OfflineData(
-        dataset_id, env_id, float(dataset.action_space.high.max()), **columns, returns=returns, reward_shift=0.0
-    )
-
-
-def _make_minari(dataset_id: str, dataset_dir: str | os.PathLike | None) -> gymnasium.Env:
-    dataset = _open_minari(dataset_id, dataset_dir)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the recording had other versions of the packages
-            return dataset.recover_environment(eval_env=True, disable_env_checker=True)
-    except (gymnasium.error.Error, ImportError, ValueError) as error:
-        raise UserError(
-            f"--dataset {dataset_id}: its environment cannot be made here ({one_line(error)}); "
-            "pip install -r requirements/data.txt"
-        ) from None
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Environments and scores
-# ----------------------------------------------------------------------------------------------------------------
-
-
 def make_env(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> gymnasium.Env:
     """The environment that a dataset's policies are evaluated in, with its time limit.
 
-    `functools.partial(make_env, dataset_id)` can be given to evaluation.Evaluator. `dataset_dir` matters for Minari
-    alone, whose datasets name their environments. Raises UserError.
+    `functools.partial(make_env, dataset_id)` can be given to an Evaluator. `dataset_dir` matters for Minari alone,
+    whose datasets name their environments. Raises UserError.
     """
-    if is_minari(dataset_id):
-        return _make_minari(dataset_id, dataset_dir)
-    if is_singletask(dataset_id):
-        return _make_singletask(dataset_id)
-    if d4rl_utils.parse_dataset_id(dataset_id).robot in d4rl_utils.ENVIRONMENTS:
-        return d4rl_utils.QuickRunner(dataset_id)
-    return d4rl_utils.make_env(dataset_id)
+    return find_dataset(dataset_id).make_env(dataset_dir)
 
 
 def is_official(dataset_id: str, transitions: int) -> bool | None:
@@ -326,21 +424,5 @@ def data_scores(data: OfflineData, dataset_dir: str | os.PathLike | None = None)
 
 
 def normalized_score(dataset_id: str, returns: ArrayLike, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:
-    """Scores of undiscounted episode returns in `make_env`'s environment, any shape, float64.
-
-    D4RL: 0 is a random policy, 100 its expert. OGBench single task: 100 for an episode that reaches the goal, else 0;
-    an episode that fails has return -1 for every step of the time limit, and any other has more. Minari: as D4RL, with
-    the references that the dataset brings. Raises UserError for an unknown id, and where there are no references.
-    """
-    if is_singletask(dataset_id):
-        env_id = _parse_singletask(dataset_id)[1]
-        import ogbench  # noqa: F401  registers the environments
-
-        return 100.0 * (np.asarray(returns, dtype=np.float64) > -gymnasium.spec(env_id).max_episode_steps)
-    if is_minari(dataset_id):
-        metadata = _open_minari(dataset_id, dataset_dir).storage.metadata
-        low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-        if low is None or high is None:
-            raise UserError(f"--dataset {dataset_id}: the dataset has no reference returns, so that it has no score")
-        return 100.0 * (np.asarray(returns, dtype=np.float64) - low) / (high - low)
-    return d4rl_utils.normalized_score(dataset_id, returns)
+    """Scores of undiscounted episode returns in `make_env`'s environment, any shape, float64: see each `score`."""
+    return find_dataset(dataset_id).score(returns, dataset_dir)

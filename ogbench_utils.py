@@ -1,4 +1,4 @@
-"""OGBench mazes: dataset files, windows and goals for training, maze geometry, environments for evaluation.
+"""OGBench mazes: dataset ids and files, windows and goals for training, floor plans, environments for evaluation.
 
 Source: Park et al., "OGBench: Benchmarking Offline Goal-Conditioned RL" (2024), https://github.com/seohongpark/ogbench.
 
@@ -8,12 +8,13 @@ A dataset id says where its file came from. `pointmaze-medium-navigate-v0` is th
     <dataset_dir>/pointmaze-medium-navigate-v0.npz          <dataset_dir>/local/pointmaze-medium-navigate-v0.npz
     <dataset_dir>/pointmaze-medium-navigate-v0-val.npz      <dataset_dir>/local/pointmaze-medium-navigate-v0-val.npz
                                                             <dataset_dir>/local/pointmaze-medium-navigate-v0.json
+
+where dataset_dir is the argument, else OGBENCH_DATASET_DIR, else `datasets` beside this file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import math
 import os
@@ -25,9 +26,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import numpy as np
 
-import dataset_files
-from dataset_files import read_npz
-from downloads import download
+from dataset_files import Dataset, bad_file, check_arrays, find, jumps, read_npz
 from utils import LateImport, UserError
 
 if TYPE_CHECKING:
@@ -58,206 +57,124 @@ GENERATED_IDS = tuple(
     for task_type in task_types
 )
 _DIMENSIONS = {"pointmaze": (2, 2), "antmaze": (29, 8), "humanoidmaze": (69, 21)}  # observation, action
-_CHECK_ROWS = 1 << 16  # rows checked at a time, so that checks need no second copy of the data
+_LONGEST_STEP = 1.0  # metres in x or y; no robot moves further in a step
+_BLOCK_ROWS = 1 << 16  # rows summed at a time, so that float64 needs no second copy of the data
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Dataset ids and folders
+# Datasets
 # ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class DatasetId:
-    """The parts of a dataset id such as `local/pointmaze-medium-navigate-v0`."""
+class MazeDataset(Dataset):
+    """A dataset such as `local/pointmaze-medium-navigate-v0`: a file to train on and one to validate."""
 
-    id: str  # as given
-    local: bool  # generated on this machine
-    name: str  # without `local/`
-    maze_env: str  # pointmaze, antmaze, humanoidmaze
-    maze_size: str  # medium, large, giant, teleport
-    task_type: str  # navigate, stitch, explore
-    env_id: str  # the Gymnasium environment, e.g. pointmaze-medium-v0
+    VARIABLE = "OGBENCH_DATASET_DIR"
 
     @property
-    def stem(self) -> Path:
-        """Where the files lie below the dataset folder, without `.npz`."""
-        return Path("local", self.name) if self.local else Path(self.name)
+    def maze_env(self) -> str:
+        """pointmaze, antmaze or humanoidmaze."""
+        return self.name.split("-")[0]
+
+    @property
+    def maze_size(self) -> str:
+        """medium, large, giant or teleport."""
+        return self.name.split("-")[1]
+
+    @property
+    def task_type(self) -> str:
+        """navigate, stitch or explore."""
+        return self.name.split("-")[2]
+
+    @property
+    def env_id(self) -> str:
+        """The Gymnasium environment, e.g. pointmaze-medium-v0."""
+        return f"{self.maze_env}-{self.maze_size}-v0"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return f"{self.name}.npz", f"{self.name}-val.npz"
+
+    @property
+    def url(self) -> str:
+        return DATASET_URL
+
+    @property
+    def generated(self) -> bool:
+        return f"local/{self.name}" in GENERATED_IDS
+
+    def read(self, path: Path) -> dict[str, np.ndarray]:
+        """`load_arrays`, and the rows must be those of the id's robot, in episodes without a jump."""
+        arrays = load_arrays(path, _DIMENSIONS[self.maze_env])
+        rows = (
+            jumps(arrays["observations"][:, :2], _LONGEST_STEP) if self.maze_size != "teleport" else np.array([], int)
+        )
+        rows = rows[~arrays["terminals"][rows]]
+        if len(rows):
+            words = f"row {rows[0] + 1} cannot follow row {rows[0]} in an episode, it is too far off"
+            raise bad_file(path, f"{words}: a mark in terminals is missing, or a row off")
+        return arrays
+
+    def load(
+        self,
+        split: str = "train",
+        dataset_dir: str | os.PathLike | None = None,
+        max_trajectories: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> TrajectoryDataset:
+        """The episodes of the `train` or `val` file; raises UserError as `ensure` and `read` do."""
+        path = self.ensure(dataset_dir)[("train", "val").index(split)]
+        return TrajectoryDataset.from_arrays(self.read(path), self.id, split, max_trajectories, device)
+
+    def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
+        task = f"{self.id.removesuffix('-v0')}-singletask-v0"
+        raise UserError(f"--dataset {self.id} has no rewards; a single task of it has, as {task}")
+
+    def make_env(self, dataset_dir: str | os.PathLike | None = None, **kwargs: Any) -> gymnasium.Env:
+        return make_env(self.id, **kwargs)
 
 
-@functools.lru_cache(maxsize=1)
-def _known_ids() -> dict[str, DatasetId]:
-    known = {}
-    for maze_env, sizes in _PUBLISHED.items():
-        for size, task_types in sizes.items():
-            for task_type in task_types:
-                name = f"{maze_env}-{size}-{task_type}-v0"
-                for prefix in ("", "local/"):
-                    known[prefix + name] = DatasetId(
-                        prefix + name, bool(prefix), name, maze_env, size, task_type, f"{maze_env}-{size}-v0"
-                    )
-    return known
+DATASETS = {
+    prefix + name: MazeDataset(prefix + name)
+    for prefix in ("", "local/")
+    for maze_env, sizes in _PUBLISHED.items()
+    for size, task_types in sizes.items()
+    for name in (f"{maze_env}-{size}-{task_type}-v0" for task_type in task_types)
+}
 
 
-def parse_dataset_id(dataset_id: str) -> DatasetId:
-    """Split a dataset id into its parts. Only listed ids pass, so an id can never point outside the dataset folder.
-
-    Raises UserError, naming an id that is near where there is one.
-    """
-    known = _known_ids()
-    if dataset_id in known:
-        return known[dataset_id]
-    nearest = difflib.get_close_matches(str(dataset_id), known, n=1, cutoff=0.7)
-    hint = f"did you mean {nearest[0]!r}? Ids" if nearest else "ids"
-    raise UserError(
-        f"--dataset {dataset_id!r} is not an OGBench maze dataset; {hint} are "
-        "{pointmaze,antmaze,humanoidmaze}-{medium,large,giant,teleport}-{navigate,stitch,explore}-v0 as published, "
-        "or local/<id> for one made by make_dataset.py"
-    )
+def parse_dataset_id(dataset_id: str) -> MazeDataset:
+    """The dataset of an id; raises UserError, naming an id that is near where there is one."""
+    return find(dataset_id, DATASETS, "an OGBench maze dataset (see `python make_dataset.py --list`)")
 
 
 def official_ids() -> tuple[str, ...]:
     """Every id with an official file."""
-    return tuple(name for name, dataset in _known_ids().items() if not dataset.local)
+    return tuple(name for name, dataset in DATASETS.items() if not dataset.local)
 
 
-def resolve_dataset_dir(dataset_dir: str | os.PathLike | None = None) -> Path:
-    """The dataset folder: the argument, else OGBENCH_DATASET_DIR, else `datasets` beside this file."""
-    chosen = dataset_dir or os.environ.get("OGBENCH_DATASET_DIR") or Path(__file__).resolve().parent / "datasets"
-    return Path(chosen).expanduser()
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Reading a file
-# ----------------------------------------------------------------------------------------------------------------
-
-
-def _bad_file(path: Path, fault: str) -> UserError:
-    return UserError(f"{path}: {fault}; {_remedy(path)}")
-
-
-def _remedy(path: Path) -> str:
-    if path.parent.name == "local":
-        return "make it again with make_dataset.py --overwrite, or choose another --dataset_dir"
-    return "choose another --dataset_dir, or move the file away and it is fetched again"
-
-
-def _check_rows(path: Path, key: str, array: np.ndarray, limit: float | None = None) -> None:
-    """Raise UserError at the first row that is not finite, or goes beyond +-limit."""
-    for start in range(0, len(array), _CHECK_ROWS):
-        block = array[start : start + _CHECK_ROWS]
-        good = np.isfinite(block).all(axis=1)
-        if not good.all():
-            raise _bad_file(path, f"{key} row {start + int(np.argmin(good))} holds NaN or infinity")
-        if limit is not None:
-            good = (np.abs(block) <= limit).all(axis=1)
-            if not good.all():
-                raise _bad_file(path, f"{key} row {start + int(np.argmin(good))} lies outside [-1, 1]")
-
-
-def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def load_arrays(path: str | os.PathLike, sizes: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
     """Read and check one dataset file.
 
     Returns observations [N, obs_dim] float32, actions [N, act_dim] float32, terminals [N] bool. What else the file
-    holds (qpos, qvel) is not read. Raises UserError naming the file and the fault: unreadable, a key missing, wrong
-    shapes or types, NaN, actions outside [-1, 1], terminals that are not 0/1 or do not end the file, an episode of
-    one row.
+    holds (qpos, qvel) is not read. Raises UserError for the faults of `dataset_files.check_arrays`, terminals that do
+    not end the file, an episode of one row, and files written from what OGBench's own loader returns: it leaves out
+    the last state of each episode.
     """
     path = Path(path)
-    arrays = read_npz(path, ("observations", "actions", "terminals"), "--dataset_dir", _bad_file)
-    for key in ("observations", "actions"):
-        array = arrays[key]
-        if array.ndim != 2 or array.shape[1] == 0:
-            raise _bad_file(path, f"{key} has shape {array.shape}, expected [rows, numbers]")
-        if not np.issubdtype(array.dtype, np.floating):
-            raise _bad_file(path, f"{key} has type {array.dtype}, expected float32")
-        arrays[key] = np.ascontiguousarray(array, dtype=np.float32)
-    rows = len(arrays["observations"])
+    arrays = read_npz(path, ("observations", "actions", "terminals"), ("next_observations", "valids"))
+    if "next_observations" in arrays or "valids" in arrays:
+        raise bad_file(path, "was written from what OGBench's loader returns, not as the file that it reads")
+    check_arrays(functools.partial(bad_file, path), arrays, sizes)
     terminals = arrays["terminals"]
-    if len(arrays["actions"]) != rows or terminals.shape != (rows,) or rows == 0:
-        shapes = ", ".join(f"{key} {array.shape}" for key, array in arrays.items())
-        raise _bad_file(path, f"arrays do not have the same number of rows: {shapes}")
-    if terminals.dtype != bool:
-        if terminals.dtype.kind not in "iuf" or not np.isin(terminals, (0, 1)).all():
-            raise _bad_file(path, "terminals holds something other than 0 and 1")
-        terminals = arrays["terminals"] = terminals.astype(bool)
-    _check_rows(path, "observations", arrays["observations"])
-    _check_rows(path, "actions", arrays["actions"], limit=1.0 + 1e-5)
     if not terminals[-1]:
-        raise _bad_file(path, f"the last row ({rows - 1}) does not end an episode")
+        raise bad_file(path, f"the last row ({len(terminals) - 1}) does not end an episode")
     ends = np.flatnonzero(terminals)
     short = np.flatnonzero(np.diff(ends, prepend=-1) < 2)
     if len(short):
-        raise _bad_file(path, f"the episode that ends at row {ends[short[0]]} has fewer than 2 rows")
+        raise bad_file(path, f"the episode that ends at row {ends[short[0]]} has fewer than 2 rows")
     return arrays
-
-
-def _load_checked(path: Path, dataset: DatasetId) -> dict[str, np.ndarray]:
-    """`load_arrays`, and the numbers a row must be those of the id's robot."""
-    arrays = load_arrays(path)
-    found = (arrays["observations"].shape[1], arrays["actions"].shape[1])
-    expected = _DIMENSIONS[dataset.maze_env]
-    if found != expected:
-        raise _bad_file(
-            path, f"{found[0]} observation and {found[1]} action numbers a row, {dataset.maze_env} has {expected}"
-        )
-    return arrays
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Finding and downloading files
-# ----------------------------------------------------------------------------------------------------------------
-
-
-def dataset_paths(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> tuple[Path, Path, Path]:
-    """Paths of the train file, the val file and (of a local dataset) the manifest, whether or not they exist."""
-    stem = resolve_dataset_dir(dataset_dir) / parse_dataset_id(dataset_id).stem
-    return tuple(stem.with_name(stem.name + end) for end in (".npz", "-val.npz", ".json"))
-
-
-def read_manifest(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> dict | None:
-    """The manifest of a complete local dataset, else None.
-
-    Complete means: manifest, train and val file are there and the files have the sizes the manifest says.
-    """
-    train_path, val_path, manifest_path = dataset_paths(dataset_id, dataset_dir)
-    manifest = dataset_files.read_manifest(manifest_path, dataset_id)
-    return manifest if manifest and set(manifest["files"]) == {train_path.name, val_path.name} else None
-
-
-def _advice(path: Path, dataset: DatasetId) -> str:
-    """What to do where a file cannot be had from its address."""
-    local_id = f"local/{dataset.name}" if f"local/{dataset.name}" in GENERATED_IDS else GENERATED_IDS[0]
-    return f"put {path.name} into {path.parent} by hand, or use --dataset {local_id}, which is made on this machine"
-
-
-def ensure_dataset(
-    dataset_id: str, dataset_dir: str | os.PathLike | None = None, base_url: str = DATASET_URL
-) -> tuple[Path, Path]:
-    """Paths of the train and val file; what is missing of an official dataset is downloaded first.
-
-    Files that exist are used without touching the network. Raises UserError for an unknown id, a local dataset that
-    is missing or incomplete, and a download that fails; it then names the address, and where to put the file by hand.
-    """
-    dataset = parse_dataset_id(dataset_id)
-    train_path, val_path, _ = dataset_paths(dataset_id, dataset_dir)
-    if dataset.local:
-        if read_manifest(dataset_id, dataset_dir) is None:
-            if dataset_id not in GENERATED_IDS:
-                raise UserError(
-                    f"{dataset_id}: not at {train_path}, and make_dataset.py has no recipe for it; use the official "
-                    f"{dataset.name}, or one it can make: {', '.join(GENERATED_IDS)}"
-                )
-            folder = f" --dataset_dir {resolve_dataset_dir(dataset_dir)}" if dataset_dir else ""
-            raise UserError(
-                f"{dataset_id}: no complete dataset at {train_path}; make it with "
-                f"`python make_dataset.py --dataset {dataset_id}{folder}`"
-            )
-        return train_path, val_path
-    for path in (train_path, val_path):
-        if not path.exists():
-            check = functools.partial(_load_checked, dataset=dataset)
-            download(f"{base_url.rstrip('/')}/{path.name}", path, check, _advice(path, dataset))
-    return train_path, val_path
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -338,25 +255,9 @@ class TrajectoryDataset:
         )
 
     @classmethod
-    def load(
-        cls,
-        dataset_id: str,
-        split: str = "train",
-        dataset_dir: str | os.PathLike | None = None,
-        max_trajectories: int | None = None,
-        device: str | torch.device = "cpu",
-    ) -> TrajectoryDataset:
-        """Read the `train` or `val` file of a dataset, downloading an official one that is missing.
-
-        Raises UserError as `ensure_dataset`, `load_arrays` and `from_arrays` do.
-        """
-        if split not in ("train", "val"):
-            raise UserError(f"split {split!r}: choose train or val")
-        if max_trajectories is not None and max_trajectories < 1:
-            raise UserError(f"--max_trajectories {max_trajectories}: at least 1 is needed")
-        train_path, val_path = ensure_dataset(dataset_id, dataset_dir)
-        arrays = _load_checked(train_path if split == "train" else val_path, parse_dataset_id(dataset_id))
-        return cls.from_arrays(arrays, dataset_id, split, max_trajectories, device)
+    def load(cls, dataset_id: str, split: str = "train", *arguments: Any, **options: Any) -> TrajectoryDataset:
+        """`MazeDataset.load` by id."""
+        return parse_dataset_id(dataset_id).load(split, *arguments, **options)
 
     def to(self, device: str | torch.device) -> TrajectoryDataset:
         """The same data on another device."""
@@ -391,9 +292,9 @@ class TrajectoryDataset:
         mean = torch.zeros(self.observation_dim, dtype=torch.float64, device=self.device)
         variance = torch.zeros_like(mean)
         # Block by block in float64: exact sums without a float64 copy of the data.
-        for block in self.observations.split(_CHECK_ROWS):
+        for block in self.observations.split(_BLOCK_ROWS):
             mean += block.double().sum(dim=0) / len(self.observations)
-        for block in self.observations.split(_CHECK_ROWS):
+        for block in self.observations.split(_BLOCK_ROWS):
             variance += (block.double() - mean).square().sum(dim=0) / len(self.observations)
         constant = self.observations.amin(dim=0) == self.observations.amax(dim=0)
         std = torch.where(constant, torch.ones_like(mean), variance.sqrt().clamp(min=1e-3))

@@ -44,6 +44,7 @@ from benchmark_data import check_moves, check_rows, overview
 from benchmark_data.check_files import EPISODE_NAME, FAULT, LAYOUT_NAMES, Data, Finding, only_dataset, open_data
 from benchmark_data.check_robots import RUNNER_STEPS
 from dataset_files import sha256
+from offline_data import DATASETS
 from utils import UserError, write_bytes_atomic
 
 WIDTH = 100  # columns of the printed report
@@ -326,12 +327,7 @@ def find_dataset(given: str | Path, dataset_dir: str | Path | None = None) -> Pa
         return only_dataset(path)
     if path.exists():
         return path
-    places = (
-        (ogbench_utils.official_ids() + ogbench_utils.GENERATED_IDS, lambda: _maze_path(name, dataset_dir)),
-        (d4rl_utils.official_ids() + d4rl_utils.GENERATED_IDS, lambda: d4rl_utils.dataset_path(name, dataset_dir)),
-        (dmc_utils.OFFICIAL_IDS + dmc_utils.GENERATED_IDS, lambda: dmc_utils.dataset_folder(name, dataset_dir)),
-    )
-    place = next((place() for ids, place in places if name in ids), None)
+    place = DATASETS[name].paths(dataset_dir)[0] if name in DATASETS else None
     if place is None:
         nearest = overview.nearest_id(name, known_ids())
         hint = f"did you mean {nearest}? Give" if nearest else "give"
@@ -346,10 +342,6 @@ def find_dataset(given: str | Path, dataset_dir: str | Path | None = None) -> Pa
     else:
         get = "put the official file there; `python make_dataset.py --list` says where it comes from"
     raise UserError(f"{name}: not at {place}; {get}, or give a path after --check")
-
-
-def _maze_path(name: str, dataset_dir: str | Path | None) -> Path:
-    return ogbench_utils.dataset_paths(name, dataset_dir)[0]
 
 
 def check(path: str | Path, picture: str | Path | None = None) -> Report:

@@ -43,6 +43,30 @@ _LONG_ROWS = {
 }
 
 
+_MOST_EXPANSION, _HARMLESS_BYTES = 1032, 1 << 26  # deflate makes at most so much of a byte
+
+
+def outside_fault(file: h5py.File, key: str) -> str | None:
+    """Why an array that is there is not read: the file says to look elsewhere, maybe in another file. None if it is.
+
+    Nothing is followed to find out. A file from the internet must not make this process open other files.
+    """
+    place = file
+    for name in key.split("/"):
+        if not isinstance(place.get(name, getlink=True), h5py.HardLink):
+            return "is a link, which is not followed"
+        place = place[name]
+    # Asked before its shape, which a virtual array may look up in the files that it names.
+    if isinstance(place, h5py.Dataset) and (place.is_virtual or place.external):
+        return "keeps its numbers in another file, which is not read"
+    return None
+
+
+def holds_too_little(shape: tuple[int, ...], item_bytes: int, stored_bytes: int) -> bool:
+    """Whether an array declares more numbers than its bytes in the file can hold, and so many that they do harm."""
+    return math.prod(shape) * item_bytes > max(_HARMLESS_BYTES, _MOST_EXPANSION * stored_bytes)
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing found."""
@@ -111,7 +135,7 @@ def _check_type(shape: tuple[int, ...], dtype: np.dtype, stored_bytes: int) -> N
     """Raise Damaged for arrays that are not plain numbers, or that declare more than `stored_bytes` can hold."""
     if dtype.kind not in "biuf" or dtype.itemsize > 16:
         raise Damaged(f"holds {dtype}, not plain numbers; it is not read")
-    if min(shape, default=0) < 0 or d4rl_utils.holds_too_little(shape, dtype.itemsize, stored_bytes):
+    if min(shape, default=0) < 0 or holds_too_little(shape, dtype.itemsize, stored_bytes):
         declared = math.prod(shape) * dtype.itemsize
         raise Damaged(f"declares {shape}, {declared:,} bytes, which the {stored_bytes:,} in the file cannot hold")
 
@@ -200,7 +224,7 @@ def _hdf5_array(path: Path, file: h5py.File, name: str) -> Stored | None:
 
     shape, dtype = (), np.dtype(bool)
     try:
-        outside = d4rl_utils.outside_fault(file, name)
+        outside = outside_fault(file, name)
         if outside:
             raise Damaged(outside)
         item = file[name]
@@ -268,7 +292,7 @@ class Data:
         return ROBOTS.get(self.robot_key)
 
     @property
-    def maze_id(self) -> ogbench_utils.DatasetId | None:
+    def maze_id(self) -> ogbench_utils.MazeDataset | None:
         """The parts of an OGBench id."""
         try:
             return ogbench_utils.parse_dataset_id(self.dataset_id) if self.layout == "ogbench" else None

@@ -30,7 +30,6 @@ import contextlib
 import functools
 import io
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,17 +42,15 @@ import numpy as np
 import utils
 from benchmark_data import experts
 from benchmark_data.experts import describe_returns
-from benchmark_data.generation import Plan, run_tasks, warn_unplayed
+from benchmark_data.generation import Family, Plan, run_tasks, warn_unplayed
 from d4rl_utils import (
     GENERATED_IDS,
     MAX_EPISODE_STEPS,
-    DatasetId,
-    dataset_path,
+    D4RLDataset,
     episode_ends,
     episode_returns,
     load_arrays,
     make_env,
-    manifest_path,
     parse_dataset_id,
 )
 from utils import UserError
@@ -103,7 +100,7 @@ class Part:
     end: float  # where it ends, as a share of the dataset
 
 
-def recipe_parts(dataset: DatasetId) -> tuple[Part, ...]:
+def recipe_parts(dataset: D4RLDataset) -> tuple[Part, ...]:
     """The stretches of a dataset in their order. An episode belongs to the stretch in which it begins."""
     snapshots = SNAPSHOTS[dataset.robot]
     if dataset.level == "medium":
@@ -121,7 +118,7 @@ def _algorithms(paths: list[Path]) -> str:
     return ", ".join(sorted({experts.algorithm(path) for path in paths}))
 
 
-def _describe_recipe(dataset: DatasetId, experts_dir: Path, algorithms: str) -> str:
+def _describe_recipe(dataset: D4RLDataset, experts_dir: Path, algorithms: str) -> str:
     run = f"of a policy trained with {algorithms}"
     texts = {
         "medium": f"snapshots {run}",
@@ -330,7 +327,7 @@ def _return_facts(arrays: dict[str, np.ndarray], cut: bool) -> dict[str, Any]:
     return {"episodes": len(ends), "rows_of_the_cut_last_episode": cut_rows, **returns_of}
 
 
-class D4RLFamily:
+class D4RLFamily(Family):
     """`local/{hopper,halfcheetah,walker2d}-{medium,medium-replay,medium-expert}-v2`; see generation.Family."""
 
     title = "D4RL"
@@ -339,12 +336,6 @@ class D4RLFamily:
 
     def default_size(self, dataset_id: str) -> int:
         return 100_000
-
-    def target(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
-        return dataset_path(dataset_id, dataset_dir)
-
-    def manifest_path(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
-        return manifest_path(dataset_id, dataset_dir)
 
     def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
         """The policy files in the order of training."""

@@ -12,6 +12,7 @@ manifest that it does not name may be someone's own, and are left alone.
 
 from __future__ import annotations
 
+import abc
 import collections
 import contextlib
 import dataclasses
@@ -31,13 +32,14 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 import utils
 from benchmark_data import experts
 from dataset_files import read_manifest, sha256
+from offline_data import find_dataset
 from utils import UserError
 
 Task = TypeVar("Task")
@@ -62,25 +64,30 @@ class Plan:
     policies: tuple[tuple[str, str], ...] = ()  # (file name, SHA-256) of each policy, which `make` fills in
 
 
-class Family(Protocol):
+class Family(abc.ABC):
     """Datasets of one benchmark that can be made here."""
 
     title: str  # of the benchmark
     ids: tuple[str, ...]  # each begins with local/
     unit: str  # what Plan.size counts, the flag's name without num_: episodes or transitions
 
+    def target(self, dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> Path:
+        """The dataset's main file, or its folder, whether or not it is there."""
+        return find_dataset(dataset_id).paths(dataset_dir)[0]
+
+    def manifest_path(self, dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> Path:
+        """The manifest; the dataset's files lie in or below its folder."""
+        return find_dataset(dataset_id).manifest_path(dataset_dir)
+
+    @abc.abstractmethod
     def default_size(self, dataset_id: str) -> int:
         """Plan.size where none is asked for."""
 
-    def target(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
-        """The dataset's main file, or its folder, whether or not it is there."""
-
-    def manifest_path(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
-        """The manifest; the dataset's files lie in or below its folder."""
-
+    @abc.abstractmethod
     def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
         """The policy files that the recipe needs."""
 
+    @abc.abstractmethod
     def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
         """Write the files into the empty folder `stage` as they shall lie below the manifest's folder.
 

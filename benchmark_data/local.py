@@ -11,7 +11,7 @@ from benchmark_data.experts import DEFAULT_EXPERTS_DIR as EXPERTS_DIR
 from benchmark_data.generation import Family, Plan
 from benchmark_data.maze import HUMANOID_MESSAGE, MazeFamily
 from benchmark_data.walker import WalkerFamily
-from dataset_files import read_manifest
+from offline_data import find_dataset
 from utils import UserError
 
 FAMILIES: tuple[Family, ...] = (MazeFamily(), D4RLFamily(), WalkerFamily())
@@ -58,9 +58,10 @@ def generate(
 
 
 def generate_if_missing(dataset_id: str, dataset_dir: str | os.PathLike | None = None, jobs: int = 1) -> None:
-    """Make a local dataset that is not there, of the default size and seed; leave all others alone."""
-    for family in FAMILIES:
-        if dataset_id in family.ids:
-            if read_manifest(family.manifest_path(dataset_id, dataset_dir), dataset_id) is None:
-                generate(dataset_id, dataset_dir=dataset_dir, jobs=jobs)
-            return
+    """Make a local dataset that is not there, of the default size and seed; leave all others alone.
+
+    Raises UserError for an unknown id, and as `generate`.
+    """
+    dataset = find_dataset(dataset_id)
+    if dataset.local and dataset.generated and dataset.manifest(dataset_dir) is None:
+        generate(dataset.file_id, dataset_dir=dataset_dir, jobs=jobs)

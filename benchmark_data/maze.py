@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,8 @@ import numpy as np
 
 import utils
 from benchmark_data import experts
-from benchmark_data.generation import Plan, run_tasks
-from ogbench_utils import GENERATED_IDS, dataset_paths, load_arrays, make_env, parse_dataset_id, seeded_reset
+from benchmark_data.generation import Family, Plan, run_tasks
+from ogbench_utils import GENERATED_IDS, make_env, parse_dataset_id, seeded_reset
 from utils import UserError
 
 STITCH_CELLS = 4  # how many cells a stitch goal lies from the start
@@ -256,7 +255,7 @@ def _make_episode(task: tuple[Plan, int, int]) -> tuple[dict[str, np.ndarray], i
 # ----------------------------------------------------------------------------------------------------------------
 
 
-class MazeFamily:
+class MazeFamily(Family):
     """See `generation.Family`: a train and a val file in OGBench's layout."""
 
     title = "OGBench mazes"
@@ -266,32 +265,26 @@ class MazeFamily:
     def default_size(self, dataset_id: str) -> int:
         return DEFAULT_EPISODES[parse_dataset_id(dataset_id).task_type]
 
-    def target(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
-        return dataset_paths(dataset_id, dataset_dir)[0]
-
-    def manifest_path(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
-        return dataset_paths(dataset_id, dataset_dir)[2]
-
     def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
         policy = find_recipe(dataset_id).policy
         return [experts.latest_policy(experts_dir, *policy)] if policy else []
 
     def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
         """Make the episodes of both splits and write one npz each."""
-        paths = dataset_paths(plan.dataset_id)[:2]
+        dataset = parse_dataset_id(plan.dataset_id)
         counts = (plan.size, max(plan.size // 10, 1))
         tasks = [(plan, split, index) for split, count in enumerate(counts) for index in range(count)]
         made = run_tasks(_make_episode, tasks, plan.jobs)
         if plan.progress:
             made = utils.progress(made, plan.dataset_id, total=len(tasks), unit="episode")
         source, files, reached = iter(made), {}, []
-        for path, count in zip(paths, counts, strict=True):
+        for name, count in zip(dataset.files, counts, strict=True):
             episodes, goals = zip(*(next(source) for _ in range(count)), strict=True)
             arrays = {key: np.concatenate([episode[key] for episode in episodes]) for key in episodes[0]}
-            with open(stage / path.name, "wb") as file:
+            with open(stage / name, "wb") as file:
                 np.savez_compressed(file, **arrays)  # it dates the members 1980: equal arrays give equal bytes
-            load_arrays(stage / path.name)
-            files[path.name] = {"episodes": count, "rows": len(arrays["terminals"])}
+            dataset.read(stage / name)
+            files[name] = {"episodes": count, "rows": len(arrays["terminals"])}
             reached.append(sum(goals))
         for _ in source:  # run it to its end, so that the bar and the processes close
             raise AssertionError("more episodes than were asked for")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import d4rl_utils
 import dmc_utils
 import ogbench_utils
 from benchmark_data.generation import Family
-from dataset_files import read_manifest
+from offline_data import find_dataset
 
 
 @dataclass(frozen=True)
@@ -35,51 +35,20 @@ class Group:
     rows: tuple[Row, ...]
 
 
-@dataclass(frozen=True)
-class Official:
-    """One benchmark's official files."""
-
-    title: str
-    ids: tuple[str, ...]
-    paths: Callable[[str, str | os.PathLike | None], Iterable[Path]]  # the dataset's files, or its folder
-    rule: str  # which folder is taken
-    source: str
-
-
 # Which folder is taken, by the title of a family of generation.py.
 _RULES = {
     "OGBench mazes": "--dataset_dir, else OGBENCH_DATASET_DIR, else datasets/ beside the code",
     "D4RL": "--dataset_dir, else D4RL_DATASET_DIR, else datasets/ beside the code",
     "walker study": "--dataset_dir, else datasets/ beside the code",
 }
+_D4RL_RULE = "--dataset_dir, else D4RL_DATASET_DIR, else ~/.d4rl/datasets"
+_MAZES, _ROBOTS = ogbench_utils.official_ids(), d4rl_utils.official_ids()
+# Title, ids, which folder is taken, where they come from.
 OFFICIAL = (
-    Official(
-        "OGBench mazes",
-        ogbench_utils.official_ids(),
-        lambda dataset_id, folder: ogbench_utils.dataset_paths(dataset_id, folder)[:2],
-        _RULES["OGBench mazes"],
-        f"{ogbench_utils.DATASET_URL}/<file>, with <id>-val.npz; fetched when first used",
-    ),
-    *(
-        Official(
-            title,
-            tuple(name for name in d4rl_utils.official_ids() if name.startswith("antmaze-") == mazes),
-            lambda dataset_id, folder: (d4rl_utils.dataset_path(dataset_id, folder),),
-            "--dataset_dir, else D4RL_DATASET_DIR, else ~/.d4rl/datasets",
-            f"{url}/<file>; fetched when first used",
-        )
-        for title, mazes, url in (
-            ("D4RL", False, d4rl_utils.DATASET_URL),
-            ("D4RL antmazes", True, d4rl_utils.ANTMAZE_URL),
-        )
-    ),
-    Official(
-        "walker study",
-        dmc_utils.OFFICIAL_IDS,
-        lambda dataset_id, folder: (dmc_utils.dataset_folder(dataset_id, folder),),
-        _RULES["walker study"],
-        "the study's own folders, not published at an address",
-    ),
+    ("OGBench mazes", _MAZES, _RULES["OGBench mazes"], "<file>, with <id>-val.npz; fetched when first used"),
+    ("D4RL", [name for name in _ROBOTS if "maze" not in name], _D4RL_RULE, "<file>; fetched when first used"),
+    ("D4RL antmazes", [name for name in _ROBOTS if "maze" in name], _D4RL_RULE, "<file>; fetched when first used"),
+    ("walker study", dmc_utils.OFFICIAL_IDS, _RULES["walker study"], "the study's own folders, not published"),
 )
 
 
@@ -97,7 +66,7 @@ def local_groups(families: Iterable[Family], dataset_dir: str | os.PathLike | No
 
 
 def _local_row(family: Family, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Row:
-    manifest = read_manifest(family.manifest_path(dataset_id, dataset_dir), dataset_id)
+    manifest = find_dataset(dataset_id).manifest(dataset_dir)
     if manifest is None:
         return Row(
             dataset_id,
@@ -112,13 +81,14 @@ def _local_row(family: Family, dataset_id: str, dataset_dir: str | os.PathLike |
 
 def official_groups(dataset_dir: str | os.PathLike | None) -> Iterator[Group]:
     """The official files, there or not."""
-    for official in OFFICIAL:
-        paths = {dataset_id: tuple(official.paths(dataset_id, dataset_dir)) for dataset_id in official.ids}
+    for title, ids, rule, source in OFFICIAL:
+        datasets = [find_dataset(dataset_id) for dataset_id in ids]
+        address = f"{datasets[0].url}/" if datasets[0].url else ""
         yield Group(
-            f"{official.title}, official files",
-            f"{paths[official.ids[0]][0].parent} ({official.rule})",
-            official.source,
-            tuple(_official_row(dataset_id, those) for dataset_id, those in paths.items()),
+            f"{title}, official files",
+            f"{datasets[0].paths(dataset_dir)[0].parent} ({rule})",
+            address + source,
+            tuple(_official_row(dataset.id, dataset.paths(dataset_dir)) for dataset in datasets),
         )
 
 

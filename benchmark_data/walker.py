@@ -15,7 +15,6 @@ training, whose returns the study's mean has no room for. No snapshot of run ret
 from __future__ import annotations
 
 import functools
-import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +25,13 @@ import numpy as np
 import utils
 from benchmark_data import experts
 from benchmark_data.experts import describe_returns
-from benchmark_data.generation import Plan, run_tasks, warn_unplayed
+from benchmark_data.generation import Family, Plan, run_tasks, warn_unplayed
 from dmc_utils import (
     EPISODE_STEPS,
     GENERATED_IDS,
     WalkerEnv,
-    dataset_folder,
     episode_path,
     make_env,
-    manifest_path,
     read_episode,
     replay_episode,
     write_episode,
@@ -118,7 +115,7 @@ def _make_episode(task: tuple[Plan, int, int, Path]) -> float:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-class WalkerFamily:
+class WalkerFamily(Family):
     """See `generation.Family`: a folder of episode files in the study's layout."""
 
     title = "walker study"
@@ -127,12 +124,6 @@ class WalkerFamily:
 
     def default_size(self, dataset_id: str) -> int:
         return 100
-
-    def target(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
-        return dataset_folder(dataset_id, dataset_dir)
-
-    def manifest_path(self, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Path:
-        return manifest_path(dataset_id, dataset_dir)
 
     def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
         recipe = RECIPES[dataset_id]

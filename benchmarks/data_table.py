@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmark_data.generation import Family
 from benchmark_data.local import FAMILIES, find_family, generate_if_missing
-from dataset_files import read_manifest
+from offline_data import find_dataset
 from runs.cli import parse_config, run_cli
 from utils import UserError
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     for dataset_id in config.ids or [known for family in FAMILIES for known in family.ids]:
         generate_if_missing(dataset_id, config.dataset_dir, config.jobs)
         family = find_family(dataset_id)
-        manifest = read_manifest(family.manifest_path(dataset_id, config.dataset_dir), dataset_id)
+        manifest = find_dataset(dataset_id).manifest(config.dataset_dir)
         size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
         name = f"`{dataset_id}`{deviation(family, manifest)}"
         print(

@@ -14,7 +14,6 @@ from benchmark_data.d4rl import COLUMNS, SNAPSHOTS, Block, D4RLFamily, make_bloc
 from benchmark_data.generation import Plan, make
 from d4rl_utils import (
     GENERATED_IDS,
-    dataset_path,
     episode_ends,
     episode_returns,
     load_arrays,
@@ -310,7 +309,7 @@ def test_a_missing_policy_is_named_with_the_command_that_trains_it(experts_dir, 
     plan = Plan(MEDIUM, 10, 0, tmp_path, progress=False)
     with pytest.raises(UserError, match="hopper_120000.safetensors: .*-m benchmark_data.train_expert --env hopper"):
         make(D4RLFamily(), plan, tmp_path / "data")
-    assert not dataset_path(MEDIUM, tmp_path / "data").exists()
+    assert not parse_dataset_id(MEDIUM).paths(tmp_path / "data")[0].exists()
 
 
 def test_a_policy_of_another_robot_is_refused(experts_dir, tmp_path):
@@ -318,7 +317,7 @@ def test_a_policy_of_another_robot_is_refused(experts_dir, tmp_path):
         experts.write_policy(experts.policy_path(tmp_path, "hopper", step), random_policy("walker2d", step))
     with pytest.raises(UserError, match="hopper_110000.safetensors: the policy inside is walker2d_110000"):
         make(D4RLFamily(), Plan(MEDIUM, 10, 0, tmp_path, progress=False), tmp_path / "data")
-    assert not dataset_path(MEDIUM, tmp_path / "data").exists()
+    assert not parse_dataset_id(MEDIUM).paths(tmp_path / "data")[0].exists()
     for step in SNAPSHOTS["hopper"].medium:
         experts.write_policy(experts.policy_path(tmp_path, "hopper", step), random_policy("hopper", 7))
     with pytest.raises(UserError, match="hopper_110000.safetensors: the policy inside is hopper_7"):
@@ -328,8 +327,8 @@ def test_a_policy_of_another_robot_is_refused(experts_dir, tmp_path):
 def test_a_manifest_that_does_not_list_the_datasets_file_is_none(generate):
     path = generate(MEDIUM, 10)
     manifest = json.loads(path.with_suffix(".json").read_text())
-    assert read_manifest(path.with_suffix(".json"), MEDIUM)
+    assert parse_dataset_id(MEDIUM).manifest(path.parent.parent)
     path.rename(path.with_name("else.hdf5"))
     manifest["files"] = {"else.hdf5": manifest["files"][path.name]}
     path.with_suffix(".json").write_text(json.dumps(manifest))
-    assert read_manifest(path.with_suffix(".json"), MEDIUM) is None
+    assert parse_dataset_id(MEDIUM).manifest(path.parent.parent) is None

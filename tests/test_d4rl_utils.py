@@ -1,5 +1,6 @@
 """D4RL's ids, folders and files: what is read, fetched and refused and with which words, transitions, environments."""
 
+import functools
 import http.server
 import json
 import threading
@@ -14,14 +15,10 @@ import pytest
 import d4rl_utils
 from d4rl_utils import (
     GENERATED_IDS,
-    dataset_path,
-    ensure_dataset,
     episode_ends,
     episode_returns,
     load_arrays,
-    load_transitions,
     make_env,
-    manifest_path,
     official_ids,
     parse_dataset_id,
 )
@@ -34,7 +31,7 @@ def test_a_file_is_no_folder_of_datasets(tmp_path):
     path = tmp_path / "hopper_medium-v2.hdf5"
     path.write_bytes(b"")
     with pytest.raises(UserError, match=f"--dataset_dir {path}: is a file; give the folder that holds it, {tmp_path}$"):
-        load_transitions("hopper-medium-v2", path)
+        parse_dataset_id("hopper-medium-v2").ensure(path)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +87,11 @@ def tiny(tmp_path):
 # --- ids and folders -------------------------------------------------------------------------------------------------
 
 
+def address(dataset_id: str) -> str:
+    dataset = parse_dataset_id(dataset_id)
+    return f"{dataset.url}/{dataset.file_name}"
+
+
 def test_ids_are_d4rls_and_the_local_ones():
     assert len(official_ids()) == 24 and len(GENERATED_IDS) == 9
     for name in (*official_ids(), *GENERATED_IDS):
@@ -97,15 +99,14 @@ def test_ids_are_d4rls_and_the_local_ones():
         assert (dataset.id, dataset.local) == (name, name.startswith("local/"))
         if dataset.robot != "antmaze":
             assert dataset.file_name == dataset.name.removesuffix("-v2").replace("-", "_") + "-v2.hdf5"
-        assert (dataset.url is None) == dataset.local
-    url = parse_dataset_id("walker2d-full-replay-v2").url
-    assert url == "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/walker2d_full_replay-v2.hdf5"
-    url = parse_dataset_id("antmaze-medium-play-v2").url
-    assert url == (
+    assert address("walker2d-full-replay-v2") == (
+        "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/walker2d_full_replay-v2.hdf5"
+    )
+    assert address("antmaze-medium-play-v2") == (
         "http://rail.eecs.berkeley.edu/datasets/offline_rl/ant_maze_v2/"
         "Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5"
     )
-    assert len({parse_dataset_id(name).url for name in official_ids()}) == 24
+    assert len({address(name) for name in official_ids()}) == 24
     assert [parse_dataset_id(f"antmaze-{maze}-v2").max_episode_steps for maze in ("umaze", "large-play")] == [700, 1000]
 
 
@@ -121,13 +122,13 @@ def test_ids_are_d4rls_and_the_local_ones():
     ],
 )
 def test_an_unknown_id_is_refused_with_the_nearest(name, nearest):
-    with pytest.raises(UserError, match=f"did you mean '{nearest}.*local/<id>"):
+    with pytest.raises(UserError, match=f"did you mean '{nearest}'"):
         parse_dataset_id(name)
 
 
 @pytest.mark.parametrize("name", ["", "foo", None, "pointmaze-giant-stitch-v0"])
 def test_an_id_that_is_near_no_other_gets_no_suggestion(name):
-    with pytest.raises(UserError, match="is not a D4RL MuJoCo or AntMaze dataset; ids are {hopper,"):
+    with pytest.raises(UserError, match="is not a D4RL MuJoCo or AntMaze dataset .*--list.\\)$"):
         parse_dataset_id(name)
 
 
@@ -136,13 +137,13 @@ def test_folders(tmp_path, monkeypatch, repository):
     monkeypatch.delenv("D4RL_DATASET_DIR", raising=False)
     official, local = "hopper-medium-replay-v2", "local/hopper-medium-replay-v2"
     file = "hopper_medium_replay-v2.hdf5"
-    assert dataset_path(official) == tmp_path / "home/.d4rl/datasets" / file
-    assert dataset_path(local) == repository / "datasets/local" / file
+    assert parse_dataset_id(official).paths()[0] == tmp_path / "home/.d4rl/datasets" / file
+    assert parse_dataset_id(local).paths()[0] == repository / "datasets/local" / file
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "variable"))
-    assert dataset_path(official) == tmp_path / "variable" / file
-    assert dataset_path(local) == tmp_path / "variable/local" / file
-    assert dataset_path(official, tmp_path) == tmp_path / file
-    assert manifest_path(local, "~/data") == tmp_path / "home/data/local/hopper_medium_replay-v2.json"
+    assert parse_dataset_id(official).paths()[0] == tmp_path / "variable" / file
+    assert parse_dataset_id(local).paths()[0] == tmp_path / "variable/local" / file
+    assert parse_dataset_id(official).paths(tmp_path)[0] == tmp_path / file
+    assert parse_dataset_id(local).manifest_path("~/data") == tmp_path / "home/data/local/hopper_medium_replay-v2.json"
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def test_a_faulty_column_is_named(tmp_path, key, fault, message):
 def test_a_group_where_an_array_belongs(tmp_path):
     columns = tiny_columns()
     columns["actions/inner"] = columns.pop("actions")
-    with pytest.raises(UserError, match="actions has type a group"):
+    with pytest.raises(UserError, match="not a readable HDF5 file"):
         load_arrays(write(tmp_path / "group.hdf5", columns))
 
 
@@ -251,66 +252,6 @@ def test_damaged_files_are_one_line(tiny):
         load_arrays(tiny.parent)
 
 
-KEYS = ("observations", "timeouts", "infos/qvel")
-ELSEWHERE = [(key, kind) for key in KEYS for kind in ("soft", "external", "virtual", "raw")]
-
-
-@pytest.mark.parametrize("key, kind", [*ELSEWHERE, ("infos", "soft"), ("infos", "external")])
-def test_nothing_outside_the_file_is_read(tmp_path, key, kind):
-    """Links and arrays that a file keeps elsewhere are refused before anything of them is opened."""
-    columns = tiny_columns()
-    path, other = write(tmp_path / "tiny.hdf5", columns), write(tmp_path / "other.hdf5", columns)
-    with h5py.File(path, "r+") as file:
-        del file[key]
-        if kind == "soft":
-            file[key] = h5py.SoftLink("/actions")
-        elif kind == "external":
-            file[key] = h5py.ExternalLink(str(other), key)
-        elif kind == "virtual":
-            layout = h5py.VirtualLayout(columns[key].shape, columns[key].dtype)
-            layout[:] = h5py.VirtualSource(str(other), key, columns[key].shape)
-            file.create_virtual_dataset(key, layout)
-        else:
-            shape, dtype = columns[key].shape, columns[key].dtype
-            file.create_dataset(key, shape, dtype, external=[(str(tmp_path / "raw"), 0, columns[key].nbytes)])
-    words = "is a link" if kind in ("soft", "external") else "keeps its numbers in another file"
-    for states in (False, True):
-        with pytest.raises(UserError, match=f"tiny.hdf5: {key} {words}"):
-            load_arrays(path, states=states)
-
-
-def no_reading(monkeypatch):
-    def read(*arguments):
-        raise AssertionError("an array was read before all were checked")
-
-    monkeypatch.setattr(h5py.Dataset, "__getitem__", read)
-
-
-def test_what_arrays_declare_is_checked_before_one_is_read(tiny, monkeypatch):
-    no_reading(monkeypatch)
-    for key, shape, words in (
-        ("next_observations", (10**12, 11), "do not have the same number of rows"),
-        ("next_observations", (ROWS, 10**12), "next_observations .12, 1000000000000. is not shaped"),
-        ("timeouts", (ROWS, 10**12), "timeouts has shape"),
-        ("infos/qpos", (10**12, 6), "do not have the same number of rows"),
-        ("observations", (ROWS, 10**12), "is not shaped as the observations"),
-        ("actions", (ROWS, 10**9), "actions declares .12, 1000000000., which the 0 bytes in the file cannot hold"),
-    ):
-        with h5py.File(write(tiny, tiny_columns()), "r+") as file:
-            kind = file[key].dtype
-            del file[key]
-            file.create_dataset(key, shape, kind, chunks=True)
-        with pytest.raises(UserError, match=words):
-            load_arrays(tiny)
-
-
-def test_arrays_larger_than_the_memory_are_refused(tiny, monkeypatch):
-    no_reading(monkeypatch)
-    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 512, "SC_PHYS_PAGES": 2}[name])
-    with pytest.raises(UserError, match="tiny.hdf5: its arrays take .* GB, more than the .* GB here; use a smaller"):
-        load_arrays(tiny)
-
-
 # --- episodes --------------------------------------------------------------------------------------------------------
 
 
@@ -328,7 +269,7 @@ def test_jumps_are_found_across_the_chunks_of_the_search(tiny, monkeypatch):
     arrays = load_arrays(tiny)
     arrays["terminals"][:] = arrays["timeouts"][:] = False
     for rows in (1, 4, 5, ROWS - 1, ROWS):
-        monkeypatch.setattr(d4rl_utils, "_CHECK_ROWS", rows)
+        monkeypatch.setattr(d4rl_utils, "BLOCK_ROWS", rows)
         assert episode_ends(arrays).tolist() == [4, 7, 11]
 
 
@@ -337,10 +278,16 @@ def test_jumps_are_found_across_the_chunks_of_the_search(tiny, monkeypatch):
 HOPPER, ANTMAZE = "hopper-medium-replay-v2", "antmaze-umaze-v2"
 
 
+def load(dataset_id: str, folder: Path | None = None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The columns, and the returns of whole episodes."""
+    columns = parse_dataset_id(dataset_id).transitions(folder)
+    return {key: value for key, value in columns.items() if key not in ("env_id", "returns")}, columns["returns"]
+
+
 def put(folder: Path, columns: dict[str, np.ndarray], dataset_id: str = HOPPER) -> Path:
     """The columns under the dataset's name in the folder, which is returned."""
     folder.mkdir(exist_ok=True)
-    write(dataset_path(dataset_id, folder), columns)
+    write(parse_dataset_id(dataset_id).paths(folder)[0], columns)
     return folder
 
 
@@ -373,8 +320,8 @@ def test_rows_without_next_observations_become_d4rls_transitions(tmp_path, monke
     columns = many_columns()
     expected = qlearning_dataset(columns)
     for rows in (7, 1 << 16):  # blocks within blocks, and one for all
-        monkeypatch.setattr(d4rl_utils, "_CHECK_ROWS", rows)
-        got, _ = load_transitions(HOPPER, put(tmp_path / "data", columns))
+        monkeypatch.setattr(d4rl_utils, "BLOCK_ROWS", rows)
+        got, _ = load(HOPPER, put(tmp_path / "data", columns))
         assert set(got) == {*expected, "truncated"}
         for key in ("observations", "actions", "rewards", "terminated"):
             np.testing.assert_array_equal(got[key], expected[key])
@@ -387,31 +334,74 @@ def test_rows_without_next_observations_become_d4rls_transitions(tmp_path, monke
 def test_the_last_transition_kept_of_an_episode_is_truncated(tmp_path):
     columns = tiny_columns()
     del columns["next_observations"]
-    got, returns = load_transitions(HOPPER, put(tmp_path / "data", columns))
+    got, returns = load(HOPPER, put(tmp_path / "data", columns))
     assert got["rewards"].tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]  # rows 7 and 11 lead nowhere
     assert np.flatnonzero(got["terminated"]).tolist() == [4] and np.flatnonzero(got["truncated"]).tolist() == [6, 9]
-    assert returns.tolist() == [10.0, 18.0]  # the reward of row 7 counts; the file's end cut the third
+    assert returns.tolist() == [10.0]  # the two that were cut before the longest one's length are not whole
 
 
 def test_next_observations_are_taken_where_they_are(tmp_path):
     columns = tiny_columns()
     columns["timeouts"][:] = False  # as medium-replay has it: the second episode's end shows in the observations alone
-    got, returns = load_transitions(HOPPER, put(tmp_path / "data", columns))
+    got, returns = load(HOPPER, put(tmp_path / "data", columns))
     for key in ("observations", "actions", "rewards", "next_observations"):
         np.testing.assert_array_equal(got[key], columns[key])
         assert got[key].dtype == np.float32
     assert np.flatnonzero(got["terminated"]).tolist() == [4]
     assert np.flatnonzero(got["truncated"]).tolist() == [7, 11]
-    assert returns.tolist() == [10.0, 18.0]
-    columns["timeouts"][-1] = True
-    assert load_transitions(HOPPER, put(tmp_path / "data", columns))[1].tolist() == [10.0, 18.0, 38.0]
+    assert returns.tolist() == [10.0]
+
+
+def test_an_episode_cut_before_the_time_limit_is_not_whole(tmp_path):
+    """Of 1000, 40, 1000 and 500 rows; and of 300, 300 and 40, which is another limit than D4RL's."""
+    for lengths, whole in (((1000, 40, 1000, 500), [0, 2]), ((300, 300, 40), [0, 1])):
+        columns = many_columns(sum(lengths))
+        ends = np.cumsum(lengths) - 1
+        columns["terminals"][:], columns["timeouts"] = False, np.isin(np.arange(sum(lengths)), ends)
+        returns = load(HOPPER, put(tmp_path / "data", columns))[1]
+        np.testing.assert_allclose(returns, episode_returns(columns["rewards"], ends)[whole])
+
+
+@functools.cache
+def recorded(dataset_id: str, steps: int, episodes: int) -> dict[str, np.ndarray]:
+    """Rows of episodes under small random actions, each flagged as timed out, without next_observations."""
+    env, rng, rows = make_env(dataset_id), np.random.default_rng(0), []
+    for seed in range(episodes):
+        observation, _ = env.reset(seed=seed)
+        for step in range(steps):
+            action = rng.uniform(-0.2, 0.2, env.action_space.shape).astype(np.float32)
+            following, reward, *_ = env.step(action)
+            rows.append((observation, action, reward, False, step == steps - 1))
+            observation = following
+    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
+    columns = {key: np.array(column) for key, column in zip(keys, zip(*rows, strict=True), strict=True)}
+    return {key: column if column.dtype == bool else column.astype(np.float32) for key, column in columns.items()}
+
+
+@pytest.mark.parametrize("dataset_id", ["hopper-medium-v2", "halfcheetah-medium-v2", "walker2d-medium-v2"])
+@pytest.mark.parametrize("flags", ["right", "renamed", "early", "late"])
+def test_no_transition_leads_into_the_next_episode_whatever_the_flags_say(tmp_path, capsys, dataset_id, flags):
+    columns = dict(recorded(dataset_id, 15, 4))
+    starts = columns["observations"][::15]
+    if flags == "renamed":
+        columns["truncations"] = columns.pop("timeouts")
+    elif flags != "right":
+        columns["timeouts"] = np.roll(columns["timeouts"], 1 if flags == "late" else -1)
+    got, returns = load(dataset_id, put(tmp_path / "data", columns, dataset_id))
+    assert not any((got["next_observations"] == start).all(axis=1).any() for start in starts)
+    # Each episode's last row leads nowhere; a flag a row off takes one more with it.
+    assert len(got["rewards"]) == 4 * (13 if flags in ("early", "late") else 14) and len(returns) <= 4
+    told = capsys.readouterr().err
+    missing = {"right": 0, "renamed": 3}.get(flags, 3)
+    assert f"{missing} episodes end without a mark in timeouts or terminals, the first at row 14" in told or not missing
+    assert missing or not told
 
 
 def test_episodes_without_any_mark_end_after_1000_steps(tmp_path):
     columns = many_columns(2600)
     del columns["timeouts"]
     columns["terminals"] = np.arange(2600) == 1099
-    got, returns = load_transitions(HOPPER, put(tmp_path / "data", columns))
+    got, returns = load(HOPPER, put(tmp_path / "data", columns))
     assert len(got["rewards"]) == 2600 - 3  # rows 999, 2099 and the last
     assert np.flatnonzero(got["truncated"]).tolist() == [998, 2097, 2596]
     assert np.flatnonzero(got["terminated"]).tolist() == [1098]
@@ -434,7 +424,7 @@ def maze_columns() -> dict[str, np.ndarray]:
 
 
 def test_antmaze_recordings_go_on_at_the_goal(tmp_path):
-    got, returns = load_transitions(ANTMAZE, put(tmp_path / "data", maze_columns(), ANTMAZE))
+    got, returns = load(ANTMAZE, put(tmp_path / "data", maze_columns(), ANTMAZE))
     assert len(got["rewards"]) == 12  # without the timeout's row 5, the jump's row 11 and the last
     assert np.flatnonzero(got["terminated"]).tolist() == [3, 4]
     assert np.flatnonzero(got["truncated"]).tolist() == [9, 11]
@@ -446,14 +436,14 @@ def test_a_file_of_another_robot_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"hopper_medium_replay-v2.hdf5: 17 observation and 6 action numbers a row, not"
     ):
-        load_transitions(HOPPER, put(tmp_path / "data", many_columns(dims=(17, 6))))
+        load(HOPPER, put(tmp_path / "data", many_columns(dims=(17, 6))))
 
 
 def test_a_file_of_single_rows_is_refused(tmp_path):
     columns = many_columns()
     columns["timeouts"][:] = True
     with pytest.raises(UserError, match="no two rows of one episode follow each other"):
-        load_transitions(HOPPER, put(tmp_path / "data", columns))
+        load(HOPPER, put(tmp_path / "data", columns))
 
 
 @pytest.mark.parametrize("following", [True, False])
@@ -465,7 +455,7 @@ def test_loading_needs_little_more_memory_than_the_data(tmp_path, following):
     folder = put(tmp_path / "data", columns)
     tracemalloc.start()
     try:
-        got, _ = load_transitions(HOPPER, folder)
+        got, _ = load(HOPPER, folder)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -479,7 +469,7 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 @pytest.mark.skipif(not (SHARED / "d4rl").is_dir(), reason="no development data beside this checkout")
 @pytest.mark.parametrize("name", ["hopper-medium-replay-v2", "halfcheetah-medium-expert-v2", "walker2d-medium-v2"])
 def test_development_files_have_the_returns_that_are_listed(name):
-    got, returns = load_transitions(name, SHARED / "d4rl")
+    got, returns = load(name, SHARED / "d4rl")
     lines = (SHARED / "returns.csv").read_text().splitlines()
     line = next(line for line in lines if line.startswith(f"d4rl/{parse_dataset_id(name).file_name},"))
     rows, episodes, mean, _ = (float(number) for number in line.split(",")[1:])
@@ -537,13 +527,13 @@ def test_an_official_file_is_fetched_once_and_continued(server, tmp_path, monkey
     server.files[f"/d4rl/{file}"] = (tmp_path / "origin" / file).read_bytes()
     server.cuts = [300_000]
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
-    path = ensure_dataset(HOPPER, base_url=server.url)
+    path = parse_dataset_id(HOPPER).ensure(base_url=server.url)[0]
     assert path == tmp_path / "cache" / file and listing(path.parent) == [file]
     assert path.read_bytes() == server.files[f"/d4rl/{file}"]
     (_, first), (_, second) = server.asked
     assert first is None and 0 < int(second.removeprefix("bytes=").rstrip("-")) <= 300_000
-    assert ensure_dataset(HOPPER, base_url="http://127.0.0.1:9") == path
-    assert len(load_transitions(HOPPER)[0]["rewards"]) > 0
+    assert parse_dataset_id(HOPPER).ensure(base_url="http://127.0.0.1:9") == (path,)
+    assert len(load(HOPPER)[0]["rewards"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -561,29 +551,27 @@ def test_a_wrong_file_is_refused_and_removed(server, tmp_path, content, fault):
     with pytest.raises(
         UserError, match=f"{file} is not the dataset: {fault}.* put {file} into .*local/hopper-medium-v2"
     ):
-        ensure_dataset("hopper-medium-v2", tmp_path / "cache", server.url)
-    assert not (tmp_path / "cache").exists()
+        parse_dataset_id("hopper-medium-v2").ensure(tmp_path / "cache", server.url)
+    assert listing(tmp_path / "cache") == []
 
 
 def test_an_address_without_the_file(server, tmp_path):
-    with pytest.raises(
-        UserError, match="404.; .*cache did not exist: check the folder, or put Ant_maze_u-maze.* by hand$"
-    ):
-        ensure_dataset(ANTMAZE, tmp_path / "cache", server.url)
+    with pytest.raises(UserError, match="404.; put Ant_maze_u-maze.* by hand$"):
+        parse_dataset_id(ANTMAZE).ensure(tmp_path / "cache", server.url)
     with pytest.raises(UserError, match=r"cannot download http://127.0.0.1:9/.*ConnectionError"):
-        ensure_dataset(ANTMAZE, tmp_path / "cache", "http://127.0.0.1:9/")
-    assert not (tmp_path / "cache").exists()
+        parse_dataset_id(ANTMAZE).ensure(tmp_path / "cache", "http://127.0.0.1:9/")
+    assert listing(tmp_path / "cache") == []
 
 
 def test_a_local_dataset_needs_its_manifest(tmp_path):
     name = "local/hopper-medium-v2"
     (tmp_path / "local").mkdir()
-    path = write(dataset_path(name, tmp_path), tiny_columns())
+    path = write(parse_dataset_id(name).paths(tmp_path)[0], tiny_columns())
     with pytest.raises(UserError, match=f"make_dataset.py --dataset {name} --dataset_dir {tmp_path}"):
-        load_transitions(name, tmp_path)
+        load(name, tmp_path)
     entry = {"id": name, "files": {path.name: {"bytes": path.stat().st_size}}}
-    manifest_path(name, tmp_path).write_text(json.dumps(entry))
-    assert len(load_transitions(name, tmp_path)[0]["rewards"]) == ROWS
+    parse_dataset_id(name).manifest_path(tmp_path).write_text(json.dumps(entry))
+    assert len(load(name, tmp_path)[0]["rewards"]) == ROWS
 
 
 # --- environments ----------------------------------------------------------------------------------------------------

@@ -16,13 +16,11 @@ from dmc_utils import (
     GENERATED_IDS,
     OFFICIAL_IDS,
     TASKS,
-    dataset_folder,
-    ensure_dataset,
     episode_path,
     episode_transitions,
     load_episodes,
     make_env,
-    manifest_path,
+    parse_dataset_id,
     read_episode,
     replay_episode,
     write_episode,
@@ -308,11 +306,11 @@ def test_bad_files(damage, copied, tmp_path):
         path.write_bytes(data[:3000] + bytes(50) + data[3050:])
     elif damage == "not npz":
         path.write_bytes(b"physics")
-        words = "not an npz archive"
+        words = "not a readable npz"
     elif damage == "missing key":
         copied.pop("physics")
         np.savez(path, **copied)
-        words = "no array 'physics'.*holds observation, action"
+        words = "no array 'physics'.*holds action, discount"
     elif damage == "objects":
         np.savez(path, **(copied | {"reward": np.array([{}] * 1001)}))
     else:
@@ -360,22 +358,22 @@ def test_ids_and_folders(tmp_path):
         "walker_run-td3-medium-replay",
     )
     name = OFFICIAL_IDS[1]
-    assert dataset_folder(name, tmp_path) == tmp_path / "collected_data" / name
+    assert parse_dataset_id(name).paths(tmp_path)[0] == tmp_path / "collected_data" / name
     # --data_dir <dataset_dir>/local finds a collected_data of its own.
-    assert dataset_folder(f"local/{name}", tmp_path) == tmp_path / "local" / "collected_data" / name
-    assert manifest_path(GENERATED_IDS[0], tmp_path).name == "walker_walk-td3-medium.json"
-    assert dataset_folder(name).parent.parent == Path(dmc_utils.__file__).parent / "datasets"
+    assert parse_dataset_id(f"local/{name}").paths(tmp_path)[0] == tmp_path / "local" / "collected_data" / name
+    assert parse_dataset_id(GENERATED_IDS[0]).manifest_path(tmp_path).name == "walker_walk-td3-medium.json"
+    assert parse_dataset_id(name).paths()[0].parent.parent == Path(dmc_utils.__file__).parent / "datasets"
     with pytest.raises(UserError, match="did you mean 'local/walker_run-td3-medium'"):
-        dataset_folder("local/walker_run-td3-medum")
+        parse_dataset_id("local/walker_run-td3-medum").paths()[0]
 
 
 def test_datasets_that_are_not_there(tmp_path, episode):
     official, local = OFFICIAL_IDS[0], GENERATED_IDS[0]
     with pytest.raises(UserError, match=f"put the study's.*local/{official}"):
-        ensure_dataset(official, tmp_path)
-    write_episode(episode_path(dataset_folder(official, tmp_path), 0), episode)
-    assert ensure_dataset(official, tmp_path) == tmp_path / "collected_data" / official
+        parse_dataset_id(official).ensure(tmp_path)[0]
+    write_episode(episode_path(parse_dataset_id(official).paths(tmp_path)[0], 0), episode)
+    assert parse_dataset_id(official).ensure(tmp_path)[0] == tmp_path / "collected_data" / official
     # A generation that was cut leaves episodes, but no manifest.
-    write_episode(episode_path(dataset_folder(local, tmp_path), 0), episode)
+    write_episode(episode_path(parse_dataset_id(local).paths(tmp_path)[0], 0), episode)
     with pytest.raises(UserError, match=f"no complete dataset.*make_dataset.py --dataset {local} --dataset_dir"):
-        ensure_dataset(local, tmp_path)
+        parse_dataset_id(local).ensure(tmp_path)[0]

@@ -1,16 +1,18 @@
 """Transitions by dataset id: what is in memory, the antmaze shift, OGBench's single tasks, Minari."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from test_d4rl_utils import ANTMAZE, HOPPER, many_columns, maze_columns, put
 
 import offline_data
-from offline_data import OfflineData, data_scores, load_transitions, make_env, normalized_score
+from offline_data import OfflineData, data_scores, find_dataset, load_transitions, make_env, normalized_score
 from utils import UserError
 
 # --- D4RL ------------------------------------------------------------------------------------------------------------
@@ -29,7 +31,7 @@ def test_facts_and_memory(tmp_path):
 def test_normalizer(monkeypatch):
     observations = np.random.default_rng(0).normal(1e4, [1.0, 1e-3, 0.0], (5000, 3)).astype(np.float32)
     ones = np.ones(5000, dtype=np.float32)
-    data = OfflineData("", "", 1.0, observations, ones[:, None], ones, observations, ones > 2, ones > 2, ones, 0.0)
+    data = OfflineData("", "", observations, ones[:, None], ones, observations, ones > 2, ones > 2, ones)
     monkeypatch.setattr(offline_data, "_BLOCK_ROWS", 999)
     mean, scale = data.normalizer()
     exact = observations.astype(np.float64)
@@ -71,17 +73,47 @@ def test_equal_rewards_are_refused(tmp_path, name, columns):
 @pytest.mark.parametrize("name", ["hopper-medium-v1", "foo", "", None])
 def test_unknown_ids(name, tmp_path):
     for ask in (load_transitions, make_env):
-        with pytest.raises(UserError, match="is not a D4RL MuJoCo or AntMaze dataset"):
+        with pytest.raises(UserError, match="is not a dataset of OGBench, D4RL or Minari"):
             ask(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        (
+            "antmaze-medium-navigate-v0",
+            "has no rewards; a single task of it has, as antmaze-.*-singletask-v0",
+        ),
+        ("walker_walk-td3-medium", "is not read as transitions with rewards"),
+        ("antmaze-medium-navigate-singletask-task6-v0", "did you mean 'antmaze-medium-navigate-singletask-task"),
+        ("-singletask-v0", "is not a dataset of OGBench"),
+    ],
+)
+def test_ids_without_transitions(name, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        load_transitions(name, tmp_path)
+
+
+def test_every_listed_id_is_found_and_stays_in_its_folder(tmp_path):
+    for dataset_id, dataset in offline_data.DATASETS.items():
+        assert find_dataset(dataset_id) is dataset and dataset.id == dataset_id
+        for path in (*dataset.paths(tmp_path), dataset.manifest_path(tmp_path)):
+            assert path.resolve().is_relative_to(tmp_path / "local" if dataset.local else tmp_path)
+    assert len(offline_data.DATASETS) == 24 + 9 + 8 + 7 * 2 * 25
+    for name in ("../hopper-medium-v2", "local/../hopper-medium-v2", "minari/../x", "minari//etc/x"):
+        with pytest.raises(UserError):
+            find_dataset(name).ensure(tmp_path)
 
 
 # --- OGBench's single tasks ------------------------------------------------------------------------------------------
 
 
 def singletask_file(folder: Path, name: str, dims: tuple[int, int]) -> None:
-    """40 episodes of places all over the goals, with qpos, as train and val file."""
+    """40 episodes that wander from places all over the goals, with qpos, as train and val file."""
     rng = np.random.default_rng(0)
-    observations = rng.uniform(10, 22, (40 * 101, dims[0])).astype(np.float32)
+    steps = rng.uniform(-0.9, 0.9, (40, 101, dims[0]))
+    steps[:, 0] = rng.uniform(10, 22, (40, dims[0]))
+    observations = steps.cumsum(axis=1).reshape(40 * 101, dims[0]).astype(np.float32)
     arrays = {
         "observations": observations,
         "actions": rng.uniform(-1, 1, (len(observations), dims[1])).astype(np.float32),
@@ -120,12 +152,6 @@ def test_single_tasks_are_relabelled_as_ogbench_does(tmp_path, name, task, dims)
     np.testing.assert_array_equal(normalized_score(dataset_id, np.where(scores, data.returns, -1000)), scores)
 
 
-@pytest.mark.parametrize("name", ["antmaze-medium-navigate-singletask-task6-v0", "-singletask-v0", "x-singletask-v1"])
-def test_ids_of_no_single_task(name, tmp_path):
-    with pytest.raises(UserError, match="is not an OGBench"):
-        load_transitions(name, tmp_path)
-
-
 # --- Minari ----------------------------------------------------------------------------------------------------------
 
 
@@ -136,46 +162,147 @@ def test_minari_missing_says_what_to_install(monkeypatch):
             ask("minari/mujoco/hopper/medium-v0")
 
 
-@pytest.fixture
-def minari_folder(tmp_path, monkeypatch):
-    minari = pytest.importorskip("minari")
-    buffers = pytest.importorskip("minari.data_collector.episode_buffer")
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    rng = np.random.default_rng(0)
-    episodes = [
+def buffer(lengths, observation_dim=11, low=-1.0, high=1.0, seed=0):
+    """Minari's episodes of random rows, of so many steps each; the first one ends in a termination."""
+    buffers, rng = pytest.importorskip("minari.data_collector.episode_buffer"), np.random.default_rng(seed)
+    low, high = np.broadcast_to(low, 3), np.broadcast_to(high, 3)
+    return [
         buffers.EpisodeBuffer(
             id=number,
-            observations=rng.normal(size=(steps + 1, 11)),
-            actions=rng.uniform(-1, 1, (steps, 3)).astype(np.float32),
+            observations=rng.normal(size=(steps + 1, observation_dim)),
+            actions=rng.uniform(low, high, (steps, 3)).astype(np.float32),
             rewards=list(np.arange(steps, dtype=float)),
             terminations=[False] * (steps - 1) + [number == 0],
             truncations=[False] * (steps - 1) + [number == 1],
             infos={},
         )
-        for number, steps in enumerate((5, 4, 3))
+        for number, steps in enumerate(lengths)
     ]
-    options = {"env": "Hopper-v4", "eval_env": "Hopper-v4", "data_format": "hdf5"}
-    for name, scores in (("test/scored-v0", {"ref_min_score": 2.0, "ref_max_score": 12.0}), ("test/bare-v0", {})):
-        minari.create_dataset_from_buffers(name, episodes, **options, **scores)
-    monkeypatch.delenv("MINARI_DATASETS_PATH")
-    return tmp_path, episodes
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_minari_episodes(minari_folder):
-    folder, episodes = minari_folder
-    name = "minari/test/scored-v0"
+@pytest.fixture
+def put_minari(tmp_path, monkeypatch):
+    """Writes a dataset into a folder of Minari's layout, which is returned."""
+    minari = pytest.importorskip("minari")
+
+    def write(name, episodes, **options):
+        with monkeypatch.context() as patch:
+            patch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+            options = {"env": "Hopper-v4", "eval_env": "Hopper-v4"} | options
+            minari.create_dataset_from_buffers(name, episodes, data_format="hdf5", **options)
+        return tmp_path
+
+    return write
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore::UserWarning")
+
+
+def test_minari_episodes(put_minari):
+    episodes, name = buffer((5, 4, 5)), "minari/test/scored-v0"
+    folder = put_minari("test/scored-v0", episodes, ref_min_score=2.0, ref_max_score=12.0)
     data = load_transitions(name, folder)
-    assert np.flatnonzero(data.terminated).tolist() == [4] and np.flatnonzero(data.truncated).tolist() == [8, 11]
+    assert np.flatnonzero(data.terminated).tolist() == [4] and np.flatnonzero(data.truncated).tolist() == [8, 13]
     for key, rows in (("observations", slice(None, -1)), ("next_observations", slice(1, None))):
         expected = np.concatenate([episode.observations[rows] for episode in episodes]).astype(np.float32)
         np.testing.assert_array_equal(getattr(data, key), expected)
-    assert data.returns.tolist() == [10.0, 6.0, 3.0] and (data.env_id, data.max_action) == ("Hopper-v4", 1.0)
+    np.testing.assert_array_equal(data.actions, np.concatenate([episode.actions for episode in episodes]))
+    assert data.returns.tolist() == [10.0, 10.0]  # 4 steps are neither the longest nor terminated
+    assert (data.env_id, data.max_action, "score" in data.facts()) == ("Hopper-v4", 1.0, False)
     np.testing.assert_allclose(normalized_score(name, [2.0, 7.0, 12.0], folder), [0, 50, 100])
     assert make_env(name, folder).reset(seed=0)[0].shape == (11,)
-    with pytest.raises(UserError, match="minari/test/bare-v0: the dataset has no reference returns"):
-        normalized_score("minari/test/bare-v0", 1.0, folder)
     with pytest.raises(UserError, match="minari/test/none-v0: Minari cannot load it"):
         load_transitions("minari/test/none-v0", folder)
     with pytest.raises(UserError, match="after minari/ comes Minari's id"):
         load_transitions("minari/../x", folder)
+
+
+@pytest.mark.parametrize("references", [{}, {"ref_min_score": 3.0, "ref_max_score": 3.0}])
+def test_without_references_the_return_is_the_score(put_minari, capsys, references):
+    folder, name = put_minari("test/bare-v0", buffer((5, 5)), **references), "minari/test/bare-v0"
+    data = load_transitions(name, folder)
+    assert "has no reference returns: where a score is shown, it is the return" in capsys.readouterr().err
+    assert data_scores(data, folder).tolist() == data.returns.tolist() == [10.0, 10.0]
+    assert data.facts()["score"] == "the return, as the data have no references"
+
+
+@pytest.mark.parametrize("total_steps", [30, 16])
+def test_minaris_count_of_steps_is_not_believed(put_minari, total_steps):
+    folder = put_minari("test/steps-v0", buffer((5, 6, 7)))
+    path = folder / "test/steps-v0/data/metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"total_steps": total_steps}))
+    data = load_transitions("minari/test/steps-v0", folder)
+    assert data.rewards.tolist() == [*range(5), *range(6), *range(7)]
+
+
+class BoxEnv(gymnasium.Env):
+    """Remembers the actions that reach it."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (11,))
+    action_space = gymnasium.spaces.Box(np.float32([-2, 0, -0.1]), np.float32([0, 4, 0.1]))
+    taken: list = []
+
+    def reset(self, **options):
+        return np.zeros(11), {}
+
+    def step(self, action):
+        self.taken.append(action)
+        return np.zeros(11), 0.0, False, False, {}
+
+
+def test_every_action_number_is_scaled_by_its_own_bounds(put_minari, monkeypatch):
+    entry = gymnasium.envs.registration.EnvSpec("Box-v0", f"{__name__}:BoxEnv")
+    monkeypatch.setitem(gymnasium.registry, "Box-v0", entry)
+    low, high = BoxEnv.action_space.low, BoxEnv.action_space.high
+    episodes = buffer((5, 5), low=low, high=high)
+    folder = put_minari("test/box-v0", episodes, env="Box-v0", eval_env="Box-v0")
+    data, env = load_transitions("minari/test/box-v0", folder), make_env("minari/test/box-v0", folder)
+    assert np.abs(data.actions).max() <= data.max_action == 1.0
+    env.reset(seed=0)
+    for action, recorded in zip(data.actions, np.concatenate([episode.actions for episode in episodes]), strict=True):
+        env.step(action)
+        np.testing.assert_allclose(BoxEnv.taken[-1], recorded, atol=1e-6)
+
+
+FAULTY = {
+    r"episode 1: actions row 3 lies outside \[-1, 1\]": lambda one: one.actions.__setitem__(3, 1.1),
+    "episode 1: observations row 2 holds NaN": lambda one: one.observations.__setitem__(2, np.nan),
+    "episode 1: rewards row 0 holds NaN": lambda one: one.rewards.__setitem__(0, np.inf),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_a_faulty_episode_of_minari_is_named(put_minari, fault):
+    episodes = buffer((5, 6))
+    FAULTY[fault](episodes[1])
+    with pytest.raises(UserError, match=f"^--dataset minari/test/bad-v0: {fault}.*; use another dataset$"):
+        load_transitions("minari/test/bad-v0", put_minari("test/bad-v0", episodes))
+
+
+def test_an_episode_of_minari_with_a_row_too_few(put_minari, monkeypatch):
+    folder, whole = put_minari("test/short-v0", buffer((5, 6))), offline_data.MinariDataset._episode
+
+    def cut(self, episode, dataset):
+        return whole(self, dataclasses.replace(episode, observations=episode.observations[:-1]), dataset)
+
+    monkeypatch.setattr(offline_data.MinariDataset, "_episode", cut)
+    with pytest.raises(UserError, match=r"episode 0: observations have the shape \(5, 11\), 5 rewards need \(6, 11\)"):
+        load_transitions("minari/test/short-v0", folder)
+
+
+@pytest.mark.parametrize(
+    "observations, actions, words",
+    [
+        (11, "unbounded", "actions are without bounds"),
+        (11, "other", r"actions are Box\(-2.0, 2.0.*, those of its environment Box\(-1.0, 1.0"),
+        (12, "own", r"its observations have 12 numbers, those of its environment Hopper-v4 have the shape \(11,\)"),
+    ],
+)
+def test_minari_data_that_are_not_the_environments(put_minari, observations, actions, words):
+    from gymnasium.spaces import Box
+
+    bound = {"unbounded": np.inf, "other": 2.0, "own": 1.0}[actions]
+    spaces = {"action_space": Box(-bound, bound, (3,)), "observation_space": Box(-np.inf, np.inf, (observations,))}
+    folder = put_minari("test/other-v0", buffer((5, 6), observations), **spaces)
+    with pytest.raises(UserError, match=words):
+        load_transitions("minari/test/other-v0", folder)

@@ -17,13 +17,11 @@ from ogbench_utils import (
     NEVER,
     Maze,
     TrajectoryDataset,
-    ensure_dataset,
     evaluation_tasks,
     load_arrays,
     make_env,
     max_episode_steps,
     parse_dataset_id,
-    resolve_dataset_dir,
     seeded_reset,
 )
 from utils import UserError
@@ -72,22 +70,22 @@ def test_dataset_id_parts():
 )
 def test_other_ids_are_refused_with_the_nearest_one(bad, tmp_path):
     with pytest.raises(UserError, match="did you mean '(local/)?[a-z]+maze-"):
-        ensure_dataset(bad, tmp_path)
+        parse_dataset_id(bad).ensure(tmp_path)
 
 
 @pytest.mark.parametrize("bad", ["", "cube-single-play-v0", "local/hopper-medium-v2"])
 def test_an_id_that_is_near_no_other_gets_no_suggestion(bad, tmp_path):
-    with pytest.raises(UserError, match="is not an OGBench maze dataset; ids are {pointmaze,"):
-        ensure_dataset(bad, tmp_path)
+    with pytest.raises(UserError, match="is not an OGBench maze dataset .*--list.\\)$"):
+        parse_dataset_id(bad).ensure(tmp_path)
 
 
 def test_dataset_dir_argument_then_variable_then_beside_the_code(monkeypatch, tmp_path):
     monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path / "b"))
-    assert resolve_dataset_dir(str(tmp_path / "a")) == tmp_path / "a"
-    assert resolve_dataset_dir(None) == tmp_path / "b"
+    assert parse_dataset_id(OFFICIAL).folder(str(tmp_path / "a")) == tmp_path / "a"
+    assert parse_dataset_id(OFFICIAL).folder(None) == tmp_path / "b"
     monkeypatch.delenv("OGBENCH_DATASET_DIR")
-    assert resolve_dataset_dir(None).name == "datasets"
-    assert (resolve_dataset_dir(None).parent / "ogbench_utils.py").exists()
+    assert parse_dataset_id(OFFICIAL).folder(None).name == "datasets"
+    assert (parse_dataset_id(OFFICIAL).folder(None).parent / "ogbench_utils.py").exists()
 
 
 def test_load_arrays_reads_what_was_written(tmp_path):
@@ -130,6 +128,27 @@ def test_each_fault_of_a_file_is_named(fault, tmp_path):
     with pytest.raises(UserError, match=fault) as caught:
         load_arrays(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_episodes_without_a_jump(tmp_path):
+    """A mark a row off, or missing, shows where the robot would have jumped."""
+    dataset, path, arrays = parse_dataset_id(OFFICIAL), tmp_path / f"{OFFICIAL}.npz", episodes(4, 3, 5)
+    arrays["observations"] = np.cumsum(np.full((12, 2), 0.2, np.float32), axis=0)
+    arrays["observations"][4:7] += 10
+    np.savez(path, **arrays)
+    assert len(dataset.read(path)["terminals"]) == 12
+    for marks in ([2, 6, 11], [4, 6, 11], [6, 11]):
+        np.savez(path, **(arrays | {"terminals": np.isin(np.arange(12), marks)}))
+        with pytest.raises(UserError, match=r"row 4 cannot follow row 3 in an episode.*a mark in terminals is missing"):
+            dataset.read(path)
+
+
+def test_a_file_written_from_what_ogbenchs_loader_returns(tmp_path):
+    arrays = episodes(4, 3)
+    for more in ({"next_observations": arrays["observations"]}, {"valids": np.ones(7)}):
+        np.savez(tmp_path / "again.npz", **arrays, **more)
+        with pytest.raises(UserError, match="again.npz: was written from what OGBench's loader returns"):
+            load_arrays(tmp_path / "again.npz")
 
 
 def test_files_that_are_no_npz(tmp_path):
@@ -310,10 +329,10 @@ WHOLE = [f"{OFFICIAL}-val.npz", f"{OFFICIAL}.npz"]
 
 def test_download_then_no_network(server, tmp_path):
     folder = tmp_path / "data"
-    train, val = ensure_dataset(OFFICIAL, folder, server.url)
+    train, val = parse_dataset_id(OFFICIAL).ensure(folder, server.url)
     assert names(folder) == WHOLE and [val.name, train.name] == WHOLE
     assert train.read_bytes() == server.files[train.name]
-    assert ensure_dataset(OFFICIAL, folder, "http://127.0.0.1:9") == (train, val)
+    assert parse_dataset_id(OFFICIAL).ensure(folder, "http://127.0.0.1:9") == (train, val)
     assert len(server.requests) == 2
     data = TrajectoryDataset.load(OFFICIAL, "val", folder, max_trajectories=1)
     assert (data.num_trajectories, data.split, data.dataset_id) == (1, "val", OFFICIAL)
@@ -321,7 +340,7 @@ def test_download_then_no_network(server, tmp_path):
 
 def test_a_cut_download_is_resumed(server, tmp_path):
     server.cuts = [100_000]
-    train, _ = ensure_dataset(OFFICIAL, tmp_path, server.url)
+    train, _ = parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)
     assert 0 < resumed_at(server.requests[1]) <= 100_000 and server.requests[1]["If-Range"] == '"one"'
     assert train.read_bytes() == server.files[train.name]
     assert names(tmp_path) == WHOLE
@@ -330,9 +349,9 @@ def test_a_cut_download_is_resumed(server, tmp_path):
 def test_a_download_cut_twice_goes_on_in_the_next_run(server, tmp_path):
     server.cuts = [70_000, 70_000]
     with pytest.raises(UserError, match=f"{server.url}/{OFFICIAL}.npz .*{tmp_path}.* local/{OFFICIAL}"):
-        ensure_dataset(OFFICIAL, tmp_path, server.url)
+        parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)
     assert not (tmp_path / f"{OFFICIAL}.npz").exists()
-    train, _ = ensure_dataset(OFFICIAL, tmp_path, server.url)
+    train, _ = parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)
     assert 70_000 < resumed_at(server.requests[2]) <= 140_000
     assert train.read_bytes() == server.files[train.name] and names(tmp_path) == WHOLE
 
@@ -340,24 +359,24 @@ def test_a_download_cut_twice_goes_on_in_the_next_run(server, tmp_path):
 def test_a_file_that_changed_is_fetched_anew(server, tmp_path):
     server.cuts = [100_000, 0]
     with pytest.raises(UserError):
-        ensure_dataset(OFFICIAL, tmp_path, server.url)
+        parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)
     server.files[f"{OFFICIAL}.npz"] = npz_bytes(episodes(700))
     server.etag = '"two"'
-    train, _ = ensure_dataset(OFFICIAL, tmp_path, server.url)
+    train, _ = parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)
     assert train.read_bytes() == server.files[train.name] and names(tmp_path) == WHOLE
 
 
 def test_without_an_etag_nothing_is_kept_or_resumed(server, tmp_path):
     server.etag, server.cuts = None, [100_000, 100_000]
     with pytest.raises(UserError, match="cannot download"):
-        ensure_dataset(OFFICIAL, tmp_path, server.url)
+        parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)
     assert all("Range" not in request for request in server.requests) and names(tmp_path) == []
 
 
 @pytest.mark.parametrize(
     "content, fault",
     [
-        (b"<html>log in to continue</html>", "not an npz archive"),
+        (b"<html>log in to continue</html>", "not a readable npz"),
         (npz_bytes(episodes(20, dim=3)), "3 observation and 2 action numbers"),
         (npz_bytes(with_value("observations", (3, 0), np.nan)), "row 3 holds NaN"),
     ],
@@ -365,27 +384,27 @@ def test_without_an_etag_nothing_is_kept_or_resumed(server, tmp_path):
 def test_wrong_content_is_refused_and_removed(server, tmp_path, content, fault):
     server.files[f"{OFFICIAL}.npz"] = content
     with pytest.raises(UserError, match=f"{server.url}.* is not the dataset: .*{fault}"):
-        ensure_dataset(OFFICIAL, tmp_path, server.url)
+        parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)
     assert names(tmp_path) == []
 
 
 def test_absent_and_unreachable_addresses(server, tmp_path):
     server.files.clear()
     with pytest.raises(UserError, match="HTTP status 404") as caught:
-        ensure_dataset("antmaze-medium-explore-v0", tmp_path, server.url)
+        parse_dataset_id("antmaze-medium-explore-v0").ensure(tmp_path, server.url)
     # No recipe makes ant data here, so the advice names one that works.
-    assert "--dataset local/antmaze-medium-explore-v0," in str(caught.value) and len(server.requests) == 1
+    assert "--dataset local/antmaze-medium-explore-v0," in str(caught.value) and len(server.requests) == 2
     with pytest.raises(UserError, match=rf"cannot download http://127.0.0.1:9/{OFFICIAL}.npz \(ConnectionError\)"):
-        ensure_dataset(OFFICIAL, tmp_path, "http://127.0.0.1:9")
+        parse_dataset_id(OFFICIAL).ensure(tmp_path, "http://127.0.0.1:9")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot store"):
-        ensure_dataset(OFFICIAL, tmp_path / "file", server.url)
+    with pytest.raises(UserError, match="is a file; give the folder that holds it"):
+        parse_dataset_id(OFFICIAL).ensure(tmp_path / "file", server.url)
     assert names(tmp_path) == ["file"]
 
 
 def test_a_local_dataset_is_never_downloaded(tmp_path):
     with pytest.raises(UserError, match=f"python make_dataset.py --dataset local/{OFFICIAL} --dataset_dir"):
-        ensure_dataset("local/" + OFFICIAL, tmp_path, "http://127.0.0.1:9")
+        parse_dataset_id("local/" + OFFICIAL).ensure(tmp_path, "http://127.0.0.1:9")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -472,5 +491,5 @@ def test_dimensions_and_limits_are_the_environments():
     limits = {"antmaze-giant-navigate-v0": 1000, "humanoidmaze-large-stitch-v0": 2000}
     for dataset_id, steps in (limits | {"humanoidmaze-giant-navigate-v0": 4000}).items():
         assert max_episode_steps(dataset_id) == steps
-    for dataset in ogbench_utils._known_ids().values():
+    for dataset in ogbench_utils.DATASETS.values():
         assert gymnasium.spec(dataset.env_id) is not None

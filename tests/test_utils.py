@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 import types
-import zipfile
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,7 +16,6 @@ import torch
 import yaml
 
 import utils
-from dataset_files import read_npz
 from runs.cli import check_counts, parse_config, run_cli
 from runs.directory import load_checkpoint, mark_finished, prepare_run, save_checkpoint
 from runs.metrics import MetricLogger, RunningMeans, read_metrics
@@ -152,31 +150,6 @@ def test_counts_below_one_are_named():
     check_counts(SmallConfig(seed=1, limit=1))
     with pytest.raises(UserError, match="--seed 0: at least 1"):
         check_counts(SmallConfig(seed=0))
-
-
-@pytest.mark.parametrize("damage", [b"'shape': (2,", b"'shape': )2,)"])
-def test_a_damaged_array_header_is_one_line(tmp_path, damage):
-    """NumPy parses the header as Python, and lets that parser's errors through."""
-    whole, path = io.BytesIO(), tmp_path / "data.npz"
-    np.save(whole, np.zeros(2, dtype=np.float32))
-    content = whole.getvalue().replace(b"'shape': (2,)", damage.ljust(13))
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("observations.npy", content)
-    with pytest.raises(UserError, match="data.npz: not a readable npz"):
-        read_npz(path, ("observations",), "--dataset_dir", lambda file, fault: UserError(f"{file}: {fault}"))
-
-
-@pytest.mark.parametrize("unpacked", [None, 8 * 10**12 + 128])
-def test_an_array_gets_no_memory_that_its_file_cannot_fill(tmp_path, unpacked):
-    """A header that declares far more than there is, and a directory of the archive that agrees with it."""
-    path, header = tmp_path / "data.npz", io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"shape": (10**12, 2), "fortran_order": False, "descr": "<f4"})
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("observations.npy", header.getvalue() + bytes(8))
-        archive.filelist[0].file_size = unpacked or archive.filelist[0].file_size
-    words = "cannot unpack to 8,000,000,000,128 bytes" if unpacked else r"declares \(1000000000000, 2\) .* and holds 8"
-    with pytest.raises(UserError, match=f"data.npz: not a readable npz .*observations {words}"):
-        read_npz(path, ("observations",), "--dataset_dir", lambda file, fault: UserError(f"{file}: {fault}"))
 
 
 def test_missing_config_file_is_named(tmp_path):

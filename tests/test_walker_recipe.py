@@ -11,7 +11,7 @@ import pytest
 
 from benchmark_data import experts, generation, walker
 from benchmark_data.walker import RECIPES, WalkerFamily, play_episode, snapshot_steps
-from dmc_utils import GENERATED_IDS, TASKS, ensure_dataset, load_episodes, make_env, replay_episode
+from dmc_utils import GENERATED_IDS, TASKS, load_episodes, make_env, parse_dataset_id, replay_episode
 from utils import UserError
 
 FAMILY = WalkerFamily()
@@ -63,7 +63,7 @@ def made(tmp_path_factory, experts_dir):
 
 
 def test_the_files_are_where_the_study_looks(made):
-    folder = ensure_dataset(REPLAY, made)
+    folder = parse_dataset_id(REPLAY).ensure(made)[0]
     assert folder == FAMILY.target(REPLAY, made) == made / "local" / "collected_data" / "walker_run-td3-medium-replay"
     names = [f"data/episode_{index:06d}_1000.npz" for index in range(3)]
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.npz")) == names
@@ -198,7 +198,7 @@ def test_a_manifest_without_the_datasets_own_files_is_none(made, tmp_path):
     (path.parent / "else.npz").write_bytes(b"1")
     path.write_text(json.dumps(manifest | {"files": {"else.npz": {"bytes": 1}}}))
     with pytest.raises(UserError, match="no complete dataset"):
-        ensure_dataset(REPLAY, tmp_path)
+        parse_dataset_id(REPLAY).ensure(tmp_path)[0]
 
 
 def test_a_missing_policy_is_named(experts_dir, tmp_path):
@@ -227,7 +227,7 @@ def test_a_run_that_stops_early_leaves_no_dataset(experts_dir, tmp_path, monkeyp
         make(MEDIUM, tmp_path, experts_dir)
     assert written and not list(tmp_path.rglob("*.npz"))
     with pytest.raises(UserError, match="no complete dataset"):
-        ensure_dataset(MEDIUM, tmp_path)
+        parse_dataset_id(MEDIUM).ensure(tmp_path)[0]
 
 
 @pytest.mark.parametrize("dataset_id", GENERATED_IDS)
