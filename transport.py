@@ -50,17 +50,15 @@ def sinkhorn(
 
     `exact` is the optimal assignment without any blur, for at most MAX_EXACT samples. `tensorized`, `online` (needs
     pykeops) and `auto` are GeomLoss's. `fused` solves the same problem by the same schedule in a few batched kernels,
-    and holds B (2K)^2 A numbers at its peak: meant for small K. `exact`, and `fused` with a diameter, never wait for
-    the device, so that a CUDA graph can capture them. Second derivatives are not meaningful.
+    and holds B (2K)^2 A numbers at its peak: meant for small K. A CUDA graph can capture `exact` and `fused`, which
+    never wait for the device. Second derivatives are not meaningful.
 
     Args:
         x, y: [B, K, A] float32 or float64 samples, K of each state's policy. Gradients flow to both. GeomLoss's
             backends take clouds of different K too.
         blur: in units of actions; the final temperature is blur^2. `exact` ignores it, diameter and scaling.
-        backend: one of BACKENDS.
-        diameter: where the schedule of temperatures begins. For actions in a box, `box_diameter`. One that is too small
-            costs accuracy, one too large a step for each factor of `scaling`. None measures the bounding box of both
-            batches, as GeomLoss does: this waits for the device, and lets one entry's value depend on the others.
+        diameter: where the schedule of temperatures begins; for actions in a box, `box_diameter`. One that is too small
+            costs accuracy. `fused` needs it; where it is None, GeomLoss measures the box around both batches.
         scaling: ratio of the scales of two steps of the schedule, between 0 and 1; nearer to 1 is slower and nearer to
             the optimum.
 
@@ -68,11 +66,10 @@ def sinkhorn(
         [B]. Never negative but for rounding and an unfinished descent; 0 for equal clouds.
 
     Raises:
-        ValueError: shapes, dtypes, blur, diameter, scaling or backend that do not fit; without a diameter, also samples
-            that are not finite.
+        ValueError: shapes, dtypes, blur, diameter, scaling or backend that do not fit.
         ImportError: backend `online` without pykeops, or without a C++ compiler for it.
     """
-    _check_clouds(x, y, backend)
+    _check_clouds(x, y, backend, diameter)
     if not 0 < blur < math.inf or diameter is not None and not 0 < diameter < math.inf or not 0 < scaling < 1:
         raise ValueError(f"blur {blur}, diameter {diameter} must be positive and finite, scaling {scaling} in (0, 1)")
     if not torch.is_grad_enabled():  # neither GeomLoss nor an autograd.Function looks at this
@@ -80,7 +77,6 @@ def sinkhorn(
     if backend == "exact":
         partner = y.gather(1, _assignment(x, y).unsqueeze(-1).expand_as(y))
         return (x - partner).square().sum(-1).mean(-1) / 2
-    diameter = _diameter(x, y) or blur if diameter is None else diameter
     if backend == "fused":
         return _FusedSinkhorn.apply(x, y, blur, diameter, scaling)
     return _geomloss(backend, x, y, blur, diameter, scaling)
@@ -92,17 +88,10 @@ def box_diameter(max_action: float, action_dim: int) -> float:
 
 
 def cloud_spread(x: Tensor) -> Tensor:
-    """Standard deviation of the samples of a state, averaged over the states; what a blur is to be compared with.
+    """Standard deviation of the samples of a state, averaged over the states: [B, K, A] -> 0-d, without gradient.
 
-    Args:
-        x: [B, K, A] samples.
-
-    Returns:
-        0-d, without gradient, in units of actions: the root of the variance over K (divided by K - 1) averaged over A,
-        then the mean over B. 0 for K = 1.
-
-    Raises:
-        ValueError: x is not three-dimensional.
+    The root of the variance over K (divided by K - 1) averaged over A, then the mean over B. 0 for K = 1. Raises
+    ValueError for another shape.
     """
     if x.dim() != 3:
         raise ValueError(f"x must have the shape [B, K, A], not {list(x.shape)}")
@@ -110,7 +99,7 @@ def cloud_spread(x: Tensor) -> Tensor:
     return variance.mean(-1).sqrt().mean()
 
 
-def _check_clouds(x: Tensor, y: Tensor, backend: str) -> None:
+def _check_clouds(x: Tensor, y: Tensor, backend: str, diameter: float | None) -> None:
     """Raises ValueError for what `sinkhorn` cannot take."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -123,22 +112,15 @@ def _check_clouds(x: Tensor, y: Tensor, backend: str) -> None:
         fault = "x and y must agree in B and A"
     elif backend in ("fused", "exact") and x.shape[1] != y.shape[1]:
         fault = f"backend {backend} needs as many samples in x as in y (tensorized does not)"
+    elif backend == "fused" and diameter is None:
+        fault = "backend fused needs a diameter, as box_diameter gives one"
     elif backend == "exact" and x.shape[1] > MAX_EXACT:
         fault = f"backend exact takes at most {MAX_EXACT} samples a state (fused with a small blur comes near)"
     if fault:
         raise ValueError(f"{fault}: x is {list(x.shape)}, y is {list(y.shape)}")
 
 
-def _diameter(x: Tensor, y: Tensor) -> float:
-    """The diagonal of the box around all points of both batches, as GeomLoss measures it. Waits for the device."""
-    points = torch.cat([x.detach().flatten(0, 1), y.detach().flatten(0, 1)])
-    diameter = (points.amax(0) - points.amin(0)).norm().item()
-    if not math.isfinite(diameter):
-        raise ValueError("x or y holds samples that are not finite")
-    return diameter
-
-
-def _geomloss(backend: str, x: Tensor, y: Tensor, blur: float, diameter: float, scaling: float) -> Tensor:
+def _geomloss(backend: str, x: Tensor, y: Tensor, blur: float, diameter: float | None, scaling: float) -> Tensor:
     """GeomLoss's debiased Sinkhorn divergence, [B]."""
     from geomloss import SamplesLoss
 
@@ -342,25 +324,11 @@ def policy_distance(
 
 
 def gaussian_w2(mean1: Tensor, std1: Tensor, mean2: Tensor, std2: Tensor) -> Tensor:
-    """Half of W2 squared between diagonal Gaussians, comparable with `sinkhorn`.
+    """Half of W2 squared between diagonal Gaussians, [..., A] -> [...]; standard deviations are not negative.
 
     (||mean1 - mean2||^2 + ||std1 - std2||^2) / 2: the Bures-Wasserstein formula where the covariances commute
     (Dowson & Landau, "The Frechet distance between multivariate normal distributions", 1982).
-
-    Args:
-        mean1, mean2: [..., A]; std1, std2: [..., A] or what broadcasts with them, not negative.
-
-    Returns:
-        [...], differentiable.
-
-    Raises:
-        ValueError: shapes that do not broadcast.
     """
-    try:
-        mean1, std1, mean2, std2 = torch.broadcast_tensors(mean1, std1, mean2, std2)
-    except RuntimeError:
-        shapes = ", ".join(str(list(each.shape)) for each in (mean1, std1, mean2, std2))
-        raise ValueError(f"mean1, std1, mean2 and std2 do not broadcast: {shapes}") from None
     return ((mean1 - mean2).square() + (std1 - std2).square()).sum(-1) / 2
 
 

@@ -38,7 +38,7 @@ from runs.directory import (
     prepare_run,
     save_checkpoint,
 )
-from runs.evaluation import Episodes, Evaluator, episode_seeds, num_workers
+from runs.evaluation import Episodes, Evaluator, episode_seeds, num_workers, report_steps
 from runs.metrics import EpisodeLog, MetricLogger, RunningMeans, read_metrics
 from runs.plots import plot_chain_curves
 from transport import MAX_EXACT
@@ -323,10 +323,9 @@ class ChainRun(abc.ABC):
         self.episodes.add(self.step, self.policy_names(), played.returns, played.lengths, self.score(played.returns))
         figures, lines = {}, [f"{self.prefix}Update {self.step:,}.", f"Evaluation over {len(seeds)} episodes:"]
         for (number, mode), returns in zip(self.policy_names(), played.returns, strict=True):
-            score = float(self.score(returns).mean())
-            figures |= {f"eval/actor_{number}/{mode}/return": float(returns.mean())}
-            figures |= {f"eval/actor_{number}/{mode}/return_std": float(returns.std())}
-            figures |= {f"eval/actor_{number}/{mode}/score": score}
+            name, score = f"eval/actor_{number}/{mode}", float(self.score(returns).mean())
+            figures |= {f"{name}/return": float(returns.mean()), f"{name}/return_std": float(returns.std())}
+            figures[f"{name}/score"] = score
             lines.append(f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, D4RL score: {score:.3f}")
             if score > self.best["score"]:
                 self.best = {"score": score, "actor": number, "mode": mode, "step": self.step}
@@ -335,11 +334,12 @@ class ChainRun(abc.ABC):
 
     def final_evaluation(self) -> dict[str, float]:
         """`final_runs` evaluations on seeds of their own: mean score of each actor, and the spread over the runs."""
-        first, seeds = final_seeds(self.streams, self.config.final_runs * self.config.eval_episodes)
+        title, runs = f"{self.prefix}Final evaluation, last checkpoint", self.config.final_runs
+        first, seeds = final_seeds(self.streams, runs * self.config.eval_episodes)
         played = self.play(seeds, first, "final evaluation")
         scores = self.score(played.returns)
         self.episodes.add(self.step, self.policy_names(), played.returns, played.lengths, scores, "final")
-        return report_final(f"{self.prefix}Final evaluation, last checkpoint", played, scores, self.config.final_runs)
+        return report_final(title, played, scores, runs) | report_steps(self.diagnose(), scores)
 
     # -- files -------------------------------------------------------------------------------------------------------
 

@@ -291,3 +291,27 @@ class Evaluator:
         raise ProcessDied(
             f"evaluation worker {number} died ({one_line(how)}), maybe for want of memory; use fewer evaluation workers"
         )
+
+
+def report_steps(metrics: dict[str, float], scores: np.ndarray) -> dict[str, float]:
+    """Print and return what each step of the chain did: how far it moved, what Q promised for it, what it scored.
+
+    Args:
+        metrics: `chain/actor_i/moved`, `q_gain` and `spread` of each actor behind the first.
+        scores: [P, episodes], each actor deterministic and stochastic, all on the same episodes.
+    """
+    found = {}
+    for number in range(1, len(scores) // 2):
+        step = {name: metrics[f"chain/actor_{number}/{name}"] for name in ("moved", "q_gain", "spread")}
+        gains = scores[2 * number] - scores[2 * number - 2]  # deterministic, less the actor before
+        step |= {"gain": float(gains.mean()), "gain_error": float(gains.std() / math.sqrt(len(gains)))}
+        gain, error = step["gain"], 2 * step["gain_error"]
+        verdict = "helped" if gain > error else "hurt" if gain < -error else "no clear gain"
+        if step["q_gain"] <= 0 and gain <= error:
+            verdict = "cannot help here, Q promises nothing for it"
+        print(
+            f"  Step to actor {number}: moved {step['moved']:.2g} (spread {step['spread']:.2g}), Q promised "
+            f"{step['q_gain']:+.3g}, scored {gain:+.2f} ± {error / 2:.2f} over actor {number - 1}: {verdict}"
+        )
+        found |= {f"actor_{number}/{name}": value for name, value in step.items()}
+    return found

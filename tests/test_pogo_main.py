@@ -19,7 +19,7 @@ from pogo_main import POGORun, POGOTrainerConfig
 from runs import chain
 from runs.cli import parse_config, run_cli
 from runs.directory import hold_run, load_checkpoint, save_checkpoint
-from runs.evaluation import episode_seeds
+from runs.evaluation import episode_seeds, report_steps
 from runs.metrics import read_episodes, read_metrics
 from utils import RunFinished, UserError
 
@@ -109,6 +109,25 @@ def test_a_run_writes_all_its_outputs(finished):
     summary = json.loads((finished / "finished.json").read_text())
     assert summary["steps"] == 12 and summary["dataset"] == DATASET and summary["w2_weights"] == [0.4, 1.0]
     assert {f"actor_{i}/{mode}/score" for i in (0, 1) for mode in chain.MODES} <= set(summary)
+    rows, names = read_metrics(finished / "training"), ("moved", "q_gain", "spread")
+    assert [summary[f"actor_1/{name}"] for name in names] == [rows[f"chain/actor_1/{name}"][-1] for name in names]
+
+
+@pytest.mark.parametrize(
+    "gains, promised, words",
+    [
+        ([3.0, 5.0, 4.0], 1.5, "moved 0.1 (spread 0.05), Q promised +1.5, scored +4.00 ± 0.47 over actor 0: helped"),
+        ([-3.0, -5.0, -4.0], 1.5, "scored -4.00 ± 0.47 over actor 0: hurt"),
+        ([9.0, -9.0, 0.0], -0.2, "over actor 0: cannot help here, Q promises nothing for it"),
+    ],
+)
+def test_a_step_is_told_by_what_it_moved_promised_and_scored(gains, promised, words, capsys):
+    metrics = {
+        f"chain/actor_1/{name}": value for name, value in (("moved", 0.1), ("q_gain", promised), ("spread", 0.05))
+    }
+    scores = np.array([[50.0] * 3, [0.0] * 3, np.add(50, gains), [0.0] * 3])
+    found = report_steps(metrics, scores)
+    assert words in capsys.readouterr().out and found["actor_1/gain"] == pytest.approx(np.mean(gains))
 
 
 def test_the_rows_hold_the_chain(finished):

@@ -1,5 +1,6 @@
 """Distances against GeomLoss, POT, SciPy and finite differences, on ordinary and on degenerate clouds."""
 
+import functools
 import math
 import subprocess
 import sys
@@ -133,14 +134,6 @@ def test_fused_is_geomloss_in_single_precision_in_a_box(batch):
     assert max((a - b).abs().max() for a, b in zip(ours[1:], peer[1:], strict=True)) < 1e-4
 
 
-def test_fused_measures_the_diameter_as_geomloss_does():
-    x, y = pair(spread=3.0)
-    y = y.transpose(0, 1).contiguous().transpose(0, 1)  # not contiguous, which GeomLoss itself could not measure
-    assert torch.allclose(sinkhorn(x, y, backend="fused"), geomloss(x, y.contiguous()), rtol=1e-9)
-    assert torch.equal(sinkhorn(x, y), geomloss(x, y.contiguous()))
-    assert not torch.allclose(sinkhorn(x, y, backend="fused"), sinkhorn(x, y, backend="fused", diameter=1.0), rtol=1e-6)
-
-
 @pytest.mark.parametrize("diameter", [0.05, 0.1, 0.8, 1.6, 1.6 + 1e-9, 1.6 - 1e-9, 51.2])
 def test_the_schedule_is_geomloss_at_powers_of_two(diameter):
     x, y = pair()
@@ -171,6 +164,18 @@ def test_exact_gradient_against_finite_differences():
     assert torch.autograd.gradcheck(lambda x, y: sinkhorn(x, y, backend="exact"), (x, y))
 
 
+def test_what_the_schedule_costs_the_gradient():
+    """At GeomLoss's default a third of it state by state, and next to nothing of its mean."""
+    x, y = pair(B=2000, spread=0.3, shift=0.1)
+    exact = with_gradients(lambda x, y: sinkhorn(x, y, backend="exact"), x, y)[1]
+    for blur, scaling, least, most in ((0.05, 0.5, 0.3, 0.45), (0.05, 0.9, 0.05, 0.15), (0.01, 0.95, 0.0, 0.02)):
+        found = with_gradients(lambda x, y, b=blur, s=scaling: sinkhorn(x, y, b, "fused", box_diameter(1, 6), s), x, y)[
+            1
+        ]
+        assert least <= (found - exact).norm() / exact.norm() <= most
+        assert (found - exact).mean((0, 1)).norm() < 0.01 * exact.mean((0, 1)).norm()
+
+
 @pytest.mark.parametrize("backend", ["tensorized", "fused"])
 def test_a_small_blur_converges_to_the_exact_value(backend):
     """To 1% with 4 samples: a schedule that halves the scale leaves the descent that far from its end."""
@@ -197,10 +202,9 @@ def test_fused_gradient_against_finite_differences():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["tensorized", "fused", "exact"])
-@pytest.mark.parametrize("diameter", [None, 5.0])
-def test_identical_clouds(backend, diameter, dtype):
+def test_identical_clouds(backend, dtype):
     for x in (cloud(3, 4, 6, dtype=dtype), torch.full((3, 4, 6), 0.3, dtype=dtype), cloud(3, 1, 6, dtype=dtype)):
-        value, *gradients = with_gradients(lambda x, y: sinkhorn(x, y, 0.05, backend, diameter), x, x)
+        value, *gradients = with_gradients(lambda x, y: sinkhorn(x, y, 0.05, backend, 5.0), x, x)
         assert value.abs().max() < 1e-6
         assert all(gradient.isfinite().all() and gradient.abs().max() < 1e-5 for gradient in gradients)
 
@@ -251,6 +255,7 @@ def test_states_are_independent_for_a_given_diameter(backend):
 @pytest.mark.parametrize("backend", ["tensorized", "fused", "exact"])
 def test_gradients_go_only_where_they_are_wanted(backend):
     x, y = pair()
+    sinkhorn = functools.partial(transport.sinkhorn, diameter=9.0)
     assert not sinkhorn(x, y, backend=backend).requires_grad
     y.requires_grad_()
     both = torch.autograd.grad(sinkhorn(x.clone().requires_grad_(), y, backend=backend).sum(), y)[0]
@@ -289,7 +294,7 @@ def test_exact_never_waits_for_the_device_and_fused_not_when_given_a_diameter():
     assert not WAITS & set(operators(x, y, backend="exact"))
     assert operators(x, y, backend="exact") == operators(*pair(spread=0.0, shift=3.0), backend="exact")
     assert not WAITS & set(operators(x, y, diameter=9.0))
-    assert WAITS & set(operators(x, y))
+    assert WAITS & set(operators(x, y, backend="tensorized"))
 
 
 def test_fused_runs_the_same_operators_whatever_the_samples():
@@ -316,8 +321,6 @@ def test_fused_works_without_any_numbers():
     value = sinkhorn(x, y, 0.05, "fused", 9.0)
     value.sum().backward()
     assert value.shape == (5,) and x.grad.shape == x.shape
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        sinkhorn(x, y, 0.05, "fused")
 
 
 @pytest.mark.gpu
@@ -482,8 +485,7 @@ def test_box_diameter_is_the_distance_of_two_corners():
         ({"x": torch.zeros(5, 0, 6)}, "hold samples"),
         ({"y": torch.zeros(5, 4, 6).double()}, "float32 and torch.float64"),
         ({"x": torch.zeros(5, 4, 6).half(), "y": torch.zeros(5, 4, 6).half()}, "float16"),
-        ({"x": torch.full((5, 4, 6), math.nan)}, "not finite"),
-        ({"x": torch.full((5, 4, 6), math.inf)}, "not finite"),
+        ({"diameter": None}, "fused needs a diameter"),
         ({"blur": 0.0}, "blur 0.0"),
         ({"blur": math.nan}, "blur nan"),
         ({"diameter": 0.0}, "diameter 0.0"),
@@ -494,7 +496,7 @@ def test_box_diameter_is_the_distance_of_two_corners():
     ],
 )
 def test_bad_arguments_are_named(change, words):
-    good = {"x": torch.zeros(5, 4, 6), "y": torch.ones(5, 4, 6), "backend": "fused"}
+    good = {"x": torch.zeros(5, 4, 6), "y": torch.ones(5, 4, 6), "backend": "fused", "diameter": 9.0}
     sinkhorn(**good)
     with pytest.raises(ValueError, match=words):
         sinkhorn(**(good | change))
@@ -505,8 +507,6 @@ def test_other_bad_arguments_are_named():
         sinkhorn(torch.zeros(2, 11, 3), torch.zeros(2, 11, 3), backend="exact")
     with pytest.raises(ValueError, match=r"\[B, K, A\]"):
         cloud_spread(torch.zeros(4, 6))
-    with pytest.raises(ValueError, match="do not broadcast"):
-        gaussian_w2(torch.zeros(3, 2), torch.zeros(3), torch.zeros(3, 2), torch.zeros(2))
     with pytest.raises(ValueError, match="same shape"):
         l2(torch.zeros(3, 2), torch.zeros(3, 1))
 
@@ -523,7 +523,7 @@ def test_fused_and_exact_do_not_load_geomloss():
     code = (
         "import sys, torch, transport\n"
         "x, y = torch.randn(2, 4, 3), torch.randn(2, 4, 3)\n"
-        "for backend in sys.argv[1:]: transport.sinkhorn(x, y, backend=backend)\n"
+        "for backend in sys.argv[1:]: transport.sinkhorn(x, y, backend=backend, diameter=9.0)\n"
         "print('geomloss' in sys.modules)"
     )
     root = transport.__file__.rsplit("/", 1)[0]
