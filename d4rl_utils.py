@@ -351,11 +351,6 @@ def following_rows(observations: np.ndarray, rows: np.ndarray, unknown: np.ndarr
     return following
 
 
-def normalized_score(dataset_id: str, returns: ArrayLike) -> np.ndarray:
-    """`D4RLDataset.score` by id."""
-    return parse_dataset_id(dataset_id).score(returns)
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # Environments
 # ----------------------------------------------------------------------------------------------------------------
@@ -521,22 +516,3 @@ class AntMaze(gymnasium.Wrapper):
         observation, _, _, truncated, info = self.env.step(action)
         success = bool(np.linalg.norm(observation[:2] - self.goal) <= 0.5)
         return observation, float(success), success, truncated, info | {"success": success}
-
-
-def replay(
-    env: gymnasium.Env, qpos: np.ndarray, qvel: np.ndarray, actions: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Take each recorded action from its recorded state: next observations [N, obs_dim] and rewards [N], float32.
-
-    qpos [N, nq] and qvel [N, nv] are the states before the steps, actions [N, act_dim]. States in float64 reproduce a
-    recorded file exactly on the same MuJoCo. Rounded to float32 they miss the next observation by more than 1e-4 in
-    about one row of 1000 in halfcheetah and one of 20,000 in walker2d, where a contact begins or ends.
-    """
-    simulator = env.unwrapped
-    env.reset(seed=0)
-    observations = np.empty((len(actions), *env.observation_space.shape), dtype=np.float32)
-    rewards = np.empty(len(actions), dtype=np.float32)
-    for row, action in enumerate(actions):
-        simulator.set_state(qpos[row].astype(np.float64), qvel[row].astype(np.float64))
-        observations[row], rewards[row] = simulator.step(action)[:2]
-    return observations, rewards

@@ -263,17 +263,6 @@ class Transitions(NamedTuple):
     next_observations: np.ndarray  # [N, 24]
 
 
-def episode_transitions(episode: dict[str, np.ndarray]) -> Transitions:
-    """The 1000 transitions of an episode: row i pairs its action with the observation of row i - 1."""
-    return Transitions(
-        observations=episode["observation"][:-1],
-        actions=episode["action"][1:],
-        rewards=episode["reward"][1:, 0],
-        discounts=episode["discount"][1:, 0],
-        next_observations=episode["observation"][1:],
-    )
-
-
 def episode_path(folder: str | os.PathLike, index: int) -> Path:
     """`<folder>/data/episode_<index>_<steps>.npz`, the folder being a dataset's."""
     return Path(folder) / "data" / f"episode_{index:06d}_{EPISODE_STEPS}.npz"

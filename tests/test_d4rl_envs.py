@@ -17,7 +17,8 @@ import torch
 
 import d4rl_utils
 import offline_data
-from d4rl_utils import AntMaze, QuickRunner, make_env, normalized_score, official_ids
+from d4rl_utils import AntMaze, QuickRunner, make_env, official_ids
+from offline_data import normalized_score
 from runs.evaluation import Evaluator, episode_seeds
 from utils import ProcessDied, UserError
 
@@ -31,18 +32,18 @@ def test_scores_are_d4rls():
         low, high = known.get(name.removeprefix("local/").split("-")[0], (0.0, 1.0))
         np.testing.assert_allclose(normalized_score(name, [low, high]), [0, 100], atol=1e-9)
     np.testing.assert_allclose(normalized_score("hopper-medium-v2", (3234.3 - 20.272305) / 2), 50)
-    assert offline_data.normalized_score("antmaze-umaze-v2", [[0, 1], [1, 1]]).tolist() == [[0, 100], [100, 100]]
+    assert normalized_score("antmaze-umaze-v2", [[0, 1], [1, 1]]).tolist() == [[0, 100], [100, 100]]
 
 
 def test_an_unknown_id_has_no_score():
     with pytest.raises(UserError, match="did you mean 'hopper-medium-v2'"):
-        offline_data.normalized_score("hopper-medium-v1", 1.0)
+        normalized_score("hopper-medium-v1", 1.0)
 
 
 def test_a_single_task_scores_success():
     returns = [-1000.0, -999.0, 0.0]
-    assert offline_data.normalized_score("antmaze-large-navigate-singletask-v0", returns).tolist() == [0, 100, 100]
-    assert offline_data.normalized_score("humanoidmaze-giant-stitch-singletask-task2-v0", -1000.0) == 100  # of 4000
+    assert normalized_score("antmaze-large-navigate-singletask-v0", returns).tolist() == [0, 100, 100]
+    assert normalized_score("humanoidmaze-giant-stitch-singletask-task2-v0", -1000.0) == 100  # of 4000
 
 
 # --- environments ----------------------------------------------------------------------------------------------------

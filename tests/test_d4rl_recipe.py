@@ -19,7 +19,6 @@ from d4rl_utils import (
     load_arrays,
     make_env,
     parse_dataset_id,
-    replay,
 )
 from dataset_files import read_manifest
 from utils import UserError
@@ -264,6 +263,21 @@ def test_terminals_and_timeouts_are_apart(falls_at, rows, terminal):
     assert (episode["terminals"][-1], episode["timeouts"][-1]) == (terminal, not terminal)
     assert not episode["terminals"][:-1].any() and not episode["timeouts"][:-1].any()
     np.testing.assert_array_equal(episode["observations"][1:], episode["next_observations"][:-1])
+
+
+def replay(env, qpos, qvel, actions):
+    """Take each recorded action from its recorded state: next observations [N, obs_dim] and rewards [N], float32.
+
+    qpos [N, nq] and qvel [N, nv] are the states before the steps, actions [N, act_dim].
+    """
+    simulator = env.unwrapped
+    env.reset(seed=0)
+    observations = np.empty((len(actions), *env.observation_space.shape), dtype=np.float32)
+    rewards = np.empty(len(actions), dtype=np.float32)
+    for row, action in enumerate(actions):
+        simulator.set_state(qpos[row].astype(np.float64), qvel[row].astype(np.float64))
+        observations[row], rewards[row] = simulator.step(action)[:2]
+    return observations, rewards
 
 
 @pytest.mark.parametrize("robot", SIZES)

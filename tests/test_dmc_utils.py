@@ -16,8 +16,8 @@ from dmc_utils import (
     GENERATED_IDS,
     OFFICIAL_IDS,
     TASKS,
+    StudyData,
     episode_path,
-    episode_transitions,
     load_episodes,
     make_env,
     parse_dataset_id,
@@ -185,8 +185,15 @@ def test_a_renderer_that_does_not_load(monkeypatch):
 # --- episodes --------------------------------------------------------------------------------------------------------
 
 
+def transitions_of(episode):
+    outcomes = (episode[key][None, 1:] for key in ("action", "reward", "discount"))
+    actions, rewards, discounts = (part if part.shape[2] > 1 else part[..., 0] for part in outcomes)
+    states = (episode["physics"][None], np.zeros(1, np.int64))
+    return StudyData((), episode["observation"][None], actions, rewards, discounts, *states).transitions()
+
+
 def test_transitions_take_the_observation_of_the_row_before(episode):
-    transitions = episode_transitions(episode)
+    transitions = transitions_of(episode)
     for i in (1, 2, 500, 1000):
         row = [array[i - 1] for array in transitions]
         expected = [episode["observation"][i - 1], episode["action"][i], episode["reward"][i, 0]]
@@ -201,15 +208,15 @@ def test_transitions_take_the_observation_of_the_row_before(episode):
 def test_replay_tells_the_alignment(task):
     """The study's first results paired o[t] with a[t], the action that had led to it: the simulator disagrees."""
     made = play(task, seed=1)
-    env, transitions = make_env(task), episode_transitions(made)
+    env, transitions = make_env(task), transitions_of(made)
     observations, rewards = replay_episode(env, made)
     errors = np.abs(observations - transitions.next_observations).max(axis=1)
     assert (errors > 1e-4).sum() <= 2 and np.median(errors) < 1e-5  # float32 states: a touchdown may shift by a step
     assert (np.abs(rewards - transitions.rewards) > 1e-4).sum() <= 2
 
     faulty = {**made, "action": np.concatenate([made["action"][:1], made["action"][:-1]])}
-    np.testing.assert_array_equal(episode_transitions(faulty).actions[1:], transitions.actions[:-1])
-    assert not np.array_equal(episode_transitions(faulty).actions, transitions.actions)
+    np.testing.assert_array_equal(transitions_of(faulty).actions[1:], transitions.actions[:-1])
+    assert not np.array_equal(transitions_of(faulty).actions, transitions.actions)
     wrong = np.abs(replay_episode(env, faulty)[0] - transitions.next_observations).max(axis=1)
     assert np.median(wrong) > 0.1
 
