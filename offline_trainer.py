@@ -79,10 +79,9 @@ NOT_THE_MODEL = {"resume", "run_dir", *MAY_CHANGE_ON_RESUME}
 
 def open_dataset(config: OfflineTrainerConfig, device: torch.device) -> tuple[TrajectoryDataset, TrajectoryDataset]:
     """Training and validation episodes on the device; a local point maze that is missing is generated first."""
-    generate_if_missing(config.dataset, config.dataset_dir)
-    train = TrajectoryDataset.load(config.dataset, "train", config.dataset_dir, config.max_trajectories, device)
-    val = TrajectoryDataset.load(config.dataset, "val", config.dataset_dir, None, device)
-    return train, val
+    dataset = generate_if_missing(config.dataset, config.dataset_dir)
+    train = dataset.load("train", config.dataset_dir, config.max_trajectories, device)
+    return train, dataset.load("val", config.dataset_dir, None, device)
 
 
 def sample_batch(

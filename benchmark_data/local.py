@@ -11,6 +11,7 @@ from benchmark_data.experts import DEFAULT_EXPERTS_DIR as EXPERTS_DIR
 from benchmark_data.generation import Family, Plan
 from benchmark_data.maze import HUMANOID_MESSAGE, MazeFamily
 from benchmark_data.walker import WalkerFamily
+from dataset_files import Dataset
 from offline_data import find_dataset
 from utils import UserError
 
@@ -57,11 +58,12 @@ def generate(
     return generation.make(family, plan, dataset_dir, overwrite)
 
 
-def generate_if_missing(dataset_id: str, dataset_dir: str | os.PathLike | None = None, jobs: int = 1) -> None:
-    """Make a local dataset that is not there, of the default size and seed; leave all others alone.
+def generate_if_missing(dataset_id: str, dataset_dir: str | os.PathLike | None = None, jobs: int = 1) -> Dataset:
+    """The dataset of an id, made first where it is a local one that is missing, of the default size and seed.
 
     Raises UserError for an unknown id, and as `generate`.
     """
     dataset = find_dataset(dataset_id)
     if dataset.local and dataset.generated and dataset.manifest(dataset_dir) is None:
         generate(dataset.file_id, dataset_dir=dataset_dir, jobs=jobs)
+    return dataset
