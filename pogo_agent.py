@@ -189,14 +189,6 @@ class POGOAgent:
         if self.config.lr_decay:
             self.actor_lr.fill_(self.config.lr * (0.5 + 0.5 * math.cos(math.pi * share)))
 
-    @torch.no_grad()
-    def act(self, observations: Tensor, number: int = -1, stochastic: bool = False) -> Tensor:
-        """Actions [..., A] of one actor, the last by default: z = 0, or drawn from the agent's generator."""
-        z = observations.new_zeros(*observations.shape[:-1], self.action_dim)
-        if stochastic:
-            z = self.noise(*observations.shape[:-1])
-        return self.actors[number](observations, z)
-
     # -- diagnostics of the chain -----------------------------------------------------------------------------------
 
     def diagnose(self, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:

@@ -174,7 +174,8 @@ def test_evaluation_equals_stepping_one_environment_by_hand(arguments, tmp_path,
             observation, total, over = env.reset(seed=seed)[0], 0.0, False
             while not over:
                 state = torch.as_tensor((np.float32(observation) - run.mean) / run.std)
-                action = run.agent.act(state.unsqueeze(0), actor)[0].numpy()
+                z = torch.zeros(1, run.data.action_dim)
+                action = run.acting()[actor](state.unsqueeze(0), z)[0].detach().numpy()
                 observation, reward, terminated, truncated, _ = env.step(action)
                 total, over = total + reward, terminated or truncated
             assert played.returns[2 * actor, episode] == pytest.approx(total, rel=1e-4)
@@ -345,7 +346,7 @@ def test_a_policy_acts_from_its_file_alone_as_in_training(finished, arguments):
     run.load(finished / "checkpoints/last.pth")
     rows, raw = torch.from_numpy(run.data.observations[:5]), run.data.observations[:5] * run.std + run.mean
     for number in range(2):
-        expected = run.agent.act(rows, number).numpy()
+        expected = run.acting()[number](rows, torch.zeros(5, run.data.action_dim)).detach().numpy()
         np.testing.assert_allclose(policy.act(raw, number), expected, atol=1e-4)
     np.testing.assert_array_equal(policy.act(raw), policy.act(raw, 1))
     np.testing.assert_allclose(policy.act(raw[0]), policy.act(raw)[0], atol=1e-5)  # one observation, or many

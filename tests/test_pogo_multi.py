@@ -177,17 +177,6 @@ def test_policies_of_one_class_that_are_built_differently_are_not_copies():
         chain.update(make_batch())
 
 
-def test_every_actor_can_be_asked_for_actions():
-    chain, observations = make_chain("iql"), make_batch()["observations"]
-    for seed in range(5):
-        chain.update(make_batch(seed))
-    for number in range(3):
-        assert torch.equal(chain.act(observations, number), chain.actors[number](observations).mode)
-    assert torch.equal(chain.act(observations), chain.act(observations, 2))
-    assert not torch.equal(chain.act(observations, 0), chain.act(observations, 2))
-    assert not torch.equal(chain.act(observations, 0, stochastic=True), chain.act(observations, 0))
-
-
 def test_wrong_numbers_of_policies_are_refused():
     with pytest.raises(ValueError, match="2 policies for 3 weights"):
         make_chain("iql", policies=["gaussian"] * 2)

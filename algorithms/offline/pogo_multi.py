@@ -14,11 +14,12 @@ D is half of W2 squared between the two policies' actions in a state, averaged o
 | a policy and the data's action | E||pi(s, z) - a||^2 / 2, closed form for a Gaussian | exact: one coupling |
 | two points | ||pi_i(s) - pi_{i-1}(s)||^2 / 2 | exact |
 | two Gaussians | (||mean - mean'||^2 + ||std - std'||^2) / 2 | exact, before actions are cut to the box |
-| any other two | from `sinkhorn_K` draws each, by `transport.policy_distance` | exact for a JKO step by default |
+| any other two | from `sinkhorn_K` draws each, by `transport.policy_distance` | by default exact for a JKO step |
 
 so that a weight means the same everywhere. (`pogo_agent.py` has the mean over elements in actor 0: w there is 2 w / A
-here.) As there, an actor of the same kind as the one before begins as its copy and takes over its change of weights
-before it makes its own step (`follow`), without which it would spend the run on catching up.
+here.) Draws of two densities with the same noise, the default, are coupled optimally: each number of an action rises
+with its own noise. As in `pogo_agent.py`, an actor of the same kind as the one before begins as its copy and takes over
+its change of weights before it makes its own step (`follow`), without which it would spend the run on catching up.
 """
 
 import functools
@@ -184,11 +185,6 @@ class MultiActor:
         moved = (draw.actions - before).square().sum(-1).mean().sqrt()
         metrics = {"q": q, "q_gain": q - stayed, "moved": moved, "distance": distance, "floor": floor}
         return metrics | {"spread": cloud_spread(draw.actions)}
-
-    @torch.no_grad()
-    def act(self, observations: Tensor, number: int = -1, stochastic: bool = False) -> Tensor:
-        """Actions [n, A] of one actor, the last by default: its mode, or a draw from the algorithm's generator."""
-        return self.algorithm.act_with(self.actors[number], observations, stochastic)
 
     def anneal(self, share: float) -> None:
         """Set the actors' learning rate for a share of the run behind, 0 to 1, where the algorithm lets it fall."""
