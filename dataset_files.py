@@ -91,11 +91,15 @@ class Dataset:
         """Scores of undiscounted returns there, any shape, float64: the returns themselves where there is no scale."""
         return np.asarray(returns, dtype=np.float64)
 
+    @property
+    def folder_rule(self) -> str:
+        """How `folder` is chosen, in words."""
+        default = not self.local and self.OFFICIAL_FOLDER or "datasets/ beside the code"
+        return ", else ".join(filter(None, ("--dataset_dir", self.VARIABLE, default)))
+
     def folder(self, dataset_dir: str | os.PathLike | None = None) -> Path:
         """The dataset folder: the argument, else what VARIABLE names, else the benchmark's own or `datasets` here."""
-        default = Path(__file__).resolve().parent / "datasets"
-        if self.OFFICIAL_FOLDER and not self.local:
-            default = self.OFFICIAL_FOLDER
+        default = not self.local and self.OFFICIAL_FOLDER or Path(__file__).resolve().parent / "datasets"
         folder = Path(dataset_dir or os.environ.get(self.VARIABLE) or default).expanduser()
         if folder.is_file():
             raise UserError(f"--dataset_dir {folder}: is a file; give the folder that holds it, {folder.parent}")

@@ -35,31 +35,24 @@ class Group:
     rows: tuple[Row, ...]
 
 
-# Which folder is taken, by the title of a family of generation.py.
-_RULES = {
-    "OGBench mazes": "--dataset_dir, else OGBENCH_DATASET_DIR, else datasets/ beside the code",
-    "D4RL": "--dataset_dir, else D4RL_DATASET_DIR, else datasets/ beside the code",
-    "walker study": "--dataset_dir, else datasets/ beside the code",
-}
-_D4RL_RULE = "--dataset_dir, else D4RL_DATASET_DIR, else ~/.d4rl/datasets"
 _MAZES, _ROBOTS = ogbench_utils.official_ids(), d4rl_utils.official_ids()
-# Title, ids, which folder is taken, where they come from.
+# Title, ids, where they come from below their address.
 OFFICIAL = (
-    ("OGBench mazes", _MAZES, _RULES["OGBench mazes"], "<file>, with <id>-val.npz; fetched when first used"),
-    ("D4RL", [name for name in _ROBOTS if "maze" not in name], _D4RL_RULE, "<file>; fetched when first used"),
-    ("D4RL antmazes", [name for name in _ROBOTS if "maze" in name], _D4RL_RULE, "<file>; fetched when first used"),
-    ("walker study", dmc_utils.OFFICIAL_IDS, _RULES["walker study"], "the study's own folders, not published"),
+    ("OGBench mazes", _MAZES, "<file>, with <id>-val.npz; fetched when first used"),
+    ("D4RL", [name for name in _ROBOTS if "maze" not in name], "<file>; fetched when first used"),
+    ("D4RL antmazes", [name for name in _ROBOTS if "maze" in name], "<file>; fetched when first used"),
+    ("walker study", dmc_utils.OFFICIAL_IDS, "the study's own folders, not published at an address"),
 )
 
 
 def local_groups(families: Iterable[Family], dataset_dir: str | os.PathLike | None) -> Iterator[Group]:
     """What can be made here, made or not."""
     for family in families:
-        folder = family.manifest_path(family.ids[0], dataset_dir).parent
+        first = find_dataset(family.ids[0])
         flag = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
         yield Group(
             f"{family.title}, made here",
-            f"{folder} (local/ in {_RULES[family.title]})",
+            f"{first.manifest_path(dataset_dir).parent} (local/ in {first.folder_rule})",
             f"python make_dataset.py --dataset <id>{flag}",
             tuple(_local_row(family, dataset_id, dataset_dir) for dataset_id in family.ids),
         )
@@ -81,12 +74,12 @@ def _local_row(family: Family, dataset_id: str, dataset_dir: str | os.PathLike |
 
 def official_groups(dataset_dir: str | os.PathLike | None) -> Iterator[Group]:
     """The official files, there or not."""
-    for title, ids, rule, source in OFFICIAL:
+    for title, ids, source in OFFICIAL:
         datasets = [find_dataset(dataset_id) for dataset_id in ids]
         address = f"{datasets[0].url}/" if datasets[0].url else ""
         yield Group(
             f"{title}, official files",
-            f"{datasets[0].paths(dataset_dir)[0].parent} ({rule})",
+            f"{datasets[0].paths(dataset_dir)[0].parent} ({datasets[0].folder_rule})",
             address + source,
             tuple(_official_row(dataset.id, dataset.paths(dataset_dir)) for dataset in datasets),
         )
