@@ -556,7 +556,7 @@ class StateMetric(nn.Module):
         return self.net(states) * self.log_scale.exp()
 
 
-class StepInverse(nn.Module):
+class InverseDynamicsModel(nn.Module):
     """The action between two successive states (s, s'), unbounded. Normalised states [n, D] twice -> [n, A].
 
     `scale` is the deviation of s' - s, in which the difference is measured; `OnlineAgent` sets it from the dataset's

@@ -13,11 +13,10 @@ import contextlib
 import functools
 import json
 import math
-import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,17 +26,21 @@ import torch
 from benchmark_data.local import generate_if_missing
 from model import OfflineModel
 from model_kernels import KernelConfig, use_kernels
-from ogbench_utils import (
-    NUM_TASKS,
-    Maze,
-    TrajectoryDataset,
-    hindsight_goals,
-    make_env,
-    max_episode_steps,
-    parse_dataset_id,
-    seeded_reset,
+from ogbench_utils import TrajectoryDataset, max_episode_steps, parse_dataset_id
+from online_agent import OnlineAgent, OnlineAgentConfig
+from opso.batches import CodeSet, sample_batch, sample_pairs
+from opso.episodes import (
+    EVAL_ENVS,
+    TRAIN_SEED_OFFSET,
+    Evaluation,
+    GoalEnv,
+    RandomPolicy,
+    check_video,
+    episode_code,
+    rollout,
 )
-from online_agent import Navigator, OnlineAgent, OnlineAgentConfig, StateGraph
+from opso.policy import Policy, build_model
+from opso.search import Planner, StateGraph, spaced_rows
 from runs.cli import check_bounds, parse_config, run_cli
 from runs.directory import (
     check_run,
@@ -48,11 +51,10 @@ from runs.directory import (
     prepare_run,
     save_checkpoint,
 )
+from runs.evaluation import Evaluator, num_workers
 from runs.metrics import MetricLogger, RunningMeans, read_metrics
-from runs.plots import plot_online_curves, plot_paths
+from runs.plots import plot_online_curves
 from utils import EpisodeReplay, RandomStreams, UserError, progress, resolve_device, write_text_atomic
-
-TRAIN_SEED_OFFSET = 10**6  # training episodes are reset with seeds from here on, evaluation with those below
 
 
 @dataclass
@@ -65,25 +67,24 @@ class OnlineTrainerConfig(KernelConfig, OnlineAgentConfig):
     max_trajectories: int | None = None  # use the dataset's first so many episodes; default: those of the pretraining
     max_episodes: int = 64  # episodes to act in; 0 fits on the dataset and evaluates
     num_envs: int = 8  # environments at once; a round is one episode in each
-    batch_size: int = 8  # an update draws batch_size x transitions_per_window transitions from each source
-    transitions_per_window: int = 64  # see batch_size
-    subgoal_steps: int | None = None  # how far ahead z' lies; default 10 for the point, 25 for ants and humanoids
-    metric_steps: int | None = None  # the metric learns from states 1..so many steps apart; default 10, or 25
-    metric_updates: int | None = None  # of 512 pairs each, before everything else; default 1500, or 3000
+    batch_size: int = 8  # an update samples batch_size x transitions_per_window transitions from each source
+    transitions_per_window: int = 64  # an update samples batch_size x transitions_per_window transitions a source
+    metric_updates: int | None = None  # updates of the metric, before all else; default 1500, ant and humanoid 3000
     fit_updates: int | None = None  # updates on the dataset, once its actions are known; default 1500, or 4000
-    label_updates: int | None = None  # of the labeller, after the random rounds; default 1500, or 6000
-    relabel_updates: int = 500  # of the labeller after each later round, before the dataset is labelled anew
-    label_lr: float = 1e-3  # of the labeller, decaying to a fiftieth; half as high after later rounds
+    idm_updates: int | None = None  # first updates of the inverse dynamics model; default 1500, or 6000
+    idm_updates_per_round: int = 500  # updates of the inverse dynamics model after each later round
+    idm_lr: float = 1e-3  # learning rate of the inverse dynamics model, decaying to a fiftieth; halved in later rounds
     updates_per_round: int = 250  # updates after each round of episodes
-    random_steps: int | None = None  # rounds that begin before so many steps act at random; default 2000, or 32000
+    random_steps: int | None = None  # environment steps of random actions before training; default 2000, or 32000
     replay_episodes: int = 200  # own episodes kept
-    epsilon_start: float = 0.30  # probability of exploring straight towards the goal, in the first round
-    epsilon_end: float = 0.05  # and in the last
-    action_noise_start: float = 0.20  # standard deviation of the noise on actions, in the first round
-    action_noise_end: float = 0.05  # and in the last
+    epsilon_start: float = 0.30  # probability of exploring straight towards the goal, first round after random ones
+    epsilon_end: float = 0.05  # probability of exploring straight towards the goal, last round
+    action_noise_start: float = 0.20  # standard deviation of action noise, first round after random ones
+    action_noise_end: float = 0.05  # standard deviation of action noise, last round
     eval_freq: int = 4  # rounds between evaluations; each one writes a checkpoint
-    eval_episodes: int = 20  # episodes of each of the five tasks at the end
-    eval_episodes_between: int = 4  # and in the evaluations on the way
+    eval_episodes: int = 20  # episodes of each of the five tasks in the last evaluation
+    eval_episodes_between: int = 4  # episodes of each of the five tasks in intermediate evaluations
+    eval_workers: int | None = None  # more processes that step environments; default: cores - 1, at most 7
     seed: int = 0  # of initialisation, sampling, acting and evaluation, each its own stream
     device: str = "auto"  # auto, cpu or cuda
     run_dir: str | None = None  # default logs/online/<dataset>/<inverse_dynamics_data>/seed_<seed>
@@ -91,49 +92,37 @@ class OnlineTrainerConfig(KernelConfig, OnlineAgentConfig):
     tensorboard: bool = True  # write TensorBoard events
     wandb_project: str | None = None  # also log to Weights & Biases (requirements/tracking.txt)
     record_video: bool = False  # write evaluation.mp4, an episode of each task (needs EGL or OSMesa)
-    evaluate: str | None = None  # train nothing: evaluate this best_model.pth or last.pth, on --eval_episodes a task
+    evaluate: str | None = None  # train nothing: evaluate this run or checkpoint, on --eval_episodes a task
 
 
 # What each number may be: smallest and largest value, ends included.
 BOUNDS = {
     **dict.fromkeys(("horizon", "subgoal_steps", "replan_every", "patience", "batch_size", "num_links"), (1, 10**9)),
-    **dict.fromkeys(
-        ("transitions_per_window", "num_envs", "replay_episodes", "eval_freq", "metric_steps", "metric_dim"), (1, 10**9)
-    ),
-    **dict.fromkeys(("eval_episodes", "eval_episodes_between", "max_trajectories"), (1, 10**9)),
-    **dict.fromkeys(
-        ("max_episodes", "fit_updates", "updates_per_round", "random_steps", "wander_steps", "seed"), (0, 2**53)
-    ),
-    "label_updates": (1, 10**9),
-    "relabel_updates": (0, 10**9),
-    "graph_nodes": (2, 10**6),
-    "metric_updates": (1, 10**9),
-    **dict.fromkeys(("lr", "metric_lr", "label_lr", "max_weight", "aim_steps", "trusted_steps"), (1e-9, 1e9)),
-    **dict.fromkeys(("link_cost", "bar_steps"), (0.0, 1e9)),
+    **dict.fromkeys(("transitions_per_window", "num_envs", "replay_episodes", "eval_freq", "metric_steps"), (1, 10**9)),
+    **dict.fromkeys(("eval_episodes", "eval_episodes_between", "max_trajectories", "metric_dim"), (1, 10**9)),
+    **dict.fromkeys(("metric_updates", "idm_updates"), (1, 10**9)),
+    **dict.fromkeys(("max_episodes", "fit_updates", "updates_per_round", "random_steps", "escape_steps"), (0, 2**53)),
+    **dict.fromkeys(("idm_updates_per_round", "seed"), (0, 2**53)),
+    **{"graph_nodes": (2, 10**6), "eval_workers": (0, 256)},
+    **dict.fromkeys(("lr", "metric_lr", "idm_lr", "max_weight", "aim_steps", "trusted_steps"), (1e-9, 1e9)),
+    **dict.fromkeys(("link_cost", "block_radius"), (0.0, 1e9)),
     **dict.fromkeys(("state_temperature", "action_temperature", "action_noise_start", "action_noise_end"), (0.0, 1e3)),
     **dict.fromkeys(("expectile", "epsilon_start", "epsilon_end", "p_self", "p_future", "p_random"), (0.0, 1.0)),
     "tau": (1e-9, 1.0),
     "goal_discount": (0.0, 1 - 1e-9),
 }
-# What None stands for, by robot: a step of the point goes farther than an ant's.
+# What None stands for: for the point, whose steps go farther, and for ants and humanoids.
 BY_ROBOT = {
-    "pointmaze": {
-        **{"subgoal_steps": 10, "metric_steps": 10, "metric_updates": 1500, "fit_updates": 1500},
-        **{"random_steps": 2000, "label_updates": 1500},
-    },
-    "antmaze": {
-        **{"subgoal_steps": 25, "metric_steps": 25, "metric_updates": 3000, "fit_updates": 4000},
-        **{"random_steps": 32_000, "label_updates": 6000},
-    },
+    **{"subgoal_steps": (10, 25), "metric_steps": (10, 25), "metric_updates": (1500, 3000)},
+    **{"fit_updates": (1500, 4000), "idm_updates": (1500, 6000), "random_steps": (2000, 32_000)},
 }
-BY_ROBOT["humanoidmaze"] = BY_ROBOT["antmaze"]
-MAY_CHANGE_ON_RESUME = {"dataset_dir", "offline_run_dir", "device", "tensorboard", "wandb_project", "record_video"}
+MAY_CHANGE_ON_RESUME = {
+    *("dataset_dir", "offline_run_dir", "device", "eval_workers", "tensorboard", "wandb_project", "record_video")
+}
 NOT_THE_MODEL = {"resume", "run_dir", "evaluate", *MAY_CHANGE_ON_RESUME}
-EVAL_ENVS = 20  # evaluation episodes at once
-NODES_PER_AIM = 2  # nodes of the graph that aim_steps span at least
 METRIC_PAIRS = 512  # in an update of the metric
-LABEL_PAIRS = 512  # in an update of the labeller
-VIDEO_SKIP = 3  # environment steps a frame
+COUNTERS = ("episodes", "random_episodes", "env_steps", "best_success", "fitted")  # of a run, kept in last.pth
+IDM_TRANSITIONS = 512  # in an update of the inverse dynamics model
 
 
 def check(config: OnlineTrainerConfig) -> None:
@@ -151,8 +140,9 @@ def check(config: OnlineTrainerConfig) -> None:
 
 def resolve(config: OnlineTrainerConfig) -> OnlineTrainerConfig:
     """The settings with every None that depends on the robot filled in."""
-    chosen = BY_ROBOT[parse_dataset_id(config.dataset).maze_env]
-    return replace(config, **{name: value for name, value in chosen.items() if getattr(config, name) is None})
+    kind = 0 if parse_dataset_id(config.dataset).maze_env == "pointmaze" else 1
+    absent = {name: values[kind] for name, values in BY_ROBOT.items() if getattr(config, name) is None}
+    return replace(config, **absent)
 
 
 # -- the pretrained model ------------------------------------------------------------------------------------------
@@ -188,9 +178,7 @@ def load_pretrained(config: OnlineTrainerConfig) -> tuple[OfflineModel, dict[str
     try:
         weights = state["agent"]["target"] if config.offline_checkpoint == "last" else state["target"]
         settings = state["config"]
-        # The weights are the same for every backend; the one that fits this machine is taken.
-        shape = {name: settings[name] for name in ("n_layers", "d_state", "d_conv", "expand")}
-        model = OfflineModel(state["observation_dim"], settings["d_model"], settings["hidden_dim"], **shape)
+        model = build_model(state["observation_dim"], settings)
         absent = [f"encoder.{name}" for name in ("mean", "std") if f"encoder.{name}" not in weights]
         if absent:
             raise UserError(f"{path}: holds no normaliser ({', '.join(absent)} absent); {remedy}")
@@ -204,211 +192,6 @@ def load_pretrained(config: OnlineTrainerConfig) -> tuple[OfflineModel, dict[str
     if not (folder / "finished.json").exists():
         print(f"{folder}: this pretraining is not finished; what it has learned so far is used", file=sys.stderr)
     return model, settings
-
-
-# -- data: features of single states, encoded once --------------------------------------------------------------------
-
-
-@dataclass
-class CodeSet:
-    """The dataset as features; the same attributes as `EpisodeReplay`, whose states are features too."""
-
-    states: torch.Tensor  # [N, d_model + D]
-    actions: torch.Tensor  # [N, A]
-    episode_end: torch.Tensor  # [N] int64, inclusive
-    transitions: torch.Tensor  # [M] int64, rows that start a transition
-
-    @classmethod
-    def from_dataset(cls, data: TrajectoryDataset, agent: OnlineAgent, actions: torch.Tensor) -> "CodeSet":
-        """The dataset's states with these actions [N, A]: its own, or those that take their place."""
-        rows = torch.arange(len(data.observations), device=data.device)
-        starts = rows[rows < data.episode_end]
-        return cls(agent.encode(data.observations), actions, data.episode_end, starts)
-
-
-def sample_batch(
-    source: CodeSet | EpisodeReplay,
-    agent: OnlineAgent,
-    count: int,
-    acted: bool,
-    generator: torch.Generator,
-) -> dict[str, torch.Tensor]:
-    """`count` transitions with hindsight goals, horizons and subgoals, as `OnlineAgent.update` takes them.
-
-    The inverse dynamics aims 1..subgoal_steps ahead, drawn; the proposer exactly subgoal_steps, or at the goal where
-    that comes first. Nothing crosses an episode's end. `acted` says whether the actions may be read.
-    """
-    config, device = agent.config, source.states.device
-
-    def draw(low: int, high: int) -> torch.Tensor:
-        return torch.randint(low, high, (count,), generator=generator, device=device)
-
-    rows = source.transitions[draw(0, len(source.transitions))]
-    goals, steps_to_goal = hindsight_goals(
-        rows, source.episode_end, source.transitions, config.p_self, config.p_future, config.goal_discount, generator
-    )
-    remaining = source.episode_end[rows] - rows
-    n = torch.minimum(draw(1, config.horizon + 1), remaining)
-    sub = torch.minimum(draw(1, config.subgoal_steps + 1), remaining)
-    far = torch.minimum(remaining, steps_to_goal).clamp(max=config.subgoal_steps)
-    at = torch.stack([rows, rows + 1, rows + n - 1, rows + n, rows + sub, rows + far, goals])
-    names = ("", "_next", "_before", "_ahead", "_sub", "_far", "_goal")
-    features = dict(zip(names, source.states[at], strict=True))
-    batch = {f"z{name}": agent.code(x) for name, x in features.items()}
-    batch |= {f"x{name}": features[name] for name in ("", "_sub", "_goal")}
-    batch |= {"steps_to_goal": steps_to_goal, "n": n, "sub_steps": sub, "far_steps": far}
-    actions = source.actions[rows] if acted else torch.zeros_like(source.actions[rows])
-    known = torch.full((count,), float(acted), device=device)
-    return batch | {"actions": actions, "acted": known}
-
-
-def sample_pairs(
-    source: CodeSet, metric_steps: int, count: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Features [count, F] of states and of those 1..metric_steps later, or at the episode's end; steps [count]."""
-    device = source.states.device
-    number = torch.randint(0, len(source.transitions), (count,), generator=generator, device=device)
-    rows = source.transitions[number]
-    steps = torch.randint(1, metric_steps + 1, (count,), generator=generator, device=device)
-    steps = torch.minimum(steps, source.episode_end[rows] - rows)
-    return source.states[rows], source.states[rows + steps], steps
-
-
-# -- episodes ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Episode:
-    """What one episode left."""
-
-    observations: np.ndarray  # [T + 1, D] float32
-    actions: np.ndarray  # [T, A] float32
-    goal: np.ndarray  # [D] float32
-    subgoals: np.ndarray  # [T] int, the node aimed at
-    reward: float  # sum over the episode
-    success: bool
-
-
-class EnvPool:
-    """Several environments of one dataset, stepped in turn; built at first use and kept."""
-
-    def __init__(self, dataset: str):
-        self.dataset, self.envs = dataset, []
-
-    def play(self, seeds: list[int], tasks: list[int | None], policy_for, ended=lambda count: None) -> list[Episode]:
-        """One episode in each of len(seeds) environments, to success or the time limit.
-
-        policy_for(goals [E, D]) returns the policy: (observations [m, D], live [m]) -> actions [m, A], chosen [m].
-        ended(count) is told how many episodes have just come to their end.
-        """
-        while len(self.envs) < len(seeds):
-            self.envs.append(make_env(self.dataset))
-        resets = [
-            seeded_reset(env, seed, {} if task is None else {"task_id": task})
-            for env, seed, task in zip(self.envs, seeds, tasks, strict=False)
-        ]
-        goals = np.stack([np.asarray(info["goal"], np.float32) for _, info in resets])
-        policy = policy_for(goals)
-        seen: list[list[np.ndarray]] = [[observation] for observation, _ in resets]
-        done: list[list[tuple]] = [[] for _ in seeds]
-        success = np.zeros(len(seeds), dtype=bool)
-        live = np.arange(len(seeds))
-        while len(live):
-            actions, chosen = policy(np.stack([seen[env][-1] for env in live]), live)
-            over = []
-            for env, action, subgoal in zip(live, actions, chosen, strict=True):
-                observation, reward, terminated, truncated, info = self.envs[env].step(action)
-                seen[env].append(np.asarray(observation, dtype=np.float32))
-                done[env].append((action, float(reward), subgoal))
-                success[env] |= bool(info.get("success", False))
-                over.append(terminated or truncated or success[env])
-            live = live[~np.array(over)]
-            if any(over):
-                ended(sum(over))
-        return [
-            Episode(
-                np.stack(states),
-                np.stack([action for action, _, _ in steps]),
-                goal,
-                np.array([subgoal for _, _, subgoal in steps]),
-                sum(reward for _, reward, _ in steps),
-                bool(reached),
-            )
-            for states, steps, goal, reached in zip(seen, done, goals, success, strict=True)
-        ]
-
-    def close(self) -> None:
-        for env in self.envs:
-            env.close()
-        self.envs.clear()
-
-
-class Evaluation:
-    """Episodes of the five tasks, without exploration or noise, and their pictures.
-
-    The same episodes every time: one depends on the seed, its task and its number alone, but for rounding, as states
-    are encoded together.
-    """
-
-    def __init__(self, dataset: str, seed: int):
-        self.dataset, self.seed, self.envs = dataset, seed, EnvPool(dataset)
-        self.episodes: list[tuple[int, Episode]] = []  # those of the last run: task and episode
-
-    def reset_seed(self, number: int) -> int:
-        """Of the number-th episode of each task; training resets draw from TRAIN_SEED_OFFSET on."""
-        return (self.seed + number) % TRAIN_SEED_OFFSET
-
-    def run(self, agent: OnlineAgent, graph: StateGraph, episodes: int) -> dict[str, float]:
-        """Play `episodes` episodes of each task; returns success in all and by task, and the mean length."""
-        jobs = [(task, self.reset_seed(number)) for number in range(episodes) for task in range(1, NUM_TASKS + 1)]
-        self.episodes = []
-        with progress(len(jobs), "evaluate", unit="episode", leave=False) as bar:
-            for start in range(0, len(jobs), EVAL_ENVS):
-                tasks, seeds = map(list, zip(*jobs[start : start + EVAL_ENVS], strict=True))
-                acting = [seed * NUM_TASKS + task for task, seed in zip(tasks, seeds, strict=True)]
-                policy_for = functools.partial(navigator_policy, agent, graph, acting)
-                self.episodes += zip(tasks, self.envs.play(seeds, tasks, policy_for, bar.update), strict=True)
-        by_task = {
-            f"eval/success_task{task}": float(np.mean([episode.success for t, episode in self.episodes if t == task]))
-            for task in range(1, NUM_TASKS + 1)
-        }
-        steps = float(np.mean([len(episode.actions) for _, episode in self.episodes]))
-        return {"eval/success_rate": float(np.mean(list(by_task.values()))), **by_task, "eval/episode_steps": steps}
-
-    def record_video(self, path: Path) -> None:
-        """The first episode of each task as an MP4, its actions replayed from the same reset."""
-        env = renderer(self.dataset)
-        first = {task: episode for task, episode in reversed(self.episodes)}
-        part = path.with_suffix(f".part{path.suffix}")
-        with contextlib.closing(env), find_video_writer().get_writer(part, fps=30) as writer:
-            for task in progress(sorted(first), "video", unit="episode"):
-                seeded_reset(env, self.reset_seed(0), {"task_id": task})
-                for step, action in enumerate(first[task].actions):
-                    env.step(action)
-                    if step % VIDEO_SKIP == 0:
-                        writer.append_data(env.render())
-        part.replace(path)
-
-    def plot(self, path: Path, nodes: np.ndarray, title: str) -> None:
-        """The paths over the maze, and of nodes [n, 2] those that the first episode of each task aimed at."""
-        panels = []
-        for task in range(1, NUM_TASKS + 1):
-            played = [episode for t, episode in self.episodes if t == task]
-            chosen = played[0].subgoals
-            chosen = chosen[(chosen >= 0) & (chosen < len(nodes))]
-            panels.append(
-                {
-                    "name": f"task {task}: {np.mean([episode.success for episode in played]):.0%}",
-                    "paths": [episode.observations[:, :2] for episode in played],
-                    "success": [episode.success for episode in played],
-                    "goal_xy": played[0].goal[:2],
-                    "subgoals": nodes[chosen],
-                }
-            )
-        plot_paths(Maze.from_env(self.envs.envs[0]), panels, path, title)
-
-    def close(self) -> None:
-        self.envs.close()
 
 
 class OnlineRun:
@@ -443,42 +226,29 @@ class OnlineRun:
     def open(self, checkpoint: Path | None) -> None:
         """Build the agent, its codes and replay; continue from the checkpoint if there is one."""
         config = self.config
+        self.limit = max_episode_steps(config.dataset)
+        self.evaluator = open_evaluator(config, config.dataset, self.limit)
+        self.resources.callback(self.evaluator.close)
         with self.streams.initialising():
-            self.agent = OnlineAgent(
-                config,
-                self.model,
-                self.data.action_dim,
-                self.pretrained["hidden_dim"],
-                self.pretrained["discount"],
-                self.device,
-            )
+            width, discount = self.pretrained["hidden_dim"], self.pretrained["discount"]
+            self.agent = OnlineAgent(config, self.model, self.data.action_dim, width, discount, self.device)
         # In the strict regime the dataset's actions go no further than this line.
         known = config.inverse_dynamics_data == "offline"
         actions = self.data.actions if known else torch.zeros_like(self.data.actions)
         self.codes = CodeSet.from_dataset(self.data, self.agent, actions)
         if not known:
-            rows, states = self.codes.transitions, self.agent.state(self.codes.states)
-            self.agent.scale_labeller(states[rows], states[rows + 1])
+            self.agent.scale_idm(*self.neighbours(self.codes, self.codes.transitions))
         self.node_rows = spaced_rows(self.data.episode_end, config.graph_nodes, config.aim_steps)
-        self.limit = max_episode_steps(config.dataset)
-        self.replay = EpisodeReplay(
-            min(config.replay_episodes, max(config.max_episodes, 1)),
-            self.limit,
-            self.codes.states.shape[1],
-            self.data.action_dim,
-            self.device,
-        )
+        kept = min(config.replay_episodes, max(config.max_episodes, 1))
+        self.replay = EpisodeReplay(kept, self.limit, self.codes.states.shape[1], self.data.action_dim, self.device)
         self.episodes = self.random_episodes = self.env_steps = 0
         self.best_success, self.measured, self.fitted = -1.0, False, False  # measured: the metric is fitted
-        self.figures: dict[str, float] = {}  # of the last evaluation
+        self.metrics: dict[str, float] = {}  # of the last evaluation
         if checkpoint is not None:
             self.load(checkpoint)
         else:
             (self.run_dir / "best_model.pth").unlink(missing_ok=True)
-        self.envs = EnvPool(config.dataset)
-        self.evaluation = Evaluation(config.dataset, self.streams.evaluation_seed)
-        for pool in (self.envs, self.evaluation):
-            self.resources.callback(pool.close)
+        self.evaluation = Evaluation(self.evaluator, config.dataset, self.streams.evaluation_seed)
         self.logger = MetricLogger(
             self.run_dir, self.episodes if checkpoint else None, config.tensorboard, config.wandb_project, config
         )
@@ -493,11 +263,11 @@ class OnlineRun:
     def learn(self, updates: int, desc: str, anneal: bool = False) -> dict[str, float]:
         """So many updates, on the dataset's states and, where there are any, the agent's own episodes.
 
-        anneal: cosine decay of the learning rate to a tenth over these updates. Returns mean figures.
+        anneal: cosine decay of the learning rate to a tenth over these updates. Returns mean losses.
         """
         config, means = self.config, RunningMeans()
         count = config.batch_size * config.transitions_per_window
-        # One's own actions are for the labeller; where the dataset's are known, they are for the inverse dynamics too.
+        # Own actions are the inverse dynamics model's; where the dataset's are known, the policy learns from both.
         own = config.inverse_dynamics_data == "offline"
         for number in progress(range(updates), desc, unit="update", leave=False):
             parts = [sample_batch(self.codes, self.agent, count, True, self.streams.sampling)]
@@ -506,20 +276,19 @@ class OnlineRun:
             batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             scale = 0.55 + 0.45 * math.cos(math.pi * number / updates) if anneal else 1.0
             means.add(self.agent.update(batch, scale))
-        figures = means.take()
-        for name, value in figures.items():
+        return self.finite(means.take(), "--lr")
+
+    def finite(self, losses: dict[str, float], remedy: str) -> dict[str, float]:
+        """The losses, or UserError where one has diverged."""
+        for name, value in losses.items():
             if not math.isfinite(value):
-                raise UserError(f"{self.run_dir}: {name} is {value} after {self.episodes} episodes; lower --lr")
-        return figures
+                raise UserError(f"{self.run_dir}: {name} is {value} after {self.episodes} episodes; lower {remedy}")
+        return losses
 
-    def share(self) -> float:
-        """How much of the rounds that act by the policy is behind: 0 in the first of them and 1 in the last."""
+    def schedule(self, start: float, end: float) -> float:
+        """Linear from start, in the first round that acts by the policy, to end, in the last."""
         last = self.config.max_episodes - self.config.num_envs - self.random_episodes
-        return min((self.episodes - self.random_episodes) / max(last, 1), 1.0)
-
-    def between(self, start: float, end: float) -> float:
-        """A figure of the coming round that goes linearly from start to end over the run."""
-        return start + (end - start) * self.share()
+        return start + (end - start) * min((self.episodes - self.random_episodes) / max(last, 1), 1.0)
 
     @functools.cached_property
     def graph(self) -> StateGraph:
@@ -531,72 +300,68 @@ class OnlineRun:
         """What comes first: the metric."""
         config = self.config
 
-        def draw() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def sample() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             return sample_pairs(self.codes, config.metric_steps, METRIC_PAIRS, self.streams.sampling)
 
         updates = progress(range(config.metric_updates), "fit the metric", unit="update", leave=False)
-        loss = self.agent.fit_metric(draw, updates, config.metric_updates)
-        if not math.isfinite(loss):
-            raise UserError(f"{self.run_dir}: the loss of the metric is {loss}; lower --metric_lr")
-        return {"metric_loss": loss}
+        loss = self.agent.fit_metric(sample, updates, config.metric_updates)
+        return self.finite({"metric_loss": loss}, "--metric_lr")
 
-    def label(self, updates: int, lr: float) -> dict[str, float]:
-        """Train the labeller on one's own transitions and put its actions between the dataset's states."""
-        source, generator = self.replay, self.streams.sampling
+    def neighbours(self, source: CodeSet | EpisodeReplay, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised states [n, D] of these rows, and the next ones."""
+        states = self.agent.state(source.states)
+        return states[rows], states[rows + 1]
 
-        def draw() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            number = torch.randint(len(source), (LABEL_PAIRS,), generator=generator, device=self.device)
+    def fit_idm(self, updates: int, lr: float) -> dict[str, float]:
+        """Train the inverse dynamics model on own transitions and infer the dataset's actions by it."""
+        source = self.replay
+
+        def sample() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            number = torch.randint(len(source), (IDM_TRANSITIONS,), generator=self.streams.sampling, device=self.device)
             rows = source.transitions[number]
-            states = self.agent.state(source.states)
-            return states[rows], states[rows + 1], source.actions[rows]
+            return *self.neighbours(source, rows), source.actions[rows]
 
-        bar = progress(range(updates), "fit the labeller", unit="update", leave=False)
-        loss = self.agent.fit_labeller(draw, bar, updates, lr)
-        if not math.isfinite(loss):
-            raise UserError(f"{self.run_dir}: the loss of the labeller is {loss}; lower --label_lr")
-        self.relabel()
-        return {"label_loss": loss}
+        bar = progress(range(updates), "fit the inverse dynamics model", unit="update", leave=False)
+        losses = self.finite({"idm_loss": self.agent.fit_idm(sample, bar, updates, lr)}, "--idm_lr")
+        self.infer_actions()
+        return losses
 
-    def relabel(self) -> None:
-        """The labeller's actions between the dataset's states."""
-        rows, states = self.codes.transitions, self.agent.state(self.codes.states)
-        self.codes.actions[rows] = self.agent.label(states[rows], states[rows + 1])
+    def infer_actions(self) -> None:
+        """Put what the inverse dynamics model infers between the dataset's states."""
+        rows = self.codes.transitions
+        self.codes.actions[rows] = self.agent.infer_actions(*self.neighbours(self.codes, rows))
 
     def imitate(self) -> dict[str, float]:
-        """After a round: learn from the dataset, once its actions are known or labelled, and from own episodes."""
+        """After a round: learn from the dataset, once its actions are known or inferred, and from own episodes."""
         config, strict = self.config, self.config.inverse_dynamics_data == "online"
         if self.fitted:
-            labels = (
-                self.label(config.relabel_updates, config.label_lr / 2) if strict and config.relabel_updates else {}
-            )
-            return labels | self.learn(config.updates_per_round, "learn")
+            updates = config.idm_updates_per_round if strict else 0
+            losses = self.fit_idm(updates, config.idm_lr / 2) if updates else {}
+            return losses | self.learn(config.updates_per_round, "learn")
         if strict and self.env_steps < config.random_steps and self.episodes < config.max_episodes:
             return {}  # random rounds go on
-        labels = self.label(config.label_updates, config.label_lr) if strict else {}
+        losses = self.fit_idm(config.idm_updates, config.idm_lr) if strict else {}
         self.fitted = True
-        return labels | self.learn(config.fit_updates, "fit on the dataset", anneal=True)
+        return losses | self.learn(config.fit_updates, "fit on the dataset", anneal=True)
 
     def collect(self, ended=lambda count: None) -> dict[str, float]:
-        """A round: one episode in each environment, into the replay; `ended` as in `EnvPool.play`. Its figures."""
-        config = self.config
+        """A round: one episode in each environment, into the replay; `ended` as in `rollout`. Returns its metrics."""
+        config, random = self.config, not self.fitted
         count = min(config.num_envs, config.max_episodes - self.episodes)
-        epsilon = self.between(config.epsilon_start, config.epsilon_end)
-        noise = self.between(config.action_noise_start, config.action_noise_end)
-        random = not self.fitted
-        seeds = torch.randint(
-            TRAIN_SEED_OFFSET, 2**32, (count,), generator=self.streams.policy, device=self.device
-        ).tolist()
-        navigators: list[Navigator] = []
+        epsilon = self.schedule(config.epsilon_start, config.epsilon_end)
+        noise = self.schedule(config.action_noise_start, config.action_noise_end)
+        generator, device = self.streams.policy, self.device
+        seeds = torch.randint(TRAIN_SEED_OFFSET, 2**32, (count,), generator=generator, device=device).tolist()
 
-        def policy_for(goals: np.ndarray):
+        def policy_for(goals: np.ndarray) -> Planner | RandomPolicy:
             if random:
-                return random_policy(seeds, self.data.action_dim)
-            return navigator_policy(self.agent, self.graph, seeds, goals, epsilon, noise, navigators)
+                return RandomPolicy(seeds, self.data.action_dim)
+            return Planner(self.agent, self.graph, goals, seeds, epsilon, noise)
 
-        played = self.envs.play(seeds, [None] * count, policy_for, ended)
+        played, policy = rollout(self.evaluator, [episode_code(seed) for seed in seeds], policy_for, ended)
         for episode in played:
-            observations = torch.as_tensor(episode.observations, device=self.device)
-            self.replay.add(self.agent.encode(observations), torch.as_tensor(episode.actions, device=self.device))
+            observations = torch.as_tensor(episode.observations, device=device)
+            self.replay.add(self.agent.encode(observations), torch.as_tensor(episode.actions, device=device))
         self.random_episodes += count if random else 0
         self.episodes += count
         self.env_steps += sum(len(episode.actions) for episode in played)
@@ -605,7 +370,7 @@ class OnlineRun:
             "episode_reward": float(np.mean([episode.reward for episode in played])),
             "epsilon": 1.0 if random else epsilon,
             "action_noise": 1.0 if random else noise,
-            "goal_biased_share": navigators[0].exploring_share() if navigators else 0.0,
+            "goal_biased_share": 0.0 if random else policy.exploration_rate(),
             "env_steps": float(self.env_steps),
         }
 
@@ -613,7 +378,7 @@ class OnlineRun:
         """Fit the metric, then rounds of episodes and updates, evaluating and saving every eval_freq rounds.
 
         Where the dataset's actions are known, everything is fitted on it before the first round; else after the random
-        rounds, when it is labelled.
+        rounds, when they are inferred.
         """
         config = self.config
         if not self.measured:
@@ -633,7 +398,7 @@ class OnlineRun:
                     self.evaluate_and_save(metrics)
                 else:
                     self.logger.log(self.episodes, metrics)
-        return self.figures or self.evaluate(config.eval_episodes)  # empty: cut after the last checkpoint
+        return self.metrics or self.evaluate(config.eval_episodes)  # empty: cut after the last checkpoint
 
     # -- evaluation and files ----------------------------------------------------------------------------------------
 
@@ -646,26 +411,19 @@ class OnlineRun:
         config = self.config
         if self.fitted:
             last = self.episodes >= config.max_episodes
-            self.figures = self.evaluate(config.eval_episodes if last else config.eval_episodes_between)
-            metrics = metrics | self.figures
+            self.metrics = self.evaluate(config.eval_episodes if last else config.eval_episodes_between)
+            metrics = metrics | self.metrics
         self.logger.log(self.episodes, metrics)
         success = metrics.get("eval/success_rate", -1.0)
         if success > self.best_success:
             self.best_success = success
             save_checkpoint(self.run_dir / "best_model.pth", self.model_state() | {"success_rate": success})
-        state = self.model_state() | {
-            "env_steps": self.env_steps,
-            "random_episodes": self.random_episodes,
-            "best_success": self.best_success,
-            "fitted": self.fitted,
-            "agent": self.agent.state_dict(),
-            "replay": self.replay.state_dict(),
-            "streams": self.streams.state_dict(),
-        }
-        save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state)
+        state = self.model_state() | {name: getattr(self, name) for name in COUNTERS}
+        parts = {name: getattr(self, name).state_dict() for name in ("agent", "replay", "streams")}
+        save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state | parts)
 
     def model_state(self) -> dict[str, Any]:
-        """What `load_policy` needs: encoder, heads, metric, the graph's nodes, their sizes and the dataset."""
+        """What `Policy` needs: encoder, heads, metric, the graph's nodes, their sizes and the dataset."""
         return {
             "dataset": self.config.dataset,
             "config": {key: value for key, value in plain_config(self.config).items() if key not in NOT_THE_MODEL},
@@ -687,14 +445,13 @@ class OnlineRun:
                 raise UserError(f"{path}: began from another pretrained model; give its --offline_run_dir")
             if not torch.equal(state["nodes"], self.data.observations[self.node_rows]):
                 raise UserError(f"{path}: began on other data; give its --dataset_dir, or another --run_dir")
-            self.agent.load_state_dict(state["agent"])
-            self.replay.load_state_dict(state["replay"])
-            self.streams.load_state_dict(state["streams"])
-            self.episodes, self.env_steps = state["episodes"], state["env_steps"]
-            self.random_episodes = state["random_episodes"]
-            self.best_success, self.measured, self.fitted = state["best_success"], True, state["fitted"]
+            for name in ("agent", "replay", "streams"):
+                getattr(self, name).load_state_dict(state[name])
+            for name in COUNTERS:
+                setattr(self, name, state[name])
+            self.measured = True
             if self.fitted and self.config.inverse_dynamics_data == "online":
-                self.relabel()
+                self.infer_actions()
         except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a checkpoint of this model ({error}); choose another --run_dir") from None
 
@@ -715,123 +472,33 @@ def default_run_dir(config: OnlineTrainerConfig) -> Path:
     return Path(config.run_dir or stem)
 
 
-def spaced_rows(episode_end: torch.Tensor, most: int, aim_steps: float) -> torch.Tensor:
-    """Rows for at most so many nodes: evenly spaced in time, but never farther than half of aim_steps.
-
-    Where all rows would be too many at that spacing, whole episodes are left out, evenly; where one episode alone has
-    too many, it is farther after all. episode_end [N] int64, the last row of each row's episode; returns [n] int64.
-    """
-    rows = torch.arange(len(episode_end), device=episode_end.device)
-    spacing = min(math.ceil(len(rows) / most), max(int(aim_steps) // NODES_PER_AIM, 1))
-    rows = rows[::spacing]
-    ends, lengths = torch.unique_consecutive(episode_end[rows], return_counts=True)
-    number = torch.arange(len(ends), device=rows.device)
-    # Of every `of` episodes one is kept, as many as it takes to come below the limit.
-    for of in range(math.ceil(len(rows) / most), len(ends) + 1):
-        if int(lengths[number % of == 0].sum()) <= most:
-            return rows[(number % of == 0).repeat_interleave(lengths)]
-    return torch.arange(0, len(episode_end), math.ceil(len(episode_end) / most), device=rows.device)
-
-
-def load_policy(path: str | Path, device: str | torch.device = "cpu") -> tuple[OnlineAgent, StateGraph, dict[str, Any]]:
-    """What acts, from best_model.pth or checkpoints/last.pth alone: the agent, its graph and all that the file says.
-
-    Raises UserError for a file that is no policy of this script.
-    """
-    state = load_checkpoint(Path(path), device)
-    if "pretrained" not in state:
-        raise UserError(f"{path}: not a policy of online_trainer.py; give the best_model.pth of one of its runs")
-    try:
-        settings, before = state["config"], state["pretrained"]
-        shape = {name: before[name] for name in ("n_layers", "d_state", "d_conv", "expand")}
-        model = OfflineModel(state["nodes"].shape[1], before["d_model"], before["hidden_dim"], **shape)
-        own = OnlineAgentConfig(**{field.name: settings[field.name] for field in fields(OnlineAgentConfig)})
-        agent = OnlineAgent(own, model, state["action_dim"], before["hidden_dim"], before["discount"], device)
-        agent.load_policy_state_dict(state["agent"])
-        graph = StateGraph(agent, agent.encode(state["nodes"]), state["node_rows"], state["node_episode_end"])
-    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a policy of online_trainer.py ({reason}); give its best_model.pth") from None
-    return agent, graph, state
+def open_evaluator(config: OnlineTrainerConfig, dataset: str, limit: int | None = None) -> Evaluator:
+    """Environments for rounds of episodes and for evaluations."""
+    make = functools.partial(GoalEnv, parse_dataset_id(dataset).id, limit)
+    return Evaluator(make, max(config.num_envs, EVAL_ENVS), num_workers(config.eval_workers))
 
 
 def evaluate_file(config: OnlineTrainerConfig) -> None:
     """`--evaluate`: the episodes that the run's own evaluation takes, as many as asked for, in a folder beside it."""
-    agent, graph, state = load_policy(config.evaluate, resolve_device(config.device))
-    dataset, seed = state["dataset"], state["config"]["seed"]
+    policy = Policy(config.evaluate, resolve_device(config.device))
+    if policy.agent is None:
+        raise UserError(f"{policy.path}: not a policy of online_trainer.py; give the best_model.pth of one of its runs")
+    dataset, seed = policy.dataset, policy.config["seed"]
     if config.record_video:
-        try_video(dataset)
-    folder = Path(config.run_dir or Path(config.evaluate).parent / "evaluation")
-    with contextlib.closing(Evaluation(dataset, RandomStreams(seed).evaluation_seed)) as evaluation:
-        figures = evaluation.run(agent, graph, config.eval_episodes)
-        write_text_atomic(folder / "evaluation.json", json.dumps({"dataset": dataset, **figures}, indent=2) + "\n")
-        title = f"{dataset}, {state['config']['inverse_dynamics_data']} actions, seed {seed}"
-        evaluation.plot(folder / "paths.png", state["nodes"][:, :2].cpu().numpy(), title)
-        if config.record_video:
-            evaluation.record_video(folder / "evaluation.mp4")
-    print(f"{title}: {config.evaluate}, after {state['episodes']} episodes of its own")
-    for name, value in figures.items():
+        check_video(dataset)
+    folder = Path(config.run_dir or policy.path.parent / "evaluation")
+    with open_evaluator(config, dataset) as evaluator:
+        evaluation = Evaluation(evaluator, dataset, RandomStreams(seed).evaluation_seed)
+        metrics = evaluation.run(policy.agent, policy.graph, config.eval_episodes)
+    write_text_atomic(folder / "evaluation.json", json.dumps({"dataset": dataset, **metrics}, indent=2) + "\n")
+    title = f"{dataset}, {policy.config['inverse_dynamics_data']} actions, seed {seed}"
+    evaluation.plot(folder / "paths.png", policy.state["nodes"][:, :2].cpu().numpy(), title)
+    if config.record_video:
+        evaluation.record_video(folder / "evaluation.mp4")
+    print(f"{title}: {policy.path}, after {policy.state['episodes']} episodes of its own")
+    for name, value in metrics.items():
         print(f"  {name}: {value:.3f}")
     print(f"outputs in {folder}: evaluation.json, paths.png{', evaluation.mp4' if config.record_video else ''}")
-
-
-def navigator_policy(
-    agent: OnlineAgent,
-    graph: StateGraph,
-    seeds: list[int],
-    goals: np.ndarray,
-    epsilon: float = 0.0,
-    action_noise: float = 0.0,
-    made: list[Navigator] | None = None,
-):
-    """A policy for `EnvPool.play`: actions, and the nodes aimed at. Its navigator is appended to `made`."""
-    navigator = Navigator(agent, graph, goals, seeds, epsilon, action_noise)
-    if made is not None:
-        made.append(navigator)
-    return lambda observations, live: (navigator.act(observations, live), navigator.chosen[live])
-
-
-def random_policy(seeds: list[int], action_dim: int):
-    """Uniform actions in [-1, 1], drawn anew at each step, aimed at nothing."""
-    generators = [np.random.default_rng([seed, 1]) for seed in seeds]  # the environment draws from the seed alone
-
-    def policy(observations: np.ndarray, live: np.ndarray):
-        actions = np.stack([generators[env].uniform(-1, 1, action_dim) for env in live])
-        return actions.astype(np.float32), np.full(len(live), -2)
-
-    return policy
-
-
-def renderer(dataset: str):
-    """An environment that renders without a display. Raises UserError where nothing here can."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    chosen = os.environ["MUJOCO_GL"]
-    try:
-        env = make_env(dataset, render_mode="rgb_array", width=320, height=320)
-        seeded_reset(env, 0)
-        env.render()
-    except Exception as error:  # each OpenGL library fails in its own way
-        raise UserError(
-            f"--record_video: cannot render with MUJOCO_GL={chosen} ({type(error).__name__}); it needs EGL (a GPU's "
-            "driver) or OSMesa (libosmesa6 and MUJOCO_GL=osmesa); leave --record_video out where there is neither"
-        ) from None
-    return env
-
-
-def try_video(dataset: str) -> None:
-    """Raises UserError where no film can be made."""
-    renderer(parse_dataset_id(dataset).id).close()
-    find_video_writer()
-
-
-def find_video_writer():
-    """imageio with its MP4 writer; raises UserError without the package."""
-    try:
-        import imageio.v2 as imageio
-        import imageio_ffmpeg  # noqa: F401
-    except ImportError:
-        raise UserError("--record_video needs imageio-ffmpeg: pip install -r requirements/video.txt") from None
-    return imageio
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -842,7 +509,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.evaluate is not None:
         return evaluate_file(config)
     if config.record_video:  # say now what would fail after hours
-        try_video(config.dataset)
+        check_video(config.dataset)
     run = OnlineRun(config)
     print(
         f"{config.dataset}, seed {config.seed}, {run.device}; actions: {config.inverse_dynamics_data}; "

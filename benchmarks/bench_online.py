@@ -6,7 +6,7 @@
 Both act with the same networks and the same graph of states, in OGBench's antmaze-medium, which is simulated by both
 and counts in the second pair of figures; once by search, once by the proposer. The peer encodes each environment's
 last `context_length` states at every step. The networks are untrained and the nodes random; distances are scaled so
-that every goal is far and the search has ways to find and to bar. The two take turns; medians are printed.
+that every goal is far and the search has paths to find and to block. The two take turns; medians are printed.
 """
 
 import sys
@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import OfflineModel
 from ogbench_utils import make_env, seeded_reset
-from online_agent import Navigator, OnlineAgent, OnlineAgentConfig, StateGraph
+from online_agent import OnlineAgent, OnlineAgentConfig
+from opso.search import Planner, StateGraph
 from runs.cli import check_counts, parse_config, run_cli
 
 DATASET = "antmaze-medium-navigate-v0"
@@ -38,7 +39,7 @@ class BenchOnlineConfig:
     threads: int = 1  # CPU threads
 
 
-class WindowNavigator(Navigator):
+class WindowPlanner(Planner):
     """Encodes the window anew at each step, as the original does."""
 
     def __init__(self, *arguments, context_length: int):
@@ -54,13 +55,13 @@ class WindowNavigator(Navigator):
         return torch.cat([encoder(torch.as_tensor(windows, dtype=torch.float32))[:, -1], states], -1)
 
 
-def turn(navigator: Navigator, envs: list, steps: int) -> tuple[float, float]:
+def turn(planner: Planner, envs: list, steps: int) -> tuple[float, float]:
     """Seconds that acting takes, and acting with the simulator, over `steps` steps of every environment."""
     observations = np.stack([seeded_reset(env, number)[0] for number, env in enumerate(envs)])
     live, acting, began = np.arange(len(envs)), 0.0, time.perf_counter()
     for _ in range(steps):
         before = time.perf_counter()
-        actions = navigator.act(observations, live)
+        actions = planner.act(observations, live)
         acting += time.perf_counter() - before
         observations = np.stack([env.step(action)[0] for env, action in zip(envs, actions, strict=True)])
     return acting, time.perf_counter() - began
@@ -74,10 +75,10 @@ def compare(config: BenchOnlineConfig, agent: OnlineAgent, graph: StateGraph, en
         for name in times:
             seeds = range(len(envs))
             if name == "ours":
-                navigator = Navigator(agent, graph, goals, seeds)
+                planner = Planner(agent, graph, goals, seeds)
             else:
-                navigator = WindowNavigator(agent, graph, goals, seeds, context_length=config.context_length)
-            taken = turn(navigator, envs, config.steps)
+                planner = WindowPlanner(agent, graph, goals, seeds, context_length=config.context_length)
+            taken = turn(planner, envs, config.steps)
             if round_:  # the first one warms up
                 times[name].append(taken)
     return times

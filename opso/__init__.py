@@ -1,1 +1,1 @@
-"""OPSO: search among dataset states, episodes, and mazes for its diagnostic."""
+"""OPSO: search among dataset states, batches, episodes, trained policies, and mazes for its diagnostic."""

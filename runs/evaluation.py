@@ -41,6 +41,7 @@ class Episodes:
     returns: np.ndarray  # float64, undiscounted
     lengths: np.ndarray  # int64, steps
     successes: np.ndarray | None  # bool: info["success"] at any step; None where the environment does not tell
+    last_observations: np.ndarray  # [P, E, obs_dim] float32, where each episode ended
 
 
 def episode_seeds(seed: int, episodes: int) -> list[int]:
@@ -222,11 +223,11 @@ class Evaluator:
             except BaseException:
                 self._stop_workers()  # they may be in the middle of a step; the next evaluation starts new ones
                 raise
-        returns, lengths, success = (np.concatenate(parts, axis=1) for parts in zip(*rounds, strict=True))
-        return Episodes(returns, lengths, None if (success < 0).any() else success > 0)
+        returns, lengths, success, last = (np.concatenate(parts, axis=1) for parts in zip(*rounds, strict=True))
+        return Episodes(returns, lengths, None if (success < 0).any() else success > 0, last)
 
     def _play(self, policies: Policies, num_policies: int, seeds: Sequence[int], bar: Any) -> tuple[np.ndarray, ...]:
-        """One round: returns, lengths and successes (-1: not told), [P, len(seeds)] each."""
+        """One round: returns, lengths, successes (-1: not told) and last observations, [P, len(seeds), ...] each."""
         shape = (num_policies, len(seeds))
         count = math.prod(shape)
         shared = self._shared
@@ -243,7 +244,8 @@ class Evaluator:
             lengths[alive] += 1
             bar.update(int(alive.sum() - shared.alive[:count].sum()))
             alive = shared.alive[:count].copy()
-        return returns.reshape(shape), lengths.reshape(shape), shared.success[:count].reshape(shape).copy()
+        found = (returns, lengths, shared.success[:count].copy(), shared.observations[:count].copy())
+        return tuple(each.reshape(*shape, *each.shape[1:]) for each in found)
 
     def _actions(self, policies: Policies, observations: np.ndarray, alive: np.ndarray) -> np.ndarray:
         """The policies' actions as [P * E, act_dim], checked where they are used."""

@@ -10,16 +10,17 @@ import torch.nn.functional as F
 
 from model import OfflineModel
 from ogbench_utils import NEVER
-from online_agent import Navigator, OnlineAgent, OnlineAgentConfig, StateGraph
-from online_trainer import CodeSet, sample_batch, sample_pairs
+from online_agent import OnlineAgent, OnlineAgentConfig
+from opso.batches import CodeSet, sample_batch, sample_pairs
+from opso.search import Planner, StateGraph
 from runs.directory import load_checkpoint, save_checkpoint
 from utils import EpisodeReplay
 
 SETTINGS = {
     **{"lr": 1e-3, "tau": 0.1, "expectile": 0.9, "horizon": 5, "subgoal_steps": 4, "state_temperature": 0.3},
     **{"action_temperature": 0.2, "max_weight": 1.5, "acting": "search", "num_links": 3, "link_cost": 0.5},
-    **{"trusted_steps": 5.0, "aim_steps": 3.0, "replan_every": 1, "patience": 1000, "bar_steps": 2.0},
-    **{"wander_steps": 3, "metric_steps": 4, "metric_dim": 6, "metric_lr": 3e-3},
+    **{"trusted_steps": 5.0, "aim_steps": 3.0, "replan_every": 1, "patience": 1000, "block_radius": 2.0},
+    **{"escape_steps": 3, "metric_steps": 4, "metric_dim": 6, "metric_lr": 3e-3},
     **{"p_self": 0.2, "p_future": 0.4, "p_random": 0.4, "goal_discount": 0.7},
 }
 DISCOUNT, WIDTH, ACTIONS = 0.9, 8, 2
@@ -373,8 +374,8 @@ def test_a_squared_distance_is_worth_the_steps_of_the_pairs():
     assert apart[i, k].item() == pytest.approx(float(agent.metric.steps_per_square) * square, rel=1e-4)
 
 
-def test_the_labeller_finds_the_actions_of_states_alone():
-    """Own transitions of a known dynamics teach it; it then labels others', at places it has not seen."""
+def test_the_inverse_dynamics_model_finds_the_actions_of_states_alone():
+    """Own transitions of a known dynamics teach it; it then infers others', at places it has not seen."""
     agent = make_agent()
     generator = torch.Generator().manual_seed(0)
     push = torch.tensor([[0.2, 0.05, 0.0], [0.0, -0.1, 0.1]])[:, :ACTIONS]
@@ -385,17 +386,17 @@ def test_the_labeller_finds_the_actions_of_states_alone():
         return agent.state(agent.encode(states)), agent.state(agent.encode(states + actions @ push.T)), actions
 
     states, later, actions = transitions(500, 2.0)
-    agent.scale_labeller(states, later)
-    assert torch.allclose(agent.labeller.scale, (later - states).std(0) + 1e-3, atol=1e-5)
+    agent.scale_idm(states, later)
+    assert torch.allclose(agent.idm.scale, (later - states).std(0) + 1e-3, atol=1e-5)
     heads = copy.deepcopy(agent.heads.state_dict())
-    blank = (agent.label(states, later) - actions).abs().mean()
-    loss = agent.fit_labeller(lambda: transitions(64, 1.0), range(600), 600, 3e-3)
-    found = agent.label(states, later, block=64)
-    assert torch.allclose(found, agent.label(states, later), atol=1e-5) and found.abs().max() <= 1
+    blank = (agent.infer_actions(states, later) - actions).abs().mean()
+    loss = agent.fit_idm(lambda: transitions(64, 1.0), range(600), 600, 3e-3)
+    found = agent.infer_actions(states, later, block=64)
+    assert torch.allclose(found, agent.infer_actions(states, later), atol=1e-5) and found.abs().max() <= 1
     # Two numbers of motion tell two actions.
     assert (found - actions)[:, :2].abs().mean() < 0.1 < blank and loss < 0.1
     assert all(torch.equal(before, agent.heads.state_dict()[name]) for name, before in heads.items())
-    assert not any(parameter.requires_grad for parameter in agent.labeller.parameters())
+    assert not any(parameter.requires_grad for parameter in agent.idm.parameters())
 
 
 def horseshoe(rows: int, back: bool = False) -> torch.Tensor:
@@ -675,7 +676,7 @@ def test_of_parallel_edges_the_cheapest_counts():
 @pytest.mark.parametrize("bars", [0, 1, 3])
 @pytest.mark.parametrize("num_links", [1, 3])
 def test_routes_equal_an_exhaustive_search(bars, num_links):
-    """Floyd and Warshall's over the edges written out by hand, without those barred."""
+    """Floyd and Warshall's over the edges written out by hand, without those blocked."""
     agent, ways = place_agent(num_links=num_links), []
     for seed in range(6):
         graph, places, rows, ends = random_graph(agent, seed)
@@ -684,18 +685,18 @@ def test_routes_equal_an_exhaustive_search(bars, num_links):
         last, last_cost = (links[0] for links in graph.links(torch.from_numpy(goal)[None]))
         near = sorted(range(n), key=lambda k: math.dist(places[k], goal))[:num_links]
         assert last.tolist() == near
-        barred = [(rng.random(n) < 0.5, rng.random(n) < 0.5) for _ in range(bars)]
+        blocked = [(rng.random(n) < 0.5, rng.random(n) < 0.5) for _ in range(bars)]
         cost = np.full((n + 1, n + 1), np.inf)
         for (a, b), price in edges_by_hand(agent, places, rows, ends).items():
-            if not any(here[a] and there[b] for here, there in barred):
+            if not any(here[a] and there[b] for here, there in blocked):
                 cost[a, b] = price
-        for k in near:  # the goal itself is never barred
+        for k in near:  # the goal itself is never blocked
             cost[k, n] = link(agent, places[k], goal.tolist())
         best = cost.copy()
         np.fill_diagonal(best, 0)
         for k in range(n + 1):
             best = np.minimum(best, best[:, k : k + 1] + best[k : k + 1])
-        steps, following = graph.routes(last, last_cost, barred)
+        steps, following = graph.shortest_paths(last, last_cost, blocked)
         assert np.allclose(steps, best[:n, n], rtol=1e-4)
         for node in range(n):
             after = following[node]
@@ -710,12 +711,12 @@ def test_routes_equal_an_exhaustive_search(bars, num_links):
 def test_a_link_of_no_cost_is_an_edge():
     agent = place_agent(num_links=1, link_cost=0.0)
     graph = join(agent, [(0, 0), (0, 9)], [(0, 9), (9, 9)], [(9, 9), (30, 9)])
-    steps, following = graph.routes(np.array([5]), np.array([1.0]))
+    steps, following = graph.shortest_paths(np.array([5]), np.array([1.0]))
     assert steps.tolist() == pytest.approx([4, 3, 3, 2, 2, 1]) and following.tolist() == [1, 2, 3, 4, 5, 6]
 
 
 def test_links_from_outside_the_ends_of_a_way_and_the_nearest_code():
-    agent = place_agent(num_links=4, bar_steps=3.0)
+    agent = place_agent(num_links=4, block_radius=3.0)
     graph, places, *_ = random_graph(agent, 3)
     points = torch.rand(5, 2) * 5
     (nodes, costs), n = graph.links(points), len(graph)
@@ -728,7 +729,7 @@ def test_links_from_outside_the_ends_of_a_way_and_the_nearest_code():
         away = [(math.dist(place, point) ** 2, math.dist(place, places[row]) ** 2) for place in places]
         here = [k != row and a <= 3 and a < b for k, (a, b) in enumerate(away)]
         there = [k == row or (b <= 3 and b <= a) for k, (a, b) in enumerate(away)]
-        assert [side.tolist() for side in graph.ends(points[row], row)] == [here, there]
+        assert [side.tolist() for side in graph.around(points[row], row)] == [here, there]
         seen += here + there
     assert any(seen) and not all(seen)
     codes = torch.randn(9, WIDTH)
@@ -750,7 +751,7 @@ def test_no_way_leads_through_a_wall():
         (last, last_cost), (first, first_cost) = (
             (nodes[0], costs[0]) for nodes, costs in map(graph.links, (goal, start))
         )
-        steps, _ = graph.routes(last, last_cost)
+        steps, _ = graph.shortest_paths(last, last_cost)
         return edges(graph), float((first_cost + steps[first]).min()), graph
 
     def along(node: int) -> int:
@@ -773,19 +774,19 @@ def places(*points) -> np.ndarray:
     return np.array(points, dtype=np.float32)
 
 
-def navigate(agent: OnlineAgent, graph: StateGraph, *goals, seed=0, **more) -> Navigator:
-    return Navigator(agent, graph, places(*goals), range(seed, seed + len(goals)), **more)
+def plan(agent: OnlineAgent, graph: StateGraph, *goals, seed=0, **more) -> Planner:
+    return Planner(agent, graph, places(*goals), range(seed, seed + len(goals)), **more)
 
 
-def aims(navigator: Navigator, *points) -> list[int]:
+def aims(planner: Planner, *points) -> list[int]:
     """The nodes aimed at where the environments show these places, len(graph) for the goal; z' is what they say."""
-    actions = navigator.act(places(*points), np.arange(len(points)))
+    actions = planner.act(places(*points), np.arange(len(points)))
     assert actions.shape == (len(points), ACTIONS) and np.abs(actions).max() <= 1
-    known = torch.cat([navigator.graph.features, torch.zeros(1, FEATURES)])
-    for env, node in enumerate(navigator.chosen):
-        expected = known[node] if node < len(navigator.graph) else navigator.goals[env]
-        assert torch.equal(navigator.subgoals[env], expected)
-    return navigator.chosen.tolist()
+    known = torch.cat([planner.graph.features, torch.zeros(1, FEATURES)])
+    for env, node in enumerate(planner.chosen):
+        expected = known[node] if node < len(planner.graph) else planner.goals[env]
+        assert torch.equal(planner.subgoals[env], expected)
+    return planner.chosen.tolist()
 
 
 MAZE = """
@@ -832,11 +833,11 @@ def test_the_way_found_goes_round_the_wall_and_is_the_shortest():
     cells, exact, place, goal = maze_cells()
     moves = [(a, b) for i, a in enumerate(cells) for k, b in enumerate(cells) if exact[i, k] == 1]
     agent = place_agent(num_links=8, trusted_steps=0.25, aim_steps=2.0)
-    navigator = navigate(agent, join(agent, *moves), cells[goal])
+    planner = plan(agent, join(agent, *moves), cells[goal])
     blind, walked = place, [place]
     for _ in range(40):
-        aims(navigator, cells[walked[-1]])
-        aim = tuple(navigator.subgoals[0, WIDTH:].round().int().tolist())
+        aims(planner, cells[walked[-1]])
+        aim = tuple(planner.subgoals[0, WIDTH:].round().int().tolist())
         walked.append(step_towards(cells, walked[-1], aim))
         blind = step_towards(cells, blind, cells[goal])
         if walked[-1] == goal:
@@ -854,25 +855,25 @@ LINE = [(float(x), 0.0) for x in range(20)]
 def test_it_aims_some_steps_ahead_on_the_way(aim_steps, ahead):
     """A link of half a step leads to the line, where a place is a step; the last one leads to the goal."""
     agent = place_agent(aim_steps=aim_steps)
-    navigator = navigate(agent, join(agent, LINE), LINE[-1])
+    planner = plan(agent, join(agent, LINE), LINE[-1])
     for place in range(20):
         left, to_goal = 19 - place, (19 - place) ** 2
         near = to_goal <= aim_steps or left < ahead
-        assert aims(navigator, LINE[place]) == [20 if near else place + ahead], place
+        assert aims(planner, LINE[place]) == [20 if near else place + ahead], place
 
 
 @pytest.mark.parametrize("upper,lower", [(2, 3), (3, 2)])
 def test_the_cheapest_way_is_taken(upper, lower):
     agent = place_agent(aim_steps=1.0)
     graph = join(agent, UPPER, LOWER, gaps=(upper, lower))
-    assert aims(navigate(agent, graph, (8, 0)), (0, 0)) == [1 if upper < lower else 5]
+    assert aims(plan(agent, graph, (8, 0)), (0, 0)) == [1 if upper < lower else 5]
 
 
 def test_the_goal_is_the_aim_where_no_way_leads():
     """Two lines that no link joins: there is a way along the first, and none from the second."""
     agent = place_agent(num_links=1)
     graph = join(agent, LINE[:5], [(30, 0), (31, 0), (32, 0)])
-    assert aims(navigate(agent, graph, (4, 0), (4, 0)), (0, 0), (30, 0)) == [3, 8]
+    assert aims(plan(agent, graph, (4, 0), (4, 0)), (0, 0), (30, 0)) == [3, 8]
 
 
 UPPER = [(0, 0), (0, 4), (8, 4), (8, 0)]
@@ -880,84 +881,84 @@ LOWER = [(0, -0.1), (0, -4), (8, -4), (8, 0.1)]
 
 
 def stuck_agent(**settings) -> PlaceAgent:
-    return place_agent(**({"num_links": 2, "aim_steps": 1.5, "patience": 6, "wander_steps": 4} | settings))
+    return place_agent(**({"num_links": 2, "aim_steps": 1.5, "patience": 6, "escape_steps": 4} | settings))
 
 
-def test_a_way_without_progress_is_barred_after_patience_and_all_barred_begins_anew():
+def test_a_way_without_progress_is_blocked_after_patience_and_all_blocked_begins_anew():
     """The upper way is shorter; who does not get on tries the lower one, and in the end the upper one again.
 
     The second environment gets on, and stays by what the first one bars.
     """
     agent = stuck_agent()
     graph = join(agent, UPPER, LOWER, gaps=(2, 3))
-    navigator = navigate(agent, graph, (8, 0), (8, 0))
-    chosen, other = zip(*(aims(navigator, (0, 0), (0, 9 - 0.29 * step)) for step in range(14)), strict=True)
+    planner = plan(agent, graph, (8, 0), (8, 0))
+    chosen, other = zip(*(aims(planner, (0, 0), (0, 9 - 0.29 * step)) for step in range(14)), strict=True)
     assert chosen == (1,) * 7 + (5,) * 7 and other == (1,) * 14
-    again = [aims(navigator, (0, 0), (8, 4))[0] for _ in range(14)]
+    again = [aims(planner, (0, 0), (8, 4))[0] for _ in range(14)]
     assert again[0] in (1, 8) and again[1:6] == [1] * 5 and again[-5:] == [5] * 5
-    assert aims(navigate(agent, graph, (8, 0)), (0, 0)) == [1]  # given up for the episode, not for ever
+    assert aims(plan(agent, graph, (8, 0)), (0, 0)) == [1]  # given up for the episode, not for ever
 
 
 def test_a_bar_takes_in_what_lies_around_its_ends():
-    """Two states at the upper turn: where the first is barred, so is the second. With no radius, it is not."""
-    for bar_steps, expected in ((2.0, 8), (0.0, 4)):
-        agent = stuck_agent(bar_steps=bar_steps, num_links=3)
+    """Two states at the upper turn: where the first is blocked, so is the second. With no radius, it is not."""
+    for block_radius, expected in ((2.0, 8), (0.0, 4)):
+        agent = stuck_agent(block_radius=block_radius, num_links=3)
         graph = join(agent, [(0, 0), (0, 4), (8, 4)], [(0, 0), (0.3, 4.2)], [(8, 4), (8, 0)], LOWER, gaps=(2, 2, 2, 9))
-        navigator = navigate(agent, graph, (8, 0))
-        chosen = [aims(navigator, (0, 0))[0] for _ in range(8)]
+        planner = plan(agent, graph, (8, 0))
+        chosen = [aims(planner, (0, 0))[0] for _ in range(8)]
         assert chosen == [1] * 7 + [expected]
 
 
 def test_the_bar_holds_for_who_stands_there():
-    """The barred node is among those nearest to the place itself."""
+    """The blocked node is among those nearest to the place itself."""
     agent = stuck_agent(num_links=3)
     upper = [(-0.5, 0), (0, 2), (8, 4), (8, 0)]
     graph = join(agent, upper, LOWER, gaps=(2, 9))
-    navigator = navigate(agent, graph, (8, 0))
+    planner = plan(agent, graph, (8, 0))
     assert 1 in graph.links(torch.zeros(1, 2))[0]
-    chosen = [aims(navigator, (0, 0))[0] for _ in range(14)]
+    chosen = [aims(planner, (0, 0))[0] for _ in range(14)]
     assert chosen == [1] * 7 + [5] * 7
 
 
 def test_after_beginning_anew_progress_along_the_way_counts():
     """Round the wall, the goal is 9 steps away through it and 44 along the way: who gets on is not stopped again."""
     agent = place_agent(num_links=4, patience=6)
-    navigator = navigate(agent, join(agent, ROUND, ROUND[::-1]), (0, 3))
-    assert all(aims(navigator, (0, 0)) == [3] for _ in range(7)) and navigator.barred[0]
-    aims(navigator, (0, 0))
-    assert not navigator.barred[0]
+    planner = plan(agent, join(agent, ROUND, ROUND[::-1]), (0, 3))
+    assert all(aims(planner, (0, 0)) == [3] for _ in range(7)) and planner.blocked[0]
+    aims(planner, (0, 0))
+    assert not planner.blocked[0]
     for place in ROUND[1:]:
-        aims(navigator, place)
-        assert not navigator.barred[0] and not navigator.wandering[0], place
+        aims(planner, place)
+        assert not planner.blocked[0] and not planner.escape_left[0], place
 
 
 def test_every_bar_holds_whatever_the_others_strike_out():
-    """It stands where both barred ways begin; the first one leads to where the second one begins."""
+    """It stands where both blocked ways begin; the first one leads to where the second one begins."""
     for order in ((1, 0), (0, 1)):
         agent, own = place_agent(num_links=3), np.eye(4, dtype=bool)
-        navigator = navigate(agent, join(agent, [(0, 0), (1, 0), (2, 0), (9, 0)]), (9, 0))
+        planner = plan(agent, join(agent, [(0, 0), (1, 0), (2, 0), (9, 0)]), (9, 0))
         bars = [(own[0], own[1]), (own[1], own[2])]
-        navigator.barred[0] = [bars[number] for number in order]
-        navigator.routes[0] = np.array([np.inf, 5, 5, 1]), np.array([-1, 3, 3, 4])
-        aims(navigator, (0, 0))
-        assert not navigator.barred[0]  # no way was left: it began anew
+        planner.blocked[0] = [bars[number] for number in order]
+        planner.paths[0] = np.array([np.inf, 5, 5, 1]), np.array([-1, 3, 3, 4])
+        aims(planner, (0, 0))
+        assert not planner.blocked[0]  # no way was left: it began anew
 
 
 def test_a_bar_holds_where_its_ends_lie_close_together():
-    """The aim is 16 steps away by the metric, within bar_steps; by default most aims are."""
-    agent = stuck_agent(bar_steps=20.0)
-    navigator = navigate(agent, join(agent, UPPER, LOWER, gaps=(2, 3)), (8, 0))
-    assert [aims(navigator, (0, 0))[0] for _ in range(14)] == [1] * 7 + [5] * 7
+    """The aim is 16 steps away by the metric, within block_radius; by default most aims are."""
+    agent = stuck_agent(block_radius=20.0)
+    planner = plan(agent, join(agent, UPPER, LOWER, gaps=(2, 3)), (8, 0))
+    assert [aims(planner, (0, 0))[0] for _ in range(14)] == [1] * 7 + [5] * 7
 
 
-def test_who_is_stuck_wanders():
-    """One random action, wander_steps times, from the choice that bars the way; the seed's."""
+def test_who_is_stuck_escapes_at_random():
+    """One random action, escape_steps times, from the choice that bars the way; the seed's."""
     taken = {}
-    for wander_steps, seed in ((0, 0), (4, 0), (4, 1), (4, 0)):
-        agent = stuck_agent(wander_steps=wander_steps)
-        navigator = navigate(agent, join(agent, UPPER, LOWER, gaps=(2, 3)), (8, 0), seed=seed)
-        actions = np.concatenate([navigator.act(places((0, 0)), np.array([0])) for _ in range(12)])
-        assert np.array_equal(actions, taken.setdefault((wander_steps, seed), actions))
+    for escape_steps, seed in ((0, 0), (4, 0), (4, 1), (4, 0)):
+        agent = stuck_agent(escape_steps=escape_steps)
+        planner = plan(agent, join(agent, UPPER, LOWER, gaps=(2, 3)), (8, 0), seed=seed)
+        actions = np.concatenate([planner.act(places((0, 0)), np.array([0])) for _ in range(12)])
+        assert np.array_equal(actions, taken.setdefault((escape_steps, seed), actions))
     calm, *wild = taken.values()
     for actions in wild:
         differs = np.abs(actions - calm).max(axis=1) > 1e-4
@@ -966,23 +967,23 @@ def test_who_is_stuck_wanders():
     assert not np.array_equal(*wild)
 
 
-def test_who_is_stuck_beside_the_goal_wanders_and_bars_nothing():
+def test_who_is_stuck_beside_the_goal_escapes_and_blocks_nothing():
     agent = stuck_agent()
-    navigator = navigate(agent, join(agent, UPPER, LOWER), (8, 0))
+    planner = plan(agent, join(agent, UPPER, LOWER), (8, 0))
     actions = []
     for _ in range(20):
-        actions.append(navigator.act(places((8, 0.5)), np.array([0]))[0])
-        assert navigator.chosen[0] == 8
+        actions.append(planner.act(places((8, 0.5)), np.array([0]))[0])
+        assert planner.chosen[0] == 8
     assert len({tuple(action) for action in actions}) == 3  # towards the goal, and two random ones
 
 
 def test_slow_progress_gives_nothing_up():
     agent = place_agent(patience=7)
-    calm, wild = (navigate(agent, join(agent, LINE), LINE[-1], seed=seed) for seed in (0, 1))
+    calm, wild = (plan(agent, join(agent, LINE), LINE[-1], seed=seed) for seed in (0, 1))
     chosen = []
     for step in range(57):
-        actions = [navigator.act(places(LINE[step // 3]), np.array([0])) for navigator in (calm, wild)]
-        assert np.array_equal(*actions)  # one that gave up would wander
+        actions = [planner.act(places(LINE[step // 3]), np.array([0])) for planner in (calm, wild)]
+        assert np.array_equal(*actions)  # one that gave up would escape
         chosen.append(calm.chosen[0])
         assert 1 <= chosen[-1] - step // 3 <= 4
     assert chosen == sorted(chosen)
@@ -996,13 +997,13 @@ def random_states(agent: OnlineAgent, count=40) -> StateGraph:
 
 @pytest.mark.parametrize("acting", ["search", "proposer"])
 def test_environments_act_each_for_itself(acting):
-    """Exploration, noise and wandering included: each has its own seed."""
-    agent = make_agent(acting=acting, replan_every=2, patience=2, wander_steps=1)
+    """Exploration, noise and escapes included: each has its own seed."""
+    agent = make_agent(acting=acting, replan_every=2, patience=2, escape_steps=1)
     torch.manual_seed(1)
     goals, seen, graph = torch.randn(3, 2).numpy(), torch.randn(5, 3, 2).numpy(), random_states(agent)
     noise = {"epsilon": 0.5, "action_noise": 0.1}
-    together = navigate(agent, graph, *goals, **noise)
-    alone = [navigate(agent, graph, goals[env], seed=env, **noise) for env in range(3)]
+    together = plan(agent, graph, *goals, **noise)
+    alone = [plan(agent, graph, goals[env], seed=env, **noise) for env in range(3)]
     for step in range(5):
         live = np.array([0, 1, 2]) if step < 3 else np.array([0, 2])
         before = together.subgoals[1].clone()
@@ -1014,23 +1015,23 @@ def test_environments_act_each_for_itself(acting):
             assert together.chosen[env] == alone[env].chosen[0]
             assert torch.allclose(together.subgoals[env], alone[env].subgoals[0], atol=1e-5)
         assert 1 in live or torch.equal(together.subgoals[1], before)
-    assert 0 < together.exploring_share() < 1
+    assert 0 < together.exploration_rate() < 1
 
 
 def test_the_proposer_takes_the_node_of_the_nearest_code_every_replan_every_steps():
     agent = make_agent(acting="proposer", replan_every=3)
     torch.manual_seed(1)
     goals, seen, graph = torch.randn(2, 2), torch.randn(7, 2, 2), random_states(agent)
-    navigator, x_goal, chosen = navigate(agent, graph, *goals.numpy()), agent.encode(goals), set()
+    planner, x_goal, chosen = plan(agent, graph, *goals.numpy()), agent.encode(goals), set()
     for step in range(7):
-        actions = navigator.act(seen[step].numpy(), np.array([0, 1]))
+        actions = planner.act(seen[step].numpy(), np.array([0, 1]))
         x = agent.encode(seen[step])
         if step % 3 == 0:
             codes = agent.heads["next_state"](x[:, :WIDTH], x_goal[:, :WIDTH]).unsqueeze(1)
             nodes = (codes - graph.features[:, :WIDTH]).square().sum(-1).argmin(1)
         chosen |= set(nodes.tolist())
-        assert navigator.chosen.tolist() == nodes.tolist()
-        assert torch.equal(navigator.subgoals, graph.features[nodes])
+        assert planner.chosen.tolist() == nodes.tolist()
+        assert torch.equal(planner.subgoals, graph.features[nodes])
         expected = agent.heads["inverse_dynamics"](x, graph.features[nodes], x_goal).detach().numpy()
         assert np.allclose(actions, expected, atol=1e-6)
     assert len(chosen) > 1
@@ -1039,10 +1040,10 @@ def test_the_proposer_takes_the_node_of_the_nearest_code_every_replan_every_step
 def test_the_search_chooses_every_replan_every_steps_and_acts_by_the_inverse_dynamics():
     agent = place_agent(replan_every=3)
     graph = join(agent, LINE)
-    navigator, x_goal = navigate(agent, graph, LINE[-1]), agent.encode(torch.tensor(LINE[-1:]))
+    planner, x_goal = plan(agent, graph, LINE[-1]), agent.encode(torch.tensor(LINE[-1:]))
     for step in range(15):
-        actions = navigator.act(places(LINE[step]), np.array([0]))
-        assert navigator.chosen.tolist() == [step // 3 * 3 + 3]
+        actions = planner.act(places(LINE[step]), np.array([0]))
+        assert planner.chosen.tolist() == [step // 3 * 3 + 3]
         x_sub = graph.features[step // 3 * 3 + 3][None]
         expected = agent.heads["inverse_dynamics"](agent.encode(torch.tensor(LINE[step])[None]), x_sub, x_goal)
         assert np.allclose(actions, expected.detach().numpy(), atol=1e-6)
@@ -1053,16 +1054,16 @@ def test_exploration_aims_between_the_state_and_the_goal(acting):
     agent = make_agent(acting=acting)
     torch.manual_seed(1)
     goals, seen, graph = torch.randn(200, 2), torch.randn(200, 2), random_states(agent)
-    navigator = navigate(agent, graph, *goals.numpy(), epsilon=1.0)
-    navigator.act(seen.numpy(), np.arange(200))
+    planner = plan(agent, graph, *goals.numpy(), epsilon=1.0)
+    planner.act(seen.numpy(), np.arange(200))
     x, way = agent.encode(seen), agent.encode(goals) - agent.encode(seen)
-    share = ((navigator.subgoals - x) * way).sum(-1) / way.square().sum(-1)
-    assert torch.allclose(navigator.subgoals, x + share.unsqueeze(-1) * way, atol=1e-4)
+    share = ((planner.subgoals - x) * way).sum(-1) / way.square().sum(-1)
+    assert torch.allclose(planner.subgoals, x + share.unsqueeze(-1) * way, atol=1e-4)
     assert 0.2 <= share.min() < 0.25 and 0.95 < share.max() <= 1 and share.mean() == pytest.approx(0.6, abs=0.05)
-    assert navigator.exploring_share() == 1
-    some = navigate(agent, graph, *goals.numpy(), epsilon=0.3)
+    assert planner.exploration_rate() == 1
+    some = plan(agent, graph, *goals.numpy(), epsilon=0.3)
     some.act(seen.numpy(), np.arange(200))
-    assert some.exploring_share() == pytest.approx(0.3, abs=0.1)
+    assert some.exploration_rate() == pytest.approx(0.3, abs=0.1)
 
 
 def test_noise_is_the_generators_and_actions_stay_in_their_bounds():
@@ -1071,8 +1072,8 @@ def test_noise_is_the_generators_and_actions_stay_in_their_bounds():
     goals, seen, graph = torch.randn(3, 2).numpy(), torch.randn(6, 3, 2).numpy(), random_states(agent)
 
     def act(seed, epsilon, noise):
-        navigator = navigate(agent, graph, *goals, seed=seed, epsilon=epsilon, action_noise=noise)
-        return np.stack([navigator.act(observations, np.arange(3)) for observations in seen])
+        planner = plan(agent, graph, *goals, seed=seed, epsilon=epsilon, action_noise=noise)
+        return np.stack([planner.act(observations, np.arange(3)) for observations in seen])
 
     assert np.array_equal(act(0, 0.5, 0.2), act(0, 0.5, 0.2))
     assert not np.array_equal(act(0, 0.5, 0.2), act(1, 0.5, 0.2))

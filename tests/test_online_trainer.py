@@ -21,14 +21,18 @@ import make_dataset
 import offline_trainer
 import online_trainer
 from model import OfflineModel
-from ogbench_utils import TrajectoryDataset
-from ogbench_utils import make_env as make_full_env
-from online_agent import OnlineAgent, StateGraph
-from online_trainer import EnvPool, OnlineRun, OnlineTrainerConfig
+from ogbench_utils import TrajectoryDataset, make_env, seeded_reset
+from online_agent import OnlineAgent
+from online_trainer import OnlineRun, OnlineTrainerConfig
+from opso import episodes as opso_episodes
+from opso.episodes import Evaluation, GoalEnv, episode_code, rollout
+from opso.policy import Policy
+from opso.search import Planner, StateGraph, spaced_rows
 from runs.cli import parse_config, run_cli
 from runs.directory import hold_run, load_checkpoint, save_checkpoint
+from runs.evaluation import Evaluator
 from runs.metrics import read_metrics
-from utils import RandomStreams
+from utils import RandomStreams, UserError
 
 DATASET = "local/pointmaze-medium-stitch-v0"
 STEPS = 12  # of an episode
@@ -43,7 +47,8 @@ TINY = {
     **{"epsilon_end": 0.1, "action_noise_start": 0.3, "action_noise_end": 0.05, "eval_freq": 1, "eval_episodes": 2},
     **{"eval_episodes_between": 1, "horizon": 5, "subgoal_steps": 4, "graph_nodes": 400, "replan_every": 3},
     **{"metric_steps": 5, "metric_updates": 4, "metric_dim": 8, "num_links": 5, "device": "cpu", "seed": 0, "lr": 1e-3},
-    **{"aim_steps": 5.0, "patience": 4, "wander_steps": 2, "label_updates": 3, "relabel_updates": 2},
+    **{"aim_steps": 5.0, "patience": 4, "escape_steps": 2, "idm_updates": 3, "idm_updates_per_round": 2},
+    "eval_workers": 0,
 }
 NO_INTERACTION = {"inverse_dynamics_data": "offline", "max_episodes": 0}
 
@@ -53,9 +58,6 @@ def short_episodes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(online_trainer, "max_episode_steps", lambda dataset: STEPS)
         patch.setattr(online_trainer, "METRIC_PAIRS", 32)
-        patch.setattr(
-            online_trainer, "make_env", lambda dataset, **more: make_full_env(dataset, max_episode_steps=STEPS, **more)
-        )
         yield
 
 
@@ -144,7 +146,7 @@ def test_metrics_hold_what_the_readme_names(finished):
     metrics = read_metrics(finished)
     assert metrics["step"] == [0, 2, 4, 6]
     assert metrics["env_steps"] == [0, 2 * STEPS, 4 * STEPS, 6 * STEPS]
-    for column in ("critic_loss", "v_loss", "state_loss", "train_loss", "label_loss", "eval/success_rate"):
+    for column in ("critic_loss", "v_loss", "state_loss", "train_loss", "idm_loss", "eval/success_rate"):
         assert np.isfinite(metrics[column]).tolist() == [False, True, True, True], column  # no action is known before
     assert np.isfinite(metrics["metric_loss"][0]) and np.isnan(metrics["metric_loss"][1:]).all()  # fitted once
     for column in ("success_rate", "goal_biased_share"):
@@ -202,7 +204,7 @@ def test_how_often_a_run_evaluates_changes_no_training_number(finished, argument
 
 
 @pytest.mark.parametrize(
-    "stop_at,more", [(0, {}), (6, {}), (2, {"random_steps": 3 * STEPS}), (6, {"relabel_updates": 0})]
+    "stop_at,more", [(0, {}), (6, {}), (2, {"random_steps": 3 * STEPS}), (6, {"idm_updates_per_round": 0})]
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(stop_at, more, arguments, tmp_path, monkeypatch):
     """Cut before the first episode, among random ones, a round past the checkpoint with the replay wrapped round."""
@@ -236,33 +238,48 @@ def test_a_run_cut_after_its_last_checkpoint_evaluates_the_same(finished, argume
     assert (run / "paths.png").exists() and digest(run / "metrics.csv") == digest(finished / "metrics.csv")
 
 
+def evaluator_of(workers: int = 0, num_envs: int = 20) -> Evaluator:
+    return Evaluator(functools.partial(GoalEnv, DATASET, STEPS), num_envs, workers)
+
+
+def same(episode, other) -> bool:
+    names = ("observations", "actions", "goal", "subgoals", "reward", "success")
+    return all(np.array_equal(getattr(episode, name), getattr(other, name)) for name in names)
+
+
 def test_the_best_model_acts_by_itself(arguments, tmp_path):
-    """From best_model.pth alone come the actions that the run's own evaluation took, episode by episode."""
+    """From best_model.pth alone come the episodes of the run's own evaluation, bit by bit, whatever the workers."""
     settings = NO_INTERACTION | {"eval_episodes": 1}
     config = parse_config(OnlineTrainerConfig, arguments(tmp_path / "run", "--no_tensorboard", **settings))
     run = OnlineRun(config)
     run.train()
     run.close()
-    for name in ("best_model.pth", "checkpoints/last.pth"):
-        agent, graph, state = online_trainer.load_policy(tmp_path / "run" / name)
-        rows = state["node_rows"]
-        assert state["dataset"] == DATASET and torch.equal(state["nodes"], run.data.observations[rows])
-        again = online_trainer.Evaluation(DATASET, RandomStreams(state["config"]["seed"]).evaluation_seed)
-        assert again.run(agent, graph, 1) == run.figures
-        again.close()
-        assert [task for task, _ in run.evaluation.episodes] == [1, 2, 3, 4, 5]
+    assert [task for task, _ in run.evaluation.episodes] == [1, 2, 3, 4, 5]
+    for name, workers in (("best_model.pth", 0), ("checkpoints/last.pth", 2)):
+        policy = Policy(tmp_path / "run" / name)
+        rows = policy.state["node_rows"]
+        assert policy.dataset == DATASET and torch.equal(policy.state["nodes"], run.data.observations[rows])
+        with evaluator_of(workers) as evaluator:
+            again = Evaluation(evaluator, DATASET, RandomStreams(policy.config["seed"]).evaluation_seed)
+            assert again.run(policy.agent, policy.graph, 1) == run.metrics
         for (_, episode), (_, other) in zip(run.evaluation.episodes, again.episodes, strict=True):
             assert episode.actions.shape == (STEPS, 2) and np.abs(episode.actions).max() > 0
             assert (episode.subgoals < len(rows)).any()  # not the goal all the time
-            for what in ("subgoals", "actions", "observations"):
-                assert np.array_equal(getattr(episode, what), getattr(other, what)), what
+            assert same(episode, other)
     assert "optimizer" not in load_checkpoint(tmp_path / "run/best_model.pth")["agent"]
+
+
+def test_the_number_of_workers_changes_no_bit(finished, arguments, tmp_path):
+    train(arguments(tmp_path / "run", eval_workers=1))
+    for name in ("checkpoints/last.pth", "best_model.pth", "metrics.csv", "finished.json"):
+        assert digest(finished / name) == digest(tmp_path / "run" / name), name
 
 
 def test_a_file_is_evaluated_as_its_run_evaluated_it(finished, tmp_path, capsys):
     shutil.copy(finished / "checkpoints/last.pth", tmp_path / "policy.pth")
     episodes = parse_config(OnlineTrainerConfig, ["--config", str(finished / "config.yaml")]).eval_episodes
-    online_trainer.main(["--evaluate", str(tmp_path / "policy.pth"), "--eval_episodes", str(episodes)])
+    flags = ["--eval_episodes", str(episodes), "--eval_workers", "0"]
+    online_trainer.main(["--evaluate", str(tmp_path / "policy.pth"), *flags])
     written = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
     expected = json.loads((finished / "finished.json").read_text())
     assert written == {key: value for key, value in expected.items() if key != "env_steps"}
@@ -272,15 +289,64 @@ def test_a_file_is_evaluated_as_its_run_evaluated_it(finished, tmp_path, capsys)
 
 def test_an_episode_does_not_depend_on_those_beside_it(finished):
     """Nor on how many are played."""
-    agent, graph, state = online_trainer.load_policy(finished / "best_model.pth")
-    evaluation = online_trainer.Evaluation(DATASET, 5)
-    evaluation.run(agent, graph, 2)
-    both = evaluation.episodes
-    evaluation.run(agent, graph, 1)
-    evaluation.close()
+    policy = Policy(finished / "best_model.pth")
+    with evaluator_of() as evaluator:
+        evaluation = Evaluation(evaluator, DATASET, 5)
+        evaluation.run(policy.agent, policy.graph, 2)
+        both = evaluation.episodes
+        evaluation.run(policy.agent, policy.graph, 1)
     for (task, episode), (again, alone) in zip(both[:5], evaluation.episodes, strict=True):
         assert task == again and np.allclose(episode.observations, alone.observations, atol=1e-4)
     assert not np.array_equal(both[0][1].observations, both[5][1].observations)
+
+
+# -- a policy from a file ---------------------------------------------------------------------------------------------
+
+
+def test_a_policy_acts_as_its_planner_does(finished):
+    """A run's directory stands for its last checkpoint; a new goal or `reset` begins an episode."""
+    policy, env = Policy(finished), make_env(DATASET)
+    assert policy.path == finished / "checkpoints/last.pth"
+    observation, info = seeded_reset(env, 3, {"task_id": 2})
+    goal, states = info["goal"], [observation + 0.1 * step for step in range(8)]
+    planner = Planner(policy.agent, policy.graph, goal[None], [0])
+    expected = [planner.act(state[None], np.array([0]))[0] for state in states]
+    for _ in range(2):
+        actions = [policy.act(state, goal) for state in states]
+        assert np.array_equal(actions, expected) and actions[0].shape == (2,) and actions[0].dtype == np.float32
+        policy.reset()
+    two = policy.act(np.stack([states[0]] * 2), np.stack([goal, goal + 4]))
+    assert two.shape == (2, 2) and np.allclose(two[0], expected[0], atol=1e-5) and not np.allclose(two[0], two[1])
+    noisy = [policy.act(states[0], goal, deterministic=False) for _ in range(2)]
+    assert not np.array_equal(*noisy) and np.abs(noisy).max() <= 1
+    for wrong in ((states[0][:1], goal), (states[0], goal[:1]), (np.stack(states), goal)):
+        with pytest.raises(ValueError):
+            policy.act(*wrong)
+    env.close()
+
+
+def test_a_policy_of_either_stage_encodes_and_values(finished, pretrained):
+    states = np.random.default_rng(0).normal(0, 4, (5, 2)).astype(np.float32)
+    model = last(pretrained)["agent"]["target"]
+    for policy in (Policy(finished), Policy(pretrained), Policy(pretrained / "best_model.pth")):
+        z, value = policy.encode(states), policy.value(states, states[0])
+        assert z.shape == (5, 16) and value.shape == (5,) and policy.value(states[1], states[0]).shape == ()
+        assert np.allclose(policy.value(states[1], states[0]), value[1], atol=1e-5) and value.std() > 0
+        assert np.allclose(policy.encode(states[2]), z[2], atol=1e-5)
+        assert torch.equal(policy.encoder.state_dict()["mean"], model["encoder.mean"])
+    assert np.allclose(Policy(finished).encode(states), Policy(pretrained).encode(states), atol=1e-6)  # it is frozen
+    with pytest.raises(UserError, match="learns no action"):
+        Policy(pretrained).act(states[0], states[1])
+
+
+def test_what_is_no_policy_is_named(tmp_path, finished):
+    with pytest.raises(UserError, match="absent"):
+        Policy(tmp_path / "absent.pth")
+    state = last(finished)
+    for fault, name in (("nodes", "nodes"), ("dataset", "dataset"), ("agent", "agent")):
+        save_checkpoint(tmp_path / "policy.pth", {key: value for key, value in state.items() if key != fault})
+        with pytest.raises(UserError, match=name):
+            Policy(tmp_path / "policy.pth")
 
 
 # -- the metric and the graph -----------------------------------------------------------------------------------------
@@ -294,12 +360,12 @@ def test_the_metric_is_fitted_once_before_everything_else(arguments, tmp_path, m
     """On the dataset alone, by metric_updates; what it was then it still is at the end, and so is the graph."""
     events, seen, fit, update = [], [], OnlineAgent.fit_metric, OnlineAgent.update
 
-    def fitted(agent, draw, updates, total):
-        def drawn():
+    def fitted(agent, sample, updates, total):
+        def sampled():
             events.append("pairs")
-            return draw()
+            return sample()
 
-        loss = fit(agent, drawn, updates, total)
+        loss = fit(agent, sampled, updates, total)
         seen.append({name: value.clone() for name, value in agent.metric.state_dict().items()})
         assert total == 4
         return loss
@@ -307,8 +373,8 @@ def test_the_metric_is_fitted_once_before_everything_else(arguments, tmp_path, m
     monkeypatch.setattr(OnlineAgent, "fit_metric", fitted)
     monkeypatch.setattr(OnlineAgent, "update", lambda *most, **more: events.append("update") or update(*most, **more))
     monkeypatch.setattr(online_trainer, "StateGraph", lambda *most: events.append("graph") or StateGraph(*most))
-    drawn, asked = online_trainer.sample_pairs, []
-    monkeypatch.setattr(online_trainer, "sample_pairs", lambda *most: asked.append(most) or drawn(*most))
+    sample, asked = online_trainer.sample_pairs, []
+    monkeypatch.setattr(online_trainer, "sample_pairs", lambda *most: asked.append(most) or sample(*most))
     run = open_run(arguments(tmp_path / "run"))
     run.train()
     run.close()
@@ -333,7 +399,7 @@ def test_whole_episodes_are_left_out_where_nodes_would_lie_too_far_apart():
     end = torch.arange(1000) // 100 * 100 + 99
 
     def kept(most, aim_steps=10.0):
-        return online_trainer.spaced_rows(end, most, aim_steps).tolist()
+        return spaced_rows(end, most, aim_steps).tolist()
 
     assert kept(1000) == list(range(1000)) and kept(500) == list(range(0, 1000, 2))
     assert kept(200) == list(range(0, 1000, 5)) == kept(200, aim_steps=30.0)
@@ -352,7 +418,7 @@ def test_as_many_trajectories_as_the_pretraining_unless_told_otherwise(arguments
 
 
 def test_what_depends_on_the_robot_is_filled_in():
-    numbers = ("subgoal_steps", "metric_steps", "metric_updates", "fit_updates", "random_steps", "label_updates")
+    numbers = ("subgoal_steps", "metric_steps", "metric_updates", "fit_updates", "random_steps", "idm_updates")
     for dataset, expected in (
         ("pointmaze-large-navigate-v0", (10, 10, 1500, 1500, 2000, 1500)),
         ("antmaze-medium-navigate-v0", (25, 25, 3000, 4000, 32_000, 6000)),
@@ -386,8 +452,8 @@ def test_the_strict_regime_never_reads_the_datasets_actions(finished, arguments,
         assert digest(finished / name) == digest(tmp_path / "run" / name), name
 
 
-def test_labels_lie_between_the_datasets_states_and_are_what_is_learned(arguments, tmp_path, monkeypatch):
-    """The dataset's rows teach the inverse dynamics as if their actions were known, one's own only the labeller."""
+def test_inferred_actions_lie_between_the_datasets_states_and_are_what_is_learned(arguments, tmp_path, monkeypatch):
+    """The dataset's rows teach the inverse dynamics as if their actions were known, own ones only its model."""
     run = open_run(arguments(tmp_path / "run", max_episodes=4))
     drawn = []
     sample = online_trainer.sample_batch
@@ -397,7 +463,7 @@ def test_labels_lie_between_the_datasets_states_and_are_what_is_learned(argument
     run.close()
     assert len(drawn) == 2 * (3 + 2) and all(acted == (source is run.codes) for source, acted in drawn)
     rows, states = run.codes.transitions, run.agent.state(run.codes.states)
-    expected = run.agent.labeller(states[rows], states[rows + 1]).clamp(-1, 1)
+    expected = run.agent.idm(states[rows], states[rows + 1]).clamp(-1, 1)
     assert torch.allclose(run.codes.actions[rows], expected, atol=1e-5) and expected.std() > 0
     ends = torch.ones(len(states), dtype=torch.bool).index_fill(0, rows, False)
     assert ends.sum() == 6 and not run.codes.actions[ends].any()
@@ -407,7 +473,7 @@ def test_where_random_rounds_take_all_episodes_it_learns_at_the_end(arguments, t
     train(arguments(tmp_path / "run", random_steps=10**6, eval_freq=1))
     metrics = read_metrics(tmp_path / "run")
     assert metrics["epsilon"][1:] == [1.0, 1.0, 1.0]
-    for column in ("label_loss", "train_loss", "eval/success_rate"):
+    for column in ("idm_loss", "train_loss", "eval/success_rate"):
         assert np.isfinite(metrics[column]).tolist() == [False, False, False, True], column
 
 
@@ -449,7 +515,7 @@ class Counter(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         self.time, self.options = 0, options
         self.first = np.random.random()  # as OGBench draws
-        return np.array([self.first, 0.0]), {"goal": np.array([9.0, 9.0])}
+        return np.array([self.first, 0.0]), {"goal": np.array([9.0, 8.0])}
 
     def step(self, action):
         assert self.time < self.at
@@ -460,29 +526,34 @@ class Counter(gymnasium.Env):
         return np.array([self.first, self.time]), float(action[0]), happens["terminated"], happens["truncated"], info
 
 
-def test_a_pool_plays_each_environment_to_its_own_end(monkeypatch):
-    built = iter([Counter("truncated", 3), Counter("success", 1), Counter("terminated", 2)])
-    monkeypatch.setattr(online_trainer, "make_env", lambda dataset: next(built))
-    seen = []
+def test_each_environment_plays_to_its_own_end(monkeypatch):
+    envs = [Counter("truncated", 3), Counter("success", 1), Counter("terminated", 2)]
+    built = iter(envs)
+    monkeypatch.setattr(opso_episodes, "make_env", lambda dataset, **more: next(built))
+    seen, ended = [], []
 
-    def policy_for(goals):
-        assert goals.tolist() == [[9.0, 9.0]] * 3
+    class Acting:
+        def __init__(self, goals):
+            assert goals.tolist() == [[9.0, 8.0]] * 3
+            self.chosen = np.zeros(3, dtype=int)
 
-        def policy(observations, live):
+        def act(self, observations, live):
             seen.append((live.tolist(), observations[:, 1].tolist()))
-            return np.array([[10.0 * env + 1] for env in live], dtype=np.float32), 100 + live
+            self.chosen[live] = 100 + live
+            return np.array([[10.0 * env + 1] for env in live], dtype=np.float32)
 
-        return policy
-
-    pool = EnvPool(DATASET)
-    played = pool.play([5, 6, 5], [None, 2, None], policy_for)
-    assert seen == [([0, 1, 2], [0, 0, 0]), ([0, 2], [1, 1]), ([0], [2])]
+    with Evaluator(functools.partial(GoalEnv, DATASET), 3) as evaluator:
+        played, policy = rollout(
+            evaluator, [episode_code(5), episode_code(6, 2), episode_code(5)], Acting, ended.append
+        )
+    assert seen == [([0, 1, 2], [0, 0, 0]), ([0, 2], [1, 1]), ([0], [2])] and isinstance(policy, Acting)
+    assert ended == [1, 1, 1]
     assert [episode.success for episode in played] == [False, True, False]
     assert [episode.reward for episode in played] == [3.0, 11.0, 42.0]
     for env, (episode, steps) in enumerate(zip(played, (3, 1, 2), strict=True)):
-        assert episode.observations[:, 1].tolist() == list(range(steps + 1))
+        assert episode.observations[:, 1].tolist() == list(range(steps + 1)) and episode.goal.tolist() == [9.0, 8.0]
         assert episode.actions.tolist() == [[10.0 * env + 1]] * steps and len(episode.subgoals) == steps
-        assert set(episode.subgoals) == {100 + env} and pool.envs[env].options == ({"task_id": 2} if env == 1 else {})
+        assert set(episode.subgoals) == {100 + env} and envs[env].options == ({"task_id": 2} if env == 1 else {})
     first = [episode.observations[0, 0] for episode in played]
     assert first[0] == first[2] != first[1]  # the seed alone decides
 
@@ -530,13 +601,11 @@ class Writer:
 
 def test_the_video_replays_the_evaluated_actions(arguments, tmp_path, monkeypatch):
     films, writer, runs = [], Writer(), []
-    record = online_trainer.Evaluation.record_video
-    monkeypatch.setattr(online_trainer, "renderer", lambda dataset: Filmed(online_trainer.make_env(dataset), films))
-    monkeypatch.setattr(online_trainer, "find_video_writer", lambda: writer)
-    monkeypatch.setattr(
-        online_trainer.Evaluation, "record_video", lambda self, path: (runs.append(self), record(self, path))
-    )
-    monkeypatch.setattr(online_trainer.Evaluation, "plot", lambda *arguments: None)
+    record = Evaluation.record_video
+    monkeypatch.setattr(opso_episodes, "renderer", lambda dataset: Filmed(make_env(dataset), films))
+    monkeypatch.setattr(opso_episodes, "find_video_writer", lambda: writer)
+    monkeypatch.setattr(Evaluation, "record_video", lambda self, path: (runs.append(self), record(self, path)))
+    monkeypatch.setattr(Evaluation, "plot", lambda *arguments: None)
     online_trainer.main(arguments(tmp_path / "run", "--record_video", "--no_tensorboard", **NO_INTERACTION))
     first = {}
     for task, episode in runs[0].episodes:
@@ -544,7 +613,7 @@ def test_the_video_replays_the_evaluated_actions(arguments, tmp_path, monkeypatc
     assert len(films) == 5 == len(first) < len(runs[0].episodes)
     for task, film in enumerate(films, 1):
         assert np.array_equal(np.asarray(film, dtype=np.float32), first[task].observations)
-    skip = online_trainer.VIDEO_SKIP
+    skip = opso_episodes.VIDEO_SKIP
     assert writer.frames == list(range(1, STEPS + 1, skip)) * 5
     assert (tmp_path / "run/evaluation.mp4").read_bytes() == b"film"
     assert not (tmp_path / "run/evaluation.part.mp4").exists()

@@ -1,0 +1,74 @@
+"""Batches of the online stage: the dataset's states, encoded once, and what an update samples of them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ogbench_utils import TrajectoryDataset, hindsight_goals
+from online_agent import OnlineAgent
+from utils import EpisodeReplay
+
+
+@dataclass
+class CodeSet:
+    """The dataset as features; the same attributes as `EpisodeReplay`, whose states are features too."""
+
+    states: torch.Tensor  # [N, d_model + D]
+    actions: torch.Tensor  # [N, A]
+    episode_end: torch.Tensor  # [N] int64, inclusive
+    transitions: torch.Tensor  # [M] int64, rows that start a transition
+
+    @classmethod
+    def from_dataset(cls, data: TrajectoryDataset, agent: OnlineAgent, actions: torch.Tensor) -> "CodeSet":
+        """The dataset's states with these actions [N, A]: its own, or those inferred."""
+        rows = torch.arange(len(data.observations), device=data.device)
+        starts = rows[rows < data.episode_end]
+        return cls(agent.encode(data.observations), actions, data.episode_end, starts)
+
+
+def sample_batch(
+    source: CodeSet | EpisodeReplay,
+    agent: OnlineAgent,
+    count: int,
+    acted: bool,
+    generator: torch.Generator,
+) -> dict[str, torch.Tensor]:
+    """`count` transitions with hindsight goals, horizons and subgoals, as `OnlineAgent.update` takes them.
+
+    The policy aims 1..subgoal_steps ahead, sampled; the proposer exactly subgoal_steps, or at the goal where that comes
+    first. Nothing crosses an episode's end. `acted` says whether the actions may be read.
+    """
+    config, device = agent.config, source.states.device
+
+    def sample(low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high, (count,), generator=generator, device=device)
+
+    rows = source.transitions[sample(0, len(source.transitions))]
+    goals, steps_to_goal = hindsight_goals(
+        rows, source.episode_end, source.transitions, config.p_self, config.p_future, config.goal_discount, generator
+    )
+    remaining = source.episode_end[rows] - rows
+    n = torch.minimum(sample(1, config.horizon + 1), remaining)
+    sub = torch.minimum(sample(1, config.subgoal_steps + 1), remaining)
+    far = torch.minimum(remaining, steps_to_goal).clamp(max=config.subgoal_steps)
+    at = torch.stack([rows, rows + 1, rows + n - 1, rows + n, rows + sub, rows + far, goals])
+    names = ("", "_next", "_before", "_ahead", "_sub", "_far", "_goal")
+    features = dict(zip(names, source.states[at], strict=True))
+    batch = {f"z{name}": agent.code(x) for name, x in features.items()}
+    batch |= {f"x{name}": features[name] for name in ("", "_sub", "_goal")}
+    batch |= {"steps_to_goal": steps_to_goal, "n": n, "sub_steps": sub, "far_steps": far}
+    actions = source.actions[rows] if acted else torch.zeros_like(source.actions[rows])
+    known = torch.full((count,), float(acted), device=device)
+    return batch | {"actions": actions, "acted": known}
+
+
+def sample_pairs(
+    source: CodeSet, metric_steps: int, count: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features [count, F] of states and of those 1..metric_steps later, or at the episode's end; steps [count]."""
+    device = source.states.device
+    number = torch.randint(0, len(source.transitions), (count,), generator=generator, device=device)
+    rows = source.transitions[number]
+    steps = torch.randint(1, metric_steps + 1, (count,), generator=generator, device=device)
+    steps = torch.minimum(steps, source.episode_end[rows] - rows)
+    return source.states[rows], source.states[rows + steps], steps

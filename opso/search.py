@@ -1,0 +1,250 @@
+"""Planning among dataset states: a graph of them, and a planner that follows its shortest paths to a goal.
+
+Search on the replay buffer (Eysenbach et al., 2019) in the manner of semi-parametric topological memory (Savinov et
+al., 2018). Edges that turn out not to lead anywhere are blocked for the rest of the episode.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import dijkstra
+from torch import Tensor
+
+from online_agent import OnlineAgent
+
+NODES_PER_AIM = 2  # nodes of the graph that aim_steps span at least
+
+
+class StateGraph:
+    """Dataset states, joined along their trajectories and by links to the nearest states of the others.
+
+    A trajectory's edge costs the steps it took. A link of x steps by the metric costs link_cost + x (1 + x /
+    trusted_steps), in both directions, so that a chain of short links is preferred to a long one. Only long links lead
+    through a wall, since no trajectory passes there.
+
+    Args:
+        agent: whose metric measures the links.
+        features: [n, d_model + D] of the nodes, in the order of the dataset.
+        rows: [n] int64, increasing, their rows in the dataset.
+        episode_end: [n] int64, the last row of each node's episode.
+    """
+
+    def __init__(self, agent: OnlineAgent, features: Tensor, rows: Tensor, episode_end: Tensor):
+        self.agent, self.features = agent, features
+        self.points = agent.embed(features).detach()
+        here, there, cost = self._nearest()
+        rows, end = rows.cpu().numpy(), episode_end.cpu().numpy()
+        first = np.flatnonzero(end[:-1] == end[1:])
+        here, there = np.concatenate([here, there, first]), np.concatenate([there, here, first + 1])
+        cost = np.concatenate([cost, cost, (rows[first + 1] - rows[first]).astype(np.float64)])
+        # The cheapest of parallel edges: a sparse matrix would add them up.
+        order = np.lexsort((cost, there, here))
+        here, there, cost = here[order], there[order], cost[order]
+        keep = np.append(True, (here[1:] != here[:-1]) | (there[1:] != there[:-1]))
+        self.here, self.there, self.cost = here[keep], there[keep], cost[keep]
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def link_cost(self, steps: Tensor) -> Tensor:
+        """Cost of a link of so many steps by the metric."""
+        return self.agent.config.link_cost + steps * (1 + steps / self.agent.config.trusted_steps)
+
+    def _nearest(self, block: int = 512) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Links from each node to the num_links nearest others: from, to, cost."""
+        there, cost = [], []
+        for start in range(0, len(self), block):
+            steps = self.agent.metric_steps(self.points[start : start + block], self.points)
+            steps.diagonal(start).fill_(math.inf)
+            near, price = self._cheapest(steps, len(self) - 1)
+            there.append(near)
+            cost.append(price)
+        here = np.repeat(np.arange(len(self)), there[0].shape[1])
+        return here, np.concatenate(there).ravel(), np.concatenate(cost).ravel()
+
+    def links(self, points: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Links between points [m, metric_dim] and their nearest nodes: nodes [m, L] int and their costs [m, L]."""
+        return self._cheapest(self.agent.metric_steps(points, self.points), len(self))
+
+    def _cheapest(self, steps: Tensor, most: int) -> tuple[np.ndarray, np.ndarray]:
+        near = steps.topk(min(self.agent.config.num_links, most), largest=False)
+        return near.indices.cpu().numpy(), self.link_cost(near.values).double().cpu().numpy()
+
+    def around(self, point: Tensor, node: int) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes within block_radius of a point and of a node, each counted to the nearer one: [n] bool twice."""
+        steps = self.agent.metric_steps(torch.stack([point, self.points[node]]), self.points).cpu().numpy()
+        near, first = steps <= self.agent.config.block_radius, steps[0] < steps[1]
+        first[node], near[1, node] = False, True
+        return near[0] & first, near[1] & ~first
+
+    def nearest_codes(self, codes: Tensor) -> np.ndarray:
+        """The node whose code is nearest to each code [m, d_model]: [m] int."""
+        return torch.cdist(codes, self.agent.code(self.features)).argmin(1).cpu().numpy()
+
+    def shortest_paths(
+        self, last: np.ndarray, last_cost: np.ndarray, blocked: Sequence[tuple[np.ndarray, np.ndarray]] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Shortest paths from all nodes to one goal.
+
+        last, last_cost: [L] the nodes linked to the goal and the costs of these links; blocked: pairs of [n] bool, no
+        edge from the first set to the second is taken. Returns the steps [n], inf where no path leads, and the next
+        node on it [n]: n for the goal, or a negative number.
+        """
+        n = len(self)
+        here, there = np.append(self.here, last), np.append(self.there, np.full(len(last), n))
+        cost = np.append(self.cost, last_cost)
+        keep = np.ones(len(cost), dtype=bool)
+        for start, end in blocked:
+            keep &= ~(np.append(start, False)[here] & np.append(end, False)[there])
+        backwards = csr_matrix((cost[keep], (there[keep], here[keep])), shape=(n + 1, n + 1))
+        steps, next_node = dijkstra(backwards, indices=n, return_predecessors=True)
+        return steps[:n], next_node[:n]
+
+
+def spaced_rows(episode_end: torch.Tensor, most: int, aim_steps: float) -> torch.Tensor:
+    """Rows for at most so many nodes: evenly spaced in time, but never farther than half of aim_steps.
+
+    Where all rows would be too many at that spacing, whole episodes are left out, evenly; where one episode alone has
+    too many, it is farther after all. episode_end [N] int64, the last row of each row's episode; returns [n] int64.
+    """
+    rows = torch.arange(len(episode_end), device=episode_end.device)
+    spacing = min(math.ceil(len(rows) / most), max(int(aim_steps) // NODES_PER_AIM, 1))
+    rows = rows[::spacing]
+    ends, lengths = torch.unique_consecutive(episode_end[rows], return_counts=True)
+    number = torch.arange(len(ends), device=rows.device)
+    # Of every `of` episodes one is kept, as many as it takes to come below the limit.
+    for of in range(math.ceil(len(rows) / most), len(ends) + 1):
+        if int(lengths[number % of == 0].sum()) <= most:
+            return rows[(number % of == 0).repeat_interleave(lengths)]
+    return torch.arange(0, len(episode_end), math.ceil(len(episode_end) / most), device=rows.device)
+
+
+class Planner:
+    """Acts in several environments at once, towards one goal each, from reset to the episode's end.
+
+    Args:
+        agent: the networks.
+        graph: the dataset's states.
+        goals: [E, D] observations of the goals.
+        seeds: [E], one for each environment: all that is random here comes from it, so no environment affects another.
+        epsilon: probability, at each choice of z', of exploring straight towards the goal:
+            z' = z + a (z_g - z), a uniform in [0.2, 1].
+        action_noise: standard deviation of the Gaussian noise on actions.
+    """
+
+    def __init__(
+        self,
+        agent: OnlineAgent,
+        graph: StateGraph,
+        goals: np.ndarray,
+        seeds: Sequence[int],
+        epsilon: float = 0.0,
+        action_noise: float = 0.0,
+    ):
+        self.agent, self.graph = agent, graph
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.epsilon, self.action_noise = epsilon, action_noise
+        self.goals = agent.encode(torch.as_tensor(np.asarray(goals, np.float32), device=agent.device))
+        count = len(self.goals)
+        self.clock = 0
+        self.choices = self.explorations = 0  # how often z' was chosen, and how often by exploring
+        self.subgoals = self.goals.clone()  # [E, d_model + D]: z' and its state
+        self.chosen = np.full(count, len(graph))  # the node that z' is; n for the goal
+        if agent.config.acting == "search":
+            self.nearest = np.full(count, np.inf)  # fewest steps to the goal so far
+            self.nearest_at = np.zeros(count, dtype=int)  # when that was
+            self.escape_left = np.zeros(count, dtype=int)  # steps left of the random escape
+            self.escape_actions = torch.zeros(count, agent.action_dim)
+            self.goal_points = agent.embed(self.goals)
+            self.last = list(zip(*graph.links(self.goal_points), strict=True))  # nodes linked to the goals, and costs
+            self.blocked: list[list] = [[] for _ in range(count)]  # pairs of sets of nodes, see shortest_paths
+            self.paths = [graph.shortest_paths(*last) for last in self.last]
+
+    @torch.no_grad()
+    def act(self, observations: np.ndarray, live: np.ndarray) -> np.ndarray:
+        """Actions [m, A] float32 of the environments `live` [m], which show observations [m, D]."""
+        agent, x = self.agent, self.features(observations, live)
+        if self.clock % agent.config.replan_every == 0:
+            self.choose(x, live)
+        self.clock += 1
+        actions = agent.act(x, self.subgoals[live], self.goals[live]).cpu()
+        if self.action_noise > 0:
+            noise = [torch.randn(agent.action_dim, generator=self.generators[env]) for env in live]
+            actions = actions + self.action_noise * torch.stack(noise)
+        if agent.config.acting == "search":
+            stuck = self.escape_left[live] > 0
+            actions[torch.from_numpy(stuck)] = self.escape_actions[live[stuck]]
+            self.escape_left[live[stuck]] -= 1
+        return actions.clamp(-1, 1).numpy()
+
+    def features(self, observations: np.ndarray, live: np.ndarray) -> Tensor:
+        """Features [m, d_model + D] of the states that the environments `live` show, each encoded by itself."""
+        return self.agent.encode(torch.as_tensor(np.asarray(observations, np.float32), device=self.agent.device))
+
+    def exploration_rate(self) -> float:
+        """Fraction of the choices of z' so far that explored."""
+        return self.explorations / max(self.choices, 1)
+
+    def choose(self, x: Tensor, live: np.ndarray) -> None:
+        """Choose z' anew for the environments `live`, whose states have features x [m, d_model + D]."""
+        if self.agent.config.acting == "search":
+            points = self.agent.embed(x)
+            nodes, costs = self.graph.links(points)
+            to_goal = self.agent.metric_steps(points, self.goal_points).cpu().numpy()
+            for row, env in enumerate(live):
+                self._follow(env, points[row], nodes[row], costs[row], float(to_goal[row, env]))
+        else:
+            proposal = self.agent.propose(self.agent.code(x), self.agent.code(self.goals[live]))
+            self.chosen[live] = self.graph.nearest_codes(proposal)
+        own = np.flatnonzero(self.chosen[live] < len(self.graph))
+        self.subgoals[live] = self.goals[live]
+        self.subgoals[live[own]] = self.graph.features[self.chosen[live[own]]]
+        self.choices += len(live)
+        if self.epsilon > 0:
+            sampled = torch.stack([torch.rand(2, generator=self.generators[env]) for env in live])
+            explore, fraction = sampled.T.to(self.agent.device)
+            ahead = x + (0.2 + 0.8 * fraction).unsqueeze(-1) * (self.goals[live] - x)
+            explores = (explore < self.epsilon).unsqueeze(-1)
+            self.subgoals[live] = torch.where(explores, ahead, self.subgoals[live])
+            self.explorations += int(explores.sum())
+
+    def _follow(self, env: int, point: Tensor, nodes: np.ndarray, costs: np.ndarray, to_goal: float) -> None:
+        """Choose one environment's z': the goal if it is near, else the node `aim_steps` ahead on the shortest path.
+
+        nodes, costs: [L] the links of the state it is in.
+        """
+        ahead, count = self.agent.config.aim_steps, len(self.graph)
+        steps, next_node = self.paths[env]
+        total = costs + steps[nodes]
+        for here, there in self.blocked[env]:
+            if here[nodes].any():  # it stands where the blocked edges begin
+                total[there[nodes]] = np.inf
+        if self.blocked[env] and not np.isfinite(total).any():  # no path is left: begin anew
+            self.blocked[env].clear()
+            self.nearest[env] = np.inf
+            steps, next_node = self.paths[env] = self.graph.shortest_paths(*self.last[env])
+            total = costs + steps[nodes]
+        best = int(total.argmin())
+        if to_goal <= ahead or not np.isfinite(total[best]):
+            node, left = count, to_goal
+        else:
+            node, left = int(nodes[best]), total[best]
+            while node < count and left - steps[node] < ahead:
+                node = int(next_node[node])
+        if left < self.nearest[env] - 1:
+            self.nearest[env], self.nearest_at[env] = left, self.clock
+        elif self.clock - self.nearest_at[env] >= self.agent.config.patience:
+            self._block(env, point, node)
+        self.chosen[env] = node
+
+    def _block(self, env: int, point: Tensor, node: int) -> None:
+        """Going from here to `node` failed: block these edges for the rest of the episode, and escape at random."""
+        self.nearest[env], self.nearest_at[env] = np.inf, self.clock
+        self.escape_left[env] = self.agent.config.escape_steps
+        self.escape_actions[env] = 2 * torch.rand(self.agent.action_dim, generator=self.generators[env]) - 1
+        if node < len(self.graph):
+            self.blocked[env].append(self.graph.around(point, node))
+            self.paths[env] = self.graph.shortest_paths(*self.last[env], self.blocked[env])
