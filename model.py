@@ -519,14 +519,14 @@ class NextState(nn.Module):
 
 
 class RewardLogit(nn.Module):
-    """Logit of reaching the goal, or the episode's end, at z'. Code [..., d_model] -> [...]."""
+    """Logit of reaching the goal, or the episode's end, at z'. Codes [..., d_model] -> [...]."""
 
     def __init__(self, d_model: int, hidden_dim: int):
         super().__init__()
-        self.net = MLP(d_model, hidden_dim, 1)
+        self.net = MLP(2 * d_model, hidden_dim, 1)
 
-    def forward(self, z_next: Tensor) -> Tensor:
-        return self.net(z_next).squeeze(-1)
+    def forward(self, z_next: Tensor, z_goal: Tensor) -> Tensor:
+        return self.net(z_next, z_goal - z_next).squeeze(-1)
 
 
 class InverseDynamics(nn.Module):

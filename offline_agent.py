@@ -252,20 +252,22 @@ class OfflineAgent:
         return masked_mean(error, codes["valid"]), {}
 
     def reward_loss(self, codes, batch, held_out: bool = False) -> tuple[Tensor, dict]:
-        """Binary cross-entropy of the reward logit with a running positive weight; focal if focal_gamma > 0.
+        """Binary cross-entropy of the logit reward(z', z_g) with a running positive weight; focal if focal_gamma > 0.
 
-        Positive where s_{t+1} is the goal or its episode's last state.
+        Positive where s_{t+1} is the goal or its episode's last state. Held out, the weight is the batch's own. A coin
+        has a loss of 2 log 2 times the share of negatives.
         """
         c, valid = self.config, codes["valid"]
         label = self._reward_label(batch)
-        weight = ((1 - self.positive_rate) / self.positive_rate.clamp(min=1e-6)).clamp(max=c.max_pos_weight)
-        logit = self.model.reward(codes["z_next"])
-        weight = None if held_out else weight
+        share = masked_mean(label, valid)  # of positives
+        rate = share if held_out else self.positive_rate
+        weight = ((1 - rate) / rate.clamp(min=1e-6)).clamp(max=c.max_pos_weight)
+        logit = self.model.reward(codes["z_next"], codes["z_goal"])
         loss = F.binary_cross_entropy_with_logits(logit, label, pos_weight=weight, reduction="none")
         if c.focal_gamma > 0:  # Lin et al., 2017: errors that are already small count less
             p = torch.sigmoid(logit)
             loss = loss * (label * (1 - p) + (1 - label) * p) ** c.focal_gamma
-        return masked_mean(loss, valid), {"reward_positive_rate": masked_mean(label, valid)}
+        return masked_mean(loss, valid), {"reward_positive_rate": share}
 
     def _reward_label(self, batch) -> Tensor:
         return ((batch["steps_to_goal"] == 1) | batch["last"]).float()
@@ -349,7 +351,9 @@ class OfflineAgent:
 
         A padded position takes a slot too, marked absent: the shapes stay the same.
         """
-        self.positive_rate.lerp_(masked_mean(self._reward_label(batch), codes["valid"]), 0.01)
+        # The mean of the first hundred batches, then a running one: 0.01 from the start would keep the 0.5 for long.
+        share = masked_mean(self._reward_label(batch), codes["valid"])
+        self.positive_rate.lerp_(share, max(0.01, 1 / (self.step + 1)))
         if self.config.bank_size == 0:
             return
         picked, size = self._nce_positions(batch), self.config.bank_size
@@ -364,9 +368,9 @@ class OfflineAgent:
     def evaluate_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The losses of a held-out batch, without a trace: no gradient, no dropout, nothing remembered.
 
-        InfoNCE contrasts within the batch alone and positives of the reward loss weigh 1, so that the figures do not
-        depend on what training has seen so far. The targets of Q, V and the proposer are still the EMA network's, and
-        move with it.
+        InfoNCE contrasts within the batch alone and the reward loss weighs by the batch's own labels, so that the
+        figures do not depend on what training has seen so far. The targets of Q, V and the proposer are still the EMA
+        network's, and move with it.
         """
         with self._evaluating():
             return self.total_loss(batch, held_out=True)[1]
