@@ -11,15 +11,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmark_data.local import generate_if_missing
 from model import resolve_backend
 from model_kernels import KernelConfig, use_kernels
-from offline_agent import OfflineAgent, OfflineAgentConfig, effective_rank
-from ogbench_utils import Maze, Task, TrajectoryDataset, evaluation_tasks, make_env, parse_dataset_id
-from opso.maze import distances
+from offline_agent import OfflineAgent, OfflineAgentConfig
+from ogbench_utils import Maze, TrajectoryDataset, evaluation_tasks, make_env, parse_dataset_id
+from opso.diagnostics import HeldOut, value_map
 from runs.cli import check_bounds, parse_config, run_cli
 from runs.directory import (
     check_run,
@@ -71,8 +70,7 @@ BOUNDS = {
     **dict.fromkeys(("p_self", "p_future", "p_random"), (0.0, 1.0)),
 }
 MAY_CHANGE_ON_RESUME = {"num_epochs", "dataset_dir", "device", "tensorboard", "wandb_project", "plot_maps"}
-
-
+MAP_WINDOWS = 128  # held-out windows whose states value_map.png shows
 # Where and how a run went on is not part of what it trained: equal runs write equal checkpoints.
 NOT_THE_MODEL = {"resume", "run_dir", *MAY_CHANGE_ON_RESUME}
 
@@ -102,48 +100,6 @@ def sample_batch(
         "horizon": torch.randint(1, config.horizon + 1, rows.shape, generator=generator, device=data.device),
         "nce_offset": torch.randint(config.context_length, (), generator=generator, device=data.device),
     }
-
-
-class HeldOut:
-    """Fixed held-out histories and goals, and the shortest-path distances between them.
-
-    A history is the first n states of a window, n uniform in 1..context_length + 1; a goal is a single state. The
-    same ones serve every evaluation of a run.
-    """
-
-    def __init__(self, val: TrajectoryDataset, maze: Maze, config: OfflineTrainerConfig, seed: int):
-        generator = torch.Generator(val.device).manual_seed(seed)
-        windows = val.sample_windows(config.eval_states, config.context_length, generator)
-        full = windows["valid"].sum(1) + 1
-        share = torch.rand(config.eval_states, generator=generator, device=val.device)
-        self.lengths = (share * full).long() + 1
-        self.observations = windows["observations"]
-        last = (self.lengths - 1).view(-1, 1, 1).expand(-1, 1, val.observation_dim)
-        self.states = self.observations.gather(1, last).squeeze(1)  # [states, D]
-        rows = torch.randint(len(val.observations), (config.eval_goals,), generator=generator, device=val.device)
-        self.goals = val.observations[rows]  # [goals, D]
-        self.distance = distances(maze, self.goals[:, :2].cpu().numpy(), self.states[:, :2].cpu().numpy())
-
-    def evaluate(self, agent: OfflineAgent) -> dict[str, float]:
-        """`value_distance_spearman` over all pairs, and the collapse diagnostics of the codes."""
-        z = agent.encode_windows(self.observations, self.lengths)
-        value = agent.value(z.unsqueeze(0), self.goals.unsqueeze(1)).cpu().numpy()  # [goals, states]
-        far = self.distance >= np.median(self.distance)
-        return {
-            "value_distance_spearman": spearman(value, -self.distance),
-            "value_distance_spearman_far": spearman(value[far], -self.distance[far]),
-            "code_std": float(z.std(0).mean()),
-            "code_rank": float(effective_rank(z)),
-        }
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of all entries; 0 where one of them is constant (a collapsed value orders nothing)."""
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return 0.0
-    from scipy.stats import spearmanr  # late: it takes a third of a second, and --help does without
-
-    return float(spearmanr(a.ravel(), b.ravel()).statistic)
 
 
 def validate(agent: OfflineAgent, val: TrajectoryDataset, config: OfflineTrainerConfig, seed: int) -> dict[str, float]:
@@ -193,7 +149,8 @@ class OfflineRun:
             (self.run_dir / "best_model.pth").unlink(missing_ok=True)
         self.env = make_env(config.dataset)
         self.maze = Maze.from_env(self.env)
-        self.held_out = HeldOut(self.val_data, self.maze, config, self.streams.evaluation_seed)
+        sizes = (config.context_length, config.eval_states, config.eval_goals)
+        self.held_out = HeldOut(self.val_data, self.maze, *sizes, self.streams.evaluation_seed)
         self.logger = MetricLogger(
             self.run_dir, self.agent.step if checkpoint else None, config.tensorboard, config.wandb_project, config
         )
@@ -283,39 +240,16 @@ class OfflineRun:
 
     def plot(self) -> None:
         """training_curves.png and, unless turned off, value_map.png."""
-        title = f"{self.config.dataset}, seed {self.config.seed}, update {self.agent.step}"
+        config, data = self.config, self.train_data
+        size = f"{data.num_trajectories} episodes, {len(data.observations):,} states"
+        title = f"{config.dataset} ({size}), seed {config.seed}, update {self.agent.step}"
         plot_training_curves(read_metrics(self.run_dir), self.run_dir / "training_curves.png", title)
-        if self.config.plot_maps:
-            z, xy, decoder = self.map_codes()
-            maps = [self.value_map(task, z, decoder) for task in evaluation_tasks(self.env)]
-            plot_value_maps(self.maze, xy.cpu().numpy(), maps, self.run_dir / "value_map.png", title)
-
-    def map_codes(self, windows: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes of held-out single states z [n, d_model], their positions xy [n, 2], and a ridge regression of the two.
-
-        Single states, because that is what the proposer's targets are codes of.
-
-        The decoder [d_model, 2] turns a step in code space, such as the proposer's, into one over the maze.
-        """
-        generator = torch.Generator(self.device).manual_seed(self.streams.evaluation_seed)
-        batch = self.val_data.sample_windows(windows, self.config.context_length, generator)
-        z = self.agent.encode_states(batch["observations"])[:, :-1][batch["valid"]]
-        xy = batch["observations"][:, :-1, :2][batch["valid"]]
-        centred = (z - z.mean(0)).double()
-        gram = centred.t() @ centred + 1e-3 * len(z) * torch.eye(z.shape[1], device=z.device, dtype=torch.float64)
-        decoder = torch.linalg.solve(gram, centred.t() @ (xy - xy.mean(0)).double())
-        return z, xy, decoder.float()
-
-    def value_map(self, task: Task, z: torch.Tensor, decoder: torch.Tensor) -> dict:
-        """What `plot_value_maps` draws for one evaluation goal."""
-        goal = torch.as_tensor(task.goal_observation, device=self.device)
-        return {
-            "name": f"task {task.task_id}",
-            "start_xy": task.init_xy,
-            "goal_xy": task.goal_xy,
-            "value": self.agent.value(z, goal).cpu().numpy(),
-            "arrows": ((self.agent.propose(z, goal) - z) @ decoder).cpu().numpy(),
-        }
+        if config.plot_maps:
+            generator = torch.Generator(self.device).manual_seed(self.streams.evaluation_seed)
+            batch = self.val_data.sample_windows(MAP_WINDOWS, config.context_length, generator)
+            states = batch["observations"][:, :-1][batch["valid"]]
+            maps = [value_map(self.agent, states, task) for task in evaluation_tasks(self.env)]
+            plot_value_maps(self.maze, states[:, :2].cpu().numpy(), maps, self.run_dir / "value_map.png", title)
 
 
 def default_run_dir(config: OfflineTrainerConfig) -> Path:

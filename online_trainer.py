@@ -226,8 +226,7 @@ class OnlineRun:
     def open(self, checkpoint: Path | None) -> None:
         """Build the agent, its codes and replay; continue from the checkpoint if there is one."""
         config = self.config
-        self.limit = max_episode_steps(config.dataset)
-        self.evaluator = open_evaluator(config, config.dataset, self.limit)
+        self.evaluator = open_evaluator(config, config.dataset)
         self.resources.callback(self.evaluator.close)
         with self.streams.initialising():
             width, discount = self.pretrained["hidden_dim"], self.pretrained["discount"]
@@ -240,7 +239,8 @@ class OnlineRun:
             self.agent.scale_idm(*self.neighbours(self.codes, self.codes.transitions))
         self.node_rows = spaced_rows(self.data.episode_end, config.graph_nodes, config.aim_steps)
         kept = min(config.replay_episodes, max(config.max_episodes, 1))
-        self.replay = EpisodeReplay(kept, self.limit, self.codes.states.shape[1], self.data.action_dim, self.device)
+        sizes = (max_episode_steps(config.dataset), self.codes.states.shape[1], self.data.action_dim)
+        self.replay = EpisodeReplay(kept, *sizes, self.device)
         self.episodes = self.random_episodes = self.env_steps = 0
         self.best_success, self.measured, self.fitted = -1.0, False, False  # measured: the metric is fitted
         self.metrics: dict[str, float] = {}  # of the last evaluation
@@ -428,6 +428,7 @@ class OnlineRun:
             "dataset": self.config.dataset,
             "config": {key: value for key, value in plain_config(self.config).items() if key not in NOT_THE_MODEL},
             "pretrained": self.pretrained,
+            "data_states": len(self.data.observations),
             "action_dim": self.data.action_dim,
             "agent": self.agent.policy_state_dict(),
             "nodes": self.data.observations[self.node_rows],
@@ -458,7 +459,8 @@ class OnlineRun:
     def plot(self) -> None:
         """online_training_curves.png, paths.png of the last evaluation and, if asked for, evaluation.mp4."""
         config = self.config
-        title = f"{config.dataset}, {config.inverse_dynamics_data} actions, seed {config.seed}"
+        data = f"{config.dataset} ({len(self.data.observations):,} states)"
+        title = f"{data}, {config.inverse_dynamics_data} actions, seed {config.seed}"
         plot_online_curves(read_metrics(self.run_dir), self.run_dir / "online_training_curves.png", title)
         nodes = self.data.observations[self.node_rows, :2].cpu().numpy()
         self.evaluation.plot(self.run_dir / "paths.png", nodes, f"{title}, {self.episodes} episodes")
@@ -472,10 +474,10 @@ def default_run_dir(config: OnlineTrainerConfig) -> Path:
     return Path(config.run_dir or stem)
 
 
-def open_evaluator(config: OnlineTrainerConfig, dataset: str, limit: int | None = None) -> Evaluator:
+def open_evaluator(config: OnlineTrainerConfig, dataset: str) -> Evaluator:
     """Environments for rounds of episodes and for evaluations."""
-    make = functools.partial(GoalEnv, parse_dataset_id(dataset).id, limit)
-    return Evaluator(make, max(config.num_envs, EVAL_ENVS), num_workers(config.eval_workers))
+    make_env = functools.partial(GoalEnv, dataset, max_episode_steps(dataset))
+    return Evaluator(make_env, max(config.num_envs, EVAL_ENVS), num_workers(config.eval_workers))
 
 
 def evaluate_file(config: OnlineTrainerConfig) -> None:
@@ -491,7 +493,8 @@ def evaluate_file(config: OnlineTrainerConfig) -> None:
         evaluation = Evaluation(evaluator, dataset, RandomStreams(seed).evaluation_seed)
         metrics = evaluation.run(policy.agent, policy.graph, config.eval_episodes)
     write_text_atomic(folder / "evaluation.json", json.dumps({"dataset": dataset, **metrics}, indent=2) + "\n")
-    title = f"{dataset}, {policy.config['inverse_dynamics_data']} actions, seed {seed}"
+    actions, states = policy.config["inverse_dynamics_data"], policy.state["data_states"]
+    title = f"{dataset} ({states:,} states), {actions} actions, seed {seed}"
     evaluation.plot(folder / "paths.png", policy.state["nodes"][:, :2].cpu().numpy(), title)
     if config.record_video:
         evaluation.record_video(folder / "evaluation.mp4")

@@ -5,12 +5,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import gymnasium
 import numpy as np
 
-from ogbench_utils import NUM_TASKS, Maze, make_env, parse_dataset_id, seeded_reset
+from ogbench_utils import NUM_TASKS, Maze, make_env, seeded_reset
 from online_agent import OnlineAgent
 from opso.search import Planner, StateGraph
 from runs.evaluation import Evaluator
@@ -50,17 +49,8 @@ def episode_code(seed: int, task: int | None = None) -> int:
     return seed * (NUM_TASKS + 1) + (task or 0)
 
 
-class EpisodePolicy(Protocol):
-    """What acts in a round of episodes, each with one goal."""
-
-    chosen: np.ndarray  # [E] int, the node that each environment aims at
-
-    def act(self, observations: np.ndarray, live: np.ndarray) -> np.ndarray:
-        """Actions [m, A] float32 of the environments `live` [m], which show observations [m, D]."""
-
-
 class RandomPolicy:
-    """Uniform actions in [-1, 1], sampled anew at each step, aimed at nothing."""
+    """Acts as `Planner` does, uniformly in [-1, 1], anew at each step; aims at nothing."""
 
     def __init__(self, seeds: list[int], action_dim: int):
         # Not the seeds themselves: the environment's numbers come from those.
@@ -87,12 +77,12 @@ class Episode:
 def rollout(
     evaluator: Evaluator,
     codes: list[int],
-    policy_for: Callable[[np.ndarray], EpisodePolicy],
+    policy_for: Callable[[np.ndarray], Planner | RandomPolicy],
     ended: Callable[[int], object] = lambda count: None,
-) -> tuple[list[Episode], EpisodePolicy]:
+) -> tuple[list[Episode], Planner | RandomPolicy]:
     """One episode for each code at once, to success or the time limit. Returns them, and the policy that acted.
 
-    policy_for: makes the policy, of the goals [E, D]. ended: is told how many episodes have just ended.
+    policy_for(goals [E, D]) makes the policy. ended(count) is told how many episodes have just ended.
     """
     steps: list[tuple[np.ndarray, ...]] = []
     policy, playing = None, len(codes)
@@ -215,7 +205,7 @@ def renderer(dataset: str) -> gymnasium.Env:
 
 def check_video(dataset: str) -> None:
     """Raises UserError where no film can be made."""
-    renderer(parse_dataset_id(dataset).id).close()
+    renderer(dataset).close()
     find_video_writer()
 
 

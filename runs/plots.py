@@ -22,6 +22,10 @@ OFFLINE_LOSSES = {  # column of metrics.csv -> name of the curve
     "infonce_loss": "InfoNCE",
     "alignment_loss": "Alignment",
 }
+WHY_IT_RISES = {  # under the curves that do not fall
+    "infonce_loss": "train rises while the bank of negatives fills",
+    "alignment_loss": "rises: it weighs 0.1 and yields to the others (--beta_a)",
+}
 
 
 def _new_figure(width: float, height: float) -> Figure:
@@ -80,8 +84,8 @@ def plot_training_curves(metrics: dict[str, list[float]], path: str | Path, titl
         marker=".",
     )
     axes[7].legend(fontsize=8)
-    for axis in axes:
-        axis.set_xlabel("update")
+    for axis, column in zip(axes, [*OFFLINE_LOSSES, "", ""], strict=True):
+        axis.set_xlabel(f"update\n{WHY_IT_RISES[column]}" if column in WHY_IT_RISES else "update")
         axis.grid(alpha=0.3)
     _save(figure, path)
 
@@ -101,7 +105,7 @@ def _binned(xy: np.ndarray, values: np.ndarray, extent: tuple, size: float) -> n
 
 
 def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, title: str) -> None:
-    """V(z, z_g) over the maze for each evaluation goal, with the directions the proposer takes.
+    """V(z, z_g) over the maze for each evaluation goal, with the directions that the proposer leads to.
 
     Args:
         maze: `ogbench_utils.Maze`.
@@ -117,11 +121,12 @@ def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, ti
     for axis in axes[len(maps) :]:
         axis.axis("off")
     walls = np.where(maze.maze_map == 1, 1.0, np.nan)
-    for axis, entry in zip(axes, maps, strict=False):
-        picture = axis.imshow(_binned(xy, entry["value"], extent, maze.unit / 8), origin="lower", extent=extent)
+    values = [_binned(xy, entry["value"], extent, maze.unit / 8) for entry in maps]
+    limits = {"vmin": min(map(np.nanmin, values)), "vmax": max(map(np.nanmax, values))}
+    for axis, entry, value in zip(axes, maps, values, strict=False):
+        picture = axis.imshow(value, origin="lower", extent=extent, **limits)
         axis.set_facecolor("0.85")  # floor that no held-out state visited
         axis.imshow(walls, origin="lower", extent=extent, cmap="gray", vmin=0, vmax=2)
-        figure.colorbar(picture, ax=axis, shrink=0.6)
         size = maze.unit / 2
         arrows = _binned(xy, entry["arrows"], extent, size)
         arrows = arrows / np.maximum(np.linalg.norm(arrows, axis=-1, keepdims=True), 1e-9)
@@ -130,10 +135,20 @@ def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, ti
         axis.quiver(x[seen], y[seen], *arrows[seen].T, color="black", scale=22, width=0.008, headwidth=4.5, pivot="mid")
         axis.plot(*entry["start_xy"], "o", color="tab:cyan", markeredgecolor="black", markersize=9, label="start")
         axis.plot(*entry["goal_xy"], "*", color="red", markeredgecolor="black", markersize=15, label="goal")
-        axis.set_title(f"V, {entry['name']}")
+        axis.plot(
+            [],
+            [],
+            color="black",
+            marker=r"$\rightarrow$",
+            linestyle="",
+            markersize=15,
+            label="where the proposer leads",
+        )
+        axis.set_title(entry["name"])
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.legend(*axis.get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(0.9, 0.2), fontsize=14)
+    figure.colorbar(picture, ax=axes, shrink=0.8, label="V(z, z_g), about discount^(steps to the goal - 1)")
+    figure.legend(*axis.get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(0.86, 0.2), fontsize=14)
     _save(figure, path)
 
 

@@ -16,7 +16,8 @@ from running import digest, error_line
 
 import make_dataset
 import offline_trainer
-from ogbench_utils import Maze, TrajectoryDataset, make_env
+from ogbench_utils import Maze, TrajectoryDataset, evaluation_tasks, make_env
+from opso.diagnostics import HeldOut, value_map
 from opso.maze import distances
 from runs.cli import run_cli
 from runs.directory import hold_run, load_checkpoint
@@ -254,7 +255,7 @@ def test_held_out_distances_are_the_mazes(dataset_dir):
     config = offline_trainer.parse_config(offline_trainer.OfflineTrainerConfig, ["--dataset", DATASET, *TINY])
     maze = Maze.from_env(make_env(DATASET))
     val = TrajectoryDataset.load(DATASET, "val", dataset_dir)
-    held_out = offline_trainer.HeldOut(val, maze, config, seed=3)
+    held_out = HeldOut(val, maze, config.context_length, config.eval_states, config.eval_goals, seed=3)
     assert held_out.distance.shape == (16, 32)
     straight = np.linalg.norm(held_out.goals.numpy()[:, None, :2] - held_out.states.numpy()[None, :, :2], axis=-1)
     assert (held_out.distance >= straight - 1e-6).all()
@@ -280,3 +281,25 @@ def test_held_out_distances_are_the_mazes(dataset_dir):
     assert held_out.evaluate(oracle)["value_distance_spearman"] == pytest.approx(-1)
     oracle.sign = 0
     assert held_out.evaluate(oracle)["value_distance_spearman"] == 0
+
+
+def test_the_maps_arrows_follow_the_proposals(dataset_dir):
+    """A proposer that steps to the right: the arrow of a state leads to the states on its right."""
+    maze = Maze.from_env(make_env(DATASET))
+    states = torch.cartesian_prod(torch.arange(0, 10, 0.5), torch.arange(0, 10, 0.5))
+    task = evaluation_tasks(make_env(DATASET))[0]
+
+    class Rightwards:
+        def encode_states(self, observations):
+            return observations
+
+        def value(self, z, goal):
+            return -(z - goal).norm(dim=-1)
+
+        def propose(self, z, goal):
+            return z + torch.tensor([0.1, 0.0])
+
+    found = value_map(Rightwards(), states, task)
+    assert maze.is_free(found["goal_xy"]) and found["value"].shape == (400,) and found["name"] == "task 1"
+    inner = (states[:, 0] < 7).numpy() & (states[:, 1] > 1).numpy() & (states[:, 1] < 8).numpy()
+    assert np.abs(found["arrows"][inner] - [2, 0]).max() < 1
