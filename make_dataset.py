@@ -55,7 +55,7 @@ class MakeDatasetConfig:
     list: bool = False  # instead, show every id: size, where it is, or how to get it
     only: str | None = None  # with --list: the ids that hold this text, and no others
     check: str | None = None  # instead, check this file, folder or dataset id, generated or official
-    picture: str | None = None  # with --check: where its picture goes; else logs/checks/<name>-<8 digits>.png
+    picture: str | None = None  # with --check: where its picture goes; else logs/checks/<id>.png
 
 
 # Flags that the two other commands read; all others make data.

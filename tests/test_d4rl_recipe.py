@@ -8,8 +8,8 @@ import h5py
 import numpy as np
 import pytest
 
-from benchmark_data import check, d4rl, experts
-from benchmark_data.check_files import open_data
+from benchmark_data import d4rl, experts
+from benchmark_data.check import read
 from benchmark_data.d4rl import COLUMNS, SNAPSHOTS, Block, D4RLFamily, make_block, recipe_parts, record_episode
 from benchmark_data.generation import Plan, make
 from d4rl_utils import (
@@ -133,9 +133,9 @@ def test_an_episode_that_the_size_cut_counts_as_no_return(generate, level, size,
     whole = returns[: len(returns) - left_out]
     assert manifest["episodes"] == len(returns) and of in manifest["returns_of"]
     # --check counts as the manifest does.
-    data = open_data(path)
-    np.testing.assert_allclose(check.episode_returns(data), whole)
-    assert manifest["rows_of_the_cut_last_episode"] == check.cut_rows(data) == size % 1000
+    data = read(path, parse_dataset_id(f"local/halfcheetah-{level}-v2"))
+    np.testing.assert_allclose(data.returns(), whole)
+    assert manifest["rows_of_the_cut_last_episode"] == data.cut_rows == size % 1000
     for name, value in (("mean", whole.mean()), ("std", whole.std()), ("min", whole.min()), ("50%", np.median(whole))):
         assert manifest["returns"][name] == pytest.approx(value)
 

@@ -1,0 +1,254 @@
+"""A dataset's rows in one form, whatever its benchmark, and the simulator that they are held against."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+import d4rl_utils
+import dmc_utils
+import ogbench_utils
+from dataset_files import Dataset
+from ogbench_utils import Maze
+from utils import UserError
+
+FAULT, NOTE = "fault", "note"
+LAYOUTS = {ogbench_utils.MazeDataset: "ogbench", d4rl_utils.D4RLDataset: "d4rl", dmc_utils.WalkerDataset: "walker"}
+
+
+class Simulator:
+    """The environment of a dataset, put into recorded states.
+
+    A state [state_dim] holds MuJoCo's positions and velocities. Attributes: env, shape (numbers an observation and an
+    action), state_dim, positions (how many numbers an observation begins with that say where the body is), maze.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.env: Any = dataset.make_env()
+        self.layout, self.robot = LAYOUTS[type(dataset)], self.env.unwrapped
+        self.reset()
+        self.shape = self.env.observation_space.shape + self.env.action_space.shape
+        in_maze = "maze" in dataset.id
+        self.maze = self._maze() if in_maze else None
+        if self.layout == "walker":
+            self.state_dim, self.positions = dmc_utils.PHYSICS_DIM, 15
+        else:
+            model = self.robot.model
+            self.state_dim, self.positions = model.nq + model.nv, 2 if in_maze else model.nq - 1
+
+    def reset(self) -> None:
+        if self.layout == "ogbench":
+            ogbench_utils.seeded_reset(self.env, 0, {"task_id": 1})
+        else:
+            self.env.reset(seed=0)
+
+    def _maze(self) -> Maze:
+        if self.layout == "ogbench":
+            return Maze.from_env(self.env)
+        cells = self.env.get_wrapper_attr("cells")
+        offset_y, offset_x = np.argwhere(cells == "R")[0] * 4.0
+        return Maze(cells == "#", 4.0, offset_x, offset_y)
+
+    def place(self, state: np.ndarray) -> np.ndarray:
+        """Go to a state; returns its observation."""
+        state = state.astype(np.float64)
+        if self.layout == "walker":
+            return self.robot.set_physics(state)
+        self.robot.set_state(*np.split(state, [self.robot.model.nq]))
+        return self.robot.get_ob() if self.maze else self.robot._get_obs()
+
+    def step(self, states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Observations [n, obs_dim] and rewards [n] after one step from each state; nan where the physics diverge."""
+        observations, rewards = np.full((len(states), self.shape[0]), np.nan), np.full(len(states), np.nan)
+        for row, (state, action) in enumerate(zip(states, actions, strict=True)):
+            self.place(state)
+            try:
+                observations[row], rewards[row] = self.env.step(action)[:2]
+            except RuntimeError:  # dm_control's, from a state that never was
+                self.reset()
+        return observations, rewards
+
+    def rebuild(self, observations: np.ndarray) -> np.ndarray | None:
+        """States [n, state_dim] of observations [n, obs_dim]; None where these do not show the whole state.
+
+        A runner's observation leaves out x, on which nothing depends, and a point's its velocity, which is set to zero
+        in each step. hopper's and walker2d's show velocities up to 10: states beyond are nan.
+        """
+        padding = {0: (0, 0), 1: (1, 0), 2: (0, 2)}.get(self.state_dim - self.shape[0])
+        if self.layout == "walker" or padding is None:
+            return None
+        states = np.pad(observations, ((0, 0), padding))
+        if self.maze is None:
+            states[(np.abs(observations) == 10).any(axis=1)] = np.nan
+        return states
+
+    def fallen(self, observations: np.ndarray) -> np.ndarray:
+        """1 where the environment ends a runner's episode at an observation, 0 where not, nan where unknown: [n]."""
+        fallen = np.full(len(observations), np.nan)
+        for row, state in enumerate(self.rebuild(observations)):
+            if np.isfinite(state).all():
+                self.place(state)
+                fallen[row] = getattr(self.robot, "terminated", False)  # halfcheetah never falls
+        return fallen
+
+
+@dataclass
+class Data:
+    """A dataset: the action of row t leads to row t + 1, but where row t ends an episode."""
+
+    path: Path
+    dataset: Dataset
+    observations: np.ndarray  # [N, obs_dim] float32
+    actions: np.ndarray  # [N, action_dim] float32
+    flags: dict[str, np.ndarray]  # terminals, timeouts: [N] bool
+    rewards: np.ndarray | None = None  # [N] float32
+    following: np.ndarray | None = None  # [N, obs_dim] float32, the file's next_observations
+    states: np.ndarray | None = None  # [N, state_dim], of the file
+    files: list[str] = field(default_factory=list)  # of the walker study, one an episode
+    findings: list[tuple[str, str]] = field(default_factory=list)  # FAULT or NOTE, and a sentence
+
+    @functools.cached_property
+    def simulator(self) -> Simulator:
+        return Simulator(self.dataset)
+
+    @property
+    def layout(self) -> str:
+        """ogbench, d4rl or walker."""
+        return LAYOUTS[type(self.dataset)]
+
+    @property
+    def goals(self) -> bool:
+        """Whether terminals marks rows at the goal, after which the official files go on: D4RL's antmazes."""
+        return self.layout == "d4rl" and "antmaze" in self.dataset.id
+
+    @functools.cached_property
+    def ends(self) -> np.ndarray:
+        """Rows that the file says end an episode, and the last one: [N] bool."""
+        ends = np.logical_or.reduce([flag for name, flag in self.flags.items() if name == "timeouts" or not self.goals])
+        ends[-1] = True
+        return ends
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.flatnonzero(self.ends[:-1]) + 1])
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts, append=len(self.ends))
+
+    @property
+    def limit(self) -> int:
+        """Rows an episode: at most (D4RL), or in each, as in all files of OGBench's mazes and the walker study."""
+        if self.layout == "d4rl":
+            return self.dataset.max_episode_steps
+        return int(np.bincount(self.lengths).argmax())
+
+    @property
+    def cut_rows(self) -> int:
+        """Rows of the last episode where a D4RL file's size cut it; 0 where it is whole."""
+        length = int(self.lengths[-1])
+        return length if self.layout == "d4rl" and length < self.limit and not self.flags["terminals"][-1] else 0
+
+    def returns(self) -> np.ndarray | None:
+        """Undiscounted returns of whole episodes, float64; None without rewards."""
+        if self.rewards is None:
+            return None
+        returns = d4rl_utils.episode_returns(self.rewards, np.flatnonzero(self.ends))
+        return returns[:-1] if self.cut_rows and len(returns) > 1 else returns
+
+    def next(self, rows: np.ndarray) -> np.ndarray:
+        """The observations that the file says the actions of rows lead to."""
+        return self.observations[rows + 1] if self.following is None else self.following[rows]
+
+    def at(self, rows: np.ndarray) -> str:
+        """The first of these rows in words, and how many more there are."""
+        episode = int(np.searchsorted(self.starts, rows[0], side="right")) - 1
+        place = f"{self.files[episode]} row {rows[0] - self.starts[episode]}" if self.files else f"row {rows[0]:,}"
+        return place if len(rows) == 1 else f"{place} and {len(rows) - 1:,} more"
+
+    def fault(self, what: str) -> None:
+        self.findings.append((FAULT, what))
+
+    def note(self, what: str) -> None:
+        self.findings.append((NOTE, what))
+
+
+def read(path: Path, dataset: Dataset) -> Data:
+    """Read a dataset's file or folder. Raises UserError for what its benchmark's loader refuses."""
+    return {"ogbench": _read_maze, "d4rl": _read_d4rl, "walker": _read_walker}[LAYOUTS[type(dataset)]](path, dataset)
+
+
+def _read_maze(path: Path, dataset: Any) -> Data:
+    # Without the last check of dataset.read, for jumps: the simulator tells what is wrong.
+    simulator = Simulator(dataset)
+    arrays = ogbench_utils.load_arrays(path, simulator.shape)
+    flags = {"terminals": arrays["terminals"]}
+    data = Data(path, dataset, arrays["observations"], arrays["actions"], flags)
+    data.simulator = simulator
+    with np.load(path, allow_pickle=False) as file:
+        _read_stored(data, file, "qpos", "qvel")
+    return data
+
+
+def _read_d4rl(path: Path, dataset: Any) -> Data:
+    arrays = dataset.read(path)
+    flags = {key: arrays[key] for key in ("terminals", "timeouts") if key in arrays}
+    data = Data(path, dataset, arrays["observations"], arrays["actions"], flags, arrays["rewards"])
+    data.following = arrays.get("next_observations")
+    if "timeouts" not in arrays:
+        flags["timeouts"] = np.zeros(len(data.rewards), bool)
+        flags["timeouts"][dataset.episode_ends(arrays, path)] = True
+        data.note(f"no timeouts: episodes are cut after {data.limit} steps, as D4RL's loader does")
+    with h5py.File(path, "r", locking=False) as file:
+        _read_stored(data, file, "infos/qpos", "infos/qvel")
+    return data
+
+
+def _read_stored(data: Data, file: Mapping[str, Any], *state_keys: str) -> None:
+    """What loaders leave aside: the states, and the types of what they cast."""
+    for key in ("observations", "actions", "rewards", "next_observations"):
+        if key in file and file[key].dtype != np.float32:
+            # D4RL's own scripts leave float64 in antmaze's rewards, and in all of the medium-replay files.
+            known = "replay" in data.dataset.id or data.goals and key == "rewards"
+            known = known and data.layout == "d4rl" and not data.dataset.local
+            tail = "loaders cast it" if known else "another program wrote this file; take the original"
+            (data.note if known else data.fault)(f"{key} is {file[key].dtype}, not float32: {tail}")
+    if not all(key in file for key in state_keys):
+        return
+    parts = [file[key][()] for key in state_keys]
+    if any(part.ndim != 2 or len(part) != len(data.observations) for part in parts):
+        shapes = ", ".join(f"{key} {part.shape}" for key, part in zip(state_keys, parts, strict=True))
+        data.fault(f"{shapes}: not the {len(data.observations):,} rows of observations; one was cut, take the original")
+        return
+    states = np.concatenate(parts, axis=1)
+    if states.shape[1] != data.simulator.state_dim:
+        data.fault(f"{states.shape[1]} numbers a row in {' and '.join(state_keys)}, not {data.simulator.state_dim}")
+        return
+    data.states = states
+    bad = np.flatnonzero(~np.isfinite(data.states).all(axis=1))
+    if len(bad):
+        data.fault(f"{' or '.join(state_keys)} holds NaN or infinity in {data.at(bad)}")
+
+
+def _read_walker(path: Path, dataset: Any) -> Data:
+    folder = path if path.name == "data" else path / "data"
+    paths = [path] if path.is_file() else sorted(folder.glob("episode_*.npz"))
+    if not paths:
+        raise UserError(f"{folder}: no episode_<index>_<steps>.npz in it; give a dataset's folder, file or id")
+    episodes = [dmc_utils.read_episode(file) for file in paths]
+    columns = {key: np.concatenate([episode[key] for episode in episodes]) for key in episodes[0]}
+    ends = np.arange(len(columns["reward"])) % (dmc_utils.EPISODE_STEPS + 1) == dmc_utils.EPISODE_STEPS
+    # A row of these files holds the action that led to it.
+    actions, rewards = np.roll(columns["action"], -1, axis=0), np.roll(columns["reward"][:, 0], -1)
+    data = Data(path, dataset, columns["observation"], actions, {"timeouts": ends}, rewards)
+    data.states, data.files = columns["physics"], [file.name for file in paths]
+    if (columns["discount"] != 1).any():
+        rows = np.flatnonzero(columns["discount"][:, 0] != 1)
+        data.fault(f"discount is not 1 in {data.at(rows)}, though nothing terminates in this task; take the original")
+    return data
