@@ -157,11 +157,10 @@ class D4RLDataset(Dataset):
         return episode_ends(arrays, missing)
 
     def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
-        """Fields of offline_data.OfflineData: its transitions, and the returns of whole episodes, see `task_returns`.
+        """Fields of offline_data.OfflineData: its transitions, and `whole_returns`.
 
         A transition is terminated where the file says `terminals`; truncated where its episode goes no further for
-        another reason. An episode is whole where it terminates, or lasts until the time limit (or as long as the
-        longest): what was cut before would pull the mean return down.
+        another reason.
 
         Where the file has next_observations every row is a transition. Otherwise they are the next row's, as in D4RL's
         `qlearning_dataset`: rows at a timeout or at an unmarked end, whose next observation is not in the file, are
@@ -175,9 +174,7 @@ class D4RLDataset(Dataset):
         arrays = self.read(path)
         terminated, timeouts = arrays["terminals"], arrays.get("timeouts")
         ends = self.episode_ends(arrays, path)
-        lengths = np.diff(ends, prepend=-1)
-        whole = terminated[ends] | (lengths >= min(self.max_episode_steps, lengths.max()))
-        returns = task_returns(arrays["rewards"], terminated, ends)[whole]
+        returns = whole_returns(arrays["rewards"], terminated, ends, self.max_episode_steps)
         truncated = np.zeros(len(terminated), dtype=bool)
         truncated[ends] = ~terminated[ends]
         columns = {"env_id": self.env_id, "returns": returns}
@@ -332,6 +329,16 @@ def task_returns(rewards: np.ndarray, terminated: np.ndarray, ends: np.ndarray) 
     lasts = np.minimum(ends, first)
     # An episode at a time: a million rows in float64 would be a tenth of the data.
     return np.array([rewards[a : b + 1].sum(dtype=np.float64) for a, b in zip(starts, lasts, strict=True)])
+
+
+def whole_returns(rewards: np.ndarray, terminated: np.ndarray, ends: np.ndarray, limit: float) -> np.ndarray:
+    """`task_returns` of the episodes that were not cut early, which would pull the mean down, float64 [at most E].
+
+    Those terminate, or last for `limit` steps, or, where none does, as long as the longest.
+    """
+    lengths = np.diff(ends, prepend=-1)
+    whole = terminated[ends] | (lengths >= min(limit, lengths.max()))
+    return task_returns(rewards, terminated, ends)[whole]
 
 
 def take_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:

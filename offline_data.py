@@ -261,10 +261,6 @@ class MinariDataset(Dataset):
                 f"--dataset {self.id}: needs the package minari: pip install -r requirements/data.txt"
             ) from None
         (name,) = self.files
-        if not re.fullmatch(r"[\w-]+(/[\w-]+)*", name):
-            raise UserError(
-                f"--dataset {self.id!r}: after minari/ comes Minari's id, as in mujoco/halfcheetah/medium-v0"
-            )
         before = os.environ.get("MINARI_DATASETS_PATH")
         try:
             if dataset_dir is not None:  # Minari knows its folder by this variable alone
@@ -288,7 +284,7 @@ class MinariDataset(Dataset):
             if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
                 raise self._bad(f"{what} are {space}, not one row of numbers")
         low, high = dataset.action_space.low, dataset.action_space.high
-        if not np.isfinite([low, high]).all():
+        if not (np.isfinite([low, high]).all() and (low < high).all()):
             raise self._bad(f"actions are without bounds ({dataset.action_space})")
         parts: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
         for episode in dataset.iterate_episodes():
@@ -298,9 +294,8 @@ class MinariDataset(Dataset):
             raise self._bad("it has no episodes")
         ends = np.cumsum([len(part) for part in parts["rewards"]]) - 1
         columns = {name: np.concatenate(parts.pop(name)) for name in _COLUMNS}
-        lengths, limit = np.diff(ends, prepend=-1), getattr(dataset.env_spec, "max_episode_steps", None) or np.inf
-        whole = columns["terminated"][ends] | (lengths >= min(limit, lengths.max()))
-        returns = d4rl_utils.task_returns(columns["rewards"], columns["terminated"], ends)[whole]
+        limit = getattr(dataset.env_spec, "max_episode_steps", None) or np.inf
+        returns = d4rl_utils.whole_returns(columns["rewards"], columns["terminated"], ends, limit)
         scored = self._references(dataset) is not None
         if not scored:
             warn(f"{self.id} has no reference returns: where a score is shown, it is the return")
@@ -315,27 +310,21 @@ class MinariDataset(Dataset):
 
         steps, found = len(episode.rewards), {}
         widths = {"observations": dataset.observation_space.shape, "actions": dataset.action_space.shape}
+        bounds = tuple(np.asarray(bound, np.float64) for bound in (dataset.action_space.low, dataset.action_space.high))
         for name in ("observations", "actions", "rewards", "terminations"):
             array, rows = np.asarray(getattr(episode, name)), steps + (name == "observations")
             if steps == 0 or array.shape != (rows, *widths.get(name, ())):
                 raise bad(f"{name} have the shape {array.shape}, {steps} rewards need {(rows, *widths.get(name, ()))}")
-            found[name] = array
-        low, high = (np.asarray(bound, np.float64) for bound in (dataset.action_space.low, dataset.action_space.high))
-        check_rows(bad, "observations", found["observations"])
-        check_rows(bad, "actions", found["actions"], low, high)
-        check_rows(bad, "rewards", found["rewards"])
-        actions = found["actions"]
+            with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is found
+                found[name] = array.astype(bool if name == "terminations" else np.float32)
+            check_rows(bad, name, found[name], *(bounds if name == "actions" else ()))
+        observations, actions, terminated = found["observations"], found["actions"], found["terminations"]
         if not _is_unit(dataset.action_space):
-            actions = np.clip(2 * (actions - low) / (high - low) - 1, -1, 1)
-        truncated = np.arange(steps) == steps - 1
-        return {
-            "observations": found["observations"][:-1].astype(np.float32),
-            "actions": actions.astype(np.float32),
-            "rewards": found["rewards"].astype(np.float32),
-            "next_observations": found["observations"][1:].astype(np.float32),
-            "terminated": found["terminations"].astype(bool),
-            "truncated": truncated & ~found["terminations"].astype(bool),
-        }
+            low, high = bounds
+            actions = np.clip(2 * (actions - low) / (high - low) - 1, -1, 1).astype(np.float32)
+        last = np.arange(steps) == steps - 1
+        columns = (observations[:-1], actions, found["rewards"], observations[1:], terminated, last & ~terminated)
+        return dict(zip(_COLUMNS, columns, strict=True))
 
     def make_env(self, dataset_dir: str | os.PathLike | None = None) -> gymnasium.Env:
         """The environment that the dataset names."""
@@ -391,6 +380,8 @@ DATASETS = {**ogbench_utils.DATASETS, **SINGLE_TASKS, **d4rl_utils.DATASETS, **d
 def find_dataset(dataset_id: str) -> Dataset:
     """The dataset of any id; raises UserError, naming an id that is near where there is one."""
     if is_minari(dataset_id):
+        if not re.fullmatch(r"minari(/[\w-]+)+", dataset_id):
+            raise UserError(f"--dataset {dataset_id!r}: after minari/ comes Minari's id, as in mujoco/hopper/medium-v0")
         return MinariDataset(dataset_id)
     return find(dataset_id, DATASETS, "a dataset of OGBench, D4RL or Minari (see `python make_dataset.py --list`)")
 
