@@ -314,11 +314,12 @@ def test_fused_does_no_work_for_gradients_that_nobody_wants():
     assert "aten::_log_softmax" in recorder.names and count(recorder.names) == 0
 
 
-def test_fused_works_without_any_numbers():
+@pytest.mark.parametrize("backend", ["fused", "exact"])
+def test_fused_and_exact_work_without_any_numbers(backend):
     """On the meta device there are no values: whatever reads one fails."""
     x = torch.empty(5, 4, 6, device="meta", requires_grad=True)
     y = torch.empty(5, 4, 6, device="meta")
-    value = sinkhorn(x, y, 0.05, "fused", 9.0)
+    value = sinkhorn(x, y, 0.05, backend, 9.0)
     value.sum().backward()
     assert value.shape == (5,) and x.grad.shape == x.shape
 
