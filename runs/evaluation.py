@@ -295,6 +295,9 @@ class Evaluator:
         )
 
 
+LEAST_EPISODES = 10  # with fewer an error of the mean says little
+
+
 def report_steps(metrics: dict[str, float], scores: np.ndarray) -> dict[str, float]:
     """Print and return what each step of the chain did: how far it moved, what Q promised for it, what it scored.
 
@@ -311,6 +314,8 @@ def report_steps(metrics: dict[str, float], scores: np.ndarray) -> dict[str, flo
         verdict = "helped" if gain > error else "hurt" if gain < -error else "no clear gain"
         if step["q_gain"] <= 0 and gain <= error:
             verdict = "cannot help here, Q promises nothing for it"
+        elif len(gains) < LEAST_EPISODES:
+            verdict = "too few episodes to tell"
         print(
             f"  Step to actor {number}: moved {step['moved']:.2g} (spread {step['spread']:.2g}), Q promised "
             f"{step['q_gain']:+.3g}, scored {gain:+.2f} ± {error / 2:.2f} over actor {number - 1}: {verdict}"

@@ -116,8 +116,8 @@ def test_a_run_writes_all_its_outputs(finished):
 @pytest.mark.parametrize(
     "gains, promised, words",
     [
-        ([3.0, 5.0, 4.0], 1.5, "moved 0.1 (spread 0.05), Q promised +1.5, scored +4.00 ± 0.47 over actor 0: helped"),
-        ([-3.0, -5.0, -4.0], 1.5, "scored -4.00 ± 0.47 over actor 0: hurt"),
+        ([3.0, 5.0, 4.0], 1.5, "moved 0.1 (spread 0.05), Q promised +1.5, scored +4.00 ± 0.24 over actor 0: helped"),
+        ([-3.0, -5.0, -4.0], 1.5, "scored -4.00 ± 0.24 over actor 0: hurt"),
         ([9.0, -9.0, 0.0], -0.2, "over actor 0: cannot help here, Q promises nothing for it"),
     ],
 )
@@ -126,7 +126,9 @@ def test_a_step_is_told_by_what_it_moved_promised_and_scored(gains, promised, wo
         f"chain/actor_1/{name}": value for name, value in (("moved", 0.1), ("q_gain", promised), ("spread", 0.05))
     }
     scores = np.array([[50.0] * 3, [0.0] * 3, np.add(50, gains), [0.0] * 3])
-    found = report_steps(metrics, scores)
+    report_steps(metrics, scores)
+    assert ("over actor 0: too few episodes to tell" in capsys.readouterr().out) == (promised > 0)
+    found = report_steps(metrics, np.tile(scores, 4))
     assert words in capsys.readouterr().out and found["actor_1/gain"] == pytest.approx(np.mean(gains))
 
 
