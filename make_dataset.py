@@ -91,13 +91,14 @@ def refuse_unread_flags(config: MakeDatasetConfig) -> None:
     modes = [name for name in READ_WITH if name in given]
     if len(modes) > 1:
         raise UserError("--list and --check are two commands; give one of them")
-    for name in sorted(given):
-        if modes and name not in (modes[0], *READ_WITH[modes[0]]):
-            raise UserError(f"--{name} does nothing with --{modes[0]}; leave one of the two out")
-        if not modes and name == "picture":
-            raise UserError(f"--picture {config.picture}: a picture is drawn with --check only")
-        if not modes and name == "only":
-            raise UserError(f"--only {config.only}: it chooses among what --list shows; add --list")
+    reads = (modes[0], *READ_WITH[modes[0]]) if modes else given - {"picture", "only"}
+    for name in sorted(given.difference(reads)):
+        needed = modes[0] if modes else "check" if name == "picture" else "list"
+        raise UserError(
+            f"--{name} does nothing with --{needed}; leave one of the two out"
+            if modes
+            else f"--{name} {getattr(config, name)}: it is for --{needed} only; add that, or leave it out"
+        )
 
 
 def run(config: MakeDatasetConfig) -> None:
@@ -108,17 +109,8 @@ def run(config: MakeDatasetConfig) -> None:
         sys.exit(run_check(config.check, config.picture, config.dataset_dir))
     else:
         size = requested_size(config)
-        print(
-            generate(
-                config.dataset,
-                size,
-                config.seed,
-                config.dataset_dir,
-                config.jobs,
-                overwrite=config.overwrite,
-                experts_dir=config.experts_dir,
-            )
-        )
+        where = {"dataset_dir": config.dataset_dir, "experts_dir": config.experts_dir}
+        print(generate(config.dataset, size, config.seed, jobs=config.jobs, overwrite=config.overwrite, **where))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -304,7 +304,7 @@ def test_numbers_out_of_range(flag, tmp_path):
         ("--list --check x", "two commands"),
         ("--picture x.png", "--picture x.png: .*--check only"),
         ("--list --picture x.png", "--picture does nothing with --list"),
-        ("--only hopper", "--only hopper: .*add --list"),
+        ("--only hopper", "--only hopper: .*--list only"),
         ("--check x --only hopper", "--only does nothing with --check"),
         ("--check x --overwrite", "--overwrite does nothing with --check"),
     ],
