@@ -5,9 +5,8 @@ of them is here:
 
     family.write(plan, stage)  ->  hash the files  ->  move them into place  ->  write the manifest
 
-Files without their manifest do not count as a dataset, so whatever a kill leaves behind is never taken for one. While
-files are moved, a hidden list beside the manifest names those that are this program's to replace; files without a
-manifest that it does not name may be someone's own, and are left alone.
+Files without their manifest do not count as a dataset, so whatever a kill leaves behind is never taken for one. They
+may be someone's own, and are replaced with --overwrite only.
 """
 
 from __future__ import annotations
@@ -249,7 +248,7 @@ def _write_dataset(family: Family, plan: Plan, target: Path, manifest_path: Path
     stage = manifest_path.with_name(f".{manifest_path.stem}.tmp")
     shutil.rmtree(stage, ignore_errors=True)  # a run that was killed may have left it
     if not overwrite:
-        _refuse_unknown_files(target, [], manifest_path)  # before the work
+        _refuse_unknown_files(target, [], manifest_path.parent)  # before the work
     began = time.perf_counter()
     try:
         stage.mkdir()
@@ -260,7 +259,7 @@ def _write_dataset(family: Family, plan: Plan, target: Path, manifest_path: Path
         for name, more in about.items():
             files[name] = more | files[name]
         if not overwrite:
-            _refuse_unknown_files(target, files, manifest_path)
+            _refuse_unknown_files(target, files, manifest_path.parent)
         _move_files(stage, files, target, manifest_path)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -268,49 +267,27 @@ def _write_dataset(family: Family, plan: Plan, target: Path, manifest_path: Path
     manifest |= {"policies": dict(plan.policies), "files": files, "versions": _versions()}
     manifest["seconds"] = round(time.perf_counter() - began, 2)
     utils.write_text_atomic(manifest_path, json.dumps(manifest, indent=2) + "\n")
-    _move_list(manifest_path).unlink(missing_ok=True)
 
 
 def _move_files(stage: Path, files: Iterable[str], target: Path, manifest_path: Path) -> None:
-    """Put the files of `stage` in the place of what is there.
-
-    Until the manifest is written, a list beside it names what is there by leave: a run that is killed in between can
-    so be told from files that someone put there.
-    """
-    folder = manifest_path.parent
-    names = sorted({*files, *_names_in_place(target, files, folder)})
-    utils.write_text_atomic(_move_list(manifest_path), json.dumps(names) + "\n")
-    manifest_path.unlink(missing_ok=True)  # from here to the end there is no complete dataset
+    """Put the files of `stage` in the place of what is there."""
+    manifest_path.unlink(missing_ok=True)  # from here until it is written there is no complete dataset
     if target.is_dir():
         shutil.rmtree(target)
     for name in files:
-        final = folder / name
+        final = manifest_path.parent / name
         final.parent.mkdir(parents=True, exist_ok=True)
         os.replace(stage / name, final)
 
 
-def _move_list(manifest_path: Path) -> Path:
-    return manifest_path.with_name(f".{manifest_path.stem}.moving")
-
-
-def _names_in_place(target: Path, files: Iterable[str], folder: Path) -> set[str]:
-    """Files below `folder` that moving `files` there, in the place of `target`, would delete or replace."""
+def _refuse_unknown_files(target: Path, files: Iterable[str], folder: Path) -> None:
+    """Raise UserError where files would be lost that may be someone's own."""
     paths = {target, *target.rglob("*"), *(folder / name for name in files)}
-    return {path.relative_to(folder).as_posix() for path in paths if path.is_symlink() or path.is_file()}
-
-
-def _refuse_unknown_files(target: Path, files: Iterable[str], manifest_path: Path) -> None:
-    """Raise UserError where files would be lost that no run of this program is known to have put there."""
-    try:
-        known = json.loads(_move_list(manifest_path).read_text(encoding="utf-8"))
-        known = {name for name in known if isinstance(name, str)}
-    except (OSError, ValueError, TypeError, RecursionError):
-        known = set()
-    unknown = sorted(_names_in_place(target, files, manifest_path.parent) - known)
-    if unknown:
+    there = sorted(path for path in paths if path.is_symlink() or path.is_file())
+    if there:
         raise UserError(
-            f"{manifest_path.parent / unknown[0]} is there without a complete dataset's manifest; move it away, "
-            "replace it with --overwrite or choose another --dataset_dir"
+            f"{there[0]} is there without a complete dataset's manifest; move it away, replace it with --overwrite or "
+            "choose another --dataset_dir"
         )
 
 

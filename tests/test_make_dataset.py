@@ -235,35 +235,6 @@ def test_files_that_nobody_here_made_are_kept_unless_asked(tmp_path, name):
     assert names(mine.parent) == FILES and parse_dataset_id(STITCH).manifest(tmp_path)
 
 
-KILLED_AT_THE_SECOND_MOVE = """
-import os, signal, sys
-import make_dataset
-real, moved = os.replace, []
-def replace(source, target):
-    if ".tmp/" in str(source):
-        moved.append(source)
-        if len(moved) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-    real(source, target)
-os.replace = replace
-make_dataset.generate(sys.argv[1], 2, 1, sys.argv[2], progress=False, overwrite=True)
-"""
-
-
-def test_an_overwrite_that_is_killed_between_two_files_is_made_good_by_the_next_run(tmp_path):
-    generate(STITCH, 1, 0, tmp_path / "data", progress=False)
-    command = [sys.executable, "-c", KILLED_AT_THE_SECOND_MOVE, STITCH, str(tmp_path / "data")]
-    killed = subprocess.run(command, cwd=Path(make_dataset.__file__).parent, capture_output=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert parse_dataset_id(STITCH).manifest(tmp_path / "data") is None
-    generate(STITCH, 2, 1, tmp_path / "data", progress=False)
-    generate(STITCH, 2, 1, tmp_path / "fresh", progress=False)
-    assert names(tmp_path / "data" / "local") == FILES and parse_dataset_id(STITCH).manifest(tmp_path / "data")
-    for name in (FILES[0], FILES[2]):
-        made, fresh = (tmp_path / folder / "local" / name for folder in ("data", "fresh"))
-        assert made.read_bytes() == fresh.read_bytes()
-
-
 @pytest.mark.parametrize(
     "dataset_id, message",
     [
