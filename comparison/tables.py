@@ -1,4 +1,4 @@
-"""Tables of README.md and docs/, made from results/*.csv between markers:
+"""Tables of README*.md and docs/, made from results/*.csv between markers:
 
     <!-- table: walker_main -->
     <!-- /table -->
@@ -146,11 +146,15 @@ def render(table: Table, rows: list[Row]) -> str:
 
 
 def page_texts(root: Path) -> dict[Path, str]:
-    """README.md and docs/*.md of a checkout with their tables made anew. Raises UserError for an unknown table."""
+    """README*.md and docs/*.md of a checkout with their tables made anew. Raises UserError for an unknown table."""
+    from comparison import glance
+
     pages = {}
-    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+    for page in [*sorted(root.glob("README*.md")), *sorted((root / "docs").glob("*.md"))]:
 
         def between(match: re.Match, page: Path = page) -> str:
+            if match[2] == "glance":
+                return f"{match[1]}{glance.render(root)}{match[4]}"
             path = root / "results" / f"{match[2]}.yaml"
             if not path.is_file():
                 raise user_error(f"{page}: table {match[2]}: there is no {path}")
