@@ -1,17 +1,21 @@
-"""Every command that the README and docs show runs, in a small form: the words shown, then smaller sizes."""
+"""Every command of the README, the docs and the original texts runs in a small form: its words, then smaller sizes."""
 
 import importlib.util
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 
 import dmc_utils
 import make_dataset
 import offline_trainer
 import online_trainer
+import pogo_main
 from walker import train_il
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,10 +44,15 @@ SMALLER = {
         "--eval_episodes 1 --final_runs 1 --hidden_dim 8 --batch_size 8 --eval_workers 0",
         "D4RL score",
     ),
-    # test_walker_runs.py trains every method.
     "-m walker.agent": ("--episodes 1 --eval_workers 0 --device cpu", "random, run:"),
     "-m walker.train_il train": (f"{WALKER} --max_timesteps 1 --hidden_dim 8", "1 updates in"),
     "-m walker.train_il test": (WALKER, "best, run:"),
+    "-m walker.train_cqlsac train": (f"{WALKER} --max_timesteps 1 --hidden_dim 8 --cql_n_actions 2", "1 updates in"),
+    "-m walker.train_cqlsac test": (WALKER, "best, run:"),
+    "-m walker.train_morel": (
+        f"{WALKER} --max_timesteps 3 --hidden_dim 8 --model_updates 2 --imagined_envs 4 --horizon 3 --value_warmup 1",
+        "outputs in logs/walker/morel/v2_t3.2_n32/seed_0",
+    ),
     # test_run_comparison.py trains some.
     "run_comparison.py": ("--dry_run --only hopper-medium-v2 --threads 1", "runs"),
     "run_comparison.py --config config.yaml --report_only": ("", "report.html"),
@@ -84,11 +93,6 @@ SMALLER = {
         f"--dataset {DATASET} --num_epochs 1 --num_seeds 1 --jobs 1 --variants 'no V'",
         "| no V |",
     ),
-    "benchmarks/ablate_pogo.py": (
-        "--env local/hopper-medium-v2 --dataset_dir datasets --max_timesteps 4 --final_runs 1 --num_seeds 1 --jobs 1 "
-        "--variants 'no follow'",
-        "| no follow |",
-    ),
     "benchmarks/data_table.py": (
         f"--jobs 1 --ids {DATASET} --dataset_dir datasets",
         "(not the default: 2 episodes, not 300) | 2 | 400 |",
@@ -101,20 +105,63 @@ MADE_BEFORE = {
 }
 
 
-def shown_commands() -> list[str]:
-    """Lines that start a script of ours, in any page's code blocks, without their comments and duplicates."""
-    found = []
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+# The original texts' commands as they stand there, but for the name of a script that has another one here.
+OTHER_NAMES = {
+    "main.py": "pogo_main.py",
+    "agent.py": "-m walker.agent",
+    "train_il.py": "-m walker.train_il",
+    "train_cqlsac.py": "-m walker.train_cqlsac",
+    "train_morel.py": "-m walker.train_morel",
+}
+IQL_FILE = "configs/offline/pogo_multi/halfcheetah/medium_v2_iql.yaml"
+ORIGINAL = [
+    "offline_trainer.py --dataset antmaze-medium-navigate-v0",
+    "offline_trainer.py --dataset antmaze-medium-navigate-v0 --max_trajectories 100 --batch_size 16 --num_epochs 200",
+    "online_trainer.py --dataset antmaze-medium-navigate-v0 --max_episodes 1000 --batch_size 8",
+    "main.py --env halfcheetah-medium-v2 --seed 0 --max_timesteps 1000000 --eval_freq 10000 --w2_weights 0.2 0.2 0.2 "
+    "--lr 3e-4 --save_model --checkpoint_dir ./logs/checkpoints",
+    "run_comparison.py --config config.yaml",
+    *(
+        f"-m algorithms.offline.pogo_multi_main --config_path {IQL_FILE.replace('iql', algorithm)}"
+        for algorithm in ("iql", "td3_bc", "cql", "awac", "sac_n", "edac")
+    ),
+    f"-m algorithms.offline.pogo_multi_main --config_path {IQL_FILE} --algorithm iql --max_timesteps 1000000 "
+    "--eval_freq 5000 --w2_weights 10.0 10.0 10.0",
+    f"-m algorithms.offline.pogo_multi_main --config_path {IQL_FILE} --algorithm iql --w2_weights 20.0 20.0 20.0 "
+    "--sinkhorn_K 8 --sinkhorn_blur 0.1 --max_timesteps 2000000",
+    "agent.py",
+    "train_il.py train",
+    "train_il.py test",
+    'train_il.py train --random_noise=-1 --ADD_TASK_BIT=True --USE_DATASET_STR="walk_m" --TEST_AFTER_TRAINING=True',
+    "train_cqlsac.py train",
+    "train_cqlsac.py test",
+    "train_morel.py --exp_name v2_t3.2_n32",  # --comet_api has a test of its own
+]
+
+
+def shown_commands() -> set[str]:
+    """Lines that start a script of ours, in any page's code blocks, without their comments."""
+    found = set()
+    for page in [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")]:
         for line in page.read_text().splitlines():
             module = r"-m (?:algorithms|benchmark_data|walker)[\w.]+"
             match = re.search(rf"(?:^|&& |\s{{4}})python ((?:{module}|(?:benchmarks/)?\w+\.py)[^#|]*)", line)
             if match and "`" not in line:
-                found.append(match.group(1).strip())
-    return sorted(set(found))
+                found.add(match.group(1).strip())
+    return found
+
+
+def original_commands() -> set[str]:
+    """The original texts' commands under the names that their scripts have here."""
+    named = (command.partition(" ") for command in ORIGINAL)
+    return {f"{OTHER_NAMES.get(script, script)} {words}".strip() for script, _, words in named}
+
+
+COMMANDS = sorted(shown_commands() | original_commands())
 
 
 def test_the_readme_shows_commands():
-    assert {beginning(command) for command in shown_commands()} == set(SMALLER)
+    assert shown_commands() and {beginning(command) for command in COMMANDS} == set(SMALLER)
 
 
 def beginning(command: str) -> str:
@@ -122,13 +169,15 @@ def beginning(command: str) -> str:
     return max((known for known in SMALLER if command.startswith(known)), key=len, default="")
 
 
-def prepare(script: str, words: list[str]) -> None:
+def prepare(script: str, words: list[str], module: ModuleType) -> None:
     """Make, in the current folder, what the command reads."""
-    if script == "walker/train_il.py":
+    if script.startswith("walker/train"):
         for dataset_id in dmc_utils.GENERATED_IDS:
             make_dataset.generate(dataset_id, size=1, dataset_dir="made", progress=False)
+        shutil.copytree("made/local/collected_data", "made/collected_data")  # the study's own, for all it can tell
         if "test" in words:
-            train_il.main(shlex.split(f"{SMALLER['-m walker.train_il train'][0]} --no_TEST_AFTER_TRAINING"))
+            train = f"-m {script.removesuffix('.py').replace('/', '.')} train"
+            module.main(shlex.split(f"{SMALLER[train][0]} --no_TEST_AFTER_TRAINING"))
         return
     make_dataset.generate(DATASET, size=2, dataset_dir="datasets", progress=False)
     if "--report_only" in words:  # of one run that was begun; without any it is refused
@@ -144,24 +193,30 @@ def prepare(script: str, words: list[str]) -> None:
             shutil.copytree(ROOT / "datasets" / "experts", "datasets/experts")
 
 
-@pytest.mark.parametrize("command", shown_commands())
+def load(script: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module that running the script would run, but for its last lines."""
+    spec = importlib.util.spec_from_file_location("command", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "command", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs_in_a_small_form(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     script, *words = shlex.split(command)
     if script == "-m":
         script, *words = words
         script = f"{script.replace('.', '/')}.py"
-    prepare(script, words)
+    module = load(script, monkeypatch)
+    prepare(script, words, module)
     if script == "online_trainer.py":
         offline_trainer.main(shlex.split(f"{OFFLINE} --run_dir pretrained --no_plot_maps"))
     if "--evaluate" in words and script == "online_trainer.py":
         run_dir = Path(words[words.index("--evaluate") + 1]).parent
         online_trainer.main(shlex.split(f"{SMALLER['online_trainer.py'][0]} --run_dir {run_dir}"))
         capsys.readouterr()
-    spec = importlib.util.spec_from_file_location("command", ROOT / script)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "command", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
     if script == "benchmarks/bench_encoder.py":
         pytest.importorskip("transformers")
     if script == "benchmark_data/train_expert.py":
@@ -172,3 +227,17 @@ def test_command_runs_in_a_small_form(command, tmp_path, monkeypatch, capsys):
     except SystemExit as end:  # --check says with it what it found
         assert end.code == 0
     assert says in capsys.readouterr().out
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    """The block as it stands, after tiny runs in the places that it names."""
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    chain, walker = map(Path, re.findall(r'"(logs/.+?)"', block))
+    pogo_main.main(shlex.split(f"{SMALLER['pogo_main.py'][0]} --w2_weights 1 1 --run_dir {chain}"))
+    make_dataset.generate("local/walker_walk-td3-medium", size=1, dataset_dir="made", progress=False)
+    words = f"train {SMALLER['-m walker.train_il train'][0]} --USE_DATASET_STR local/walk_m"
+    train_il.main(shlex.split(f"{words} --run_dir {walker.parent.parent}"))
+    names = {"hopper_state": np.zeros(11), "walker_state": np.zeros(24)}
+    exec(block, names)
+    assert names["action"].shape == (6,) and names["chain"].act(names["hopper_state"]).shape == (3,)

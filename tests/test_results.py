@@ -23,7 +23,7 @@ from running import error_line
 import comparison_jobs
 import pogo_main
 import run_comparison
-from comparison import queue, rows, tables
+from comparison import glance, queue, rows, tables
 from comparison.registry import COMMANDS, check_flags, read_table, settings_of
 from comparison_jobs import Job
 from make_dataset import generate
@@ -430,6 +430,16 @@ def test_kills_at_any_moment_repeat_no_finished_run(place):
 def test_the_pages_are_as_the_scores_say():
     for page, text in tables.page_texts(ROOT).items():
         assert page.read_text() == text, f"{page}: run `python run_comparison.py --tables`"
+
+
+def test_a_cell_at_a_glance_that_no_table_has_is_refused(tmp_path):
+    (tmp_path / "comparison").mkdir()
+    (tmp_path / "results").symlink_to(ROOT / "results")
+    cell = {"labels": ["a", "b"], "table": "walker_main", "row": ["BC"], "column": "crawl"}
+    text = yaml.safe_dump({"title": "t", "header": ["data", "method"], "cells": [cell]})
+    (tmp_path / "comparison" / "glance.yaml").write_text(text)
+    with pytest.raises(UserError, match="has no cell BC, crawl"):
+        glance.render(tmp_path)
 
 
 def test_tables_need_no_torch():
