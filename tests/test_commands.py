@@ -50,7 +50,7 @@ SMALLER = {
     "-m walker.train_cqlsac train": (f"{WALKER} --max_timesteps 1 --hidden_dim 8 --cql_n_actions 2", "1 updates in"),
     "-m walker.train_cqlsac test": (WALKER, "best, run:"),
     "-m walker.train_morel": (
-        f"{WALKER} --max_timesteps 3 --hidden_dim 8 --model_updates 2 --imagined_envs 4 --horizon 3 --value_warmup 1",
+        f"{WALKER} --max_timesteps 3 --hidden_dim 8 --model_updates 2 --imagined_envs 8 --horizon 3 --value_warmup 1",
         "outputs in logs/walker/morel/v2_t3.2_n32/seed_0",
     ),
     # test_run_comparison.py trains some.
@@ -64,7 +64,7 @@ SMALLER = {
         "pogo_updates_per_second_1_actors_plain_scheme: ours",
     ),
     "benchmarks/bench_algorithms.py": (
-        "--transitions 300 --seconds 0 --turns 1 --algorithms td3_bc",
+        "--transitions 300 --seconds 0 --turns 1 --algorithms td3_bc --corl none --jax_corl none --unifloral none",
         "| td3_bc | ours, eager |",
     ),
     "benchmarks/run_all.py": ("--quick --only sinkhorn", "| sinkhorn_fused_vs_tensorized |"),
@@ -233,11 +233,15 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     """The block as it stands, after tiny runs in the places that it names."""
     monkeypatch.chdir(tmp_path)
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    chain, walker = map(Path, re.findall(r'"(logs/.+?)"', block))
+    maze, chain, walker = map(Path, re.findall(r'"(logs/.+?)"', block))
+    make_dataset.generate(DATASET, size=2, dataset_dir="datasets", progress=False)
+    offline_trainer.main(shlex.split(f"{OFFLINE} --run_dir pretrained --no_plot_maps"))
+    online_trainer.main(shlex.split(f"{SMALLER['online_trainer.py'][0]} --run_dir {maze}"))
     pogo_main.main(shlex.split(f"{SMALLER['pogo_main.py'][0]} --w2_weights 1 1 --run_dir {chain}"))
     make_dataset.generate("local/walker_walk-td3-medium", size=1, dataset_dir="made", progress=False)
     words = f"train {SMALLER['-m walker.train_il train'][0]} --USE_DATASET_STR local/walk_m"
     train_il.main(shlex.split(f"{words} --run_dir {walker.parent.parent}"))
-    names = {"hopper_state": np.zeros(11), "walker_state": np.zeros(24)}
-    exec(block, names)
-    assert names["action"].shape == (6,) and names["chain"].act(names["hopper_state"]).shape == (3,)
+    names = {"maze_state": np.zeros(2), "goal": np.ones(2)}
+    exec(block, names | {"hopper_state": np.zeros(11), "walker_state": np.zeros(24)}, names)
+    assert names["maze"].act(names["maze_state"], names["goal"]).shape == (2,) and np.isfinite(names["value"])
+    assert names["chain"].act(np.zeros(11)).shape == (3,) and names["action"].shape == (6,)
