@@ -94,14 +94,16 @@ def defined_names(path: Path) -> set[str]:
             found.add(node.name)
         if isinstance(node, ast.ClassDef):
             found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
-        if isinstance(node, ast.Assign):
-            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
     return found
 
 
 def missing_names(text: str) -> list[str]:
     """`file.py:name` of a text that are not there."""
     mentioned = re.findall(r"`([\w/]+\.py):([\w.]+)`", text)
+    assert mentioned
     there = {file: defined_names(ROOT / file) if (ROOT / file).exists() else set() for file, _ in mentioned}
     return [f"{file}:{name}" for file, name in mentioned if name not in there[file]]
 
