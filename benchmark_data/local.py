@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from benchmark_data import generation, overview
+from benchmark_data.antmaze import AntMazeFamily
 from benchmark_data.d4rl import D4RLFamily
 from benchmark_data.experts import DEFAULT_EXPERTS_DIR as EXPERTS_DIR
 from benchmark_data.generation import Family, Plan
@@ -15,7 +16,7 @@ from dataset_files import Dataset
 from offline_data import find_dataset
 from utils import UserError
 
-FAMILIES: tuple[Family, ...] = (MazeFamily(), D4RLFamily(), WalkerFamily())
+FAMILIES: tuple[Family, ...] = (MazeFamily(), D4RLFamily(), AntMazeFamily(), WalkerFamily())
 
 
 def find_family(dataset_id: str) -> Family:

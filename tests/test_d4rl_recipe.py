@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmark_data import d4rl, experts
+from benchmark_data.antmaze import AntMazeFamily
 from benchmark_data.d4rl import COLUMNS, SNAPSHOTS, Block, D4RLFamily, make_block, recipe_parts, record_episode
 from benchmark_data.generation import Plan, make
 from benchmark_data.recorded import Simulator, read
@@ -179,12 +180,12 @@ def test_medium_is_the_first_half_of_medium_expert(generate):
 
 
 def test_every_generated_id_has_a_recipe():
-    for name in GENERATED_IDS:
+    for name in D4RLFamily.ids:
         parts = recipe_parts(parse_dataset_id(name))
         ends = [part.end for part in parts]
         assert ends[-1] == 1.0 and ends == sorted(set(ends)) and ends[0] > 0
         assert D4RLFamily().default_size(name) == 100_000
-    assert D4RLFamily.ids == GENERATED_IDS
+    assert D4RLFamily.ids + AntMazeFamily.ids == GENERATED_IDS
 
 
 def test_replay_covers_training_in_its_order():

@@ -321,7 +321,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def test_the_families_cover_the_ids_that_are_offered():
     offered = [*ogbench_utils.GENERATED_IDS, *d4rl_utils.GENERATED_IDS, *dmc_utils.GENERATED_IDS]
     covered = [dataset_id for family in make_dataset.FAMILIES for dataset_id in family.ids]
-    assert sorted(covered) == sorted(offered) and len(covered) == 10 + 9 + 4
+    assert sorted(covered) == sorted(offered) and len(covered) == 10 + 15 + 4
     for dataset_id in ogbench_utils.GENERATED_IDS:
         assert maze.find_recipe(dataset_id).rows in (201, 501, 1001)
 
@@ -513,12 +513,13 @@ def test_the_list_says_where_files_go_and_come_from(tmp_path, capsys, monkeypatc
     sections = dict(
         section.split("\n", 1) for section in re.findall(r"^\S.*\n  folder: .*\n  source: .*$", shown, re.M)
     )
-    assert len(sections) == 7
+    assert len(sections) == 8
     for title, folder, variable, source in (
         ("OGBench mazes, made here", "mazes/local", "OGBENCH_DATASET_DIR", "make_dataset.py --dataset <id>"),
         ("OGBench mazes, official files", "mazes", "OGBENCH_DATASET_DIR", f"{ogbench_utils.DATASET_URL}/<file>"),
         ("D4RL, made here", "robots/local", "D4RL_DATASET_DIR", "make_dataset.py --dataset <id>"),
         ("D4RL, official files", "robots", "D4RL_DATASET_DIR", f"{d4rl_utils.DATASET_URL}/<file>"),
+        ("D4RL antmazes, made here", "robots/local", "D4RL_DATASET_DIR", "make_dataset.py --dataset <id>"),
         ("D4RL antmazes, official files", "robots", "D4RL_DATASET_DIR", f"{d4rl_utils.ANTMAZE_URL}/<file>"),
     ):
         about = sections[title]

@@ -1,0 +1,164 @@
+"""Local D4RL antmazes: an ant policy follows waypoints through D4RL's mazes, recorded in D4RL's HDF5 layout.
+
+D4RL's recipe (Fu et al. 2020, appendix; its scripts/generation/generate_ant_maze_datasets.py): the way to a
+destination is the shortest one from cell to cell; the ant walks in the direction of the next cell's middle plus up to
+1 m in x and y, drawn anew at each step, and in the last cell of the destination itself; Gaussian noise of 0.2 is added
+to its actions. A policy sees joints and direction, data sees no destination.
+
+    umaze      from R to the evaluation's own goal in G
+    diverse    from any free cell to any free cell
+    play       from any other free cell to the cells of PLAY_CELLS
+
+A row pays 1 and has a terminal where its step ends within 0.5 m of the goal, which need not be the destination. As in
+D4RL the recording goes on there, row after row with a terminal, up to a timeout after 700 (umaze) or 1000 rows.
+
+Deviations from D4RL, whose files are said to have faults in this:
+- Rewards belong to their rows. D4RL labels a row by the state of the next row, also across a timeout.
+- Every episode is paid for the goal that its own reset drew, in infos/goal, as an evaluation draws it; D4RL labels a
+  whole file with one draw, and its infos/goal is the destination.
+- infos/qpos and infos/qvel are the state before the step, as in D4RL's other files, in float64, so that a recorded
+  action replays. D4RL's are the state after it.
+- There are next_observations, so that a timeout costs no transition.
+- A cell reaches 2 m around its middle; D4RL's controller takes it to begin at the middle, and cuts corners.
+- But for umaze, a destination that is reached gives way to another one; D4RL's ant stays there.
+- The ant is this repository's own policy (datasets/experts/), a mean without D4RL's own sampling beside the noise.
+- 100,000 transitions unless asked for otherwise; D4RL has a million.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import utils
+from benchmark_data import experts
+from benchmark_data.d4rl import COLUMNS, write_file
+from benchmark_data.generation import Family, Plan, run_tasks
+from benchmark_data.maze import ANT, cell_distances, free_neighbours
+from d4rl_utils import GENERATED_IDS, AntMaze, D4RLDataset, parse_dataset_id
+
+NOISE = 0.2  # standard deviation of the noise on actions
+REACHED = 0.5  # metres from a destination
+# Where "play" goes, [row, column]: the cells g of BIG_MAZE and HARDEST_MAZE in d4rl/locomotion/maze_env.py.
+PLAY_CELLS = {
+    "medium": ((2, 6), (5, 1), (6, 5)),
+    "large": ((1, 6), (3, 5), (3, 10), (5, 2), (7, 4), (7, 6), (7, 9)),
+}
+ROW = COLUMNS | {"infos/goal": np.float32}
+Cell = tuple[int, int]
+
+
+class EpisodeMaker:
+    """The maze of one dataset, and the policy that walks in it."""
+
+    def __init__(self, dataset: D4RLDataset, policy: experts.Policy):
+        self.maze, self.policy, self.limit = AntMaze(dataset.level.split("-")[0]), policy, dataset.max_episode_steps
+        self.walls = (self.maze.cells == "#").astype(int)
+        self.fixed = dataset.level == "umaze"
+        free = [tuple(cell) for cell in np.argwhere(self.walls == 0).tolist()]
+        self.destinations = list(PLAY_CELLS[dataset.level.split("-")[0]]) if dataset.level.endswith("play") else free
+        self.starts = [cell for cell in free if not dataset.level.endswith("play") or cell not in self.destinations]
+        self.distances = functools.cache(lambda cell: cell_distances(self.walls, cell))
+
+    def cell(self, xy: np.ndarray) -> Cell:
+        """Row and column of the cell around a position [2]."""
+        row, column = np.argwhere(self.maze.cells == "R")[0] + np.rint(xy[::-1] / self.maze.CELL).astype(int)
+        return int(row), int(column)
+
+    def draw_destination(self, rng: np.random.Generator) -> np.ndarray:
+        """A point [2] in one of the cells to go to, as far from its middle as the environment's own goals."""
+        cell = self.destinations[rng.integers(len(self.destinations))]
+        return self.maze._middle(np.array(cell)) + rng.uniform(0, 1, 2) + rng.uniform(0, 0.5, 2)
+
+    def direction(self, xy: np.ndarray, destination: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Unit vector [2] from a position towards the next cell on the way, or in the last one to the destination."""
+        here, last = self.cell(xy), self.cell(destination)
+        distances = self.distances(last)
+        around = [cell for cell in (here, *free_neighbours(self.walls, here)) if not self.walls[cell]]
+        following = min(around, key=lambda cell: distances[cell], default=here)
+        middle = self.maze._middle(np.array(following))
+        target = destination if following == last else middle + rng.uniform(0, 1, 2)
+        return (target - xy) / (np.linalg.norm(target - xy) + 1e-6)
+
+    def make(self, seed: np.random.SeedSequence) -> dict[str, np.ndarray]:
+        """ROW's columns of one episode, each [limit] or [limit, numbers]."""
+        rng, robot = np.random.default_rng(seed), self.maze.unwrapped
+        observation, _ = self.maze.reset(seed=int(rng.integers(2**32)))
+        destination = self.maze.goal
+        if not self.fixed:
+            start = self.starts[rng.integers(len(self.starts))]
+            robot.set_xy(robot.get_xy() + self.maze._middle(np.array(start)) + rng.uniform(0, 1, 2))
+            observation, destination = robot.get_ob(), self.draw_destination(rng)
+        rows: dict[str, list] = {key: [] for key in ROW}
+        for step in range(self.limit):
+            seen = observation.astype(np.float32)
+            towards = self.direction(observation[:2], destination, rng).astype(np.float32)
+            action = self.policy.act(np.concatenate([seen[2:], towards]))  # it has never seen positions
+            action = np.clip(action + NOISE * rng.standard_normal(action.shape), -1.0, 1.0).astype(np.float32)
+            qpos, qvel = robot.data.qpos.copy(), robot.data.qvel.copy()
+            observation, reward, reached, _, _ = self.maze.step(action)
+            timeout = step + 1 == self.limit
+            values = (seen, observation, action, reward, reached, timeout, qpos, qvel, self.maze.goal)
+            for key, value in zip(ROW, values, strict=True):
+                rows[key].append(value)
+            if not self.fixed and np.linalg.norm(observation[:2] - destination) <= REACHED:
+                destination = self.draw_destination(rng)
+        return {key: np.array(values, dtype=ROW[key]) for key, values in rows.items()}
+
+
+@functools.lru_cache(maxsize=1)
+def _maker(dataset_id: str, experts_dir: Path, policies: tuple[tuple[str, str], ...]) -> EpisodeMaker:
+    """One maze a process, however many episodes it makes. `policies`, Plan's, so that a new file is read."""
+    policy = experts.read_named_policy(experts.latest_policy(experts_dir, *ANT))
+    return EpisodeMaker(parse_dataset_id(dataset_id), policy)
+
+
+def _make_episode(task: tuple[Plan, int]) -> dict[str, np.ndarray]:
+    plan, index = task
+    maker = _maker(plan.dataset_id, plan.experts_dir, plan.policies)
+    return maker.make(np.random.SeedSequence(plan.seed, spawn_key=(index,)))
+
+
+class AntMazeFamily(Family):
+    """`local/antmaze-{umaze,umaze-diverse,medium-play,...}-v2`; see generation.Family."""
+
+    title = "D4RL antmazes"
+    ids = tuple(name for name in GENERATED_IDS if "antmaze" in name)
+    unit = "transitions"
+
+    def default_size(self, dataset_id: str) -> int:
+        return 100_000
+
+    def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
+        return [experts.latest_policy(experts_dir, *ANT)]
+
+    def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
+        dataset = parse_dataset_id(plan.dataset_id)
+        (path,) = self.policies(plan.dataset_id, plan.experts_dir)
+        episodes = -(-plan.size // dataset.max_episode_steps)
+        made = run_tasks(_make_episode, [(plan, index) for index in range(episodes)], plan.jobs)
+        bar = utils.progress(made, plan.dataset_id, total=episodes, unit="episode", disable=not plan.progress)
+        parts = list(bar)
+        columns = {key: np.concatenate([part[key] for part in parts])[: plan.size] for key in ROW}
+        columns["timeouts"][-1] = True  # where the file ends, the episode is cut
+        recipe = f"D4RL antmaze-{dataset.level}: an ant that follows waypoints, noise of {NOISE:g} on its actions"
+        write_file(stage / dataset.file_name, columns, recipe, experts.algorithm(path), None)
+        dataset.read(stage / dataset.file_name)
+        ends = np.flatnonzero(columns["timeouts"])
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        reached = np.maximum.reduceat(columns["rewards"], starts)
+        if not reached.any():
+            utils.warn(f"{plan.dataset_id}: no episode reaches its goal; ask for more with --num_transitions")
+        return {
+            "recipe": recipe,
+            "noise": NOISE,
+            "trained_with": {path.name: experts.algorithm(path)},
+            "episodes": len(ends),
+            "transitions": plan.size,
+            "returns": None,  # an evaluation ends at the goal, the recording does not
+            "goal_reached": round(float(reached.mean()), 3),  # share of episodes
+            "rewarded_rows": round(float(columns["rewards"].mean()), 4),
+        }
