@@ -43,7 +43,6 @@ MAX_EPISODE_STEPS = 1000  # steps after which D4RL's MuJoCo environments cut an 
 
 ENVIRONMENTS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
 OFFICIAL_LEVELS = ("random", "medium", "medium-replay", "medium-expert", "expert", "full-replay")
-GENERATED_LEVELS = ("medium", "medium-replay", "medium-expert")
 # D4RL's file of each antmaze level; the names are those of the d4rl package's infos.py.
 ANTMAZES = {
     "umaze": "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5",
@@ -54,7 +53,7 @@ ANTMAZES = {
     "large-diverse": "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
 }
 # What make_dataset.py can generate; its recipes must cover exactly these.
-_GENERATED = dict.fromkeys(ENVIRONMENTS, GENERATED_LEVELS) | {"antmaze": tuple(ANTMAZES)}
+_GENERATED = dict.fromkeys(ENVIRONMENTS, ("medium", "medium-replay", "medium-expert")) | {"antmaze": tuple(ANTMAZES)}
 GENERATED_IDS = tuple(f"local/{robot}-{level}-v2" for robot, levels in _GENERATED.items() for level in levels)
 REPLAY_ROWS = {"halfcheetah": 202_000, "hopper": 402_000, "walker2d": 302_000}  # of the medium-replay files
 _DIMENSIONS = {"hopper": (11, 3), "halfcheetah": (17, 6), "walker2d": (17, 6), "antmaze": (29, 8)}
