@@ -81,7 +81,7 @@ class Dataset:
 
     def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
         """Fields of offline_data.OfflineData; raises UserError for data that are not read so."""
-        raise UserError(f"--dataset {self.id} is not read as transitions with rewards; use another")
+        raise UserError(f"dataset {self.id} is not read as transitions with rewards; use another")
 
     def make_env(self, dataset_dir: str | os.PathLike | None = None) -> Any:
         """The Gymnasium environment that its policies are evaluated in, with its time limit."""
@@ -155,13 +155,13 @@ AnyDataset = TypeVar("AnyDataset", bound=Dataset)
 def find(dataset_id: str, known: Mapping[str, AnyDataset], what: str) -> AnyDataset:
     """The dataset of an id. Only listed ids pass, so that an id can never point outside the dataset folder.
 
-    Raises UserError, `what` being the end of "--dataset x is not", and names an id that is near where there is one.
+    Raises UserError, `what` being the end of "dataset x is not", and names an id that is near where there is one.
     """
     if dataset_id in known:
         return known[dataset_id]
     nearest = difflib.get_close_matches(str(dataset_id), known, n=1, cutoff=0.7)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise UserError(f"--dataset {dataset_id!r} is not {what}{hint}")
+    raise UserError(f"dataset {dataset_id!r} is not {what}{hint}")
 
 
 def sha256(path: str | Path) -> str:
@@ -195,7 +195,7 @@ def bad_file(path: Path, fault: str) -> UserError:
     remedy = "choose another --dataset_dir, or move the file away and it is fetched again"
     if path.parent.name == "local":
         remedy = "make it again with make_dataset.py --overwrite, or choose another --dataset_dir"
-    return UserError(f"{path}: {fault}; {remedy}")
+    return UserError(path, fault, remedy)
 
 
 @contextlib.contextmanager
@@ -341,8 +341,7 @@ def download(url: str, path: Path, check: Callable[[Path], object], advice: str)
                 check(part)
             except UserError as error:
                 _discard(part)
-                fault = str(error).removeprefix(f"{part}: ").rpartition("; ")[0]
-                raise UserError(f"{url} is not the dataset: {fault}; {advice}") from None
+                raise UserError(f"{url} is not the dataset", error.fault or str(error), advice) from None
             os.replace(part, path)
             _discard(part)
     except requests.RequestException as error:

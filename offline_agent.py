@@ -42,48 +42,48 @@ from torch import Tensor, nn
 
 from model import MambaEncoder, OfflineModel
 from model_kernels import kernels_of, run_bank_logsumexp
-from utils import expectile_loss
+from utils import BelowOne, Count, Fraction, NonNegative, Positive, PositiveFraction, Whole, expectile_loss
 
 ABSENT = -1e4  # added to a logit that must not count; finite, so that no gradient becomes nan
 
 
 @dataclass
 class OfflineAgentConfig:
-    context_length: int = 100  # transitions in a window
-    d_model: int = 128  # width of the encoder and of its codes
-    hidden_dim: int = 256  # width of the heads
-    n_layers: int = 2  # Mamba-2 layers
-    d_state: int = 64  # numbers that the scan remembers for each channel
-    d_conv: int = 4  # width of the causal convolution
-    expand: int = 2  # inner width of a layer, in d_model
-    dropout: float = 0.0  # after each layer
+    context_length: Count = 100  # transitions in a window
+    d_model: Count = 128  # width of the encoder and of its codes
+    hidden_dim: Count = 256  # width of the heads
+    n_layers: Count = 2  # Mamba-2 layers
+    d_state: Count = 64  # numbers that the scan remembers for each channel
+    d_conv: Count = 4  # width of the causal convolution
+    expand: Count = 2  # inner width of a layer, in d_model
+    dropout: BelowOne = 0.0  # after each layer
     backend: str = "auto"  # Mamba-2 kernels: torch, cuda (mamba_ssm) or auto
-    lr: float = 3e-4  # Adam
-    warmup_steps: int = 50  # updates of linear warm-up of the learning rate
+    lr: Positive = 3e-4  # Adam
+    warmup_steps: Whole = 50  # updates of linear warm-up of the learning rate
     lr_decay: bool = True  # cosine decay of the learning rate to 0 over the run's updates
-    grad_clip: float = 100.0  # largest norm of the gradient; the V and critic weights below make it tens
-    discount: float = 0.99  # of the reward, per step
-    tau: float = 0.02  # rate of the EMA targets
-    expectile: float = 0.9  # weight of V errors whose target lies above V
-    horizon: int = 50  # targets span 1..horizon steps, drawn for each position; 1 is the original
-    history_dropout: float = 0.5  # share of a batch's windows whose states are coded alone
+    grad_clip: Positive = 100.0  # largest norm of the gradient; the V and critic weights below make it tens
+    discount: PositiveFraction = 0.99  # of the reward, per step
+    tau: PositiveFraction = 0.02  # rate of the EMA targets
+    expectile: Fraction = 0.9  # weight of V errors whose target lies above V
+    horizon: Count = 50  # targets span 1..horizon steps, drawn for each position; 1 is the original
+    history_dropout: Fraction = 0.5  # share of a batch's windows whose states are coded alone
     target_history: bool = False  # the target network codes histories too, as the original does
-    history_horizon: int = 10  # longest target of the windows coded with history
-    temperature: float = 0.1  # InfoNCE
-    bank_size: int = 10_000  # detached codes kept as further negatives
-    nce_positions: int = 8  # transitions a window that InfoNCE contrasts
-    focal_gamma: float = 0.0  # focal exponent of the reward loss; 0 is plain cross-entropy
-    max_pos_weight: float = 100.0  # cap of the reward loss's running positive weight
-    beta_critic: float = 20.0  # weight of the critic loss; its errors are squares of numbers below 1
-    beta_v: float = 100.0  # weight of the V loss
-    beta_s: float = 1.0  # weight of the state loss
-    beta_r: float = 0.1  # weight of the reward loss
-    beta_nce: float = 0.1  # weight of InfoNCE
-    beta_a: float = 0.1  # weight of the alignment loss
-    p_self: float = 0.1  # share of goals that are the state the transition arrives at
-    p_future: float = 0.5  # share drawn ahead on the trajectory, geometrically
-    p_random: float = 0.4  # share drawn from the whole dataset
-    goal_discount: float = 0.99  # of the geometric draw
+    history_horizon: Count = 10  # longest target of the windows coded with history
+    temperature: Positive = 0.1  # InfoNCE
+    bank_size: Whole = 10_000  # detached codes kept as further negatives
+    nce_positions: Count = 8  # transitions a window that InfoNCE contrasts
+    focal_gamma: NonNegative = 0.0  # focal exponent of the reward loss; 0 is plain cross-entropy
+    max_pos_weight: Positive = 100.0  # cap of the reward loss's running positive weight
+    beta_critic: NonNegative = 20.0  # weight of the critic loss; its errors are squares of numbers below 1
+    beta_v: NonNegative = 100.0  # weight of the V loss
+    beta_s: NonNegative = 1.0  # weight of the state loss
+    beta_r: NonNegative = 0.1  # weight of the reward loss
+    beta_nce: NonNegative = 0.1  # weight of InfoNCE
+    beta_a: NonNegative = 0.1  # weight of the alignment loss
+    p_self: Fraction = 0.1  # share of goals that are the state the transition arrives at
+    p_future: Fraction = 0.5  # share drawn ahead on the trajectory, geometrically
+    p_random: Fraction = 0.4  # share drawn from the whole dataset
+    goal_discount: BelowOne = 0.99  # of the geometric draw
 
 
 def masked_mean(x: Tensor, valid: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def load_transitions(
     data = OfflineData(dataset_id, **dataset.transitions(dataset_dir))
     if data.rewards.min() == data.rewards.max():
         raise UserError(
-            f"--dataset {dataset_id}: every reward is {data.rewards[0]:g}, there is nothing to learn; use another"
+            f"dataset {dataset_id}: every reward is {data.rewards[0]:g}, there is nothing to learn; use another"
         )
     check_environment(data, make_env(dataset_id, dataset_dir))
     if data.env_id in {f"antmaze-{maze}" for maze in d4rl_utils.AntMaze.MAPS}:
@@ -140,7 +140,7 @@ def check_environment(data: OfflineData, env: gymnasium.Env) -> None:
     for space, array, what in zip(spaces, (data.observations, data.actions), ("observations", "actions"), strict=True):
         if space.shape != array.shape[1:]:
             raise UserError(
-                f"--dataset {data.dataset_id}: its {what} have {array.shape[1]} numbers, those of its environment "
+                f"dataset {data.dataset_id}: its {what} have {array.shape[1]} numbers, those of its environment "
                 f"{data.env_id} have the shape {space.shape}; use another dataset"
             )
 
@@ -250,7 +250,7 @@ class MinariDataset(Dataset):
         return self.paths(dataset_dir)
 
     def _bad(self, fault: str) -> UserError:
-        return UserError(f"--dataset {self.id}: {fault}; use another dataset")
+        return UserError(f"dataset {self.id}: {fault}; use another dataset")
 
     def _open(self, dataset_dir: str | os.PathLike | None) -> Any:
         """The minari.MinariDataset, downloaded where it is missing. Raises UserError in one line."""
@@ -258,7 +258,7 @@ class MinariDataset(Dataset):
             import minari
         except ImportError:
             raise UserError(
-                f"--dataset {self.id}: needs the package minari: pip install -r requirements/data.txt"
+                f"dataset {self.id}: needs the package minari: pip install -r requirements/data.txt"
             ) from None
         (name,) = self.files
         before = os.environ.get("MINARI_DATASETS_PATH")
@@ -268,7 +268,7 @@ class MinariDataset(Dataset):
             return minari.load_dataset(name, download=True)
         except Exception as error:  # the network and the file format fail in many ways
             raise UserError(
-                f"--dataset {self.id}: Minari cannot load it ({type(error).__name__}: {one_line(error)}); "
+                f"dataset {self.id}: Minari cannot load it ({type(error).__name__}: {one_line(error)}); "
                 f"`minari list remote` shows what there is, `minari download {name}` fetches it"
             ) from None
         finally:
@@ -335,7 +335,7 @@ class MinariDataset(Dataset):
                 env = dataset.recover_environment(eval_env=True, disable_env_checker=True)
         except Exception as error:  # an environment fails in its package's ways
             raise UserError(
-                f"--dataset {self.id}: its environment cannot be made here ({one_line(error)}); "
+                f"dataset {self.id}: its environment cannot be made here ({one_line(error)}); "
                 "pip install -r requirements/data.txt"
             ) from None
         own, other = dataset.action_space, env.action_space
@@ -381,7 +381,7 @@ def find_dataset(dataset_id: str) -> Dataset:
     """The dataset of any id; raises UserError, naming an id that is near where there is one."""
     if is_minari(dataset_id):
         if not re.fullmatch(r"minari(/[\w-]+)+", dataset_id):
-            raise UserError(f"--dataset {dataset_id!r}: after minari/ comes Minari's id, as in mujoco/hopper/medium-v0")
+            raise UserError(f"dataset {dataset_id!r}: after minari/ comes Minari's id, as in mujoco/hopper/medium-v0")
         return MinariDataset(dataset_id)
     return find(dataset_id, DATASETS, "a dataset of OGBench, D4RL or Minari (see `python make_dataset.py --list`)")
 

@@ -10,69 +10,39 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 
 from benchmark_data.local import generate_if_missing
 from model import resolve_backend
-from model_kernels import KernelConfig, use_kernels
 from offline_agent import OfflineAgent, OfflineAgentConfig
 from ogbench_utils import Maze, TrajectoryDataset, evaluation_tasks, make_env, parse_dataset_id
 from opso.diagnostics import HeldOut, value_map
-from runs.cli import check_bounds, parse_config, run_cli
-from runs.directory import (
-    check_run,
-    hold_run,
-    load_checkpoint,
-    mark_finished,
-    plain_config,
-    prepare_run,
-    save_checkpoint,
-)
-from runs.metrics import MetricLogger, RunningMeans, read_metrics
+from runs.cli import parse_config, run_cli
+from runs.directory import mark_finished, save_checkpoint
+from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_training_curves, plot_value_maps
-from utils import RandomStreams, UserError, progress, resolve_device
+from runs.run import Run, RunConfig
+from utils import Basic, Count, MayChange, Range, UserError, progress, resolve_device
 
 
 @dataclass
-class OfflineTrainerConfig(KernelConfig, OfflineAgentConfig):
-    dataset: str = "local/pointmaze-medium-navigate-v0"  # OGBench id, or local/<id> for one generated here
-    dataset_dir: str | None = None  # folder of the data; default OGBENCH_DATASET_DIR, else datasets/ beside the code
-    max_trajectories: int | None = 100  # train on the file's first so many episodes
-    batch_size: int = 16  # windows in an update
-    num_epochs: int = 100  # passes of updates_per_epoch updates
-    updates_per_epoch: int | None = None  # default: as many as give one window a trajectory
-    eval_freq: int = 10  # epochs between validations; each one writes a checkpoint
-    eval_batches: int = 8  # batches of the validation loss
-    eval_states: int = 512  # held-out histories of value_distance_spearman
-    eval_goals: int = 256  # held-out goals of value_distance_spearman
-    seed: int = 0  # of initialisation, sampling and evaluation, each its own stream
-    device: str = "auto"  # auto, cpu or cuda
-    run_dir: str | None = None  # default logs/offline/<dataset>/seed_<seed> in the current folder
-    resume: bool = False  # continue the run in run_dir from its last checkpoint
-    tensorboard: bool = True  # write TensorBoard events
-    wandb_project: str | None = None  # also log to Weights & Biases (requirements/tracking.txt)
-    plot_maps: bool = True  # write value_map.png at the end
+class OfflineTrainerConfig(RunConfig, OfflineAgentConfig):
+    dataset: Basic[str] = "local/pointmaze-medium-navigate-v0"  # OGBench id, or local/<id> for one generated here
+    dataset_dir: Basic[MayChange[str | None]] = None  # folder of the data; default: OGBENCH_DATASET_DIR, or datasets/
+    max_trajectories: Count | None = 100  # train on the file's first so many episodes
+    batch_size: Count = 16  # windows in an update
+    num_epochs: Basic[MayChange[Count]] = 100  # passes of updates_per_epoch updates
+    updates_per_epoch: Count | None = None  # default: as many as give one window a trajectory
+    eval_freq: Count = 10  # epochs between validations; each one writes a checkpoint
+    eval_batches: Count = 8  # batches of the validation loss
+    eval_states: Annotated[int, Range(2, 10**6)] = 512  # held-out histories of value_distance_spearman
+    eval_goals: Annotated[int, Range(2, 10**6)] = 256  # held-out goals of value_distance_spearman
+    plot_maps: MayChange[bool] = True  # write value_map.png at the end
 
 
-# What each number may be: smallest and largest value, ends included unless they make no sense (checked below).
-BOUNDS = {
-    **dict.fromkeys(("context_length", "d_model", "hidden_dim", "n_layers", "d_state", "d_conv", "expand"), (1, 4096)),
-    **dict.fromkeys(("horizon", "history_horizon", "nce_positions", "batch_size", "num_epochs"), (1, 10**9)),
-    **dict.fromkeys(("max_trajectories", "updates_per_epoch", "eval_freq", "eval_batches"), (1, 10**9)),
-    **dict.fromkeys(("eval_states", "eval_goals"), (2, 10**6)),
-    **dict.fromkeys(("bank_size", "warmup_steps", "seed"), (0, 2**53)),
-    **dict.fromkeys(("lr", "temperature", "grad_clip", "max_pos_weight"), (1e-9, 1e9)),
-    **dict.fromkeys(("discount", "tau"), (1e-9, 1.0)),
-    **dict.fromkeys(("expectile", "history_dropout"), (0.0, 1.0)),
-    **dict.fromkeys(("goal_discount", "dropout"), (0.0, 1 - 1e-9)),
-    **dict.fromkeys(("beta_critic", "beta_v", "beta_s", "beta_r", "beta_nce", "beta_a", "focal_gamma"), (0.0, 1e9)),
-    **dict.fromkeys(("p_self", "p_future", "p_random"), (0.0, 1.0)),
-}
-MAY_CHANGE_ON_RESUME = {"num_epochs", "dataset_dir", "device", "tensorboard", "wandb_project", "plot_maps"}
 MAP_WINDOWS = 128  # held-out windows whose states value_map.png shows
-# Where and how a run went on is not part of what it trained: equal runs write equal checkpoints.
-NOT_THE_MODEL = {"resume", "run_dir", *MAY_CHANGE_ON_RESUME}
 
 
 def open_dataset(config: OfflineTrainerConfig, device: torch.device) -> tuple[TrajectoryDataset, TrajectoryDataset]:
@@ -111,29 +81,35 @@ def validate(agent: OfflineAgent, val: TrajectoryDataset, config: OfflineTrainer
     return {f"val_{name}": value for name, value in means.take().items()}
 
 
-class OfflineRun:
-    """One training run: what it trains on, the agent, its random streams and its directory."""
+class OfflineRun(Run):
+    """One run: the data, the agent, its held-out pairs, its random streams and its directory."""
 
-    def __init__(self, config: OfflineTrainerConfig):
+    config: OfflineTrainerConfig
+
+    @property
+    def step(self) -> int:
+        """Updates so far."""
+        return self.agent.step
+
+    @classmethod
+    def default_run_dir(cls, config: OfflineTrainerConfig) -> Path:
+        """The directory that the settings name, or logs/offline/{dataset}/seed_{seed}."""
+        return Path(config.run_dir or Path("logs") / "offline" / config.dataset / f"seed_{config.seed}")
+
+    @classmethod
+    def check(cls, config: OfflineTrainerConfig) -> None:
         check(config)
-        self.config = config
-        self.device = resolve_device(config.device)
-        use_kernels(config, self.device)
-        self.run_dir = default_run_dir(config)
-        # With decay the learning rate depends on the run's length, so that cannot change on the way.
-        may_change = MAY_CHANGE_ON_RESUME - ({"num_epochs"} if config.lr_decay else set())
-        check_run(self.run_dir, config, config.resume, may_change)  # before the data is made or loaded
-        self.train_data, self.val_data = open_dataset(config, self.device)
-        self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
-        try:
-            self.resources.enter_context(hold_run(self.run_dir))
-            self.open(prepare_run(self.run_dir, config, config.resume, may_change=may_change))
-        except BaseException:
-            self.close()
-            raise
 
-    def open(self, checkpoint: Path | None) -> None:
-        """Build the agent, continue from the checkpoint if there is one, open the log and the held-out pairs."""
+    @classmethod
+    def may_change(cls, config: OfflineTrainerConfig) -> set[str]:
+        """With decay the learning rate depends on the run's length, so that cannot change on the way."""
+        return super().may_change(config) - ({"num_epochs"} if config.lr_decay else set())
+
+    def load_data(self) -> None:
+        self.train_data, self.val_data = open_dataset(self.config, self.device)
+
+    def build(self) -> None:
+        """The agent, and the held-out pairs to judge it by."""
         config = self.config
         per_pass = math.ceil(self.train_data.num_trajectories / config.batch_size)
         self.updates_per_epoch = config.updates_per_epoch or per_pass
@@ -143,22 +119,14 @@ class OfflineRun:
             self.agent = OfflineAgent(config, self.train_data.observation_dim, mean, std, self.device, total)
         torch.manual_seed(self.streams.dropout_seed)  # dropout is the one thing that draws from the global generators
         self.epoch, self.best_loss = 0, math.inf
-        if checkpoint is not None:
-            self.load(checkpoint)
-        else:  # a run that died before its first checkpoint may have left its best model
-            (self.run_dir / "best_model.pth").unlink(missing_ok=True)
         self.env = make_env(config.dataset)
         self.maze = Maze.from_env(self.env)
         sizes = (config.context_length, config.eval_states, config.eval_goals)
         self.held_out = HeldOut(self.val_data, self.maze, *sizes, self.streams.evaluation_seed)
-        self.logger = MetricLogger(
-            self.run_dir, self.agent.step if checkpoint else None, config.tensorboard, config.wandb_project, config
-        )
-        self.resources.callback(self.logger.close)
 
-    def close(self) -> None:
-        """Release the directory and close the log; closing twice is harmless."""
-        self.resources.close()
+    def started(self, resume_step: int | None) -> None:
+        if resume_step is None:  # a run that died before its first checkpoint may have left its best model
+            (self.run_dir / "best_model.pth").unlink(missing_ok=True)
 
     def train(self) -> dict[str, float]:
         """Train to num_epochs, validating and saving every eval_freq epochs. Returns the last figures."""
@@ -174,8 +142,7 @@ class OfflineRun:
                     bar.update()
                 self.epoch += 1
                 metrics = means.take()  # the one wait for the device in an epoch
-                if not math.isfinite(metrics["loss"]):
-                    raise UserError(f"{self.run_dir}: the loss is {metrics['loss']} at update {agent.step}; lower --lr")
+                self.check_metrics({"loss": metrics["loss"]}, "lower --lr")
                 validates = self.epoch % config.eval_freq == 0 or self.epoch == config.num_epochs
                 if validates:
                     metrics |= self.evaluate()
@@ -218,25 +185,20 @@ class OfflineRun:
         """What the online stage and the plots need: the model with its normaliser, its sizes and its dataset."""
         return {
             "dataset": self.config.dataset,
-            "config": {key: value for key, value in plain_config(self.config).items() if key not in NOT_THE_MODEL},
+            "config": self.model_config(),
             "observation_dim": self.train_data.observation_dim,
             "model": self.agent.model.state_dict(),
             "target": self.agent.target.state_dict(),
             "epoch": self.epoch,
         }
 
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint; UserError where it is another model's."""
-        state = load_checkpoint(path, self.device)
-        try:
-            self.agent.load_state_dict(state["agent"])
-            self.streams.load_state_dict(state["streams"])
-            torch.set_rng_state(state["torch_generators"][0].cpu())
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["torch_generators"][1].cpu(), self.device)
-            self.epoch, self.best_loss = state["epoch"], state["best_loss"]
-        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not a checkpoint of this model ({error}); choose another --run_dir") from None
+    def load_state(self, path: Path, state: dict[str, Any]) -> None:
+        self.agent.load_state_dict(state["agent"])
+        self.streams.load_state_dict(state["streams"])
+        torch.set_rng_state(state["torch_generators"][0].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["torch_generators"][1].cpu(), self.device)
+        self.epoch, self.best_loss = state["epoch"], state["best_loss"]
 
     def plot(self) -> None:
         """training_curves.png and, unless turned off, value_map.png."""
@@ -252,15 +214,9 @@ class OfflineRun:
             plot_value_maps(self.maze, states[:, :2].cpu().numpy(), maps, self.run_dir / "value_map.png", title)
 
 
-def default_run_dir(config: OfflineTrainerConfig) -> Path:
-    """The directory that the settings name, or the usual one."""
-    return Path(config.run_dir or Path("logs") / "offline" / config.dataset / f"seed_{config.seed}")
-
-
 def check(config: OfflineTrainerConfig) -> None:
     """One line for a setting that cannot work, before anything is made or loaded."""
     parse_dataset_id(config.dataset)
-    check_bounds(config, BOUNDS)
     if abs(config.p_self + config.p_future + config.p_random - 1) > 1e-6:
         raise UserError(f"--p_self {config.p_self} --p_future {config.p_future} --p_random {config.p_random}: sum to 1")
     inner = config.expand * config.d_model
@@ -274,7 +230,7 @@ def check(config: OfflineTrainerConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(OfflineTrainerConfig, argv, __doc__, default_run_dir=default_run_dir)
+    config = parse_config(OfflineTrainerConfig, argv, __doc__, default_run_dir=OfflineRun.default_run_dir)
     run = OfflineRun(config)
     with contextlib.closing(run):
         metrics = run.train()

@@ -129,7 +129,7 @@ class MazeDataset(Dataset):
 
     def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
         task = f"{self.id.removesuffix('-v0')}-singletask-v0"
-        raise UserError(f"--dataset {self.id} has no rewards; a single task of it has, as {task}")
+        raise UserError(f"dataset {self.id} has no rewards; a single task of it has, as {task}")
 
     def make_env(self, dataset_dir: str | os.PathLike | None = None, **kwargs: Any) -> gymnasium.Env:
         return make_env(self.id, **kwargs)

@@ -33,45 +33,45 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import InverseDynamics, InverseDynamicsModel, OfflineModel, StateMetric
-from utils import expectile_loss
+from utils import BelowOne, Count, Fraction, NonNegative, Positive, PositiveFraction, Range, Whole, expectile_loss
 
 LEAST_VALUE = 1e-3  # values are clipped here before their logarithm is taken
 
 
 @dataclass
 class OnlineAgentConfig:
-    lr: float = 3e-4  # learning rate of Adam
-    tau: float = 0.01  # rate of the EMA targets of Q and V
-    expectile: float = 0.9  # weight of V errors whose target lies above V
-    horizon: int = 50  # targets of Q and V span 1..horizon steps, sampled for each transition
-    subgoal_steps: int | None = None  # steps that z' lies ahead; default 10, ant and humanoid 25; the original has 1
-    state_temperature: float = 0.3  # proposer loss weights are exp(temperature x steps that the subgoal saves)
-    action_temperature: float = 0.0  # policy loss weights are exp(temperature x steps that the action saves)
-    max_weight: float = 20.0  # cap of the weights in the proposer's and the policy's loss
+    lr: Positive = 3e-4  # learning rate of Adam
+    tau: PositiveFraction = 0.01  # rate of the EMA targets of Q and V
+    expectile: Fraction = 0.9  # weight of V errors whose target lies above V
+    horizon: Count = 50  # targets of Q and V span 1..horizon steps, sampled for each transition
+    subgoal_steps: Count | None = None  # steps that z' lies ahead; default 10, ant and humanoid 25; the original has 1
+    state_temperature: NonNegative = 0.3  # proposer loss weights are exp(temperature x steps that the subgoal saves)
+    action_temperature: NonNegative = 0.0  # policy loss weights are exp(temperature x steps that the action saves)
+    max_weight: Positive = 20.0  # cap of the weights in the proposer's and the policy's loss
     acting: Literal["search", "proposer"] = "search"  # z' comes from search among dataset states or from next_state
-    graph_nodes: int = 20_000  # dataset states in the graph, evenly spaced in time
-    num_links: int = 10  # nearest states by the metric that each state is linked to
-    link_cost: float = 3.0  # steps that a link costs beside its length, for changing the trajectory
-    trusted_steps: float = 8.0  # length in steps at which a link costs twice its length
-    aim_steps: float = 15.0  # how many steps ahead on the path z' is taken
-    replan_every: int = 5  # environment steps between two choices of z'
-    patience: int = 30  # environment steps without progress after which an edge is blocked for the episode
-    block_radius: float = 20.0  # edges between nodes this many steps around a blocked edge's ends are blocked too
-    escape_steps: int = 10  # environment steps that one random action is held after an edge was blocked
-    metric_steps: int | None = None  # the metric learns on states 1..metric_steps apart; default 10, ant, humanoid 25
-    metric_dim: int = 32  # size of the metric's embedding
-    metric_lr: float = 1e-3  # learning rate of the metric, decaying to 0
-    p_self: float = 0.1  # fraction of hindsight goals that are the state the transition arrives at
-    p_future: float = 0.5  # fraction of hindsight goals sampled ahead on the trajectory, geometrically
-    p_random: float = 0.4  # fraction of hindsight goals sampled from all states
-    goal_discount: float = 0.99  # discount of the geometric distribution of p_future
+    graph_nodes: Annotated[int, Range(2, 10**6)] = 20_000  # dataset states in the graph, evenly spaced in time
+    num_links: Count = 10  # nearest states by the metric that each state is linked to
+    link_cost: NonNegative = 3.0  # steps that a link costs beside its length, for changing the trajectory
+    trusted_steps: Positive = 8.0  # length in steps at which a link costs twice its length
+    aim_steps: Positive = 15.0  # how many steps ahead on the path z' is taken
+    replan_every: Count = 5  # environment steps between two choices of z'
+    patience: Count = 30  # environment steps without progress after which an edge is blocked for the episode
+    block_radius: NonNegative = 20.0  # edges between nodes this many steps around a blocked edge's ends are blocked too
+    escape_steps: Whole = 10  # environment steps that one random action is held after an edge was blocked
+    metric_steps: Count | None = None  # the metric learns on states 1..metric_steps apart; default 10, ant, humanoid 25
+    metric_dim: Count = 32  # size of the metric's embedding
+    metric_lr: Positive = 1e-3  # learning rate of the metric, decaying to 0
+    p_self: Fraction = 0.1  # fraction of hindsight goals that are the state the transition arrives at
+    p_future: Fraction = 0.5  # fraction of hindsight goals sampled ahead on the trajectory, geometrically
+    p_random: Fraction = 0.4  # fraction of hindsight goals sampled from all states
+    goal_discount: BelowOne = 0.99  # discount of the geometric distribution of p_future
 
 
 def minimize(

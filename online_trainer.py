@@ -25,7 +25,6 @@ import torch
 
 from benchmark_data.local import generate_if_missing
 from model import OfflineModel
-from model_kernels import KernelConfig, use_kernels
 from ogbench_utils import TrajectoryDataset, max_episode_steps, parse_dataset_id
 from online_agent import OnlineAgent, OnlineAgentConfig
 from opso.batches import CodeSet, sample_batch, sample_pairs
@@ -41,85 +40,67 @@ from opso.episodes import (
 )
 from opso.policy import Policy, build_model
 from opso.search import Planner, StateGraph, spaced_rows
-from runs.cli import check_bounds, parse_config, run_cli
-from runs.directory import (
-    check_run,
-    hold_run,
-    load_checkpoint,
-    mark_finished,
-    plain_config,
-    prepare_run,
-    save_checkpoint,
-)
+from runs.cli import parse_config, run_cli
+from runs.directory import load_checkpoint, mark_finished, save_checkpoint
 from runs.evaluation import Evaluator, num_workers
-from runs.metrics import MetricLogger, RunningMeans, read_metrics
+from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_online_curves
-from utils import EpisodeReplay, RandomStreams, UserError, progress, resolve_device, write_text_atomic
+from runs.run import Run, RunConfig
+from utils import (
+    Basic,
+    Count,
+    EpisodeReplay,
+    Fraction,
+    MayChange,
+    NonNegative,
+    Positive,
+    RandomStreams,
+    UserError,
+    Whole,
+    Workers,
+    progress,
+    resolve_device,
+    write_text_atomic,
+)
 
 
 @dataclass
-class OnlineTrainerConfig(KernelConfig, OnlineAgentConfig):
-    dataset: str = "local/pointmaze-medium-navigate-v0"  # OGBench id, or local/<id> for one generated here
-    dataset_dir: str | None = None  # folder of the data; default OGBENCH_DATASET_DIR, else datasets/ beside the code
-    offline_run_dir: str | None = None  # run of offline_trainer.py; default logs/offline/<dataset>/seed_<seed>
+class OnlineTrainerConfig(RunConfig, OnlineAgentConfig):
+    dataset: Basic[str] = "local/pointmaze-medium-navigate-v0"  # OGBench id, or local/<id> for one generated here
+    dataset_dir: Basic[MayChange[str | None]] = None  # folder of the data; default: OGBENCH_DATASET_DIR, or datasets/
+    offline_run_dir: Basic[MayChange[str | None]] = None  # run of offline_trainer.py; default: in logs/offline/
     offline_checkpoint: Literal["last", "best"] = "last"  # which of its models: last, or best (lowest validation loss)
-    inverse_dynamics_data: Literal["online", "offline"] = "online"  # own actions alone; offline: the dataset's too
-    max_trajectories: int | None = None  # use the dataset's first so many episodes; default: those of the pretraining
-    max_episodes: int = 64  # episodes to act in; 0 fits on the dataset and evaluates
-    num_envs: int = 8  # environments at once; a round is one episode in each
-    batch_size: int = 8  # an update samples batch_size x transitions_per_window transitions from each source
-    transitions_per_window: int = 64  # an update samples batch_size x transitions_per_window transitions a source
-    metric_updates: int | None = None  # updates of the metric, before all else; default 1500, ant and humanoid 3000
-    fit_updates: int | None = None  # updates on the dataset, once its actions are known; default 1500, or 4000
-    idm_updates: int | None = None  # first updates of the inverse dynamics model; default 1500, or 6000
-    idm_updates_per_round: int = 500  # updates of the inverse dynamics model after each later round
-    idm_lr: float = 1e-3  # learning rate of the inverse dynamics model, decaying to a fiftieth; halved in later rounds
-    updates_per_round: int = 250  # updates after each round of episodes
-    random_steps: int | None = None  # environment steps of random actions before training; default 2000, or 32000
-    replay_episodes: int = 200  # own episodes kept
-    epsilon_start: float = 0.30  # probability of exploring straight towards the goal, first round after random ones
-    epsilon_end: float = 0.05  # probability of exploring straight towards the goal, last round
-    action_noise_start: float = 0.20  # standard deviation of action noise, first round after random ones
-    action_noise_end: float = 0.05  # standard deviation of action noise, last round
-    eval_freq: int = 4  # rounds between evaluations; each one writes a checkpoint
-    eval_episodes: int = 20  # episodes of each of the five tasks in the last evaluation
-    eval_episodes_between: int = 4  # episodes of each of the five tasks in intermediate evaluations
-    eval_workers: int | None = None  # more processes that step environments; default: cores - 1, at most 7
-    seed: int = 0  # of initialisation, sampling, acting and evaluation, each its own stream
-    device: str = "auto"  # auto, cpu or cuda
-    run_dir: str | None = None  # default logs/online/<dataset>/<inverse_dynamics_data>/seed_<seed>
-    resume: bool = False  # continue the run in run_dir from its last checkpoint
-    tensorboard: bool = True  # write TensorBoard events
-    wandb_project: str | None = None  # also log to Weights & Biases (requirements/tracking.txt)
-    record_video: bool = False  # write evaluation.mp4, an episode of each task (needs EGL or OSMesa)
-    evaluate: str | None = None  # train nothing: evaluate this run or checkpoint, on --eval_episodes a task
+    inverse_dynamics_data: Basic[Literal["online", "offline"]] = "online"  # actions to learn from: own alone, or all
+    max_trajectories: Count | None = None  # use the dataset's first so many episodes; default: those of the pretraining
+    max_episodes: Basic[Whole] = 64  # episodes to act in; 0 fits on the dataset and evaluates
+    num_envs: Count = 8  # environments at once; a round is one episode in each
+    batch_size: Count = 8  # an update samples batch_size x transitions_per_window transitions from each source
+    transitions_per_window: Count = 64  # an update samples batch_size x transitions_per_window transitions a source
+    metric_updates: Count | None = None  # updates of the metric, before all else; default 1500, ant and humanoid 3000
+    fit_updates: Whole | None = None  # updates on the dataset, once its actions are known; default 1500, or 4000
+    idm_updates: Count | None = None  # first updates of the inverse dynamics model; default 1500, or 6000
+    idm_updates_per_round: Whole = 500  # updates of the inverse dynamics model after each later round
+    idm_lr: Positive = 1e-3  # learning rate of the inverse dynamics model at first; halved in later rounds
+    updates_per_round: Whole = 250  # updates after each round of episodes
+    random_steps: Whole | None = None  # environment steps of random actions before training; default 2000, or 32000
+    replay_episodes: Count = 200  # own episodes kept
+    epsilon_start: Fraction = 0.30  # probability of exploring straight towards the goal, first round after random ones
+    epsilon_end: Fraction = 0.05  # probability of exploring straight towards the goal, last round
+    action_noise_start: NonNegative = 0.20  # standard deviation of action noise, first round after random ones
+    action_noise_end: NonNegative = 0.05  # standard deviation of action noise, last round
+    eval_freq: Count = 4  # rounds between evaluations; each one writes a checkpoint
+    eval_episodes: Count = 20  # episodes of each of the five tasks in the last evaluation
+    eval_episodes_between: Count = 4  # episodes of each of the five tasks in intermediate evaluations
+    eval_workers: MayChange[Workers | None] = None  # processes that step environments; default: cores - 1, at most 7
+    record_video: MayChange[bool] = False  # write evaluation.mp4, an episode of each task (needs EGL or OSMesa)
+    evaluate: MayChange[str | None] = None  # train nothing: evaluate this run or checkpoint, on --eval_episodes a task
 
 
-# What each number may be: smallest and largest value, ends included.
-BOUNDS = {
-    **dict.fromkeys(("horizon", "subgoal_steps", "replan_every", "patience", "batch_size", "num_links"), (1, 10**9)),
-    **dict.fromkeys(("transitions_per_window", "num_envs", "replay_episodes", "eval_freq", "metric_steps"), (1, 10**9)),
-    **dict.fromkeys(("eval_episodes", "eval_episodes_between", "max_trajectories", "metric_dim"), (1, 10**9)),
-    **dict.fromkeys(("metric_updates", "idm_updates"), (1, 10**9)),
-    **dict.fromkeys(("max_episodes", "fit_updates", "updates_per_round", "random_steps", "escape_steps"), (0, 2**53)),
-    **dict.fromkeys(("idm_updates_per_round", "seed"), (0, 2**53)),
-    **{"graph_nodes": (2, 10**6), "eval_workers": (0, 256)},
-    **dict.fromkeys(("lr", "metric_lr", "idm_lr", "max_weight", "aim_steps", "trusted_steps"), (1e-9, 1e9)),
-    **dict.fromkeys(("link_cost", "block_radius"), (0.0, 1e9)),
-    **dict.fromkeys(("state_temperature", "action_temperature", "action_noise_start", "action_noise_end"), (0.0, 1e3)),
-    **dict.fromkeys(("expectile", "epsilon_start", "epsilon_end", "p_self", "p_future", "p_random"), (0.0, 1.0)),
-    "tau": (1e-9, 1.0),
-    "goal_discount": (0.0, 1 - 1e-9),
-}
 # What None stands for: for the point, whose steps go farther, and for ants and humanoids.
 BY_ROBOT = {
     **{"subgoal_steps": (10, 25), "metric_steps": (10, 25), "metric_updates": (1500, 3000)},
     **{"fit_updates": (1500, 4000), "idm_updates": (1500, 6000), "random_steps": (2000, 32_000)},
 }
-MAY_CHANGE_ON_RESUME = {
-    *("dataset_dir", "offline_run_dir", "device", "eval_workers", "tensorboard", "wandb_project", "record_video")
-}
-NOT_THE_MODEL = {"resume", "run_dir", "evaluate", *MAY_CHANGE_ON_RESUME}
 METRIC_PAIRS = 512  # in an update of the metric
 COUNTERS = ("episodes", "random_episodes", "env_steps", "best_success", "fitted")  # of a run, kept in last.pth
 IDM_TRANSITIONS = 512  # in an update of the inverse dynamics model
@@ -128,7 +109,6 @@ IDM_TRANSITIONS = 512  # in an update of the inverse dynamics model
 def check(config: OnlineTrainerConfig) -> None:
     """One line for a setting that cannot work, before anything is loaded."""
     parse_dataset_id(config.dataset)
-    check_bounds(config, BOUNDS)
     if abs(config.p_self + config.p_future + config.p_random - 1) > 1e-6:
         raise UserError(f"--p_self {config.p_self} --p_future {config.p_future} --p_random {config.p_random}: sum to 1")
     if config.inverse_dynamics_data == "online" and config.max_episodes == 0:
@@ -194,37 +174,44 @@ def load_pretrained(config: OnlineTrainerConfig) -> tuple[OfflineModel, dict[str
     return model, settings
 
 
-class OnlineRun:
+class OnlineRun(Run):
     """One run: the pretrained model, the data, the agent, its environments, its random streams and its directory."""
+
+    config: OnlineTrainerConfig
 
     def __init__(self, config: OnlineTrainerConfig):
         check(config)
         config = resolve(config)
-        self.device = resolve_device(config.device)
-        use_kernels(config, self.device)
         self.model, self.pretrained = load_pretrained(config)
         trajectories = config.max_trajectories or self.pretrained["max_trajectories"]
-        config = self.config = replace(config, max_trajectories=trajectories)
-        self.run_dir = default_run_dir(config)
-        check_run(self.run_dir, config, config.resume, MAY_CHANGE_ON_RESUME)  # before the data is made or loaded
-        self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
+        super().__init__(replace(config, max_trajectories=trajectories))
+
+    @property
+    def step(self) -> int:
+        """Episodes so far."""
+        return self.episodes
+
+    @classmethod
+    def default_run_dir(cls, config: OnlineTrainerConfig) -> Path:
+        """The directory that the settings name, or logs/online/{dataset}/{inverse_dynamics_data}/seed_{seed}."""
+        stem = Path("logs") / "online" / config.dataset / config.inverse_dynamics_data / f"seed_{config.seed}"
+        return Path(config.run_dir or stem)
+
+    def load_data(self) -> None:
+        """UserError where the pretrained model is for other observations."""
+        config = self.config
         generate_if_missing(config.dataset, config.dataset_dir)
-        self.data = TrajectoryDataset.load(config.dataset, "train", config.dataset_dir, trajectories, self.device)
+        files = (config.dataset, "train", config.dataset_dir, config.max_trajectories)
+        self.data = TrajectoryDataset.load(*files, self.device)
         takes, has = self.model.encoder.observation_dim, self.data.observation_dim
         if takes != has:
             raise UserError(
                 f"the pretrained model takes {takes} numbers a state, {config.dataset} has {has}; make the right one "
                 f"with `{offline_command(config, config.offline_run_dir)}`"
             )
-        try:
-            self.resources.enter_context(hold_run(self.run_dir))
-            self.open(prepare_run(self.run_dir, config, config.resume, may_change=MAY_CHANGE_ON_RESUME))
-        except BaseException:
-            self.close()
-            raise
 
-    def open(self, checkpoint: Path | None) -> None:
-        """Build the agent, its codes and replay; continue from the checkpoint if there is one."""
+    def build(self) -> None:
+        """The agent, its codes and replay, and the environments."""
         config = self.config
         self.evaluator = open_evaluator(config, config.dataset)
         self.resources.callback(self.evaluator.close)
@@ -244,19 +231,11 @@ class OnlineRun:
         self.episodes = self.random_episodes = self.env_steps = 0
         self.best_success, self.measured, self.fitted = -1.0, False, False  # measured: the metric is fitted
         self.metrics: dict[str, float] = {}  # of the last evaluation
-        if checkpoint is not None:
-            self.load(checkpoint)
-        else:
-            (self.run_dir / "best_model.pth").unlink(missing_ok=True)
         self.evaluation = Evaluation(self.evaluator, config.dataset, self.streams.evaluation_seed)
-        self.logger = MetricLogger(
-            self.run_dir, self.episodes if checkpoint else None, config.tensorboard, config.wandb_project, config
-        )
-        self.resources.callback(self.logger.close)
 
-    def close(self) -> None:
-        """Release the directory, the environments and the log; closing twice is harmless."""
-        self.resources.close()
+    def started(self, resume_step: int | None) -> None:
+        if resume_step is None:
+            (self.run_dir / "best_model.pth").unlink(missing_ok=True)
 
     # -- learning ----------------------------------------------------------------------------------------------------
 
@@ -426,7 +405,7 @@ class OnlineRun:
         """What `Policy` needs: encoder, heads, metric, the graph's nodes, their sizes and the dataset."""
         return {
             "dataset": self.config.dataset,
-            "config": {key: value for key, value in plain_config(self.config).items() if key not in NOT_THE_MODEL},
+            "config": self.model_config(),
             "pretrained": self.pretrained,
             "data_states": len(self.data.observations),
             "action_dim": self.data.action_dim,
@@ -437,24 +416,20 @@ class OnlineRun:
             "episodes": self.episodes,
         }
 
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint; UserError where it is another model's."""
-        state = load_checkpoint(path, self.device)
-        try:
-            own, stored = self.agent.encoder.state_dict(), state["agent"]["encoder"]
-            if any(not torch.equal(own[name], stored[name]) for name in own):
-                raise UserError(f"{path}: began from another pretrained model; give its --offline_run_dir")
-            if not torch.equal(state["nodes"], self.data.observations[self.node_rows]):
-                raise UserError(f"{path}: began on other data; give its --dataset_dir, or another --run_dir")
-            for name in ("agent", "replay", "streams"):
-                getattr(self, name).load_state_dict(state[name])
-            for name in COUNTERS:
-                setattr(self, name, state[name])
-            self.measured = True
-            if self.fitted and self.config.inverse_dynamics_data == "online":
-                self.infer_actions()
-        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not a checkpoint of this model ({error}); choose another --run_dir") from None
+    def load_state(self, path: Path, state: dict[str, Any]) -> None:
+        """UserError where the run began from another model or on other data."""
+        own, stored = self.agent.encoder.state_dict(), state["agent"]["encoder"]
+        if any(not torch.equal(own[name], stored[name]) for name in own):
+            raise UserError(path, "began from another pretrained model", "give its --offline_run_dir")
+        if not torch.equal(state["nodes"], self.data.observations[self.node_rows]):
+            raise UserError(path, "began on other data", "give its --dataset_dir, or another --run_dir")
+        for name in ("agent", "replay", "streams"):
+            getattr(self, name).load_state_dict(state[name])
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        self.measured = True
+        if self.fitted and self.config.inverse_dynamics_data == "online":
+            self.infer_actions()
 
     def plot(self) -> None:
         """online_training_curves.png, paths.png of the last evaluation and, if asked for, evaluation.mp4."""
@@ -466,12 +441,6 @@ class OnlineRun:
         self.evaluation.plot(self.run_dir / "paths.png", nodes, f"{title}, {self.episodes} episodes")
         if config.record_video:
             self.evaluation.record_video(self.run_dir / "evaluation.mp4")
-
-
-def default_run_dir(config: OnlineTrainerConfig) -> Path:
-    """The directory that the settings name, or the usual one."""
-    stem = Path("logs") / "online" / config.dataset / config.inverse_dynamics_data / f"seed_{config.seed}"
-    return Path(config.run_dir or stem)
 
 
 def open_evaluator(config: OnlineTrainerConfig, dataset: str) -> Evaluator:
@@ -506,7 +475,7 @@ def evaluate_file(config: OnlineTrainerConfig) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Train and evaluate, or evaluate a file."""
-    config = parse_config(OnlineTrainerConfig, argv, __doc__, default_run_dir=default_run_dir)
+    config = parse_config(OnlineTrainerConfig, argv, __doc__, default_run_dir=OnlineRun.default_run_dir)
     began = time.perf_counter()
     check(config)
     if config.evaluate is not None:

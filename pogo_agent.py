@@ -43,23 +43,24 @@ from torch import Tensor, nn
 from model import EnsembleCritic, TransportActor
 from model_kernels import Adam
 from transport import DistanceConfig, blur_unit, cloud_spread, l2, policy_distance
+from utils import BelowOne, Count, NonNegative, Positive, PositiveFraction
 
 EPS = 1e-12  # avoids division by zero
 
 
 @dataclass
 class POGOConfig(DistanceConfig):
-    lr: float = 3e-4  # learning rate of Adam for critic and actors; 1e-4 is usual on antmaze
+    lr: Positive = 3e-4  # learning rate of Adam for critic and actors; 1e-4 is usual on antmaze
     follow: bool = True  # an actor first repeats the change of weights that the actor before it has just made
     lr_decay: bool = True  # let the actors' learning rate fall to 0 along a cosine over the run
-    discount: float = 0.99  # discount factor of rewards
-    tau: float = 0.005  # rate of the target networks' Polyak average
-    policy_noise: float = 0.2  # standard deviation of the noise on the target's action, in units of max_action
-    noise_clip: float = 0.5  # largest such noise, in units of max_action
-    policy_freq: int = 1  # updates of the critics for each update of the actors and target networks
+    discount: BelowOne = 0.99  # discount factor of rewards
+    tau: PositiveFraction = 0.005  # rate of the target networks' Polyak average
+    policy_noise: NonNegative = 0.2  # standard deviation of the noise on the target's action, in units of max_action
+    noise_clip: NonNegative = 0.5  # largest such noise, in units of max_action
+    policy_freq: Count = 1  # updates of the critics for each update of the actors and target networks
     q_normalization: Literal["batch", "none"] = "batch"  # batch divides Q by its mean size in the batch
     td_actor: Literal["online", "target"] = "online"  # critics bootstrap from actor 0 or its target copy
-    hidden_dim: int = 256  # width of the two hidden layers of every network
+    hidden_dim: Count = 256  # width of the two hidden layers of every network
 
 
 class POGOAgent:

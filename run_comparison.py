@@ -26,6 +26,7 @@ import shutil
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ from comparison_report import POGO, ComparedRun, write_report
 from offline_data import is_minari, make_env, normalized_score
 from pogo_agent import POGOAgent
 from pogo_main import POGORun, POGOTrainerConfig
-from runs.chain import MAY_CHANGE_ON_RESUME, ChainRun, ChainRunConfig
+from runs.chain import ChainRun, ChainRunConfig
 from runs.cli import parse_config, run_cli
 from runs.directory import check_run, plain_config
 from utils import RunFinished, UserError, one_line, progress, resolve_device, warn
@@ -166,7 +167,7 @@ def read_settings(
     Raises UserError that names the file and the key.
     """
     check_keys(path, where, values, fields)
-    switches = {field.name for field in dataclasses.fields(config_class) if field.type is bool}
+    switches = {name for name, hint in typing.get_type_hints(config_class).items() if hint is bool}
     for key, value in values.items():
         if isinstance(value, bool) != (fields[key] in switches):
             words = "must be true or false" if fields[key] in switches else "must not be true or false"
@@ -353,14 +354,14 @@ def runs_of(
         raise UserError(f"{path}: {where}: save_model: a run without checkpoints cannot be continued; leave it out")
     for variant, weights in enumerate(lists, first):
         for seed in seeds:
-            trainer = system.config_class(**settings, w2_weights=weights, seed=seed, resume=True)
-            trainer.run_dir = str(Path(log_dir).resolve() / system.run_class.run_name(trainer))
             try:
+                trainer = system.config_class(**settings, w2_weights=weights, seed=seed, resume=True)
+                trainer.run_dir = str(Path(log_dir).resolve() / system.run_class.run_name(trainer))
                 system.check(trainer)
                 if not is_minari(trainer.env):  # whose ids only Minari knows
                     normalized_score(trainer.env, 0.0)
             except UserError as error:
-                raise UserError(f"{path}: {where}: {str(error).removeprefix('--dataset ')}") from None
+                raise UserError(f"{path}: {where}: {error}") from None
             yield Run(trainer, variant, algorithm)
 
 
@@ -397,15 +398,14 @@ def threads_of(config: RunComparisonConfig) -> int:
 def is_finished(run: Run) -> bool:
     """Whether a run of these very settings is finished. Raises UserError where its directory holds another run."""
     checkpoint = str(run.system.run_class.checkpoint_path(run.config))
-    may_change = MAY_CHANGE_ON_RESUME - {"dataset_dir"}  # a result is one of its data
+    may_change = run.system.run_class.may_change(run.config) - {"dataset_dir"}  # a result is one of its data
     try:
         check_run(run.run_dir, run.config, True, may_change, checkpoint)
         return False
     except RunFinished:
         return True
     except UserError as error:
-        fault = str(error).partition("; ")[0]
-        raise UserError(f"{fault}; choose another --log_dir, or give the old settings") from None
+        raise UserError(error.where, error.fault, "choose another --log_dir, or give the old settings") from None
 
 
 def updates_done(run: Run) -> int:

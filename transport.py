@@ -21,10 +21,12 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from utils import Basic, Positive, Range
 
 Backend = Literal["exact", "fused", "tensorized", "online", "auto"]
 BACKENDS = get_args(Backend)
@@ -259,12 +261,12 @@ Sampler = Callable[[Tensor], Tensor]  # noise [B, K, A] -> actions [B, K, A]
 
 @dataclass
 class DistanceConfig:
-    w2_weights: tuple[float, ...] = (0.4, 0.5, 0.5)  # weight of each actor's distance: more keeps it nearer
+    w2_weights: Basic[tuple[float, ...]] = (0.4, 0.5, 0.5)  # weight of each actor's distance: more keeps it nearer
     w2_noise: Noise = "same"  # noise of an actor and its reference: same, independent, or debiased (docs/pogo.md)
-    sinkhorn_K: int = 4  # samples of a policy in a state, between which distances are measured
+    sinkhorn_K: Annotated[int, Range(2, 64)] = 4  # samples of a policy in a state, between which distances are measured
     sinkhorn_backend: Backend = "exact"  # solver: exact, fused, or GeomLoss's tensorized, online (needs pykeops), auto
-    sinkhorn_blur: float = 0.05  # entropic smoothing of distances, in units of actions; the exact solver has none
-    sinkhorn_scaling: float = 0.5  # ratio of scales in Sinkhorn's schedule; nearer to 1 is slower and more accurate
+    sinkhorn_blur: Positive = 0.05  # entropic smoothing of distances, in units of actions; the exact solver has none
+    sinkhorn_scaling: Annotated[float, Range(0.01, 0.999)] = 0.5  # ratio of Sinkhorn's scales; larger: more accurate
     blur_relative: Literal["none", "spread"] = "none"  # spread: measure the blur in units of the reference's spread
 
 

@@ -11,8 +11,9 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -42,7 +43,29 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class UserError(Exception):
-    """Bad input. The message names the file, key or flag and says what to do about it."""
+    """Bad input, told in one line: where it is (a file, key or flag), what is wrong there, and what to do about it.
+
+    Code that must tell errors apart asks for a subclass, or reads the three parts; nothing reads the line.
+    """
+
+    exit_code = 2
+
+    def __init__(self, where: object, fault: str = "", remedy: str = ""):
+        super().__init__(where, fault, remedy)
+        self.where, self.fault, self.remedy = str(where), fault, remedy
+
+    def __str__(self) -> str:
+        return self.where + (f": {self.fault}" if self.fault else "") + (f"; {self.remedy}" if self.remedy else "")
+
+
+class RunExists(UserError):
+    """The directory holds a run that this one may not continue."""
+
+
+class RunHeld(UserError):
+    """Another process trains in the run's directory."""
+
+    exit_code = 3
 
 
 class ProcessDied(Exception):
@@ -61,6 +84,36 @@ def one_line(text: object) -> str:
 def warn(text: object) -> None:
     """Print one line `warning: ...` on stderr without tearing a progress bar."""
     tqdm.write(f"warning: {one_line(text)}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings: what the type of a config dataclass's field says beside its type; the comment behind it is its help
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number may be, both ends included."""
+
+    least: float
+    most: float
+
+
+T = TypeVar("T")
+MAY_CHANGE = "may change when the run is resumed"
+MayChange = Annotated[T, MAY_CHANGE]
+BASIC = "stands at the top of --help"
+Basic = Annotated[T, BASIC]
+
+Count = Annotated[int, Range(1, 10**9)]
+Whole = Annotated[int, Range(0, 2**53)]
+Workers = Annotated[int, Range(0, 256)]
+Positive = Annotated[float, Range(1e-9, 1e9)]
+NonNegative = Annotated[float, Range(0.0, 1e9)]
+Number = Annotated[float, Range(-1e9, 1e9)]
+Fraction = Annotated[float, Range(0.0, 1.0)]
+PositiveFraction = Annotated[float, Range(1e-9, 1.0)]
+BelowOne = Annotated[float, Range(0.0, 1 - 1e-9)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

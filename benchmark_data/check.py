@@ -383,7 +383,7 @@ def check(path: str | Path) -> Report:
     try:
         data = read(path, dataset)
     except UserError as error:
-        return Report(str(path), {}, [(FAULT, str(error).removeprefix(f"{path}: "))])
+        return Report(str(path), {}, [(FAULT, error.fault or str(error))])
     facts = describe(data)
     for rule in (check_manifest, check_lengths, check_walls, check_following, check_ends, check_falls):
         rule(data)

@@ -26,12 +26,12 @@ def find_family(dataset_id: str) -> Family:
             return family
     ids = [known for family in FAMILIES for known in family.ids]
     if f"local/{dataset_id}" in ids:
-        raise UserError(f"--dataset {dataset_id} names the official file; what is made here is local/{dataset_id}")
+        raise UserError(f"dataset {dataset_id} names the official file; what is made here is local/{dataset_id}")
     if dataset_id.split("/")[-1].startswith("humanoidmaze-"):
-        raise UserError(f"--dataset {dataset_id}: {HUMANOID_MESSAGE}")
+        raise UserError(f"dataset {dataset_id}: {HUMANOID_MESSAGE}")
     nearest = overview.nearest_id(dataset_id, ids)
     hint = f"the nearest that can is {nearest!r}; " if nearest else ""
-    raise UserError(f"--dataset {dataset_id!r} cannot be made here; {hint}see `python make_dataset.py --list`")
+    raise UserError(f"dataset {dataset_id!r} cannot be made here; {hint}see `python make_dataset.py --list`")
 
 
 def generate(

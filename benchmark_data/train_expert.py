@@ -49,44 +49,36 @@ from benchmark_data.experts import (
     write_card,
     write_policy,
 )
-from runs.cli import check_bounds, parse_config, run_cli
+from runs.cli import marked, parse_config, run_cli
 from runs.directory import hold_run, load_checkpoint, mark_finished, prepare_run, save_checkpoint
 from runs.metrics import MetricLogger, read_metrics
-from utils import RandomStreams, UserError, progress
+from utils import MAY_CHANGE, Count, MayChange, PositiveFraction, RandomStreams, UserError, Whole, progress
 
 
 @dataclass
 class TrainExpertConfig:
     env: str = "hopper"  # ant-xy, humanoid-xy, hopper, halfcheetah, walker2d, walker_walk or walker_run
     algorithm: Literal["sac", "td3"] = "sac"  # of stable-baselines3
-    max_timesteps: int | None = None  # environment steps; default: the recipe's
-    lr: float | None = None  # learning rate of actor, critics and temperature; default: the recipe's
-    batch_size: int = 256  # transitions in an update
+    max_timesteps: MayChange[Count | None] = None  # environment steps; default: the recipe's
+    lr: PositiveFraction | None = None  # learning rate of actor, critics and temperature; default: the recipe's
+    batch_size: Count = 256  # transitions in an update
     hidden_dims: tuple[int, ...] | None = None  # layers of the actor and of each critic; default: the recipe's
-    discount: float = 0.99  # of future rewards
-    tau: float = 0.005  # step of the target critics towards the critics
-    start_steps: int = 10_000  # uniformly random actions before the first update
-    buffer_size: int = 1_000_000  # transitions in the replay buffer
-    seed: int = 0  # of networks, exploration, sampling and episodes
-    snapshot_every: int = 10_000  # steps between policy files, each of them evaluated
-    eval_episodes: int = 10  # deterministic episodes of a snapshot's evaluation
-    card_episodes: int = CARD_EPISODES  # episodes behind the last and the best policy's card, and of --evaluate
-    checkpoint_every: int = 25_000  # steps between checkpoints
-    log_every: int = 2_000  # steps between rows of metrics.csv
+    discount: PositiveFraction = 0.99  # of future rewards
+    tau: PositiveFraction = 0.005  # step of the target critics towards the critics
+    start_steps: Whole = 10_000  # uniformly random actions before the first update
+    buffer_size: Count = 1_000_000  # transitions in the replay buffer
+    seed: Whole = 0  # of networks, exploration, sampling and episodes
+    snapshot_every: Count = 10_000  # steps between policy files, each of them evaluated
+    eval_episodes: Count = 10  # deterministic episodes of a snapshot's evaluation
+    card_episodes: MayChange[Count] = CARD_EPISODES  # episodes behind the cards of the last and the best policy
+    checkpoint_every: MayChange[Count] = 25_000  # steps between checkpoints
+    log_every: Count = 2_000  # steps between rows of metrics.csv
     run_dir: str | None = None  # default logs/expert/<env>/<algorithm>/seed_<seed> in the current folder
     resume: bool = False  # continue the run in run_dir from its last checkpoint; not bit-exact
-    tensorboard: bool = True  # write TensorBoard events
-    evaluate: tuple[str, ...] | None = None  # policy files: measure their returns again for their cards, train nothing
+    tensorboard: MayChange[bool] = True  # write TensorBoard events
+    evaluate: MayChange[tuple[str, ...] | None] = None  # train nothing: measure these policy files' cards again
 
 
-BOUNDS = {
-    **dict.fromkeys(("max_timesteps", "batch_size", "snapshot_every", "eval_episodes", "card_episodes"), (1, 10**9)),
-    **dict.fromkeys(("checkpoint_every", "log_every", "buffer_size"), (1, 10**9)),
-    **dict.fromkeys(("lr", "discount", "tau"), (1e-9, 1.0)),
-    "start_steps": (0, 10**9),
-    "seed": (0, 2**53),
-}
-MAY_CHANGE_ON_RESUME = {"max_timesteps", "checkpoint_every", "tensorboard", "card_episodes", "evaluate"}
 LOSSES = {"critic_loss": "train/critic_loss", "actor_loss": "train/actor_loss", "temperature": "train/ent_coef"}
 EXPLORATION_NOISE = 0.1  # standard deviation of TD3's noise on its actions
 
@@ -236,7 +228,7 @@ class ExpertRun:
         self.streams, self.resources = RandomStreams(config.seed), contextlib.ExitStack()
         try:
             self.resources.enter_context(hold_run(self.run_dir))
-            self.open(prepare_run(self.run_dir, config, config.resume, may_change=MAY_CHANGE_ON_RESUME))
+            self.open(prepare_run(self.run_dir, config, config.resume, marked(type(config), MAY_CHANGE)))
         except BaseException:
             self.close()
             raise
@@ -420,7 +412,6 @@ def plot_learning_curve(run_dir: Path, title: str) -> None:
 def check(config: TrainExpertConfig) -> None:
     """One line for a setting that cannot work, before anything is made."""
     expert_env(config.env)
-    check_bounds(config, BOUNDS)
     if config.hidden_dims is not None and not (config.hidden_dims and all(1 <= n <= 2**14 for n in config.hidden_dims)):
         raise UserError(f"--hidden_dims {' '.join(map(str, config.hidden_dims))}: one or more sizes from 1 to 16384")
 

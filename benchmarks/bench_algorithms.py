@@ -36,10 +36,10 @@ from algorithms.offline.pogo_multi_main import ALGORITHMS
 from benchmarks import corl, peers
 from benchmarks.turns import Contestant, choose_clock, claim, median_rates, on_device
 from model_kernels import KernelConfig, use_kernels
-from runs.cli import check_bounds, parse_config, run_cli
+from runs.cli import parse_config, run_cli
 from runs.cuda_graphs import GraphedStep
 from runs.metrics import RunningMeans
-from utils import ReplayBuffer, UserError, progress, resolve_device, warn
+from utils import Count, NonNegative, ReplayBuffer, UserError, Whole, progress, resolve_device, warn
 
 NAMES = ("td3_bc", "iql", "iql_deterministic", "awac", "cql", "sac_n", "edac")
 OTHER_WORK = {("cql", "unifloral")}  # shown, but no measure of ours
@@ -51,16 +51,12 @@ class BenchAlgorithmsConfig(KernelConfig):
     corl: str | None = None  # a clone of CORL, to measure it too
     jax_corl: str | None = None  # a clone of JAX-CORL, to measure it too
     unifloral: str | None = None  # a clone of unifloral, to measure it too
-    checked: int = 20  # updates in float64 after which weights are compared with CORL's; 0 leaves that out
-    turns: int = 7  # of each contestant; the median is printed
-    seconds: float = 0.4  # length of a turn
-    transitions: int = 100_000  # in the data
-    threads: int = 1  # CPU threads
+    checked: Whole = 20  # updates in float64 after which weights are compared with CORL's; 0 leaves that out
+    turns: Count = 7  # of each contestant; the median is printed
+    seconds: NonNegative = 0.4  # length of a turn
+    transitions: Count = 100_000  # in the data
+    threads: Count = 1  # CPU threads
     device: str = "cpu"  # cpu, cuda or auto
-
-
-BOUNDS = {"checked": (0, 10**6), "seconds": (0, 3600)}
-BOUNDS |= dict.fromkeys(("turns", "transitions", "threads"), (1, 10**9))
 
 
 def make_arrays(transitions: int) -> dict[str, np.ndarray]:
@@ -152,7 +148,6 @@ def claims_of(name: str, rates: dict[str, float]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchAlgorithmsConfig, argv, __doc__)
-    check_bounds(config, BOUNDS)
     if unknown := set(config.algorithms) - set(NAMES):
         raise UserError(f"--algorithms {unknown.pop()}: choose among {', '.join(NAMES)}")
     device = resolve_device(config.device)

@@ -21,17 +21,17 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import Mamba2
-from runs.cli import check_counts, parse_config, run_cli
-from utils import resolve_device
+from runs.cli import parse_config, run_cli
+from utils import Count, resolve_device
 
 
 @dataclass
 class BenchEncoderConfig:
-    batch: int = 16  # sequences
-    length: int = 100  # positions of each
-    d_model: int = 128  # width of the block
-    repeats: int = 30  # timed runs of each; the median is printed
-    threads: int = 1  # CPU threads
+    batch: Count = 16  # sequences
+    length: Count = 100  # positions of each
+    d_model: Count = 128  # width of the block
+    repeats: Count = 30  # timed runs of each; the median is printed
+    threads: Count = 1  # CPU threads
     device: str = "cpu"  # cpu, cuda or auto
 
 
@@ -109,7 +109,6 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchEncoderConfig, argv, __doc__)
     device = resolve_device(config.device)
     config.device = str(device)  # of auto, what it chose
-    check_counts(config)
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     block = Mamba2(config.d_model, backend="torch").to(config.device)

@@ -25,21 +25,19 @@ import d4rl_utils
 import offline_data
 from benchmark_data import experts
 from runs import chain
-from runs.cli import check_bounds, parse_config, run_cli
+from runs.cli import parse_config, run_cli
 from runs.evaluation import Evaluator, episode_seeds
+from utils import Count, Workers
 
 
 @dataclass
 class BenchEvaluationConfig:
     dataset: str = "hopper-medium-v2"  # whose environment
     steps: tuple[int, ...] = (110_000, 120_000, 270_000)  # snapshots in datasets/experts that act
-    episodes: int = 10  # of each actor and way of acting
-    workers: int = 1  # processes beside this one; 0: this one alone, as --eval_workers 0 of a run
-    repeats: int = 3  # turns of each; the median is printed
-    threads: int = 1  # CPU threads of the policies
-
-
-BOUNDS = {"workers": (0, 256), **dict.fromkeys(("episodes", "repeats", "threads"), (1, 10**6))}
+    episodes: Count = 10  # of each actor and way of acting
+    workers: Workers = 1  # processes beside this one; 0: this one alone, as --eval_workers 0 of a run
+    repeats: Count = 3  # turns of each; the median is printed
+    threads: Count = 1  # CPU threads of the policies
 
 
 ACTIVATIONS = {"gelu_tanh": lambda: nn.GELU("tanh"), "relu": nn.ReLU, "tanh": nn.Tanh}
@@ -94,7 +92,6 @@ def all_at_once(actors: list[Actor], evaluator: Evaluator, seeds: list[int]) -> 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchEvaluationConfig, argv, __doc__)
-    check_bounds(config, BOUNDS)
     torch.set_num_threads(config.threads)
     env, robot = d4rl_utils.make_env(config.dataset), d4rl_utils.parse_dataset_id(config.dataset).robot
     paths = [experts.policy_path(experts.DEFAULT_EXPERTS_DIR, robot, step) for step in config.steps]

@@ -20,18 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from offline_agent import OfflineAgent, OfflineAgentConfig
 from offline_trainer import sample_batch
 from ogbench_utils import TrajectoryDataset
-from runs.cli import check_counts, parse_config, run_cli
-from utils import resolve_device
+from runs.cli import parse_config, run_cli
+from utils import Count, resolve_device
 
 
 @dataclass
 class BenchOfflineConfig:
-    batch_size: int = 16  # windows in an update
-    context_length: int = 100  # transitions in a window
-    d_model: int = 128  # width of the encoder
-    observation_dim: int = 29  # an ant's
-    repeats: int = 15  # timed updates of each; the median is printed
-    threads: int = 2  # CPU threads
+    batch_size: Count = 16  # windows in an update
+    context_length: Count = 100  # transitions in a window
+    d_model: Count = 128  # width of the encoder
+    observation_dim: Count = 29  # an ant's
+    repeats: Count = 15  # timed updates of each; the median is printed
+    threads: Count = 2  # CPU threads
     device: str = "cpu"  # cpu, cuda or auto
 
 
@@ -82,7 +82,6 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchOfflineConfig, argv, __doc__)
     device = resolve_device(config.device)
     config.device = str(device)  # of auto, what it chose
-    check_counts(config)
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     data = random_walks(config)

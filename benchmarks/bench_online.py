@@ -23,7 +23,8 @@ from model import OfflineModel
 from ogbench_utils import make_env, seeded_reset
 from online_agent import OnlineAgent, OnlineAgentConfig
 from opso.search import Planner, StateGraph
-from runs.cli import check_counts, parse_config, run_cli
+from runs.cli import parse_config, run_cli
+from utils import Count
 
 DATASET = "antmaze-medium-navigate-v0"
 FAR = 300.0  # steps that a squared distance of the untrained metric counts as
@@ -31,12 +32,12 @@ FAR = 300.0  # steps that a squared distance of the untrained metric counts as
 
 @dataclass
 class BenchOnlineConfig:
-    num_envs: int = 8  # environments at once, beside one alone
-    context_length: int = 100  # states in the peer's window
-    graph_nodes: int = 20_000  # of the graph, in episodes of 1001
-    steps: int = 200  # of each environment in a turn
-    repeats: int = 5  # turns of each; the median is printed
-    threads: int = 1  # CPU threads
+    num_envs: Count = 8  # environments at once, beside one alone
+    context_length: Count = 100  # states in the peer's window
+    graph_nodes: Count = 20_000  # of the graph, in episodes of 1001
+    steps: Count = 200  # of each environment in a turn
+    repeats: Count = 5  # turns of each; the median is printed
+    threads: Count = 1  # CPU threads
 
 
 class WindowPlanner(Planner):
@@ -86,7 +87,6 @@ def compare(config: BenchOnlineConfig, agent: OnlineAgent, graph: StateGraph, en
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchOnlineConfig, argv, __doc__)
-    check_counts(config)
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     envs = [make_env(DATASET) for _ in range(config.num_envs)]

@@ -37,30 +37,30 @@ from benchmarks import peers
 from benchmarks.turns import Contestant, choose_clock, claim, median_rates, on_device
 from model_kernels import KernelConfig, use_kernels
 from pogo_agent import POGOAgent, POGOConfig
-from runs.cli import check_bounds, check_counts, parse_config, run_cli
+from runs.cli import parse_config, run_cli
 from runs.cuda_graphs import GraphedStep, SideBySide
 from transport import Backend, Noise
-from utils import ReplayBuffer, UserError, one_line, resolve_device, warn
+from utils import Count, NonNegative, ReplayBuffer, UserError, one_line, resolve_device, warn
 
 PEERS = ("plain scheme", "published agent", "plain JAX")
 
 
 @dataclass
 class BenchPOGOConfig(KernelConfig):
-    observation_dim: int = 17  # of halfcheetah and walker2d
-    action_dim: int = 6  # likewise
-    batch_size: int = 256  # transitions in an update
-    sinkhorn_K: int = 4  # samples a state and policy
+    observation_dim: Count = 17  # of halfcheetah and walker2d
+    action_dim: Count = 6  # likewise
+    batch_size: Count = 256  # transitions in an update
+    sinkhorn_K: Count = 4  # samples a state and policy
     w2_noise: Noise = "independent"  # noise of our distances; the peers have independent noise
     sinkhorn_backend: Backend = "fused"  # solver of our distances; fused solves the peers' problem
-    transitions: int = 100_000  # in the data
-    seconds: float = 0.5  # length of a turn
-    repeats: int = 7  # turns of each; the median is printed
-    max_actors: int = 3  # chains of 1 to so many actors
+    transitions: Count = 100_000  # in the data
+    seconds: NonNegative = 0.5  # length of a turn
+    repeats: Count = 7  # turns of each; the median is printed
+    max_actors: Count = 3  # chains of 1 to so many actors
     path: str | None = None  # agent.py of the published code, to measure it too
-    num_seeds: int = 8  # on a GPU: agents trained at once, as `pogo_main.py --num_seeds` does
+    num_seeds: Count = 8  # on a GPU: agents trained at once, as `pogo_main.py --num_seeds` does
     jax: bool = False  # also measure our plain JAX version
-    threads: int = 1  # CPU threads
+    threads: Count = 1  # CPU threads
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -209,8 +209,6 @@ def seeds_at_once(config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer) ->
 def main(argv: list[str] | None = None) -> None:
     """Print the table and a closing line a claim."""
     config = parse_config(BenchPOGOConfig, argv, __doc__)
-    check_counts(config)
-    check_bounds(config, {"seconds": (0, 3600)})
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     device = resolve_device(config.device)

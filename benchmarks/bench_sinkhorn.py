@@ -20,20 +20,20 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runs.cli import check_counts, parse_config, run_cli
+from runs.cli import parse_config, run_cli
 from transport import MAX_EXACT, box_diameter, sinkhorn
-from utils import UserError, resolve_device
+from utils import Count, UserError, resolve_device
 
 
 @dataclass
 class BenchSinkhornConfig:
-    batch: int = 256  # states
-    samples: int = 4  # samples of each policy in a state
-    action_dim: int = 6  # dimensions of an action, each in [-1, 1]
+    batch: Count = 256  # states
+    samples: Count = 4  # samples of each policy in a state
+    action_dim: Count = 6  # dimensions of an action, each in [-1, 1]
     blur: float = 0.05  # in units of actions
-    repeats: int = 100  # timed turns; medians are printed
-    calls: int = 5  # calls in a row in a turn; 1 times each with the caches that the candidate before it left
-    threads: int = 1  # CPU threads
+    repeats: Count = 100  # timed turns; medians are printed
+    calls: Count = 5  # calls in a row in a turn; 1 times each with the caches that the candidate before it left
+    threads: Count = 1  # CPU threads
     device: str = "cpu"  # cpu, cuda or auto
 
 
@@ -105,7 +105,6 @@ def seconds(runs: dict, repeats: int, calls: int, wait) -> dict[str, Tensor]:
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchSinkhornConfig, argv, __doc__)
     device = resolve_device(config.device)
-    check_counts(config)
     if not 0 < config.blur < math.inf:
         raise UserError(f"--blur {config.blur}: must be positive")
     torch.set_num_threads(config.threads)

@@ -24,18 +24,18 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.turns import claim
 from benchmarks.update_worker import UPDATES
-from runs.cli import check_counts, parse_config, run_cli
-from utils import UserError, one_line, progress, resolve_device, warn
+from runs.cli import parse_config, run_cli
+from utils import Count, UserError, one_line, progress, resolve_device, warn
 
 
 @dataclass
 class BenchUpdatesConfig:
     base: str | None = None  # another checkout of this repository, the peer
     updates: tuple[str, ...] = tuple(UPDATES)  # which of them
-    calls: int = 3  # updates in a turn
-    repeats: int = 7  # turns of each; the median is printed
+    calls: Count = 3  # updates in a turn
+    repeats: Count = 7  # turns of each; the median is printed
     small: bool = False  # tiny batches, to try the script
-    threads: int = 1  # CPU threads
+    threads: Count = 1  # CPU threads
     device: str = "cpu"  # cpu, cuda or auto
 
 
@@ -92,7 +92,6 @@ def median_rates(name: str, workers: dict[str, Worker], config: BenchUpdatesConf
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchUpdatesConfig, argv, __doc__)
-    check_counts(config)
     if unknown := set(config.updates) - set(UPDATES):
         raise UserError(f"--updates {unknown.pop()}: choose among {', '.join(UPDATES)}")
     closing = []

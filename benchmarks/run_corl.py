@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark_data.local import generate_if_missing
 from benchmarks.ablation import print_table
 from offline_data import load_transitions, make_env, normalized_score
-from runs.cli import check_counts, load_yaml, parse_config, run_cli
-from utils import UserError, progress, write_text_atomic
+from runs.cli import load_yaml, parse_config, run_cli
+from utils import Count, UserError, progress, write_text_atomic
 
 
 @dataclass
@@ -40,10 +40,10 @@ class RunCORLConfig:
     envs: tuple[str, ...] = ("hopper-medium-v2",)  # ids of datasets, as of pogo_main.py
     seeds: tuple[int, ...] = (0, 1, 2)  # of each
     dataset_dir: str | None = None  # folder of the data; default: as pogo_main.py
-    max_timesteps: int = 100_000  # updates of a run
-    n_episodes: int = 50  # episodes of the evaluation at the end
+    max_timesteps: Count = 100_000  # updates of a run
+    n_episodes: Count = 50  # episodes of the evaluation at the end
     device: str = "cpu"  # cpu or cuda
-    threads: int = 1  # CPU threads
+    threads: Count = 1  # CPU threads
     log_dir: str = "logs/corl"  # a run's score is written to <log_dir>/<env>/<algorithm>/updates_<n>/seed_<seed>.json
 
 
@@ -177,7 +177,6 @@ def stored_run(path: Path, own: dict[str, Any]) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(RunCORLConfig, argv, __doc__)
-    check_counts(config)
     torch.set_num_threads(config.threads)
     figures = {}
     for seed in config.seeds:

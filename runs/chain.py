@@ -19,76 +19,61 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from model_kernels import KernelConfig, use_kernels
 from offline_data import OfflineData, data_scores, is_official, make_env, normalized_score
-from runs.cli import check_bounds
 from runs.cuda_graphs import GraphedStep, SideBySide
-from runs.directory import (
-    check_run,
-    hold_run,
-    load_checkpoint,
-    mark_finished,
-    plain_config,
-    prepare_run,
-    save_checkpoint,
-)
+from runs.directory import mark_finished, save_checkpoint
 from runs.evaluation import Episodes, Evaluator, episode_seeds, num_workers, report_steps
-from runs.metrics import EpisodeLog, MetricLogger, RunningMeans, read_metrics
+from runs.metrics import EpisodeLog, RunningMeans, read_metrics
 from runs.plots import plot_chain_curves
+from runs.run import Run, RunConfig
 from transport import MAX_EXACT
-from utils import RandomStreams, RunFinished, UserError, one_line, progress, resolve_device, warn
+from utils import (
+    Basic,
+    Count,
+    MayChange,
+    RandomStreams,
+    Range,
+    RunExists,
+    RunFinished,
+    RunHeld,
+    UserError,
+    Whole,
+    Workers,
+    one_line,
+    progress,
+    warn,
+)
 
 MODES = ("deterministic", "stochastic")
 Act = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of observations [..., D] and noise z [..., A]; z = 0: mode
 
 
 @dataclass
-class ChainRunConfig(KernelConfig):
-    env: str = "local/hopper-medium-v2"  # id of the dataset: D4RL's, local/<id>, minari/<id>, or OGBench's single tasks
-    dataset_dir: str | None = None  # folder of the data; default: D4RL_DATASET_DIR, or the benchmark's usual folder
-    seed: int = 0  # seed of initialisation, sampling, noise and evaluation, each a stream of its own
-    num_seeds: int = 1  # so many runs at once in this process, of seeds from --seed on, each in its own directory
-    max_timesteps: int = 10_000  # updates of the run; 1,000,000 for a result to quote
-    batch_size: int = 256  # transitions in an update
+class ChainRunConfig(RunConfig):
+    env: Basic[str] = "local/hopper-medium-v2"  # id of the dataset: D4RL's, local/, minari/, or an OGBench single task
+    dataset_dir: Basic[MayChange[str | None]] = None  # folder of the data; default: D4RL_DATASET_DIR, or the usual one
+    max_timesteps: Basic[Count] = 10_000  # updates of the run; 1,000,000 for a result to quote
+    num_seeds: Basic[MayChange[Annotated[int, Range(1, 1000)]]] = 1  # train so many seeds at once, from --seed on
+    batch_size: Count = 256  # transitions in an update
     normalize: bool = True  # train on (s - mean) / (std + 1e-3), with the data's mean and standard deviation
-    eval_freq: int = 5_000  # updates between evaluations; each one writes a checkpoint
-    eval_episodes: int = 10  # episodes of an evaluation, for every actor, deterministic and stochastic
-    final_runs: int = 5  # evaluations at the end, on seeds that no other evaluation uses
-    eval_workers: int | None = None  # more processes that step environments; default: cores - 1, at most 7
-    log_freq: int = 1_000  # updates between rows of metrics.csv, with the chain's diagnostics
-    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:<index>
-    cuda_graph: bool = True  # on a GPU: capture the update once and replay it
-    save_model: bool = True  # write checkpoints, without which a run cannot be resumed
-    keep_checkpoints: bool = False  # keep each evaluation's checkpoint too, as step_<updates>.pth
-    checkpoint_dir: str | None = None  # keep checkpoints under this folder instead, in folders named as under logs/
-    run_dir: str | None = None  # directory of the run; default: the one named above, in the current folder
-    resume: bool = False  # continue the run from its last checkpoint
-    tensorboard: bool = True  # write TensorBoard events
-    wandb_project: str | None = None  # also log to Weights & Biases (requirements/tracking.txt)
-    evaluate: str | None = None  # train nothing: score the actors of this last.pth, or run, as at the end of its run
-    evaluate_episodes: int | None = None  # with --evaluate: so many episodes instead
-    evaluate_seed: int | None = None  # with --evaluate: on other episodes than the run itself
-
-
-# What each number may be: smallest and largest value, ends included.
-BOUNDS = {
-    **dict.fromkeys(("batch_size", "eval_freq", "eval_episodes", "log_freq"), (1, 10**9)),
-    **dict.fromkeys(("max_timesteps", "final_runs", "evaluate_episodes"), (1, 10**9)),
-    "eval_workers": (0, 256),
-    "num_seeds": (1, 1000),
-    **dict.fromkeys(("seed", "evaluate_seed"), (0, 2**53)),
-}
-MAY_CHANGE_ON_RESUME = {
-    *("dataset_dir", "device", "cuda_graph", "eval_workers", "tensorboard", "wandb_project", "save_model"),
-    *("num_seeds", "keep_checkpoints", "evaluate", "evaluate_episodes", "evaluate_seed", "group", "name"),
-}
-NOT_THE_MODEL = {"resume", "run_dir", "checkpoint_dir", *MAY_CHANGE_ON_RESUME}
+    eval_freq: Count = 5_000  # updates between evaluations; each one writes a checkpoint
+    eval_episodes: Count = 10  # episodes of an evaluation, for every actor, deterministic and stochastic
+    final_runs: Count = 5  # evaluations at the end, on seeds that no other evaluation uses
+    eval_workers: MayChange[Workers | None] = None  # processes that step environments; default: cores - 1, at most 7
+    log_freq: Count = 1_000  # updates between rows of metrics.csv, with the chain's diagnostics
+    cuda_graph: MayChange[bool] = True  # on a GPU: capture the update once and replay it
+    save_model: MayChange[bool] = True  # write checkpoints, without which a run cannot be resumed
+    keep_checkpoints: MayChange[bool] = False  # keep each evaluation's checkpoint too, as step_<updates>.pth
+    checkpoint_dir: str | None = None  # keep checkpoints under this folder, in folders named as under logs/
+    evaluate: MayChange[str | None] = None  # train nothing: score the actors of this last.pth, or run's directory
+    evaluate_episodes: MayChange[Count | None] = None  # episodes of --evaluate; default: as many as at the run's end
+    evaluate_seed: MayChange[Whole | None] = None  # seed of --evaluate's episodes; default: those of the run's end
 
 
 def check_solver(backend: str, sinkhorn_K: int) -> None:
@@ -101,9 +86,8 @@ def check_solver(backend: str, sinkhorn_K: int) -> None:
 
 def check_evaluate(config: ChainRunConfig) -> None:
     """UserError where `--evaluate` stands beside what it has no use for."""
-    check_bounds(config, BOUNDS)
     if config.num_seeds > 1:
-        raise UserError(f"--num_seeds {config.num_seeds}: --evaluate takes the file of one run; leave it out")
+        raise UserError(f"--num_seeds {config.num_seeds}", "--evaluate takes the file of one run", "leave it out")
 
 
 def check_weights(weights: Sequence[float]) -> None:
@@ -113,11 +97,11 @@ def check_weights(weights: Sequence[float]) -> None:
         raise UserError(f"--w2_weights {words}: give one weight for each actor, none negative, as in 0.4 0.5 0.5")
 
 
-class ChainRun(abc.ABC):
+class ChainRun(Run):
     """One run: the data, the agent, its environments, its random streams and its directory.
 
     The agent has `update(batch)`, `anneal(share)`, `diagnose(batch, seed)`, `state_dict()`, `load_state_dict()` and
-    `step`. Raises UserError where the run cannot begin or go on.
+    `step`.
 
     Args:
         config: the settings.
@@ -125,46 +109,30 @@ class ChainRun(abc.ABC):
         prefix: of what this run prints; `Seed 3: ` where there are several.
     """
 
+    config: ChainRunConfig
+
     def __init__(self, config: ChainRunConfig, beside: "ChainRun | None" = None, prefix: str = ""):
         if config.checkpoint_dir:  # a run may be continued from another folder
             config = replace(config, checkpoint_dir=str(Path(config.checkpoint_dir).resolve()))
-        self.ask(config)  # before the data is made or loaded
-        self.config, self.device, self.prefix = config, resolve_device(config.device), prefix
-        use_kernels(config, self.device)
-        self.run_dir, self.checkpoint = self.default_run_dir(config), self.checkpoint_path(config)
-        where = {"may_change": MAY_CHANGE_ON_RESUME, "checkpoint_name": str(self.checkpoint)}
-        self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
-        self.data = self.load_data() if beside is None else beside.data
+        self.beside, self.prefix = beside, prefix
         self.failure: UserError | None = None  # why this run did not come to its end
-        try:
-            for folder in {self.run_dir.resolve(), self.checkpoint.parent}:
-                self.resources.enter_context(hold_run(folder))
-            self.open(prepare_run(self.run_dir, config, config.resume, **where), beside)
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(config)
 
-    def open(self, checkpoint: Path | None, beside: "ChainRun | None") -> None:
-        """Normalise the data, build the agent, continue from the checkpoint if there is one."""
-        config, data = self.config, self.data
+    def load_data(self) -> None:
+        """The transitions, which runs beside each other share."""
+        self.data = self.load_transitions() if self.beside is None else self.beside.data
+
+    def build(self) -> None:
+        """Normalise the data, make the agent and the environments to evaluate it in."""
+        config, data, beside = self.config, self.data, self.beside
         if beside is None:
             self.mean, self.std = self.normalize()
             self.buffer = data.replay_buffer(self.device)
         else:
             self.mean, self.std, self.buffer = beside.mean, beside.std, beside.buffer
         with self.streams.initialising():
-            sizes = (data.observation_dim, data.action_dim, data.max_action)
-            self.agent = self.make_agent(*sizes)
+            self.agent = self.make_agent(data.observation_dim, data.action_dim, data.max_action)
         self.step, self.best, self.means = 0, {"score": -math.inf}, RunningMeans()
-        if checkpoint is not None:
-            self.load(checkpoint)
-        resume_step = self.step if checkpoint else None
-        training = self.run_dir / "training"
-        training.mkdir(exist_ok=True)
-        trackers = (config.tensorboard, config.wandb_project, config, self.wandb_labels())
-        self.logger = MetricLogger(training, resume_step, *trackers)
-        self.resources.callback(self.logger.close)
-        self.episodes = EpisodeLog(training / "evaluations.csv", resume_step)
         if beside is not None:
             self.evaluator = beside.evaluator
             return
@@ -172,6 +140,12 @@ class ChainRun(abc.ABC):
         environment = functools.partial(make_env, config.env, config.dataset_dir)
         self.evaluator = Evaluator(environment, policies * config.eval_episodes, num_workers(config.eval_workers))
         self.resources.callback(self.evaluator.close)
+
+    def started(self, resume_step: int | None) -> None:
+        self.episodes = EpisodeLog(self.log_dir() / "evaluations.csv", resume_step)
+
+    def log_dir(self) -> Path:
+        return self.run_dir / "training"
 
     def normalize(self) -> tuple[np.ndarray, np.ndarray]:
         """Put the data's observations in units of (s - mean) / std, in place; returns mean and std."""
@@ -183,26 +157,7 @@ class ChainRun(abc.ABC):
             np.divide(np.subtract(observations, mean, out=observations), std, out=observations)
         return mean, std
 
-    def close(self) -> None:
-        """Release the directory, the environments and the log; closing twice is harmless."""
-        self.resources.close()
-
-    @classmethod
-    def ask(cls, config: ChainRunConfig) -> None:
-        """Whether this run may begin or go on, without writing anything; UserError or RunFinished says why not."""
-        cls.check(config)
-        run_dir, checkpoint = cls.default_run_dir(config), cls.checkpoint_path(config)
-        check_run(run_dir, config, config.resume, MAY_CHANGE_ON_RESUME, str(checkpoint))
-        for folder in filter(Path.is_dir, {run_dir.resolve(), checkpoint.parent}):
-            with hold_run(folder):
-                pass
-
     # -- what an algorithm defines -----------------------------------------------------------------------------------
-
-    @staticmethod
-    @abc.abstractmethod
-    def check(config: ChainRunConfig) -> None:
-        """UserError for a setting that cannot work."""
 
     @staticmethod
     @abc.abstractmethod
@@ -210,8 +165,8 @@ class ChainRun(abc.ABC):
         """Where the run lies under logs/, and its checkpoint under `checkpoint_dir`."""
 
     @abc.abstractmethod
-    def load_data(self) -> OfflineData:
-        """The transitions."""
+    def load_transitions(self) -> OfflineData:
+        """The data."""
 
     @abc.abstractmethod
     def make_agent(self, observation_dim: int, action_dim: int, max_action: float) -> Any:
@@ -224,10 +179,6 @@ class ChainRun(abc.ABC):
     def can_be_captured(self) -> bool:
         """Whether every update does the same work on the device, without a look at a value on the host."""
         return True
-
-    def wandb_labels(self) -> dict[str, str | None]:
-        """Further arguments of wandb.init, as `name` and `group`."""
-        return {}
 
     def diagnose(self) -> dict[str, float]:
         """The chain's diagnostics on the first rows of a fixed draw; no training number depends on it."""
@@ -290,12 +241,6 @@ class ChainRun(abc.ABC):
     def is_evaluation(self, step: int) -> bool:
         """Whether the run evaluates and saves after this many updates."""
         return step % self.config.eval_freq == 0 or step == self.config.max_timesteps
-
-    def check_metrics(self, metrics: dict[str, float]) -> None:
-        """Stop a run that has diverged; UserError says where and what to change."""
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise UserError(f"{self.run_dir}: {name} is {value} at update {self.step}; lower the learning rates")
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -365,30 +310,15 @@ class ChainRun(abc.ABC):
         if self.config.keep_checkpoints:
             save_checkpoint(self.checkpoint.with_name(f"step_{self.step}.pth"), state)
 
-    def model_config(self) -> dict[str, Any]:
-        """The settings that make this run what it is; where and how long it goes on are not among them."""
-        return {name: value for name, value in plain_config(self.config).items() if name not in NOT_THE_MODEL}
-
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint; UserError where it is another run's or model's, or began on other data."""
-        state = load_checkpoint(path, self.device)
-        try:
-            own = self.model_config()
-            other = next((name for name in own if state["config"].get(name) != own[name]), None)
-            if other is not None:
-                raise UserError(
-                    f"{path}: checkpoint of another run ({other} {state['config'].get(other)}, here {own[other]}); "
-                    "choose another --checkpoint_dir or --run_dir"
-                )
-            mean, std = state["observation_mean"].cpu().numpy(), state["observation_std"].cpu().numpy()
-            same = np.array_equal(mean, self.mean) and np.array_equal(std, self.std)
-            if not same or state["data"] != self.data.facts():
-                raise UserError(f"{path}: began on other data; give its --dataset_dir, or another --run_dir")
-            self.agent.load_state_dict(state["agent"])
-            self.streams.load_state_dict(state["streams"])
-            self.step, self.best = state["step"], state["best"]
-        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not a checkpoint of this model ({error}); choose another --run_dir") from None
+    def load_state(self, path: Path, state: dict[str, Any]) -> None:
+        """UserError where the run began on other data."""
+        mean, std = state["observation_mean"].cpu().numpy(), state["observation_std"].cpu().numpy()
+        same = np.array_equal(mean, self.mean) and np.array_equal(std, self.std)
+        if not same or state["data"] != self.data.facts():
+            raise UserError(path, "began on other data", "give its --dataset_dir, or another --run_dir")
+        self.agent.load_state_dict(state["agent"])
+        self.streams.load_state_dict(state["streams"])
+        self.step, self.best = state["step"], state["best"]
 
     def plot(self) -> None:
         """training_curves.png."""
@@ -429,7 +359,6 @@ def run_seeds(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, An
     Each run is, bit for bit on a CPU, what it would have been alone. Finished ones are left as they are; one that
     diverges does not stop the others. Raises UserError for it in the end, and RunFinished if nothing is left to do.
     """
-    check_bounds(config, {"num_seeds": BOUNDS["num_seeds"]})
     if config.num_seeds == 1:
         with contextlib.closing(run_class(config)) as run:
             summaries = _train_to_the_end([run])
@@ -464,7 +393,7 @@ def _ask_seeds(
     for seed in range(config.seed, config.seed + config.num_seeds):
         own = replace(config, seed=seed, num_seeds=1)
         try:
-            run_class.ask(own)
+            run_class.preflight(own)
             left.append(own)
         except RunFinished:
             path = run_class.default_run_dir(own) / "finished.json"
@@ -473,8 +402,10 @@ def _ask_seeds(
                 summaries[f"seed_{seed}"] = dict(json.loads(path.read_text()))
             except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"{path}: cannot be read ({one_line(error)}); remove it, and add --resume") from None
-        except UserError as error:  # a directory follows from its seed here
-            raise UserError(str(error).replace("choose another --run_dir", "choose another --seed")) from None
+        except (RunExists, RunHeld) as error:  # a directory follows from its seed here
+            goes_on = "" if config.resume or isinstance(error, RunHeld) else "continue it with --resume, "
+            remedy = f"{goes_on}choose another --seed"
+            raise type(error)(error.where, error.fault, remedy) from None
     return left, summaries
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import io
+import inspect
 import os
 import re
 import sys
@@ -16,25 +16,26 @@ import types
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
 
-from utils import DISK_FULL, ProcessDied, RunFinished, UserError, one_line
+from utils import BASIC, DISK_FULL, ProcessDied, Range, RunFinished, UserError, one_line
 
 
 def run_cli(main: Callable[[list[str] | None], None]) -> None:
     """Call `main(None)` and turn the failures that a user can mend into one line.
 
-    Exit codes: 2 for bad input, a file that cannot be used or a full disk, 1 for a process that died, 130 for Ctrl-C, 0
-    for a run that was finished already. Any other exception is a defect of the program and keeps its traceback.
+    Exit codes: 2 for bad input, a file that cannot be used or a full disk, 3 for a run that another process has, 1
+    for a process that died, 130 for Ctrl-C, 0 for a run that was finished already. Any other exception is a defect of
+    the program and keeps its traceback.
     """
     try:
         main(None)
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except ProcessDied as error:
         print(f"error: {one_line(error)}; what was saved before is kept", file=sys.stderr)
         sys.exit(1)
@@ -74,7 +75,8 @@ def parse_config(
     """An instance of a flat dataclass: its defaults, overridden by a YAML file, overridden by the command line.
 
     Args:
-        config_class: fields of type int, float, bool, str, Literal, tuple[T, ...], or one of these or None.
+        config_class: fields of type int, float, bool, str, Literal, tuple[T, ...], or one of these or None, with a
+            `Range` and the marks of utils.py where they have them.
         argv: the arguments without the program's name; None takes them from sys.argv.
         description: first paragraph of `--help`.
         config_flag: the flag that names the YAML file (flat `field: value` lines).
@@ -83,154 +85,148 @@ def parse_config(
         readers: what turns a field's value as the file has it into its type; raises ValueError.
 
     A repeated flag counts once, with its last value. `--resume` without a YAML file takes the run's own config.yaml, in
-    `--run_dir` or the usual directory; a `--run_dir` that nothing else is said of must be there. Raises UserError for
-    that, and for an unknown or ill-typed key or flag.
-    `--help` prints the fields with their comments and exits 0.
+    `--run_dir` or the usual directory. `--resume --run_dir DIR` alone requires that DIR exists. Raises UserError for
+    that, for an unknown or ill-typed key or flag, and for a number outside its range.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    description = f"{description}\n\n{config_flag} FILE reads flat `field: value` YAML; flags override it.".strip()
-    if "-h" in arguments or "--help" in arguments:
-        tyro.cli(config_class, args=["--help"], description=description, use_underscores=True)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(words):
+        _show_help(
+            config_class, f"{description}\n\n{config_flag} FILE reads flat `field: value` YAML; flags override it."
+        )
     types_by_name = typing.get_type_hints(config_class)
     hints = {field.name: types_by_name[field.name] for field in dataclasses.fields(config_class) if field.init}
-    aliases = aliases or {}
-    groups, config_path = _group_arguments(arguments, hints, config_flag, aliases)
-    given = {key: _flag_to_tokens(key, values, hints[key]) for key, values in groups.items()}
+    given, path = _read_flags(words, hints, config_flag, aliases or {})
     resumes = False  # whether the settings are those of the run to continue
-    if config_path is None and groups.get("resume") is True:
-        folder = groups["run_dir"][-1] if groups.get("run_dir") else None
-        if folder is None and default_run_dir is not None:
-            folder = default_run_dir(_call_tyro(config_class, given, hints, description))
-        if folder is not None and not Path(folder).exists() and groups.keys() == {"resume", "run_dir"}:
-            raise UserError(f"--resume --run_dir {folder}: there is no such run; check the path")
-        if folder is not None and (Path(folder) / "config.yaml").exists():
-            config_path = Path(folder) / "config.yaml"
+    if path is None and given.get("resume"):
+        folder = given.get("run_dir") or (default_run_dir and default_run_dir(_build(config_class, given)))
+        if folder and not Path(folder).exists() and given.keys() == {"resume", "run_dir"}:
+            raise UserError(f"--resume --run_dir {folder}", "there is no such run", "check the path")
+        if folder and (Path(folder) / "config.yaml").exists():
+            path, given["run_dir"] = Path(folder) / "config.yaml", str(folder)  # it may have been moved
             resumes = True
-            given["run_dir"] = _value_to_tokens("run_dir", str(folder))  # it may have been moved since it began
     try:
-        stored = {} if config_path is None else _read_config(Path(config_path), hints, aliases, readers or {})
+        stored = {} if path is None else check_values(path, load_yaml(Path(path)), hints, aliases, readers)
     except UserError as error:
         if not resumes:
             raise
-        raise UserError(f"--resume: {error}; is it a run of another command, or of another version?") from None
-    tokens = {key: _value_to_tokens(key, value) for key, value in stored.items()} | given
-    return _call_tyro(config_class, tokens, hints, description)
+        raise UserError("--resume", str(error), "is it a run of another command, or of another version?") from None
+    config = _build(config_class, stored | given)
+    check_ranges(config)
+    return config
 
 
-def _group_arguments(
-    arguments: list[str], hints: dict[str, Any], config_flag: str, aliases: dict[str, str]
-) -> tuple[dict, str | None]:
-    """Map each field to the values given for it (a bool for a switch), and the path given with config_flag."""
-    switches = {f"no_{name}": name for name, hint in hints.items() if hint is bool}
-    groups: dict[str, Any] = {}
-    current = None
-    for token in arguments:
-        if not _is_flag(token):
-            if current is None:
-                raise UserError(f"unexpected argument {token!r}: every value follows a --flag")
-            if isinstance(groups[current], bool):
-                raise UserError(f"--{current} takes no value, got {token!r}: write --{current} or --{current}=false")
-            groups[current].append(token)
+def check_values(
+    where: object,
+    values: dict[str, Any],
+    hints: dict[str, Any],
+    aliases: dict[str, str] | None = None,
+    readers: dict[str, Callable[[Any], Any]] | None = None,
+) -> dict[str, Any]:
+    """Values of a YAML file by field, each of its field's type; UserError names `where` and the key.
+
+    Args:
+        where: the file, or a section of it.
+        hints: fields and their types.
+        aliases, readers: as of `parse_config`.
+    """
+    aliases, readers, checked = aliases or {}, readers or {}, {}
+    for spelled, value in values.items():
+        key = aliases.get(spelled, spelled)
+        if key in checked:
+            raise UserError(where, f"{spelled} stands twice, once under another name", "leave one out")
+        if key not in hints:
+            nearest = _nearest(str(key), [*hints, *aliases])
+            raise UserError(where, f"unknown key {str(key)!r}", f"the nearest one is {nearest!r}")
+        try:
+            checked[key] = _coerce(readers[key](value) if key in readers else value, hints[key])
+        except ValueError:
+            raise UserError(where, f"{spelled} must be {_expected(hints[key])}, not {value!r}") from None
+    return checked
+
+
+def _build(config_class: type, values: dict[str, Any]) -> Any:
+    for field in dataclasses.fields(config_class):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.init and field.name not in values:
+            raise UserError(f"--{field.name} is required; see --help")
+    return config_class(**values)
+
+
+def _read_flags(
+    words: list[str], hints: dict[str, Any], config_flag: str, aliases: dict[str, str]
+) -> tuple[dict[str, Any], str | None]:
+    """Values of the fields that the command line sets, and the file that it names with config_flag."""
+    hints = {config_flag.removeprefix("--"): str} | hints
+    groups: dict[str, list[str]] = {}
+    name = None
+    for word in words:
+        if not _is_flag(word):
+            if name is None:
+                raise UserError(f"unexpected argument {word!r}: every value follows a --flag")
+            groups[name].append(word)
             continue
-        flag, equals, value = token.partition("=")
-        name = flag[2:].replace("-", "_") if flag != config_flag else config_flag
-        name = aliases.get(name, name)
-        if name not in hints and name not in switches and name != config_flag or not flag.startswith("--"):
-            known = [f"--{known}" for known in hints] + [config_flag]
-            raise UserError(f"unknown flag {flag}; the nearest one is {_nearest(flag.replace('-', '_'), known)}")
-        current = switches.get(name, name)
-        groups[current] = name not in switches if hints.get(current) is bool else [value] if equals else []
-        if equals and hints.get(current) is bool:
-            groups[current] = _read_switch(flag, value) == (name not in switches)
-    config_path = groups.pop(config_flag, None)
-    if config_path is not None and len(config_path) != 1:
-        raise UserError(f"{config_flag} needs one file, got {len(config_path)}")
-    return groups, config_path[0] if config_path else None
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        negated = name.startswith("no_") and hints.get(name[3:]) is bool
+        name = name[3:] if negated else aliases.get(name, name)
+        if name not in hints or not flag.startswith("--"):
+            raise UserError(f"unknown flag {flag}; the nearest one is --{_nearest(flag.replace('-', '_'), hints)}")
+        groups[name] = [value] if equals else []
+        if hints[name] is bool:
+            if equals and value.lower() not in ("true", "false"):
+                raise UserError(f"{flag} takes no value, or =true or =false, got {value!r}")
+            groups[name] = ["no" if (value.lower() == "false") != negated else "yes"]
+    values = {}
+    for name, given in groups.items():
+        if not given:
+            raise UserError(f"--{name} needs a value")
+        try:
+            values[name] = _from_words(given, hints[name])
+        except ValueError:
+            wrong = (
+                f"takes no value: write --{name} or --{name}=false"
+                if hints[name] is bool
+                else f"must be {_expected(hints[name])}"
+            )
+            raise UserError(f"--{name} {' '.join(given)}: {wrong}") from None
+    return values, values.pop(config_flag.removeprefix("--"), None)
 
 
-def _is_flag(token: str) -> bool:
+def _is_flag(word: str) -> bool:
     """-1e-3, -inf and the -4] of an unquoted list are values, -x and --lr are flags."""
-    if not token.startswith("-") or token == "-":
-        return False
-    try:
-        float(token.rstrip("]),"))
-    except ValueError:
-        return True
-    return False
+    with contextlib.suppress(ValueError):
+        return float(word.rstrip("]),")) is None
+    return word.startswith("-") and word != "-"
 
 
-def _read_switch(flag: str, value: str) -> bool:
-    """The value of --flag=true or --flag=false, in any case."""
-    if value.lower() not in ("true", "false"):
-        raise UserError(f"{flag} takes no value, or =true or =false, got {value!r}")
-    return value.lower() == "true"
+def _from_words(words: list[str], hint: Any) -> Any:
+    """The words of a flag as the field's type, or ValueError. A list is words, or one text with commas or brackets."""
+    for option in reversed(_alternatives(hint)):  # None first
+        with contextlib.suppress(ValueError, KeyError):
+            if typing.get_origin(option) is tuple:
+                text = " ".join(words)
+                items = text.strip("[]()").replace(",", " ").split() if "," in text or text[0] in "[(" else words
+                return tuple(_from_words([item], typing.get_args(option)[0]) for item in items)
+            (word,) = words
+            if typing.get_origin(option) is Literal:
+                return {str(choice): choice for choice in typing.get_args(option)}[word]
+            if option is type(None) and word.lower() in ("none", "null"):
+                return None
+            if option is bool:
+                return word == "yes"
+            if option in (int, float, str):
+                return option(word)
+    raise ValueError
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+    spelled = {other.lower(): other for other in known}
+    return spelled[difflib.get_close_matches(name.lower(), list(spelled), n=1, cutoff=0.0)[0]]
 
 
 def _alternatives(hint: Any) -> list[Any]:
     """The members of a union, or the type itself."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return list(typing.get_args(hint))
-    return [hint]
-
-
-def _flag_to_tokens(name: str, values: bool | list[str], hint: Any) -> list[str]:
-    """Spell one field's command-line values the way tyro reads them."""
-    if isinstance(values, bool):
-        return _value_to_tokens(name, values)
-    if not values:
-        raise UserError(f"--{name} needs a value")
-    options = _alternatives(hint)
-    if type(None) in options and [value.lower() for value in values] in (["none"], ["null"]):
-        return _value_to_tokens(name, None)
-    if any(typing.get_origin(option) is tuple for option in options):
-        text = " ".join(values)
-        if "," in text or text.startswith(("[", "(")):
-            return _value_to_tokens(name, _read_bracketed(name, text, hint))
-        return [f"--{name}", *values]
-    if len(values) > 1:
-        raise UserError(f"--{name} takes one value, got {' '.join(values)!r}")
-    return [f"--{name}={values[0]}"]
-
-
-def _read_bracketed(name: str, text: str, hint: Any) -> tuple:
-    """The tuple that "[0.2, 0.2]", "(0.2, 0.2)" or "0.2,0.2" spells."""
-    brackets = text[:1] + text[-1:]
-    inner = text[1:-1] if brackets in ("[]", "()") else text
-    try:
-        return _coerce(yaml.safe_load(f"[{inner}]"), hint)
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"--{name} must be {_expected(hint)}, not {text!r}") from None
-
-
-def _value_to_tokens(name: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no_{name}"]
-    if isinstance(value, tuple):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}={value}"]
-
-
-def _read_config(
-    path: Path, hints: dict[str, Any], aliases: dict[str, str], readers: dict[str, Callable[[Any], Any]]
-) -> dict[str, Any]:
-    """Read a flat YAML file and check each value against its field's type."""
-    values = load_yaml(path)
-    checked = {}
-    for spelled, value in values.items():
-        key = aliases.get(spelled, spelled)
-        if key in checked:
-            raise UserError(f"{path}: {spelled} stands twice, once under another name; leave one out")
-        if key not in hints:
-            raise UserError(f"{path}: unknown key {str(key)!r}; the nearest one is {_nearest(str(key), hints)!r}")
-        try:
-            checked[key] = _coerce(readers[key](value) if key in readers else value, hints[key])
-        except ValueError:
-            raise UserError(f"{path}: {key} must be {_expected(hints[key])}, not {value!r}") from None
-    return checked
+    return list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
 
 
 def load_yaml(path: Path) -> dict:
@@ -288,34 +284,46 @@ def _expected(hint: Any) -> str:
     return words.get(hint, str(hint))
 
 
-def _call_tyro(config_class: type, tokens: dict[str, list[str]], hints: dict[str, Any], description: str) -> Any:
-    """Run tyro on the tokens of each field; its boxed error becomes one UserError line that names the flag."""
-    arguments = [token for group in tokens.values() for token in group]
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            return tyro.cli(config_class, args=arguments, description=description, use_underscores=True)
-    except SystemExit:
-        name = re.search(r"--(\w+)", captured.getvalue()).group(1)
-        if name not in tokens:
-            raise UserError(f"--{name} is required; see --help") from None
-        given = " ".join(tokens[name]).removeprefix(f"--{name}").lstrip("= ")
-        raise UserError(f"--{name} {given}: must be {_expected(hints[name])}") from None
+def marked(config_class: type, mark: object) -> set[str]:
+    """Names of the fields of a config dataclass whose type has a mark, such as MAY_CHANGE."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    return {name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ())}
 
 
-def check_bounds(config: Any, bounds: dict[str, tuple[float, float]]) -> None:
-    """Raises UserError for the first setting that lies outside its bounds, ends included; None is not checked.
+def check_ranges(config: Any) -> None:
+    """Raises UserError for the first setting of a config dataclass that lies outside its Range; None is not checked."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value, limits = getattr(config, field.name), _range(hints[field.name])
+        if value is not None and limits is not None and not limits.least <= value <= limits.most:  # nan is not either
+            must = f"must be at least {limits.least:g} and at most {limits.most:g}"
+            raise UserError(f"--{field.name} {value}", must)
 
-    bounds: smallest and largest value of each named setting.
-    """
-    for name, (least, most) in bounds.items():
-        value = getattr(config, name)
-        if value is not None and not least <= value <= most:  # nan is not either
-            raise UserError(f"--{name} {value}: must be at least {least:g} and at most {most:g}")
+
+def _range(hint: Any) -> Range | None:
+    """The Range in a type, wherever in it."""
+    for mark in getattr(hint, "__metadata__", ()):
+        if isinstance(mark, Range):
+            return mark
+    return next(filter(None, map(_range, typing.get_args(hint))), None)
 
 
-def check_counts(config: Any) -> None:
-    """Raises UserError for the first whole number of a config dataclass that is below 1: for configs of sizes alone."""
-    for name, value in vars(config).items():
-        if type(value) is int and value < 1:
-            raise UserError(f"--{name} {value}: at least 1 is needed")
+def _show_help(config_class: type, description: str) -> None:
+    """Print the fields with their comments, those marked BASIC first, the others by the class they are of; exit 0."""
+    basic, hints, groups = marked(config_class, BASIC), typing.get_type_hints(config_class), {"basic": []}
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for owner in config_class.__mro__:  # the command's own settings first
+        words = re.findall("[A-Z]+(?![a-z])|[A-Z][a-z]+", owner.__name__.removesuffix("Config"))
+        for name in [name for name in vars(owner).get("__annotations__", {}) if name in fields]:
+            field = fields.pop(name)
+            comment = re.search(rf"(?m)^    {name}:[^#]*# *(.*)$", inspect.getsource(owner))
+            hint = Annotated[hints[name], tyro.conf.arg(help=comment and comment[1])]
+            default = dataclasses.field(default=field.default, default_factory=field.default_factory)
+            groups.setdefault("basic" if name in basic else "_".join(words).lower(), []).append((name, hint, default))
+    parts = [
+        (name, tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass(name, group, kw_only=True)])
+        for name, group in groups.items()
+        if group
+    ]
+    nested = dataclasses.make_dataclass("Settings", parts)
+    tyro.cli(nested, args=["--help"], description=description, use_underscores=True)

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -20,9 +21,30 @@ import numpy as np
 import yaml
 
 from runs.cli import load_yaml
-from utils import DISK_FULL, RunFinished, UserError, torch, write_bytes_atomic, write_text_atomic
+from utils import (
+    DISK_FULL,
+    RunExists,
+    RunFinished,
+    RunHeld,
+    UserError,
+    one_line,
+    torch,
+    write_bytes_atomic,
+    write_text_atomic,
+)
 
-ALWAYS_MAY_CHANGE = {"resume", "run_dir"}
+ALWAYS_MAY_CHANGE = {"run_dir"}
+HOW_IT_STARTED = {"resume", "overwrite"}  # settings that say how a run was started, not what it is
+
+
+@contextlib.contextmanager
+def expecting(path: str | Path, what: str, remedy: str = "") -> Iterator[None]:
+    """Turn what fails where a file's content is not as expected into one UserError line: the path, and not `what`."""
+    try:
+        yield
+    except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = one_line(error) or type(error).__name__
+        raise UserError(path, f"not {what} ({reason})", remedy) from None
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -84,22 +106,24 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
 def prepare_run(
     run_dir: str | Path,
     config: Any,
-    resume: bool,
-    checkpoint_name: str = "checkpoints/last.pth",
+    resume: bool = False,
     may_change: Iterable[str] = (),
+    checkpoint: str | Path = "checkpoints/last.pth",
+    overwrite: bool = False,
 ) -> Path | None:
     """Open a run's directory; returns the checkpoint to continue from, or None for a new run.
 
     Call it inside `hold_run`: a second start must not change the settings of a run that goes on.
 
-    Writes config.yaml and versions.json. Keys in may_change, and resume and run_dir, may differ from the stored
-    config.yaml. Raises RunFinished for a finished run of these settings, and UserError where continuing would mix
-    two runs: other settings, or a checkpoint without `--resume`.
+    Writes config.yaml and versions.json. Keys in may_change, and run_dir, may differ from the stored config.yaml.
+    `overwrite` removes the run that is there first. Raises as `check_run` does.
     """
     run_dir = Path(run_dir)
-    checkpoint = run_dir / checkpoint_name
+    checkpoint = run_dir / checkpoint
+    check_run(run_dir, config, resume, may_change, checkpoint, overwrite)
+    if overwrite:
+        _clear(run_dir, checkpoint)
     started = checkpoint.exists()
-    check_run(run_dir, config, resume, may_change, checkpoint_name)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(_stored_config(config), sort_keys=False))
@@ -114,25 +138,47 @@ def prepare_run(
 def check_run(
     run_dir: str | Path,
     config: Any,
-    resume: bool,
+    resume: bool = False,
     may_change: Iterable[str] = (),
-    checkpoint_name: str = "checkpoints/last.pth",
+    checkpoint: str | Path = "checkpoints/last.pth",
+    overwrite: bool = False,
 ) -> None:
-    """Whether a run may begin or go on here, as `prepare_run` asks, without writing anything: cheap, to ask first."""
+    """Whether a run may begin or go on here, as `prepare_run` asks, without writing anything: cheap, to ask first.
+
+    Raises RunFinished for a finished run of these settings, and UserError where continuing would mix two runs: other
+    settings, or a checkpoint without `--resume`.
+    """
     run_dir = Path(run_dir)
-    finished, started = (run_dir / "finished.json").exists(), (run_dir / checkpoint_name).exists()
+    checkpoint = run_dir / checkpoint
+    finished, started = (run_dir / "finished.json").exists(), checkpoint.exists()
+    if resume and overwrite:
+        raise UserError("--resume --overwrite", "one continues the run, the other replaces it", "give one of them")
     if started and not (run_dir / "config.yaml").exists():
         raise UserError(
-            f"{run_dir / checkpoint_name}: belongs to another run, as {run_dir} has no config.yaml; choose another "
-            "folder of checkpoints, or the directory of that run"
+            checkpoint,
+            f"belongs to another run, as {run_dir} has no config.yaml",
+            "choose another folder of checkpoints, or the directory of that run",
         )
+    if overwrite:
+        return
     if finished or (resume and (run_dir / "config.yaml").exists()):
         _check_same_config(run_dir, _stored_config(config), ALWAYS_MAY_CHANGE | set(may_change))
     if finished:
         figures = _last_figures(run_dir)
-        raise RunFinished(f"{run_dir}: this run is finished{figures}; choose another --run_dir to train again")
+        remedy = "choose another --run_dir to train again, or replace it with --overwrite"
+        raise RunFinished(f"{run_dir}: this run is finished{figures}; {remedy}")
     if started and not resume:
-        raise UserError(f"{run_dir}: holds an unfinished run; continue it with --resume or choose another --run_dir")
+        remedy = "continue it with --resume, replace it with --overwrite, or choose another --run_dir"
+        raise RunExists(run_dir, "holds an unfinished run", remedy)
+
+
+def _clear(run_dir: Path, checkpoint: Path) -> None:
+    """Remove a run: what lies in its directory, and its checkpoints. A directory that holds no run is left alone."""
+    if not (run_dir / "config.yaml").exists() or not (run_dir / "versions.json").exists():
+        return
+    (run_dir / "finished.json").unlink(missing_ok=True)  # first: half of a run must not look like a finished one
+    for path in [*run_dir.iterdir(), checkpoint, *checkpoint.parent.glob("step_*.pth")]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _last_figures(run_dir: Path) -> str:
@@ -171,7 +217,7 @@ def hold_run(run_dir: str | Path) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{run_dir}: another process is training there; choose another --run_dir") from None
+            raise RunHeld(run_dir, "another process is training there", "choose another --run_dir") from None
         except OSError:  # some network file systems have no locks
             pass
         yield
@@ -198,22 +244,21 @@ def plain_config(config: Any) -> dict[str, Any]:
 
 
 def _stored_config(config: Any) -> dict[str, Any]:
-    """Settings as a run keeps them: `resume` says how it was started, not what it is."""
-    return {key: value for key, value in plain_config(config).items() if key != "resume"}
+    """Settings as a run keeps them."""
+    return {key: value for key, value in plain_config(config).items() if key not in HOW_IT_STARTED}
 
 
 def _check_same_config(run_dir: Path, current: dict[str, Any], may_change: set[str]) -> None:
     path = run_dir / "config.yaml"
-    stored = load_yaml(path)
+    stored = {key: value for key, value in load_yaml(path).items() if key not in HOW_IT_STARTED}
     absent = "(absent)"
     if stored.keys() - current.keys() and current.keys() - stored.keys():
-        raise UserError(f"{run_dir}: holds a run of another command or version; choose another --run_dir")
+        raise RunExists(run_dir, "holds a run of another command or version", "choose another --run_dir")
     for key in [*current, *(key for key in stored if key not in current)]:
         before, now = stored.get(key, absent), current.get(key, absent)
         if key not in may_change and before != now:
-            raise UserError(
-                f"{path}: {key} was {before} and is now {now}; give the old value, or choose another --run_dir"
-            )
+            fault = f"{key} was {before} and is now {now}"
+            raise RunExists(path, fault, "give the old value, choose another --run_dir, or --overwrite the run")
 
 
 def _versions() -> dict[str, str | None]:

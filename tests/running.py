@@ -14,11 +14,11 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def error_line(main: Callable, capsys: pytest.CaptureFixture, *flags: object) -> str:
-    """Run a command's `main` in this process; it must exit 2 with one line on stderr, which is returned."""
+def error_line(main: Callable, capsys: pytest.CaptureFixture, *flags: object, code: int = 2) -> str:
+    """Run a command's `main` in this process; it must exit with `code` and one line on stderr, which is returned."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run_cli(lambda _: main(list(map(str, flags))))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
-    assert stop.value.code == 2 and len(lines) == 1, lines
+    assert stop.value.code == code and len(lines) == 1, lines
     return lines[0]

@@ -66,7 +66,7 @@ def test_antmaze_rewards_are_shifted_unless_asked_otherwise(tmp_path):
 @pytest.mark.parametrize("name, columns", [(HOPPER, many_columns()), (ANTMAZE, maze_columns())])
 def test_equal_rewards_are_refused(tmp_path, name, columns):
     columns = columns | {"rewards": np.zeros_like(columns["rewards"])}
-    with pytest.raises(UserError, match=f"--dataset {name}: every reward is 0, there is nothing to learn"):
+    with pytest.raises(UserError, match=f"dataset {name}: every reward is 0, there is nothing to learn"):
         load_transitions(name, put(tmp_path / "data", columns, name))
 
 
@@ -275,7 +275,7 @@ FAULTY = {
 def test_a_faulty_episode_of_minari_is_named(put_minari, fault):
     episodes = buffer((5, 6))
     FAULTY[fault](episodes[1])
-    with pytest.raises(UserError, match=f"^--dataset minari/test/bad-v0: {fault}.*; use another dataset$"):
+    with pytest.raises(UserError, match=f"^dataset minari/test/bad-v0: {fault}.*; use another dataset$"):
         load_transitions("minari/test/bad-v0", put_minari("test/bad-v0", episodes))
 
 

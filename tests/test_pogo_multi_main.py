@@ -183,7 +183,7 @@ def test_rewards_are_scaled_as_asked(arguments, dataset_dir, tmp_path):
         (["--actor_configs", "gaussian", "flow"], "--actor_configs"),
         (["--buffer_size", "10"], "--buffer_size 10"),
         (["--w2_weights", "-1", "2"], "--w2_weights"),
-        (["--env", "hoper-medium-v2"], "--env"),
+        (["--env", "hoper-medium-v2"], "hopper-medium-v2"),
     ],
 )
 def test_bad_settings_are_one_line_that_names_the_flag(flags, words, arguments, tmp_path, capsys):

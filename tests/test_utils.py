@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import types
+import typing
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,10 +17,16 @@ import torch
 import yaml
 
 import utils
-from runs.cli import check_counts, parse_config, run_cli
-from runs.directory import load_checkpoint, mark_finished, prepare_run, save_checkpoint
+from algorithms.offline.pogo_multi_main import EDACRunConfig
+from offline_trainer import OfflineTrainerConfig
+from online_trainer import OnlineTrainerConfig
+from pogo_main import POGOTrainerConfig
+from runs import cli
+from runs.cli import parse_config, run_cli
+from runs.directory import expecting, hold_run, load_checkpoint, mark_finished, prepare_run, save_checkpoint
 from runs.metrics import MetricLogger, RunningMeans, read_metrics
-from utils import RandomStreams, ReplayBuffer, RunFinished, UserError
+from utils import RandomStreams, ReplayBuffer, RunFinished, RunHeld, UserError
+from walker.train_morel import MORELConfig
 
 
 @dataclass
@@ -144,12 +151,6 @@ def test_resuming_a_named_run_takes_its_settings(tmp_path):
     assert parse_config(RunConfig, [*elsewhere, "--seed", "0"]) == RunConfig(resume=True, run_dir=elsewhere[-1])
     with pytest.raises(UserError, match="none: there is no such run"):  # nothing says what it would be
         parse_config(RunConfig, elsewhere)
-
-
-def test_counts_below_one_are_named():
-    check_counts(SmallConfig(seed=1, limit=1))
-    with pytest.raises(UserError, match="--seed 0: at least 1"):
-        check_counts(SmallConfig(seed=0))
 
 
 def test_missing_config_file_is_named(tmp_path):
@@ -642,3 +643,50 @@ def test_running_means_average_each_name_over_the_updates_that_have_it():
     assert means.take() == {"a": 1.5, "b": 20.0} and means.take() == {}
     means.add({"c": torch.tensor(3.0)})
     assert means.take() == {"c": 3.0}
+
+
+@pytest.mark.parametrize("place", ["run/checkpoints", "kept"])
+def test_overwrite_replaces_the_run_that_is_there(tmp_path, place):
+    run_dir, checkpoint = tmp_path / "run", tmp_path / place / "last.pth"
+    prepare_run(run_dir, SmallConfig(), checkpoint=checkpoint)
+    save_checkpoint(checkpoint, {"step": 1})
+    (run_dir / "old").mkdir()
+    mark_finished(run_dir, {})
+    with pytest.raises(UserError, match="give one of them"):
+        prepare_run(run_dir, SmallConfig(), resume=True, checkpoint=checkpoint, overwrite=True)
+    assert prepare_run(run_dir, SmallConfig(seed=9), checkpoint=checkpoint, overwrite=True) is None
+    assert {path.name for path in run_dir.iterdir()} == {"config.yaml", "versions.json"}
+    assert not checkpoint.exists() and "seed: 9" in (run_dir / "config.yaml").read_text()
+
+
+def test_overwrite_leaves_what_is_no_run(tmp_path):
+    (tmp_path / "config.yaml").write_text("theirs: 1")
+    (tmp_path / "thesis.txt").write_text("years of work")
+    prepare_run(tmp_path, SmallConfig(), overwrite=True)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_held_run_ends_with_a_code_of_its_own(tmp_path):
+    with hold_run(tmp_path), pytest.raises(SystemExit) as stop:
+        run_cli(lambda argv: hold_run(tmp_path).__enter__())
+    assert stop.value.code == RunHeld.exit_code == 3
+
+
+COMMANDS = [POGOTrainerConfig, OfflineTrainerConfig, OnlineTrainerConfig, EDACRunConfig, MORELConfig]
+
+
+@pytest.mark.parametrize("config_class", COMMANDS)
+def test_a_number_out_of_its_range_names_its_flag(config_class):
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    for name, hint in hints.items():
+        limits = cli._range(hint)
+        for value in () if limits is None else (limits.least - 1, limits.most * 2 + 1):
+            with pytest.raises(UserError, match=f"--{name} .*: must be"):
+                parse_config(config_class, [f"--{name}", str(value)])
+    assert sum(cli._range(hint) is not None for hint in hints.values()) > 15
+
+
+def test_a_foreign_state_is_one_line():
+    with pytest.raises(UserError) as caught, expecting("a.pth", "a model", "train one"):
+        {}["weights"]
+    assert str(caught.value) == "a.pth: not a model ('weights'); train one" and caught.value.remedy == "train one"

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from dmc_utils import ACTION_DIM, OBSERVATION_DIM, TASKS, make_env
-from runs.cli import check_bounds, parse_config, run_cli
-from runs.directory import hold_run, load_checkpoint, mark_finished, prepare_run
+from runs.cli import parse_config, run_cli
+from runs.directory import expecting, hold_run, load_checkpoint, mark_finished, prepare_run
 from runs.evaluation import Evaluator, episode_seeds, num_workers
-from utils import UserError, one_line, resolve_device, write_text_atomic
+from utils import Count, Whole, Workers, resolve_device, write_text_atomic
 from walker.policies import POLICIES
 
 EXPERT_RETURNS = {"walk": 962.8, "run": 318.4}  # of the study's data; a method's score is its return as % of these
@@ -45,7 +45,7 @@ class Agent:
         self,
         state_dim: int = OBSERVATION_DIM,
         action_dim: int = ACTION_DIM,
-        seed: int = 0,
+        seed: Whole = 0,
         device: str | torch.device = "cpu",
     ):
         self.state_dim, self.action_dim, self.device = state_dim, action_dim, torch.device(device)
@@ -56,10 +56,8 @@ class Agent:
     def load(self, path: str | Path) -> None:
         """Become the agent of a file, a best.pth or last.pth of any method; statistics travel in it."""
         state = load_checkpoint(path, self.device)
-        try:
+        with expecting(path, "a file of the walker study's agents"):
             self.load_acting(state["acting"])
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not a file of the walker study's agents ({one_line(error)})") from None
 
     def load_acting(self, acting: dict[str, Any]) -> None:
         """Become the agent that `acting_state` described."""
@@ -184,24 +182,20 @@ def report(name: str, task: str, returns: np.ndarray) -> str:
 @dataclass
 class AgentConfig:
     load: str | None = None  # file of any method; default: the random policy
-    episodes: int = 100  # a task
+    episodes: Count = 100  # a task
     seed: int = 0  # of the episodes, and of random actions
-    eval_workers: int | None = None  # more processes that step environments; default: cores - 1, at most 7
+    eval_workers: Workers | None = None  # more processes that step environments; default: cores - 1, at most 7
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:<index>
     run_dir: str | None = None  # also write evaluation.csv, every episode, and finished.json to this folder
-
-
-BOUNDS = {"episodes": (1, 10**6), "seed": (0, 2**53), "eval_workers": (0, 256)}
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Evaluate one file, or the random policy; returns the mean return of each task."""
     config = parse_config(AgentConfig, argv, __doc__)
-    check_bounds(config, BOUNDS)
     with contextlib.ExitStack() as stack:
         if config.run_dir is not None:
             stack.enter_context(hold_run(config.run_dir))
-            prepare_run(config.run_dir, config, resume=False, may_change={"device", "eval_workers"})
+            prepare_run(config.run_dir, config, may_change={"device", "eval_workers"})
         returns = play(config)
         means = {task: float(found.mean()) for task, found in returns.items()}
         if config.run_dir is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from model import MLP
+from utils import BelowOne, Count, Fraction, NonNegative, Positive, Whole
 
 # One step of a model: (inputs [n, D], actions [n, A]) -> inputs, rewards [n], ended [n] bool.
 ModelStep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -25,19 +26,19 @@ ModelStep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 @dataclass
 class PPOConfig:
-    discount: float = 0.99  # discount factor of rewards
-    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
-    clip: float = 0.2  # how far the ratio of densities may move in an iteration
-    entropy_weight: float = 0.0  # weight of the policy's entropy
-    ppo_lr: float = 1e-4  # learning rate of Adam for the policy
-    value_lr: float = 1e-3  # learning rate of Adam for V
-    value_warmup: int = 10  # iterations at first in which V alone is trained
-    epochs: int = 4  # passes over an iteration's rows
-    minibatches: int = 8  # updates in a pass
-    imagined_envs: int = 256  # imagined episodes side by side
-    horizon: int = 20  # steps of each in an iteration
-    max_grad_norm: float = 0.5  # largest norm of the policy's gradient, and of V's
-    initial_std: float = 0.2  # of the policy's actions at first
+    discount: BelowOne = 0.99  # discount factor of rewards
+    gae_lambda: Fraction = 0.95  # lambda of generalised advantage estimation
+    clip: Positive = 0.2  # how far the ratio of densities may move in an iteration
+    entropy_weight: NonNegative = 0.0  # weight of the policy's entropy
+    ppo_lr: Positive = 1e-4  # learning rate of Adam for the policy
+    value_lr: Positive = 1e-3  # learning rate of Adam for V
+    value_warmup: Whole = 10  # iterations at first in which V alone is trained
+    epochs: Count = 4  # passes over an iteration's rows
+    minibatches: Count = 8  # updates in a pass
+    imagined_envs: Count = 256  # imagined episodes side by side
+    horizon: Count = 20  # steps of each in an iteration
+    max_grad_norm: Positive = 0.5  # largest norm of the policy's gradient, and of V's
+    initial_std: Positive = 0.2  # of the policy's actions at first
 
 
 class GaussianActor(nn.Module):

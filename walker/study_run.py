@@ -27,86 +27,64 @@ from tqdm import tqdm
 
 from benchmark_data.local import generate_if_missing
 from dmc_utils import ALL_DATASETS, TASKS, load_study_data, parse_datasets, short_name
-from model_kernels import KernelConfig, use_kernels
-from runs.cli import check_bounds, parse_config
-from runs.directory import (
-    check_run,
-    hold_run,
-    load_checkpoint,
-    mark_finished,
-    plain_config,
-    prepare_run,
-    save_checkpoint,
-)
+from runs.cli import parse_config
+from runs.directory import expecting, load_checkpoint, mark_finished, save_checkpoint
 from runs.evaluation import episode_seeds, num_workers
-from runs.metrics import MetricLogger, RunningMeans
-from utils import RandomStreams, ReplayBuffer, UserError, one_line, progress, resolve_device, write_text_atomic
+from runs.metrics import RunningMeans
+from runs.run import Run, RunConfig
+from utils import (
+    Basic,
+    Count,
+    MayChange,
+    Number,
+    RandomStreams,
+    ReplayBuffer,
+    UserError,
+    Workers,
+    progress,
+    resolve_device,
+    write_text_atomic,
+)
 from walker.agent import EXPERT_RETURNS, Agent, evaluate, report
 
 
 @dataclass
-class StudyConfig(KernelConfig):
-    USE_DATASET_STR: str = f"local/{ALL_DATASETS}"  # walk_m, walk_mr, run_m, run_mr, with commas, or __all__
-    data_dir: str | None = None  # folder that holds collected_data/; default: datasets/ beside the code
+class StudyConfig(RunConfig):
+    USE_DATASET_STR: Basic[str] = f"local/{ALL_DATASETS}"  # walk_m, walk_mr, run_m, run_mr, with commas, or __all__
+    data_dir: Basic[MayChange[str | None]] = None  # folder of collected_data/; default: datasets/ beside the code
     ADD_TASK_BIT: bool = True  # append 0 for walk, 1 for run to the observation
-    random_noise: float = 0.0  # standard deviation of noise on standardised observations, never on the bit; <= 0: none
+    random_noise: Number = 0.0  # standard deviation of noise on standardised observations, never on the bit; <= 0: none
     faulty_pairing: bool = False  # for ablation: pair observations with the action that led to them
-    seed: int = 0  # of initialisation, sampling, noise and evaluation, each a stream of its own
-    max_timesteps: int = 10_000  # updates of the run
-    batch_size: int = 256  # transitions in an update
-    eval_freq: int = 2_000  # updates between evaluations; each one writes a checkpoint
-    eval_episodes: int = 10  # episodes a task of an evaluation in training
-    log_freq: int = 500  # updates between rows of metrics.csv
+    max_timesteps: Basic[Count] = 10_000  # updates of the run
+    batch_size: Count = 256  # transitions in an update
+    eval_freq: Count = 2_000  # updates between evaluations; each one writes a checkpoint
+    eval_episodes: Count = 10  # episodes a task of an evaluation in training
+    log_freq: Count = 500  # updates between rows of metrics.csv
     TEST_AFTER_TRAINING: bool = True  # play test_episodes with the last and the best agent at the end
-    test_episodes: int = 100  # episodes a task of that
-    eval_workers: int | None = None  # more processes that step environments; default: cores - 1, at most 7
-    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:<index>
-    exp_name: str | None = None  # name of the run's folder in place of the data's
-    run_dir: str | None = None  # directory of the run; default: the one named above, in the current folder
-    resume: bool = False  # continue the run from its last checkpoint
-    tensorboard: bool = True  # write TensorBoard events
-    wandb_project: str | None = None  # also log to Weights & Biases (requirements/tracking.txt)
+    test_episodes: Count = 100  # episodes a task of that
+    eval_workers: MayChange[Workers | None] = None  # processes that step environments; default: cores - 1, at most 7
+    exp_name: MayChange[str | None] = None  # name of the run's folder in place of the data's
 
 
-BOUNDS = {
-    **dict.fromkeys(("max_timesteps", "batch_size", "eval_freq", "eval_episodes", "log_freq"), (1, 10**9)),
-    "test_episodes": (1, 10**6),
-    "random_noise": (-1e9, 1e9),
-    "eval_workers": (0, 256),
-    "seed": (0, 2**53),
-}
-MAY_CHANGE_ON_RESUME = {"device", "eval_workers", "tensorboard", "wandb_project"}
-NOT_THE_MODEL = {"resume", "run_dir", "exp_name", "data_dir", *MAY_CHANGE_ON_RESUME}
+class StudyRun(Run):
+    """One run of a method.
 
-
-class StudyRun(abc.ABC):
-    """One run. Raises UserError where it cannot begin or go on.
-
-    What a method trains, `learner`, has `update(batch)`, `state_dict()`, `load_state_dict()` and `step`.
+    What it trains, `learner`, has `update(batch)`, `state_dict()`, `load_state_dict()` and `step`.
     """
 
     method: str  # its name in reports and directories
+    config: StudyConfig
 
-    def __init__(self, config: StudyConfig):
-        self.check(config)
-        self.config, self.device, self.run_dir = config, resolve_device(config.device), self.default_run_dir(config)
-        use_kernels(config, self.device)
-        self.ids = parse_datasets(config.USE_DATASET_STR)
-        check_run(self.run_dir, config, config.resume, MAY_CHANGE_ON_RESUME)  # before the data is made or loaded
-        self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
+    def load_data(self) -> None:
+        """The episodes of all datasets."""
+        self.ids = parse_datasets(self.config.USE_DATASET_STR)
         for dataset_id in self.ids:
-            generate_if_missing(dataset_id, config.data_dir)
-        self.data = load_study_data(self.ids, config.data_dir)
+            generate_if_missing(dataset_id, self.config.data_dir)
+        self.data = load_study_data(self.ids, self.config.data_dir)
         self.fingerprint, self.data_returns = self.data.fingerprint(), self.returns_by_task()
-        try:
-            self.resources.enter_context(hold_run(self.run_dir))
-            self.open(prepare_run(self.run_dir, config, config.resume, may_change=MAY_CHANGE_ON_RESUME))
-        except BaseException:
-            self.close()
-            raise
 
-    def open(self, checkpoint: Path | None) -> None:
-        """Standardise the data, build what is trained, continue from the checkpoint if there is one."""
+    def build(self) -> None:
+        """Standardise the data and make what is trained."""
         rows = self.data.observations[:, :-1].reshape(-1, self.data.observations.shape[-1])
         self.mean, self.std = rows.mean(0), rows.std(0) + np.float32(1e-3)
         self.step, self.best = 0, {"score": -math.inf, "step": 0}
@@ -114,15 +92,6 @@ class StudyRun(abc.ABC):
         with self.streams.initialising():
             self.learner = self.make_learner()
         torch.manual_seed(self.streams.dropout_seed)  # dropout can draw from torch's global generator alone
-        if checkpoint is not None:
-            self.load(checkpoint)
-        trackers = (self.config.tensorboard, self.config.wandb_project, self.config)
-        self.logger = MetricLogger(self.run_dir, self.step if checkpoint else None, *trackers)
-        self.resources.callback(self.logger.close)
-
-    def close(self) -> None:
-        """Release the directory, the environments and the log; closing twice is harmless."""
-        self.resources.close()
 
     # -- what a method defines ---------------------------------------------------------------------------------------
 
@@ -133,10 +102,6 @@ class StudyRun(abc.ABC):
     @abc.abstractmethod
     def acting(self) -> dict[str, Any]:
         """The agent as it stands, as `acting_state` gives it."""
-
-    def check(self, config: StudyConfig) -> None:
-        """One line for a setting that cannot work, before anything is loaded."""
-        check_bounds(config, BOUNDS)
 
     def prepare_data(self) -> None:
         """Move what batches are drawn from to the device: by default all transitions."""
@@ -265,12 +230,6 @@ class StudyRun(abc.ABC):
     def anneal(self, share: float) -> None:  # noqa: B027  most methods need none
         """Set learning rates for a share of the run behind, 0 to 1; none falls by default."""
 
-    def check_metrics(self, metrics: dict[str, float]) -> None:
-        """Stop a run that has diverged."""
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise UserError(f"{self.run_dir}: {name} is {value} at update {self.step}; lower the learning rates")
-
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def trained_tasks(self) -> list[str]:
@@ -322,26 +281,15 @@ class StudyRun(abc.ABC):
         state |= {"data": self.fingerprint, "tasks": self.trained_tasks()}
         save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state)
 
-    def model_config(self) -> dict[str, Any]:
-        """The settings that make this run what it is."""
-        return {name: value for name, value in plain_config(self.config).items() if name not in NOT_THE_MODEL}
-
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint; UserError where it is another run's, or began on other data."""
-        state = load_checkpoint(path, self.device)
-        try:
-            own = self.model_config() | {"method": self.method}
-            theirs = state["config"] | {"method": state["method"]}
-            other = next((name for name in own if theirs.get(name) != own[name]), None)
-            if other is not None:
-                raise UserError(f"{path}: checkpoint of another run ({other} {theirs.get(other)}, here {own[other]})")
-            if state["data"] != self.fingerprint:
-                raise UserError(f"{path}: began on other data; give its --data_dir, or another --run_dir")
-            self.streams.load_state_dict(state["streams"])  # first: it says what another kind of device lacks
-            self.learner.load_state_dict(state["learner"])
-            self.step, self.best = state["step"], state["best"]
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not a checkpoint of this method ({error}); choose another --run_dir") from None
+    def load_state(self, path: Path, state: dict[str, Any]) -> None:
+        """UserError where it is another method's, or began on other data."""
+        if state["method"] != self.method:
+            raise UserError(path, f"checkpoint of another run (method {state['method']}, here {self.method})")
+        if state["data"] != self.fingerprint:
+            raise UserError(path, "began on other data", "give its --data_dir, or another --run_dir")
+        self.streams.load_state_dict(state["streams"])  # first: it says what another kind of device lacks
+        self.learner.load_state_dict(state["learner"])
+        self.step, self.best = state["step"], state["best"]
 
 
 def run_command(run_class: type[StudyRun], config_class: type[StudyConfig], description: str, argv: list[str] | None):
@@ -361,16 +309,13 @@ def test_seeds(streams: RandomStreams, episodes: int) -> list[int]:
 
 def retest(run_class: type[StudyRun], config: StudyConfig) -> dict[str, float]:
     """`test`: play the last and the best agent of a run again, as at its end, from their files alone."""
-    check_bounds(config, BOUNDS)
     folder, device = run_class.default_run_dir(config) / "checkpoints", resolve_device(config.device)
     for name in ("last", "best"):
         if not (folder / f"{name}.pth").is_file():
             raise UserError(f"{folder / name}.pth: no such file; train first, with the same flags and `train`")
-    try:
-        state = load_checkpoint(folder / "last.pth")
+    state = load_checkpoint(folder / "last.pth")
+    with expecting(folder / "last.pth", "a checkpoint of the walker study"):
         method, tasks, streams = state["method"], state["tasks"], RandomStreams(state["config"]["seed"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'last.pth'}: not a checkpoint of the walker study ({one_line(error)})") from None
     if method != run_class.method:
         raise UserError(f"{folder.parent}: holds a run of {method}, not of {run_class.method}; use its own command")
     means, seeds = {}, test_seeds(streams, config.test_episodes)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from dmc_utils import TASKS, make_env, rewards_in_task
-from runs.cli import check_bounds, run_cli
-from utils import ReplayBuffer, UserError, progress
+from runs.cli import run_cli
+from utils import Count, Fraction, ReplayBuffer, UserError, progress
 from walker.study_run import run_command
 from walker.train_cqlsac import CQLRun, WalkerCQLConfig
 
@@ -29,17 +29,13 @@ from walker.train_cqlsac import CQLRun, WalkerCQLConfig
 @dataclass
 class CDSConfig(WalkerCQLConfig):
     main_task: Literal["walk", "run"] = "walk"  # the task that is learned
-    shared_part: float = 0.5  # of a batch: transitions of the other task
-    share_candidates: int = 10  # times as many are drawn, and the ones of highest value taken
+    shared_part: Fraction = 0.5  # of a batch: transitions of the other task
+    share_candidates: Count = 10  # times as many are drawn, and the ones of highest value taken
 
 
 class CDSRun(CQLRun):
     method = "cds"
     config: CDSConfig
-
-    def check(self, config: CDSConfig) -> None:
-        super().check(config)
-        check_bounds(config, {"shared_part": (0.0, 1.0), "share_candidates": (1, 10**4)})
 
     @staticmethod
     def labels(config: CDSConfig) -> list[str]:

@@ -13,26 +13,23 @@ from typing import Any
 
 from algorithms.offline.cql import CQL, CQLConfig
 from runs.cli import run_cli
+from utils import Basic, Count, Positive
 from walker.study_run import StudyConfig, run_command
 from walker.value_run import ValueRun
 
 
 @dataclass
 class WalkerCQLConfig(StudyConfig, CQLConfig):
-    max_timesteps: int = 30_000  # updates of the run
-    eval_freq: int = 5_000  # updates between evaluations; each one writes a checkpoint
-    reward_scale: float = 0.1  # rewards are multiplied by this
-    actor_lr: float = 3e-4  # learning rate of Adam for the actor and the temperature
-    cql_n_actions: int = 4  # actions of each of the three kinds in the penalty
-    q_n_hidden_layers: int = 2  # hidden layers of the critics
+    max_timesteps: Basic[Count] = 30_000  # updates of the run
+    eval_freq: Count = 5_000  # updates between evaluations; each one writes a checkpoint
+    reward_scale: Positive = 0.1  # rewards are multiplied by this
+    actor_lr: Positive = 3e-4  # learning rate of Adam for the actor and the temperature
+    cql_n_actions: Count = 4  # actions of each of the three kinds in the penalty
+    q_n_hidden_layers: Count = 2  # hidden layers of the critics
 
 
 class CQLRun(ValueRun):
     method, algorithm, kind = "cql", CQL, "tanh_gaussian_mlp"
-    bounds = {
-        **{"cql_alpha": (0.0, 1e9), "cql_n_actions": (1, 10**4), "cql_temp": (1e-9, 1e9)},
-        **{"cql_target_action_gap": (-1e9, 1e9), "target_entropy": (-1e9, 1e9), "q_n_hidden_layers": (1, 32)},
-    }
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

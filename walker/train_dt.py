@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from dmc_utils import ACTION_DIM
-from runs.cli import check_bounds, run_cli
-from utils import UserError
+from runs.cli import run_cli
+from utils import Basic, BelowOne, Count, NonNegative, Number, Positive, UserError
 from walker.agent import EXPERT_RETURNS, acting_state
 from walker.policies import POLICIES, ReturnConditioned
 from walker.study_run import StudyConfig, StudyRun, run_command
@@ -32,21 +32,21 @@ RETURN_SCALE = 1000.0
 
 @dataclass
 class TransformerConfig(StudyConfig):
-    max_timesteps: int = 3_000  # updates of the run
-    eval_freq: int = 1_000  # updates between evaluations; each one writes a checkpoint
-    log_freq: int = 100  # updates between rows of metrics.csv
-    batch_size: int = 64  # windows in an update
-    lr: float = 1e-3  # learning rate of AdamW
-    weight_decay: float = 1e-4  # of AdamW
-    warmup_steps: int = 300  # updates over which the learning rate rises to lr
-    grad_clip: float = 0.25  # largest norm of the gradient
-    context: int = 20  # K, steps in a window
-    hidden_dim: int = 256  # width of the transformer
-    layers: int = 3  # its blocks
-    heads: int = 1  # its attention heads; must divide hidden_dim
-    dropout: float = 0.1  # share of activations that are dropped in training
-    walk_target: float | None = None  # return to ask for when walking; default: the data's 90th percentile
-    run_target: float | None = None  # return to ask for when running; likewise
+    max_timesteps: Basic[Count] = 3_000  # updates of the run
+    eval_freq: Count = 1_000  # updates between evaluations; each one writes a checkpoint
+    log_freq: Count = 100  # updates between rows of metrics.csv
+    batch_size: Count = 64  # windows in an update
+    lr: Positive = 1e-3  # learning rate of AdamW
+    weight_decay: NonNegative = 1e-4  # of AdamW
+    warmup_steps: Count = 300  # updates over which the learning rate rises to lr
+    grad_clip: Positive = 0.25  # largest norm of the gradient
+    context: Count = 20  # K, steps in a window
+    hidden_dim: Count = 256  # width of the transformer
+    layers: Count = 3  # its blocks
+    heads: Count = 1  # its attention heads; must divide hidden_dim
+    dropout: BelowOne = 0.1  # share of activations that are dropped in training
+    walk_target: Number | None = None  # return to ask for when walking; default: the data's 90th percentile
+    run_target: Number | None = None  # return to ask for when running; likewise
 
 
 class SequenceLearner:
@@ -121,12 +121,8 @@ class TransformerRun(StudyRun):
     config: TransformerConfig
     learner: SequenceLearner
 
-    def check(self, config: TransformerConfig) -> None:
-        super().check(config)
-        counts = dict.fromkeys(("context", "layers", "heads", "hidden_dim", "warmup_steps"), (1, 10**6))
-        rates = {"lr": (1e-9, 1e3), "weight_decay": (0.0, 1e3), "grad_clip": (1e-9, 1e9), "dropout": (0.0, 0.99)}
-        targets = dict.fromkeys(("walk_target", "run_target"), (-1e6, 1e6))
-        check_bounds(config, counts | rates | targets)
+    @classmethod
+    def check(cls, config: TransformerConfig) -> None:
         if config.hidden_dim % config.heads:
             raise UserError(f"--heads {config.heads}: must divide --hidden_dim {config.hidden_dim}")
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmc_utils import ACTION_DIM
-from runs.cli import check_bounds, run_cli
+from runs.cli import run_cli
+from utils import Basic, Count, Positive, Whole
 from walker.agent import acting_state
 from walker.policies import POLICIES
 from walker.study_run import StudyConfig, StudyRun, run_command
@@ -26,10 +27,10 @@ from walker.study_run import StudyConfig, StudyRun, run_command
 
 @dataclass
 class CloningConfig(StudyConfig):
-    max_timesteps: int = 20_000  # updates of the run
-    lr: float = 1e-3  # learning rate of Adam at the beginning
-    hidden_dim: int = 512  # width of the network
-    blocks: int = 2  # residual blocks of two layers each
+    max_timesteps: Basic[Count] = 20_000  # updates of the run
+    lr: Positive = 1e-3  # learning rate of Adam at the beginning
+    hidden_dim: Count = 512  # width of the network
+    blocks: Whole = 2  # residual blocks of two layers each
 
 
 class BehaviorCloning:
@@ -77,10 +78,6 @@ class CloningRun(StudyRun):
     method = "bc"
     config: CloningConfig
     learner: BehaviorCloning
-
-    def check(self, config: CloningConfig) -> None:
-        super().check(config)
-        check_bounds(config, {"lr": (1e-9, 1e3), "hidden_dim": (1, 10**6), "blocks": (0, 1000)})
 
     def make_learner(self) -> BehaviorCloning:
         return BehaviorCloning(self.config, self.input_dim, ACTION_DIM, self.device)

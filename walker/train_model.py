@@ -23,22 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmc_utils import ACTION_DIM
-from runs.cli import check_bounds, run_cli
-from utils import ReplayBuffer, UserError
+from runs.cli import run_cli
+from utils import Basic, Count, Positive, ReplayBuffer, UserError
 from walker.agent import acting_state
 from walker.dynamics import Dynamics, MLPDynamics, VAEDynamics, statistics_of
 from walker.policies import Markov
 from walker.ppo import PPO, PPOConfig
 from walker.study_run import StudyConfig, StudyRun, run_command
-
-BOUNDS = {
-    **dict.fromkeys(("hidden_dim", "epochs", "minibatches", "imagined_envs", "horizon"), (1, 10**6)),
-    **dict.fromkeys(("model_lr", "ppo_lr", "value_lr", "max_grad_norm", "initial_std"), (1e-9, 1e6)),
-    "value_warmup": (0, 10**9),
-    **{"clip": (1e-9, 1e3), "entropy_weight": (0.0, 1e3), "gae_lambda": (0.0, 1.0), "discount": (0.0, 1 - 1e-9)},
-    **{"model_updates": (1, 10**9)},
-}
-
 
 HELD_OUT_EVERY = 20  # each 20th episode is held out from the model
 SAVES_IN_FIT = 10  # checkpoints while the model is fitted
@@ -46,12 +37,12 @@ SAVES_IN_FIT = 10  # checkpoints while the model is fitted
 
 @dataclass
 class InModelConfig(StudyConfig, PPOConfig):
-    max_timesteps: int = 20_500  # updates of the model, and then iterations of PPO
-    model_updates: int = 20_000  # of these, updates of the model
-    eval_freq: int = 50  # iterations of PPO between evaluations; there is one before the first
-    log_freq: int = 50  # updates between rows of metrics.csv
-    hidden_dim: int = 256  # width of every network
-    model_lr: float = 1e-3  # learning rate of Adam for the model and for cloning; falls to 0 along a cosine
+    max_timesteps: Basic[Count] = 20_500  # updates of the model, and then iterations of PPO
+    model_updates: Count = 20_000  # of these, updates of the model
+    eval_freq: Count = 50  # iterations of PPO between evaluations; there is one before the first
+    log_freq: Count = 50  # updates between rows of metrics.csv
+    hidden_dim: Count = 256  # width of every network
+    model_lr: Positive = 1e-3  # learning rate of Adam for the model and for cloning; falls to 0 along a cosine
 
 
 @dataclass
@@ -131,9 +122,8 @@ class InModelRun(StudyRun, abc.ABC):
     config: InModelConfig
     learner: InModelLearner
 
-    def check(self, config: InModelConfig) -> None:
-        super().check(config)
-        check_bounds(config, BOUNDS)
+    @classmethod
+    def check(cls, config: InModelConfig) -> None:
         if config.max_timesteps <= config.model_updates:
             raise UserError(
                 f"--max_timesteps {config.max_timesteps}: must be more than --model_updates {config.model_updates}, or "

@@ -11,13 +11,14 @@ over the data; each step is that of a member drawn at random; episodes begin at 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from dmc_utils import ACTION_DIM
-from runs.cli import check_bounds, run_cli
+from runs.cli import run_cli
+from utils import Basic, Count, Fraction, Number, Range
 from walker.dynamics import MLPDynamics
 from walker.study_run import run_command
 from walker.train_model import InModelConfig, InModelLearner, InModelRun
@@ -25,11 +26,11 @@ from walker.train_model import InModelConfig, InModelLearner, InModelRun
 
 @dataclass
 class MORELConfig(InModelConfig):
-    max_timesteps: int = 20_300  # updates of the model, and then iterations of PPO
-    horizon: int = 100  # steps of each imagined episode in an iteration
-    members: int = 4  # models in the ensemble
-    halt_quantile: float = 0.999  # share of the data's transitions that the threshold lets pass
-    halt_reward: float = -10.0  # reward of the step that ends an imagined episode
+    max_timesteps: Basic[Count] = 20_300  # updates of the model, and then iterations of PPO
+    horizon: Count = 100  # steps of each imagined episode in an iteration
+    members: Annotated[int, Range(2, 1000)] = 4  # models in the ensemble
+    halt_quantile: Fraction = 0.999  # share of the data's transitions that the threshold lets pass
+    halt_reward: Number = -10.0  # reward of the step that ends an imagined episode
 
 
 class MORELLearner(InModelLearner):
@@ -69,10 +70,6 @@ class MORELRun(InModelRun):
     method = "morel"
     config: MORELConfig
     learner: MORELLearner
-
-    def check(self, config: MORELConfig) -> None:
-        super().check(config)
-        check_bounds(config, {"members": (2, 1000), "halt_quantile": (0.0, 1.0), "halt_reward": (-1e9, 1e9)})
 
     def make_model(self) -> MLPDynamics:
         sizes = (self.input_dim, ACTION_DIM, self.statistics, self.config.hidden_dim)

@@ -9,21 +9,21 @@ from typing import Any
 
 from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
 from runs.cli import run_cli
+from utils import Basic, Count, Positive
 from walker.study_run import StudyConfig, run_command
 from walker.value_run import ValueRun
 
 
 @dataclass
 class WalkerTD3BCConfig(StudyConfig, TD3BCConfig):
-    max_timesteps: int = 200_000  # updates of the run
-    eval_freq: int = 20_000  # updates between evaluations; each one writes a checkpoint
-    log_freq: int = 2_000  # updates between rows of metrics.csv
-    reward_scale: float = 1.0  # rewards are multiplied by this
+    max_timesteps: Basic[Count] = 200_000  # updates of the run
+    eval_freq: Count = 20_000  # updates between evaluations; each one writes a checkpoint
+    log_freq: Count = 2_000  # updates between rows of metrics.csv
+    reward_scale: Positive = 1.0  # rewards are multiplied by this
 
 
 class TD3BCRun(ValueRun):
     method, algorithm, kind = "td3bc", TD3BC, "deterministic_mlp"
-    bounds = {"alpha": (0.0, 1e9), "policy_noise": (0.0, 1e3), "noise_clip": (0.0, 1e3), "policy_freq": (1, 10**9)}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

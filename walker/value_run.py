@@ -6,17 +6,9 @@ import numpy as np
 
 from algorithms.offline.base import OfflineAlgorithm
 from dmc_utils import ACTION_DIM
-from runs.cli import check_bounds
 from walker.agent import acting_state
 from walker.policies import Markov
 from walker.study_run import StudyRun
-
-BOUNDS = {
-    **dict.fromkeys(("reward_scale", "actor_lr", "qf_lr"), (1e-9, 1e9)),
-    "hidden_dim": (1, 10**6),
-    "discount": (0.0, 1 - 1e-9),
-    "tau": (1e-9, 1.0),
-}
 
 
 class ValueRun(StudyRun):
@@ -24,12 +16,7 @@ class ValueRun(StudyRun):
 
     algorithm: type[OfflineAlgorithm]
     kind: str  # entry of walker.policies.POLICIES that the actor is
-    bounds: dict[str, tuple[float, float]]  # of the algorithm's own numbers
     learner: OfflineAlgorithm
-
-    def check(self, config: Any) -> None:
-        super().check(config)
-        check_bounds(config, BOUNDS | self.bounds)
 
     def make_learner(self) -> OfflineAlgorithm:
         sizes = (self.input_dim, ACTION_DIM, 1.0)

@@ -16,12 +16,13 @@ from torch import Tensor
 from algorithms.offline.base import Batch, Info, OfflineAlgorithm, OfflineConfig, UpdateActors
 from algorithms.offline.pogo_policies import Distribution, Draw, GaussianMLP
 from model import EnsembleCritic
+from utils import Positive
 
 
 @dataclass
 class AWACConfig(OfflineConfig):
-    awac_lambda: float = 1 / 3  # temperature of the advantage weights (antmaze: 0.1)
-    exp_adv_max: float = 100.0  # largest weight
+    awac_lambda: Positive = 1 / 3  # temperature of the advantage weights (antmaze: 0.1)
+    exp_adv_max: Positive = 100.0  # largest weight
 
 
 class AWAC(OfflineAlgorithm):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from algorithms.offline.pogo_policies import Distribution, Draw
 from model_kernels import Adam
+from utils import BelowOne, Count, Positive, PositiveFraction
 
 Batch = dict[str, Tensor]
 Info = dict[str, Tensor]  # 0-d tensors on the device
@@ -29,11 +30,11 @@ UpdateActors = Callable[[Batch], Info]
 
 @dataclass
 class OfflineConfig:
-    discount: float = 0.99  # discount factor of rewards
-    tau: float = 0.005  # rate of the target networks' Polyak average
-    hidden_dim: int = 256  # width of the hidden layers of every network
-    actor_lr: float = 3e-4  # learning rate of Adam for the actors
-    qf_lr: float = 3e-4  # learning rate of Adam for the critics
+    discount: BelowOne = 0.99  # discount factor of rewards
+    tau: PositiveFraction = 0.005  # rate of the target networks' Polyak average
+    hidden_dim: Count = 256  # width of the hidden layers of every network
+    actor_lr: Positive = 3e-4  # learning rate of Adam for the actors
+    qf_lr: Positive = 3e-4  # learning rate of Adam for the critics
 
 
 class OfflineAlgorithm(abc.ABC):

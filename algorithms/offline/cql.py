@@ -26,21 +26,22 @@ from algorithms.offline.base import Batch, Info, OfflineAlgorithm, OfflineConfig
 from algorithms.offline.pogo_policies import Distribution, Draw, TanhGaussianMLP
 from algorithms.offline.sac_n import Temperature
 from model import EnsembleCritic
+from utils import Count, NonNegative, Number, Positive
 
 LARGEST_MULTIPLIER = 1e6
 
 
 @dataclass
 class CQLConfig(OfflineConfig):
-    actor_lr: float = 3e-5  # learning rate of Adam for the actors and the temperature
-    cql_alpha: float = 10.0  # weight of the penalty (antmaze: 5)
-    cql_n_actions: int = 10  # actions of each of the three kinds in the penalty
-    cql_temp: float = 1.0  # T of the penalty's soft maximum
+    actor_lr: Positive = 3e-5  # learning rate of Adam for the actors and the temperature
+    cql_alpha: NonNegative = 10.0  # weight of the penalty (antmaze: 5)
+    cql_n_actions: Count = 10  # actions of each of the three kinds in the penalty
+    cql_temp: Positive = 1.0  # T of the penalty's soft maximum
     cql_lagrange: bool = False  # learn a multiplier that holds the penalty at a value (antmaze)
-    cql_target_action_gap: float = 0.8  # that value
+    cql_target_action_gap: Number = 0.8  # that value
     cql_max_target_backup: bool = False  # targets take the best of cql_n_actions actions (antmaze)
-    target_entropy: float | None = None  # of the temperature; default: minus the number of action numbers
-    q_n_hidden_layers: int = 3  # hidden layers of the critics (antmaze: 5)
+    target_entropy: Number | None = None  # of the temperature; default: minus the number of action numbers
+    q_n_hidden_layers: Count = 3  # hidden layers of the critics (antmaze: 5)
     orthogonal_init: bool = True  # orthogonal initialisation of the critics
 
 

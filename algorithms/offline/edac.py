@@ -6,17 +6,20 @@ so that the critics disagree about how Q changes with the action around the data
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from algorithms.offline.base import Batch, Info
 from algorithms.offline.sac_n import SACN, SACNConfig
+from utils import NonNegative, Range
 
 
 @dataclass
 class EDACConfig(SACNConfig):
-    eta: float = 1.0  # weight of the diversity term (5 for halfcheetah- and walker2d-medium-expert)
+    num_critics: Annotated[int, Range(2, 10**9)] = 10  # critics, whose action gradients shall differ
+    eta: NonNegative = 1.0  # weight of the diversity term (5 for halfcheetah- and walker2d-medium-expert)
 
 
 class EDAC(SACN):

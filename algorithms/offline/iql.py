@@ -9,6 +9,7 @@ CORL: none; benchmarks/bench_corl.py compares the two.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -16,15 +17,16 @@ from torch import Tensor
 from algorithms.offline.base import Batch, Info, OfflineAlgorithm, OfflineConfig, UpdateActors
 from algorithms.offline.pogo_policies import DeterministicMLP, Distribution, Draw, GaussianMLP
 from model import EnsembleCritic, StateValue
+from utils import NonNegative, Positive, Range
 
 LARGEST_WEIGHT = 100.0  # of a transition in the actor's loss
 
 
 @dataclass
 class IQLConfig(OfflineConfig):
-    iql_tau: float = 0.7  # expectile of V (antmaze: 0.9)
-    beta: float = 3.0  # inverse temperature of the advantage weights (antmaze: 10)
-    vf_lr: float = 3e-4  # learning rate of Adam for V
+    iql_tau: Annotated[float, Range(1e-9, 1 - 1e-9)] = 0.7  # expectile of V (antmaze: 0.9)
+    beta: NonNegative = 3.0  # inverse temperature of the advantage weights (antmaze: 10)
+    vf_lr: Positive = 3e-4  # learning rate of Adam for V
     iql_deterministic: bool = False  # the actor is a point in each state, not a Gaussian
 
 

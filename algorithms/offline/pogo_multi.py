@@ -42,6 +42,7 @@ from algorithms.offline.pogo_policies import (
     TanhGaussianMLP,
 )
 from transport import DistanceConfig, cloud_spread, gaussian_w2, policy_distance
+from utils import Basic
 
 POLICIES = {
     "stochastic": StochasticMLP,
@@ -53,7 +54,7 @@ POLICIES = {
 
 @dataclass
 class ChainConfig(DistanceConfig):
-    w2_weights: tuple[float, ...] = (10.0, 10.0, 10.0)  # weight of each actor's distance: more keeps it nearer
+    w2_weights: Basic[tuple[float, ...]] = (10.0, 10.0, 10.0)  # weight of each actor's distance: more keeps it nearer
     follow: bool = True  # an actor first repeats the change of weights that the actor before it has just made
 
 

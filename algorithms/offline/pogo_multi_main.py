@@ -27,7 +27,6 @@ from algorithms.offline.sac_n import SACN, SACNConfig
 from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
 from benchmark_data.local import generate_if_missing
 from offline_data import OfflineData, load_transitions
-from runs import chain
 from runs.chain import (
     Act,
     ChainRun,
@@ -39,9 +38,9 @@ from runs.chain import (
     evaluate_again,
     run_seeds,
 )
-from runs.cli import check_bounds, load_yaml, parse_config, run_cli
-from runs.directory import load_checkpoint
-from utils import UserError, one_line, resolve_device, warn
+from runs.cli import load_yaml, parse_config, run_cli
+from runs.directory import expecting, load_checkpoint
+from utils import Basic, Count, MayChange, Number, Positive, UserError, resolve_device, warn
 
 NEED_DENSITY = {"cql", "sac_n", "edac"}  # their losses have log pi; their own policy is the default
 # Spellings of the original text.
@@ -51,15 +50,15 @@ PolicyName = Literal["own", "stochastic", "deterministic", "gaussian", "tanh_gau
 
 @dataclass
 class MultiRunConfig(ChainRunConfig, ChainConfig):
-    algorithm: str = ""  # required: iql, td3_bc, awac, cql, sac_n or edac
-    num_actors: int | None = None  # must be the number of w2_weights, if given
+    algorithm: Basic[str] = ""  # required: iql, td3_bc, awac, cql, sac_n or edac
+    num_actors: Count | None = None  # must be the number of w2_weights, if given
     actor_configs: tuple[PolicyName, ...] | None = None  # kind of each actor; default: see docs/pogo_multi.md
     normalize_reward: bool = False  # locomotion: times 1000 / (largest - smallest return); antmaze: minus 1
-    reward_scale: float = 1.0  # rewards are multiplied by this, after that
-    reward_bias: float = 0.0  # added to the rewards in the end
-    buffer_size: int = 2_000_000  # transitions that the data may hold at most
-    group: str | None = None  # of the run in Weights & Biases
-    name: str | None = None  # of the run in Weights & Biases; default: its directory
+    reward_scale: Positive = 1.0  # rewards are multiplied by this, after that
+    reward_bias: Number = 0.0  # added to the rewards in the end
+    buffer_size: Count = 2_000_000  # transitions that the data may hold at most
+    group: MayChange[str | None] = None  # of the run in Weights & Biases
+    name: MayChange[str | None] = None  # of the run in Weights & Biases; default: its directory
     load_model: str | None = None  # begin with the networks and optimizers of this last.pth, at update 0
 
 
@@ -68,32 +67,32 @@ class MultiRunConfig(ChainRunConfig, ChainConfig):
 
 @dataclass
 class IQLRunConfig(MultiRunConfig, IQLConfig):
-    algorithm: Literal["iql"] = "iql"  # whose critics and losses
+    algorithm: Basic[Literal["iql"]] = "iql"  # the algorithm whose critics and losses are trained
 
 
 @dataclass
 class TD3BCRunConfig(MultiRunConfig, TD3BCConfig):
-    algorithm: Literal["td3_bc"] = "td3_bc"  # whose critics and losses
+    algorithm: Basic[Literal["td3_bc"]] = "td3_bc"  # the algorithm whose critics and losses are trained
 
 
 @dataclass
 class AWACRunConfig(MultiRunConfig, AWACConfig):
-    algorithm: Literal["awac"] = "awac"  # whose critics and losses
+    algorithm: Basic[Literal["awac"]] = "awac"  # the algorithm whose critics and losses are trained
 
 
 @dataclass
 class CQLRunConfig(MultiRunConfig, CQLConfig):
-    algorithm: Literal["cql"] = "cql"  # whose critics and losses
+    algorithm: Basic[Literal["cql"]] = "cql"  # the algorithm whose critics and losses are trained
 
 
 @dataclass
 class SACNRunConfig(MultiRunConfig, SACNConfig):
-    algorithm: Literal["sac_n"] = "sac_n"  # whose critics and losses
+    algorithm: Basic[Literal["sac_n"]] = "sac_n"  # the algorithm whose critics and losses are trained
 
 
 @dataclass
 class EDACRunConfig(MultiRunConfig, EDACConfig):
-    algorithm: Literal["edac"] = "edac"  # whose critics and losses
+    algorithm: Basic[Literal["edac"]] = "edac"  # the algorithm whose critics and losses are trained
 
 
 ALGORITHMS: dict[str, tuple[type[OfflineAlgorithm], type[MultiRunConfig]]] = {
@@ -104,32 +103,10 @@ ALGORITHMS: dict[str, tuple[type[OfflineAlgorithm], type[MultiRunConfig]]] = {
     "sac_n": (SACN, SACNRunConfig),
     "edac": (EDAC, EDACRunConfig),
 }
-BOUNDS = chain.BOUNDS | {
-    **dict.fromkeys(("hidden_dim", "buffer_size"), (1, 10**9)),
-    "num_actors": (1, 10**6),
-    "sinkhorn_K": (2, 64),
-    "sinkhorn_scaling": (0.01, 0.999),
-    **dict.fromkeys(("actor_lr", "qf_lr", "sinkhorn_blur", "reward_scale"), (1e-9, 1e9)),
-    "reward_bias": (-1e9, 1e9),
-    "discount": (0.0, 1 - 1e-9),
-    "tau": (1e-9, 1.0),
-}
-OWN_BOUNDS = {
-    "iql": {"iql_tau": (1e-9, 1 - 1e-9), "beta": (0.0, 1e9), "vf_lr": (1e-9, 1e9)},
-    "td3_bc": {"alpha": (0.0, 1e9), "policy_noise": (0.0, 1e3), "noise_clip": (0.0, 1e3), "policy_freq": (1, 10**9)},
-    "awac": {"awac_lambda": (1e-9, 1e9), "exp_adv_max": (1e-9, 1e9)},
-    "cql": {
-        **{"cql_alpha": (0.0, 1e9), "cql_n_actions": (1, 10**4), "cql_temp": (1e-9, 1e9)},
-        **{"cql_target_action_gap": (-1e9, 1e9), "target_entropy": (-1e9, 1e9), "q_n_hidden_layers": (1, 32)},
-    },
-    "sac_n": {"num_critics": (1, 10**4), "alpha_learning_rate": (1e-9, 1e9)},
-    "edac": {"num_critics": (2, 10**4), "alpha_learning_rate": (1e-9, 1e9), "eta": (0.0, 1e9)},
-}
 
 
 def check(config: MultiRunConfig) -> None:
     """One line for a setting that cannot work, before anything is loaded."""
-    check_bounds(config, BOUNDS | OWN_BOUNDS[config.algorithm])
     check_weights(config.w2_weights)
     actors, kinds = len(config.w2_weights), config.actor_configs or ()
     if config.num_actors not in (None, actors):
@@ -180,14 +157,11 @@ class MultiRun(ChainRun):
         weights = "_".join(f"{weight:g}" for weight in config.w2_weights)
         return Path(config.env) / f"{config.algorithm}_w2_{weights}" / f"seed_{config.seed}"
 
-    def load_data(self) -> OfflineData:
+    def load_transitions(self) -> OfflineData:
         """The transitions, rewards scaled as the settings say; a local dataset that is missing is made first."""
         config = self.config
-        try:
-            generate_if_missing(config.env, config.dataset_dir)
-            data = load_transitions(config.env, config.dataset_dir, -1.0 if config.normalize_reward else 0.0)
-        except UserError as error:
-            raise UserError(str(error).replace("--dataset ", "--env ")) from None
+        generate_if_missing(config.env, config.dataset_dir)
+        data = load_transitions(config.env, config.dataset_dir, -1.0 if config.normalize_reward else 0.0)
         if len(data) > config.buffer_size:
             raise UserError(f"--buffer_size {config.buffer_size}: {config.env} has {len(data)} transitions; raise it")
         if config.normalize_reward and data.reward_shift == 0:
@@ -208,7 +182,7 @@ class MultiRun(ChainRun):
     def begin_with(self, agent: MultiActor, path: str) -> None:
         """Take over networks and optimizers of another run; UserError where they do not fit."""
         state = load_checkpoint(path, self.device)
-        try:
+        with expecting(f"--load_model {path}", "a checkpoint of such a chain"):
             theirs, own = state["agent"]["networks"].keys(), agent.algorithm.networks.keys()
             if theirs != own:
                 raise ValueError(f"it has {', '.join(theirs)}, this run {', '.join(own)}")
@@ -218,8 +192,6 @@ class MultiRun(ChainRun):
             agent.load_state_dict(state["agent"])
             if not (np.allclose(mean, self.mean, 1e-3, 1e-3) and np.allclose(std, self.std, 1e-3, 1e-3)):
                 warn(f"--load_model {path}: was trained on observations of another mean or spread than this run")
-        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"--load_model {path}: not a checkpoint of such a chain ({one_line(error)})") from None
         agent.step = 0
 
     def acting(self) -> list[Act]:
@@ -266,7 +238,7 @@ def evaluate_file(config: MultiRunConfig) -> dict[str, float]:
     """`--evaluate`: the evaluation at the end of a run once more, from its checkpoint alone."""
     device, path = resolve_device(config.device), checkpoint_file(config.evaluate)
     state = load_checkpoint(path, device)
-    try:
+    with expecting(path, "a checkpoint of pogo_multi_main.py"):
         trained = state["config"]
         known = {field.name for field in dataclasses.fields(ALGORITHMS[trained["algorithm"]][1])}
         settings = {name: value for name, value in trained.items() if name in known}
@@ -276,8 +248,6 @@ def evaluate_file(config: MultiRunConfig) -> dict[str, float]:
         agent = build(own, sizes, torch.Generator(device), device)
         agent.load_state_dict(state["agent"])
         title = f"{trained['env']}, {trained['algorithm']}, update {state['step']} of {path}"
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a checkpoint of pogo_multi_main.py ({one_line(error)})") from None
     return evaluate_again(config, acting(agent), sizes[1], normalizer, trained, title)
 
 

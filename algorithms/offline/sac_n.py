@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from algorithms.offline.base import Batch, Info, OfflineAlgorithm, OfflineConfig, UpdateActors
 from algorithms.offline.pogo_policies import Distribution, Draw, TanhGaussianMLP, initialise
 from model import EnsembleCritic
+from utils import Count, Positive
 
 
 @dataclass
 class SACNConfig(OfflineConfig):
-    num_critics: int = 10  # 10 for halfcheetah, 20 walker2d, 200 hopper (medium: 500), 25 antmaze
-    alpha_learning_rate: float = 3e-4  # learning rate of Adam for the temperature
+    num_critics: Count = 10  # 10 for halfcheetah, 20 walker2d, 200 hopper (medium: 500), 25 antmaze
+    alpha_learning_rate: Positive = 3e-4  # learning rate of Adam for the temperature
 
 
 class SACN(OfflineAlgorithm):

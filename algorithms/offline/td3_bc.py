@@ -18,14 +18,15 @@ from torch import Tensor
 from algorithms.offline.base import Batch, Info, OfflineAlgorithm, OfflineConfig, UpdateActors
 from algorithms.offline.pogo_policies import DeterministicMLP, Distribution, Draw
 from model import EnsembleCritic
+from utils import Count, NonNegative
 
 
 @dataclass
 class TD3BCConfig(OfflineConfig):
-    alpha: float = 2.5  # weight of Q against the mean squared distance to the data's actions
-    policy_noise: float = 0.2  # standard deviation of the noise on the target's action, in units of max_action
-    noise_clip: float = 0.5  # largest such noise, in units of max_action
-    policy_freq: int = 2  # updates of the critics for each update of the actors and target networks
+    alpha: NonNegative = 2.5  # weight of Q against the mean squared distance to the data's actions
+    policy_noise: NonNegative = 0.2  # standard deviation of the noise on the target's action, in units of max_action
+    noise_clip: NonNegative = 0.5  # largest such noise, in units of max_action
+    policy_freq: Count = 2  # updates of the critics for each update of the actors and target networks
 
 
 class TD3BC(OfflineAlgorithm):

@@ -1,0 +1,150 @@
+"""The base of every run: settings, a directory of its own, random streams, a checkpoint to continue from, a log."""
+
+import abc
+import contextlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model_kernels import KernelConfig, use_kernels
+from runs.cli import check_ranges, marked
+from runs.directory import HOW_IT_STARTED, check_run, expecting, hold_run, load_checkpoint, plain_config, prepare_run
+from runs.metrics import MetricLogger
+from utils import MAY_CHANGE, Basic, MayChange, RandomStreams, UserError, Whole, resolve_device
+
+
+@dataclass
+class RunConfig(KernelConfig):
+    seed: Basic[Whole] = 0  # seed of initialisation, sampling, noise and evaluation, each a stream of its own
+    device: Basic[MayChange[str]] = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:<index>
+    run_dir: Basic[MayChange[str | None]] = None  # directory of the run; default: one named by the settings, in logs/
+    resume: Basic[bool] = False  # continue the run from its last checkpoint
+    overwrite: Basic[bool] = False  # replace the run that is in the directory by a new one
+    tensorboard: MayChange[bool] = True  # write TensorBoard events
+    wandb_project: MayChange[str | None] = None  # also log to Weights & Biases (requirements/tracking.txt)
+
+    def __post_init__(self):
+        """Raises UserError for a number outside its range."""
+        check_ranges(self)
+
+
+class Run(abc.ABC):
+    """One run in a directory that no other process trains in. Close it at the end.
+
+    A command says how: `check`, `default_run_dir`, `load_data`, `build`, `load_state`, `step`. They are called in the
+    order of `__init__` and `open`. Raises UserError where the run cannot begin or go on, and RunFinished where it is
+    finished.
+    """
+
+    step: int  # updates, or what else rows of metrics.csv count
+
+    def __init__(self, config: RunConfig):
+        self.preflight(config)  # before the data is made or loaded
+        self.config, self.device = config, resolve_device(config.device)
+        use_kernels(config, self.device)
+        self.run_dir, self.checkpoint = self.default_run_dir(config), self.checkpoint_path(config)
+        self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
+        self.load_data()
+        try:
+            self.open()
+        except BaseException:
+            self.close()
+            raise
+
+    def open(self) -> None:
+        """Lock the directory, build what is trained, continue from the checkpoint if there is one, open the log."""
+        config = self.config
+        for folder in {self.run_dir.resolve(), self.checkpoint.parent}:
+            self.resources.enter_context(hold_run(folder))
+        how = (config.resume, self.may_change(config), self.checkpoint, config.overwrite)
+        checkpoint = prepare_run(self.run_dir, config, *how)
+        self.build()
+        if checkpoint is not None:
+            self.load(checkpoint)
+        trackers = (config.tensorboard, config.wandb_project, config, self.wandb_labels())
+        self.logger = MetricLogger(self.log_dir(), self.step if checkpoint else None, *trackers)
+        self.resources.callback(self.logger.close)
+        self.started(self.step if checkpoint else None)
+
+    def close(self) -> None:
+        """Release the directory, the environments and the log; closing twice is harmless."""
+        self.resources.close()
+
+    @classmethod
+    def preflight(cls, config: RunConfig) -> None:
+        """Whether this run may begin or go on, without writing anything; UserError or RunFinished says why not."""
+        cls.check(config)
+        run_dir, checkpoint = cls.default_run_dir(config), cls.checkpoint_path(config)
+        check_run(run_dir, config, config.resume, cls.may_change(config), checkpoint, config.overwrite)
+        for folder in filter(Path.is_dir, {run_dir.resolve(), checkpoint.parent}):
+            with hold_run(folder):
+                pass
+
+    # -- what a command defines --------------------------------------------------------------------------------------
+
+    @classmethod  # noqa: B027  many runs need no check
+    def check(cls, config: RunConfig) -> None:
+        """UserError for settings that cannot work together; each one alone is within its range."""
+
+    @classmethod
+    @abc.abstractmethod
+    def default_run_dir(cls, config: RunConfig) -> Path:
+        """The directory that the settings name, or the usual one."""
+
+    @abc.abstractmethod
+    def load_data(self) -> None:
+        """Load what is trained on; nothing is locked or written yet."""
+
+    @abc.abstractmethod
+    def build(self) -> None:
+        """Make what is trained, freshly initialised, at step 0."""
+
+    @abc.abstractmethod
+    def load_state(self, path: Path, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's content. Whatever it raises for another model's becomes one UserError line."""
+
+    def started(self, resume_step: int | None) -> None:  # noqa: B027  most runs need nothing
+        """The log is open: open what else goes on from `resume_step`, None for a new run."""
+
+    def log_dir(self) -> Path:
+        """Where metrics.csv lies."""
+        return self.run_dir
+
+    def wandb_labels(self) -> dict[str, str | None]:
+        """Further arguments of wandb.init, as `name` and `group`."""
+        return {}
+
+    @classmethod
+    def checkpoint_path(cls, config: RunConfig) -> Path:
+        """Where the run's checkpoint lies."""
+        return cls.default_run_dir(config).resolve() / "checkpoints" / "last.pth"
+
+    @classmethod
+    def may_change(cls, config: RunConfig) -> set[str]:
+        """Settings that may differ when the run is resumed: those that are marked."""
+        return marked(type(config), MAY_CHANGE)
+
+    # -- shared ------------------------------------------------------------------------------------------------------
+
+    def model_config(self) -> dict[str, Any]:
+        """The settings that make this run what it is; where and how long it goes on are not among them."""
+        others = marked(type(self.config), MAY_CHANGE) | HOW_IT_STARTED | {"checkpoint_dir"}
+        return {name: value for name, value in plain_config(self.config).items() if name not in others}
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint; UserError where it is damaged, another run's or another model's."""
+        state, own = load_checkpoint(path, self.device), self.model_config()
+        with expecting(path, "a checkpoint of this model", "choose another --run_dir"):
+            theirs = state["config"]
+            other = next((name for name in own if theirs.get(name) != own[name]), None)
+            if other is not None:
+                fault = f"checkpoint of another run ({other} {theirs.get(other)}, here {own[other]})"
+                raise UserError(path, fault, "choose another --run_dir or --checkpoint_dir")
+            self.load_state(path, state)
+
+    def check_metrics(self, metrics: dict[str, float], remedy: str = "lower the learning rates") -> None:
+        """UserError where the run has diverged."""
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise UserError(self.run_dir, f"{name} is {value} at update {self.step}", remedy)
