@@ -16,6 +16,7 @@ import make_dataset
 import offline_trainer
 import online_trainer
 import pogo_main
+from algorithms.offline import pogo_multi_main
 from walker import train_il
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,6 +228,57 @@ def test_command_runs_in_a_small_form(command, tmp_path, monkeypatch, capsys):
     except SystemExit as end:  # --check says with it what it found
         assert end.code == 0
     assert says in capsys.readouterr().out
+
+
+ORIGINAL_YAML = """
+# 필수: 사용할 알고리즘 선택
+algorithm: iql
+
+# 환경 설정
+env: halfcheetah-medium-v2
+seed: 0
+eval_freq: 5000
+n_episodes: 10
+max_timesteps: 1000000
+
+# POGO Multi-Actor 설정
+w2_weights: [10.0, 10.0, 10.0]
+num_actors: 3
+
+# Sinkhorn 설정 (Actor1+용)
+sinkhorn_K: 4
+sinkhorn_blur: 0.05
+sinkhorn_backend: "tensorized"
+
+# IQL 파라미터 (IQL 구조 그대로 사용)
+iql_tau: 0.7
+beta: 3.0
+vf_lr: 3e-4
+qf_lr: 3e-4
+actor_lr: 3e-4
+iql_deterministic: false
+
+# 공통 파라미터
+batch_size: 256
+discount: 0.99
+tau: 0.005
+buffer_size: 2000000
+normalize: true
+normalize_reward: false
+
+project: CORL
+group: pogo-multi-iql
+name: pogo-multi-iql
+"""
+
+
+def test_the_original_texts_file_of_settings_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("iql.yaml").write_text(ORIGINAL_YAML, encoding="utf-8")
+    more, says = SMALLER["-m algorithms.offline.pogo_multi_main"]
+    pogo_multi_main.main(["--config_path", "iql.yaml", *shlex.split(more), "--wandb_project", "none"])
+    assert says in capsys.readouterr().out
+    assert Path("logs/local/hopper-medium-v2/iql_w2_10_10_10/seed_0/finished.json").exists()
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
