@@ -32,13 +32,12 @@ from runs.chain import (
 )
 from runs.cli import parse_config, run_cli
 from runs.directory import expecting, load_checkpoint
-from utils import Number, Positive, UserError, resolve_device, warn
+from utils import Number, UserError, resolve_device, warn
 
 
 @dataclass
 class POGOTrainerConfig(ChainRunConfig, POGOConfig):
     antmaze_reward_shift: Number = -1.0  # added to the rewards of D4RL's antmazes, and to no others
-    q_limit: Positive = 10.0  # stop the run where mean Q passes so many times the largest return that the rewards allow
 
 
 def check(config: POGOTrainerConfig) -> None:
@@ -59,7 +58,6 @@ class POGORun(ChainRun):
 
     def __init__(self, config: POGOTrainerConfig, beside: "POGORun | None" = None, prefix: str = ""):
         super().__init__(config, beside, prefix)
-        self.q_bound = config.q_limit * float(np.abs(self.data.rewards).max()) / (1 - config.discount)
         self.warned: set[str] = set() if beside is None else beside.warned  # of what; one of several runs says it
 
     @staticmethod
@@ -84,16 +82,6 @@ class POGORun(ChainRun):
     def can_be_captured(self) -> bool:
         """Updates with and without the actors are different graphs, and GeomLoss's solvers look at values."""
         return self.config.policy_freq == 1 and self.config.sinkhorn_backend in ("fused", "exact")
-
-    def check_metrics(self, metrics: dict[str, float]) -> None:
-        """Stop a run that has diverged; UserError says where and what to change."""
-        super().check_metrics(metrics)
-        largest = max(abs(value) for name, value in metrics.items() if name == "q_data" or name.endswith("/q"))
-        if largest > self.q_bound:
-            raise UserError(
-                f"{self.run_dir}: mean Q is {largest:.4g} at update {self.step}, more than --q_limit "
-                f"{self.config.q_limit:g} times the largest return that the rewards allow; raise --w2_weights"
-            )
 
     def diagnose(self) -> dict[str, float]:
         """As every chain, with a word about a blur that is too wide."""

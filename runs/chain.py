@@ -31,12 +31,13 @@ from runs.directory import mark_finished, save_checkpoint
 from runs.evaluation import Episodes, Evaluator, episode_seeds, num_workers, report_steps
 from runs.metrics import EpisodeLog, RunningMeans, read_metrics
 from runs.plots import plot_chain_curves
-from runs.run import Run, RunConfig
+from runs.run import Run, RunConfig, largest_q
 from transport import MAX_EXACT
 from utils import (
     Basic,
     Count,
     MayChange,
+    Positive,
     RandomStreams,
     Range,
     RunExists,
@@ -67,6 +68,7 @@ class ChainRunConfig(RunConfig):
     final_runs: Count = 5  # evaluations at the end, on seeds that no other evaluation uses
     eval_workers: MayChange[Workers | None] = None  # processes that step environments; default: cores - 1, at most 7
     log_freq: Count = 1_000  # updates between rows of metrics.csv, with the chain's diagnostics
+    q_limit: MayChange[Positive] = 10.0  # stop where mean Q passes so many times the largest return that rewards allow
     cuda_graph: MayChange[bool] = True  # on a GPU: capture the update once and replay it
     save_model: MayChange[bool] = True  # write checkpoints, without which a run cannot be resumed
     keep_checkpoints: MayChange[bool] = False  # keep each evaluation's checkpoint too, as step_<updates>.pth
@@ -130,6 +132,7 @@ class ChainRun(Run):
             self.buffer = data.replay_buffer(self.device)
         else:
             self.mean, self.std, self.buffer = beside.mean, beside.std, beside.buffer
+        self.q_bound = largest_q(data.rewards, config.discount, config.q_limit)
         with self.streams.initialising():
             self.agent = self.make_agent(data.observation_dim, data.action_dim, data.max_action)
         self.step, self.best, self.means = 0, {"score": -math.inf}, RunningMeans()
@@ -221,7 +224,7 @@ class ChainRun(Run):
             return
         try:
             metrics = self.means.take()
-            self.check_metrics(metrics)
+            self.check_metrics(metrics, "lower the learning rates, raise --w2_weights, or allow more with --q_limit")
             bar.set_postfix(q=f"{metrics['q_data']:.1f}", critic_loss=f"{metrics['critic_loss']:.3g}")
             metrics |= self.diagnose()
             if evaluates:

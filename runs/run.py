@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from model_kernels import KernelConfig, use_kernels
 from runs.cli import check_ranges, marked
 from runs.directory import HOW_IT_STARTED, check_run, expecting, hold_run, load_checkpoint, plain_config, prepare_run
 from runs.metrics import MetricLogger
-from utils import MAY_CHANGE, Basic, MayChange, RandomStreams, UserError, Whole, resolve_device
+from utils import MAY_CHANGE, Basic, MayChange, RandomStreams, UserError, Whole, resolve_device, write_text_atomic
+
+FAILURE = "failure.txt"  # why a run stopped before its end, in its directory
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Run(abc.ABC):
     """
 
     step: int  # updates, or what else rows of metrics.csv count
+    q_bound = math.inf  # mean Q beyond this, either way, has diverged: see `largest_q`
 
     def __init__(self, config: RunConfig):
         self.preflight(config)  # before the data is made or loaded
@@ -63,6 +68,7 @@ class Run(abc.ABC):
         if checkpoint is not None:
             self.load(checkpoint)
         trackers = (config.tensorboard, config.wandb_project, config, self.wandb_labels())
+        (self.run_dir / FAILURE).unlink(missing_ok=True)
         self.logger = MetricLogger(self.log_dir(), self.step if checkpoint else None, *trackers)
         self.resources.callback(self.logger.close)
         self.started(self.step if checkpoint else None)
@@ -144,7 +150,19 @@ class Run(abc.ABC):
             self.load_state(path, state)
 
     def check_metrics(self, metrics: dict[str, float], remedy: str = "lower the learning rates") -> None:
-        """UserError where the run has diverged."""
+        """UserError where the run has diverged, whose text stays in the directory as failure.txt."""
         for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise UserError(self.run_dir, f"{name} is {value} at update {self.step}", remedy)
+            finite, is_q = math.isfinite(value), name == "q_data" or name.endswith("/q")
+            if finite and not (is_q and abs(value) > self.q_bound):
+                continue
+            fault = f"{name} is {value:.4g} at update {self.step}"
+            if finite:
+                fault += f", and the rewards allow a mean Q of {self.q_bound:.4g} at the very most"
+            error = UserError(self.run_dir, fault, remedy)
+            write_text_atomic(self.run_dir / FAILURE, f"{error}\n")
+            raise error
+
+
+def largest_q(rewards: np.ndarray, discount: float, limit: float = 10.0) -> float:
+    """`limit` times the largest discounted return, either way, that rewards like these [N] allow."""
+    return limit * float(np.abs(rewards).max()) / (1 - discount)

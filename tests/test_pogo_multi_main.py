@@ -17,6 +17,7 @@ from offline_data import load_transitions
 from runs import chain
 from runs.directory import load_checkpoint
 from runs.metrics import read_episodes, read_metrics
+from utils import UserError
 
 DATASET = "local/hopper-medium-v2"
 TINY = {
@@ -102,6 +103,14 @@ def test_a_run_that_is_cut_goes_on_to_the_same_bits(algorithm, finished, argumen
     pogo_multi_main.main(["--resume", "--run_dir", str(tmp_path / "cut")])  # which knows its algorithm and settings
     for name in OUTPUTS:
         assert digest(finished / algorithm / name) == digest(tmp_path / "cut" / name), name
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_diverging_run_stops_and_says_why(algorithm, arguments, tmp_path):
+    with pytest.raises(UserError, match="q_data is .* at update 2, and the rewards allow .*; lower .*--q_limit"):
+        pogo_multi_main.main(arguments(algorithm, tmp_path / "run", q_limit=1e-9))
+    assert not (tmp_path / "run/finished.json").exists()
+    assert "q_data is" in (tmp_path / "run/failure.txt").read_text()
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, arguments, tmp_path):

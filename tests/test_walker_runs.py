@@ -21,7 +21,7 @@ from runs.directory import load_checkpoint
 from runs.evaluation import episode_seeds
 from runs.metrics import read_metrics
 from utils import RunFinished, UserError
-from walker import train_cds, train_cqlsac, train_dt, train_il, train_model, train_morel, train_td3bc
+from walker import train_cds, train_cqlsac, train_dt, train_il, train_model, train_morel, train_td3bc, value_run
 from walker.agent import Agent, evaluate
 from walker.study_run import StudyRun
 
@@ -88,6 +88,17 @@ def finished(arguments, tmp_path_factory):
     for method, (module, _) in METHODS.items():
         module.main(["train", *arguments(method, folder / method)])
     return folder
+
+
+@pytest.mark.parametrize("method", ["td3bc", "cql", "cds"])
+def test_a_diverging_value_stops_the_run(method, arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(value_run, "largest_q", lambda *_: 1e-9)
+    with pytest.raises(
+        UserError,
+        match="q_data is .*, and the rewards allow a mean Q of 1e-09 at the very most; lower",
+    ):
+        METHODS[method][0].main(["train", *arguments(method, tmp_path / "run")])
+    assert not (tmp_path / "run/finished.json").exists()
 
 
 # -- data ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import numpy as np
 
 from algorithms.offline.base import OfflineAlgorithm
 from dmc_utils import ACTION_DIM
+from runs.run import largest_q
 from walker.agent import acting_state
 from walker.policies import Markov
 from walker.study_run import StudyRun
@@ -19,6 +20,7 @@ class ValueRun(StudyRun):
     learner: OfflineAlgorithm
 
     def make_learner(self) -> OfflineAlgorithm:
+        self.q_bound = largest_q(self.rewards(self.data.rewards), self.config.discount)
         sizes = (self.input_dim, ACTION_DIM, 1.0)
         return self.algorithm(self.config, sizes, self.streams.policy, self.device)
 
