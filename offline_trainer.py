@@ -210,7 +210,8 @@ class OfflineRun(Run):
             generator = torch.Generator(self.device).manual_seed(self.streams.evaluation_seed)
             batch = self.val_data.sample_windows(MAP_WINDOWS, config.context_length, generator)
             states = batch["observations"][:, :-1][batch["valid"]]
-            maps = [value_map(self.agent, states, task) for task in evaluation_tasks(self.env)]
+            tasks, reach = evaluation_tasks(self.env), self.maze.unit / 4
+            maps = [value_map(self.agent, states, task, reach) for task in tasks]
             plot_value_maps(self.maze, states[:, :2].cpu().numpy(), maps, self.run_dir / "value_map.png", title)
 
 

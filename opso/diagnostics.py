@@ -7,8 +7,8 @@ from offline_agent import OfflineAgent, effective_rank
 from ogbench_utils import Maze, Task, TrajectoryDataset
 from opso.maze import distances
 
-PROPOSALS = 20  # proposals one after the other that an arrow of the map shows
-NEIGHBOURS = 5  # held-out states whose mean position stands for a proposed code
+PROPOSALS = 20  # made one after the other; one alone is a single step, less than the codes resolve
+NEIGHBOURS = 5  # held-out states whose mean position an arrow leads to
 
 
 class HeldOut:
@@ -52,21 +52,24 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(spearmanr(a.ravel(), b.ravel()).statistic)
 
 
-def value_map(agent: OfflineAgent, states: torch.Tensor, task: Task) -> dict:
-    """What `plot_value_maps` draws for one goal: V of single states [n, D], and where the proposer leads from them.
+def value_map(agent: OfflineAgent, states: torch.Tensor, task: Task, reach: float) -> dict:
+    """What `plot_value_maps` draws for one goal, at single states [n, D].
 
-    An arrow goes to where the code lies that PROPOSALS proposals, one after the other, arrive at: the mean position
-    of the states whose codes are nearest to it. One proposal alone is a single step, less than the codes resolve.
+    `uphill` leads to the mean position of the states within `reach` that have the highest V. `proposals` leads to where
+    the code lies that PROPOSALS proposals, one after the other, arrive at: to the states whose codes are nearest.
     """
     z, goal = agent.encode_states(states), torch.as_tensor(task.goal_observation, device=states.device)
-    ahead, xy = z, states[:, :2]
+    value, xy, ahead = agent.value(z, goal), states[:, :2], z
     for _ in range(PROPOSALS):
         ahead = agent.propose(ahead, goal)
-    nearest = torch.cdist(ahead, z[::4]).topk(NEIGHBOURS, largest=False).indices  # a quarter of the states: memory
+    some = slice(None, None, 4)  # a quarter of the states to lead to: all would take gigabytes
+    nearest = torch.cdist(ahead, z[some]).topk(NEIGHBOURS, largest=False).indices
+    best = torch.where(torch.cdist(xy, xy[some]) <= reach, value[some], -torch.inf).topk(NEIGHBOURS).indices
     return {
         "name": f"task {task.task_id}",
         "start_xy": task.init_xy,
         "goal_xy": task.goal_xy,
-        "value": agent.value(z, goal).cpu().numpy(),
-        "arrows": (xy[::4][nearest].mean(1) - xy).cpu().numpy(),
+        "value": value.cpu().numpy(),
+        "uphill": (xy[some][best].mean(1) - xy).cpu().numpy(),
+        "proposals": (xy[some][nearest].mean(1) - xy).cpu().numpy(),
     }

@@ -104,13 +104,19 @@ def _binned(xy: np.ndarray, values: np.ndarray, extent: tuple, size: float) -> n
     return total / count.reshape(rows, columns, *[1] * (values.ndim - 1))
 
 
+MAP_ARROWS = {  # of `opso.diagnostics.value_map` -> colour, name, and how many a cell's side
+    "uphill": ("black", "towards higher V", 2),
+    "proposals": ("white", "where the proposer leads", 1),
+}
+
+
 def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, title: str) -> None:
-    """V(z, z_g) over the maze for each evaluation goal, with the directions that the proposer leads to.
+    """V(z, z_g) over the maze for each evaluation goal, with the way that V shows and where the proposer leads.
 
     Args:
         maze: `ogbench_utils.Maze`.
         xy: [n, 2] positions of held-out states.
-        maps: for each goal `name`, `start_xy`, `goal_xy`, `value` [n] and `arrows` [n, 2].
+        maps: for each goal `name`, `start_xy`, `goal_xy`, `value` [n], and the MAP_ARROWS [n, 2].
         path, title: as in `plot_training_curves`.
     """
     rows = -(-len(maps) // 3)
@@ -127,28 +133,23 @@ def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, ti
         picture = axis.imshow(value, origin="lower", extent=extent, **limits)
         axis.set_facecolor("0.85")  # floor that no held-out state visited
         axis.imshow(walls, origin="lower", extent=extent, cmap="gray", vmin=0, vmax=2)
-        size = maze.unit / 2
-        arrows = _binned(xy, entry["arrows"], extent, size)
-        arrows = arrows / np.maximum(np.linalg.norm(arrows, axis=-1, keepdims=True), 1e-9)
-        x, y = np.meshgrid(np.arange(left, right, size) + size / 2, np.arange(bottom, top, size) + size / 2)
-        seen = np.isfinite(arrows[..., 0])
-        axis.quiver(x[seen], y[seen], *arrows[seen].T, color="black", scale=22, width=0.008, headwidth=4.5, pivot="mid")
+        for name, (colour, label, number) in MAP_ARROWS.items():
+            size = maze.unit / number
+            x, y = np.meshgrid(np.arange(left, right, size) + size / 2, np.arange(bottom, top, size) + size / 2)
+            arrows = _binned(xy, entry[name], extent, size)
+            arrows = arrows / np.maximum(np.linalg.norm(arrows, axis=-1, keepdims=True), 1e-9)
+            seen = np.isfinite(arrows[..., 0])
+            where = (x[seen], y[seen], *arrows[seen].T)
+            axis.quiver(*where, color=colour, scale=22, width=0.008, headwidth=4.5, pivot="mid")
+            axis.plot([], [], color=colour, marker=r"$\rightarrow$", linestyle="", markersize=15, label=label)
         axis.plot(*entry["start_xy"], "o", color="tab:cyan", markeredgecolor="black", markersize=9, label="start")
         axis.plot(*entry["goal_xy"], "*", color="red", markeredgecolor="black", markersize=15, label="goal")
-        axis.plot(
-            [],
-            [],
-            color="black",
-            marker=r"$\rightarrow$",
-            linestyle="",
-            markersize=15,
-            label="where the proposer leads",
-        )
         axis.set_title(entry["name"])
         axis.set_xticks([])
         axis.set_yticks([])
     figure.colorbar(picture, ax=axes, shrink=0.8, label="V(z, z_g), about discount^(steps to the goal - 1)")
-    figure.legend(*axis.get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(0.86, 0.2), fontsize=14)
+    legend = {"loc": "lower right", "bbox_to_anchor": (0.86, 0.2), "fontsize": 14, "facecolor": "0.6"}
+    figure.legend(*axis.get_legend_handles_labels(), **legend)
     _save(figure, path)
 
 

@@ -274,7 +274,7 @@ def test_held_out_distances_are_the_mazes(dataset_dir):
 
 
 def test_the_maps_arrows_follow_the_proposals(dataset_dir):
-    """A proposer that steps to the right: the arrow of a state leads to the states on its right."""
+    """A proposer that steps to the right: its arrow leads to the states on the right, V's to those nearer the goal."""
     maze = Maze.from_env(make_env(DATASET))
     states = torch.cartesian_prod(torch.arange(0, 10, 0.5), torch.arange(0, 10, 0.5))
     task = evaluation_tasks(make_env(DATASET))[0]
@@ -289,7 +289,11 @@ def test_the_maps_arrows_follow_the_proposals(dataset_dir):
         def propose(self, z, goal):
             return z + torch.tensor([0.1, 0.0])
 
-    found = value_map(Rightwards(), states, task)
+    found = value_map(Rightwards(), states, task, reach=1.6)
     assert maze.is_free(found["goal_xy"]) and found["value"].shape == (400,) and found["name"] == "task 1"
     inner = (states[:, 0] < 7).numpy() & (states[:, 1] > 1).numpy() & (states[:, 1] < 8).numpy()
-    assert np.abs(found["arrows"][inner] - [2, 0]).max() < 1
+    assert np.abs(found["proposals"][inner] - [2, 0]).max() < 1
+    way = found["goal_xy"] - states.numpy()
+    far = inner & (np.linalg.norm(way, axis=1) > 4)
+    up, way = found["uphill"][far], way[far]
+    assert ((up * way).sum(1) / np.linalg.norm(up, axis=1) / np.linalg.norm(way, axis=1)).mean() > 0.85
