@@ -51,7 +51,7 @@ ALSO_ALLOWED = {
     ("run_comparison", "pogo_main"),
     ("comparison_jobs", "comparison_jobs"),  # a Ray worker imports it by name
 }
-MAX_TOP_ENTRIES, MAX_TOP_MODULES = 42, 20  # the aim: 30 and 17
+MAX_TOP_ENTRIES, MAX_TOP_MODULES = 42, 18  # the aim: 30 and 17
 MAX_FILE_LINES = 480
 # Source files that are longer; a length may only shrink.
 LONG_FILES = {
@@ -59,9 +59,9 @@ LONG_FILES = {
     "d4rl_utils.py": 525,
     "model.py": 666,
     "ogbench_utils.py": 549,
-    "online_trainer.py": 536,
+    "online_trainer.py": 505,
     "run_comparison.py": 762,
-    "runs/chain.py": 640,
+    "runs/chain.py": 574,
 }
 # To go: these still read what an error says.
 READ_PROSE = {"comparison_jobs.py", "run_comparison.py"}
