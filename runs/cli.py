@@ -23,6 +23,9 @@ import yaml
 
 from utils import BASIC, DISK_FULL, ProcessDied, Range, RunFinished, UserError, one_line
 
+# Flags of the original texts that have no place here, and what takes it.
+REPLACED = {"comet_api": "TensorBoard, which every run writes, or --wandb_project takes its place"}
+
 
 def run_cli(main: Callable[[list[str] | None], None]) -> None:
     """Call `main(None)` and turn the failures that a user can mend into one line.
@@ -170,7 +173,8 @@ def _read_flags(
         negated = name.startswith("no_") and hints.get(name[3:]) is bool
         name = name[3:] if negated else aliases.get(name, name)
         if name not in hints or not flag.startswith("--"):
-            raise UserError(f"unknown flag {flag}; the nearest one is --{_nearest(flag.replace('-', '_'), hints)}")
+            nearest = f"the nearest one is --{_nearest(flag.replace('-', '_'), hints)}"
+            raise UserError(f"unknown flag {flag}; {REPLACED.get(name, nearest)}")
         groups[name] = [value] if equals else []
         if hints[name] is bool:
             if equals and value.lower() not in ("true", "false"):

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from running import error_line
 
 import dmc_utils
 import make_dataset
@@ -17,7 +18,7 @@ import offline_trainer
 import online_trainer
 import pogo_main
 from algorithms.offline import pogo_multi_main
-from walker import train_il
+from walker import train_il, train_morel
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASET = "local/pointmaze-medium-stitch-v0"
@@ -228,6 +229,14 @@ def test_command_runs_in_a_small_form(command, tmp_path, monkeypatch, capsys):
     except SystemExit as end:  # --check says with it what it found
         assert end.code == 0
     assert says in capsys.readouterr().out
+
+
+def test_a_flag_that_has_gone_names_what_takes_its_place(capsys):
+    line = error_line(train_morel.main, capsys, "--comet_api", "KEY", "--exp_name", "v2_t3.2_n32")
+    assert (
+        line
+        == "error: unknown flag --comet_api; TensorBoard, which every run writes, or --wandb_project takes its place"
+    )
 
 
 ORIGINAL_YAML = """
