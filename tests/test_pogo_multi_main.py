@@ -48,7 +48,7 @@ def short_episodes():
 @pytest.fixture(scope="module")
 def dataset_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("datasets")
-    make_dataset.generate(DATASET, size=300, dataset_dir=folder, progress=False)
+    make_dataset.generate(DATASET, size=700, dataset_dir=folder, progress=False)
     return folder
 
 
