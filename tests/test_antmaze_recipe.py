@@ -80,8 +80,10 @@ def test_starts_destinations_and_ways(name, policy):
         start = maker.starts[rng.integers(len(maker.starts))]
         xy, destination = maker.maze._middle(np.array(start)), maker.draw_destination(rng)
         assert maker.maze.cells[maker.cell(destination)] != "#" and maker.cell(xy) == start
+        aim = start
         for _ in range(2000):
-            xy = xy + 0.1 * maker.direction(xy, destination, rng)
+            aim = maker.next_aim(aim, xy, destination)
+            xy = xy + 0.1 * maker.direction(aim, xy, destination, rng)
             assert maker.maze.cells[maker.cell(xy)] != "#"
             if np.linalg.norm(xy - destination) <= 0.5:
                 break
