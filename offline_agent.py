@@ -9,7 +9,7 @@ Layout of a batch (B windows of L transitions):
     codes          z_0  z_1  z_2  ...  z_L          z_t = f(s_0 .. s_t)
     transition t   (z_t, z_{t+1}), goal z_g = f(g)  valid[B, L], steps_to_goal[B, L]
 
-Deviations from the original OPSO code, each with its reason (docs/opso.md has the measurements):
+Deviations from the original OPSO code, each with its reason (docs/notebook_opso.md has the measurements):
 - The expectile weighs 0.9 where the target is *above* V: the optimistic side, as its text says and its snippet
   does not.
 - Targets run over up to `horizon` steps inside the window and stop at the goal. With horizon 1 (the original) value

@@ -12,7 +12,7 @@ z = f(s), as the offline stage's target codes are; the policy sees the state bes
                                                                                                             |
     s_t ---f---> z_t, s_t --------------------------------------> inverse_dynamics <--- z', some steps ahead on it
 
-Deviations from the original OPSO code, each with its reason (docs/opso.md has the measurements):
+Deviations from the original OPSO code, each with its reason (docs/notebook_opso.md has the measurements):
 - z' lies up to `subgoal_steps` ahead, not one: a step of an ant says little about where it goes. `subgoal_steps 1`
   is the original.
 - Acting searches (`acting search`) among dataset states. `acting proposer` asks next_state(z, z_g), as the original

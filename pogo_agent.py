@@ -22,13 +22,13 @@ Choices where the sources differ or are silent:
   published later has lambda = 1 (`none`).
 - All actors begin as copies of the first, and before its own gradient step an actor takes over the change of weights
   that the one before it has just made (`follow`), as a step of the scheme begins where the one before it stands.
-  Without that an actor spends the run on coming near the one before, and never gets to its step (docs/pogo.md).
+  Without that an actor spends the run on coming near the one before, and never gets to its step.
 - The actors' learning rate falls to 0 over the run (`lr_decay`): an actor follows one that moves at every step, and
-  lags behind by more than the step it is to make (docs/pogo.md).
+  lags behind by more than the step it is to make (docs/notebook_pogo.md).
 - K samples a state and policy; the distance takes all of them, Q the first: fewer passes through the critic, and no
   difference in expectation.
 - Actor and reference are sampled with the same noise, and the optimal assignment is exact: with independent noise an
-  actor is drawn to a third of its reference's spread, and GeomLoss's gradients are a third off (docs/pogo.md).
+  actor is drawn to a third of its reference's spread, and GeomLoss's gradients are a third off (docs/pogo_theory.md).
   `--w2_noise independent --sinkhorn_backend tensorized` is the original.
 """
 

@@ -3,8 +3,8 @@
 One convention holds for the whole module: a Wasserstein distance is returned as **half of W2 squared**, the optimal
 transport cost for c(x, y) = ||x - y||^2 / 2. GeomLoss with p=2 returns that, and published weights rely on it.
 
-Two choices decide what a distance between two policies means; docs/pogo.md derives both and measures what each is
-wrong by.
+Two choices decide what a distance between two policies means; docs/pogo_theory.md derives both and measures what each
+is wrong by.
 
 - Which samples (`policy_distance`). Samples of independent noise lie apart even if the policies are equal, and the
   further apart the wider they are: that distance is smallest for an actor far narrower than its reference. With the

@@ -12,7 +12,7 @@ Needs `pip install -r requirements/experts.txt`. One core trains about 100 steps
 
 Recipes: ant-xy and humanoid-xy are those of OGBench's data_gen_scripts/main_sac.py, the others SAC's published settings
 (Haarnoja et al. 2018) with two layers of 256. The ant takes the learning rate 3e-4 and 250,000 steps where OGBench
-takes 1e-4 and 400,000, because it comes as far in half the steps (docs/data.md). What stable-baselines3 does
+takes 1e-4 and 400,000, because it comes as far in half the steps (docs/notebook_data.md). What stable-baselines3 does
 differently from OGBench's JAX code: it updates the critic before the actor instead of both at once, learns the
 logarithm of the temperature, bounds the log standard deviation by [-20, 2] instead of [-5, 2], and does not scale down
 the actor's last layer at the start. For the humanoid it also takes the minimum of the critics instead of the mean, and

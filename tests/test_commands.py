@@ -94,10 +94,6 @@ SMALLER = {
         "--device cpu --batch_size 2 --context_length 10 --d_model 32 --repeats 1",
         "offline_transitions_per_second: ours",
     ),
-    "benchmarks/ablate_offline.py": (
-        f"--dataset {DATASET} --num_epochs 1 --num_seeds 1 --jobs 1 --variants 'no V'",
-        "| no V |",
-    ),
     "benchmarks/data_table.py": (
         f"--jobs 1 --ids {DATASET} --dataset_dir datasets",
         "(not the default: 2 episodes, not 300) | 2 | 400 |",
@@ -151,7 +147,7 @@ def shown_commands() -> set[str]:
         for line in page.read_text().splitlines():
             module = r"-m (?:algorithms|benchmark_data|walker)[\w.]+"
             match = re.search(rf"(?:^|&& |\s{{4}})python ((?:{module}|(?:benchmarks/)?\w+\.py)[^#|]*)", line)
-            if match and "`" not in line and "--path CORL" not in line:  # which needs a clone of another repository
+            if match and "`" not in line:
                 found.add(match.group(1).strip())
     return found
 
