@@ -37,7 +37,7 @@ from benchmark_data.check import run_check
 from benchmark_data.local import FAMILIES, find_family, generate
 from benchmark_data.maze import HUMANOID_MESSAGE
 from runs.cli import parse_config, run_cli
-from utils import UserError
+from utils import Count, UserError, Whole
 
 
 @dataclass
@@ -45,12 +45,12 @@ class MakeDatasetConfig:
     """Settings of one generated dataset."""
 
     dataset: str = "local/pointmaze-medium-navigate-v0"  # id of the dataset, local/<the benchmark's id>; see --list
-    num_episodes: int | None = None  # of a maze dataset (a tenth more to validate) or the walker study; default above
-    num_transitions: int | None = None  # of a D4RL dataset; 100,000 where it is not given
-    seed: int = 0  # on one machine the files depend on the id, the size, the policies and this alone
-    dataset_dir: str | None = None  # where datasets are kept; else as said above
+    num_episodes: Count | None = None  # episodes of a maze (a tenth more to validate) or walker dataset
+    num_transitions: Count | None = None  # transitions of a D4RL dataset; default: 100,000
+    seed: Whole = 0  # on one machine the files depend on the id, the size, the policies and this alone
+    dataset_dir: str | None = None  # folder of the datasets; default: the folder that --list shows
     experts_dir: str | None = None  # folder of policies that benchmark_data.train_expert wrote; else datasets/experts/
-    jobs: int = 1  # processes that make episodes side by side; changes no byte of the files
+    jobs: Count = 1  # processes that make episodes side by side; changes no byte of the files
     overwrite: bool = False  # replace a dataset of another seed, size or policies, or files without a manifest
     list: bool = False  # instead, show every id: size, where it is, or how to get it
     only: str | None = None  # with --list: the ids that hold this text, and no others

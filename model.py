@@ -8,7 +8,7 @@ The Mamba-2 block (Dao & Gu, "Transformers are SSMs", 2024) keeps the parameter 
 Unrolled over a chunk this is a masked matrix product, Y = (C B^T * decay) (dt X): the state-space dual form
 (equation 6 of the paper), which is what `ssd` computes; between chunks only the state is carried.
 
-Everything here needs PyTorch alone; model_kernels.py has the fast forms. The fused kernels of mamba_ssm are used when
+Everything here needs PyTorch alone; model_kernels/ has the fast forms. The fused kernels of mamba_ssm are used when
 asked for (`backend='cuda'`), or found (`backend='auto'`).
 """
 

@@ -56,20 +56,20 @@ class OfflineAgentConfig:
     d_state: Count = 64  # numbers that the scan remembers for each channel
     d_conv: Count = 4  # width of the causal convolution
     expand: Count = 2  # inner width of a layer, in d_model
-    dropout: BelowOne = 0.0  # after each layer
+    dropout: BelowOne = 0.0  # dropout after each Mamba-2 layer
     backend: str = "auto"  # Mamba-2 kernels: torch, cuda (mamba_ssm) or auto
-    lr: Positive = 3e-4  # Adam
+    lr: Positive = 3e-4  # learning rate of Adam
     warmup_steps: Whole = 50  # updates of linear warm-up of the learning rate
     lr_decay: bool = True  # cosine decay of the learning rate to 0 over the run's updates
     grad_clip: Positive = 100.0  # largest norm of the gradient; the V and critic weights below make it tens
-    discount: PositiveFraction = 0.99  # of the reward, per step
-    tau: PositiveFraction = 0.02  # rate of the EMA targets
+    discount: PositiveFraction = 0.99  # discount factor of rewards
+    tau: PositiveFraction = 0.02  # rate of the target networks' average
     expectile: Fraction = 0.9  # weight of V errors whose target lies above V
     horizon: Count = 50  # targets span 1..horizon steps, drawn for each position; 1 is the original
     history_dropout: Fraction = 0.5  # share of a batch's windows whose states are coded alone
     target_history: bool = False  # the target network codes histories too, as the original does
     history_horizon: Count = 10  # longest target of the windows coded with history
-    temperature: Positive = 0.1  # InfoNCE
+    temperature: Positive = 0.1  # temperature of InfoNCE
     bank_size: Whole = 10_000  # detached codes kept as further negatives
     nce_positions: Count = 8  # transitions a window that InfoNCE contrasts
     focal_gamma: NonNegative = 0.0  # focal exponent of the reward loss; 0 is plain cross-entropy
@@ -81,9 +81,9 @@ class OfflineAgentConfig:
     beta_nce: NonNegative = 0.1  # weight of InfoNCE
     beta_a: NonNegative = 0.1  # weight of the alignment loss
     p_self: Fraction = 0.1  # share of goals that are the state the transition arrives at
-    p_future: Fraction = 0.5  # share drawn ahead on the trajectory, geometrically
-    p_random: Fraction = 0.4  # share drawn from the whole dataset
-    goal_discount: BelowOne = 0.99  # of the geometric draw
+    p_future: Fraction = 0.5  # share of goals drawn ahead on the trajectory, geometrically
+    p_random: Fraction = 0.4  # share of goals drawn from the whole dataset
+    goal_discount: BelowOne = 0.99  # discount of the geometric distribution of p_future
 
 
 def masked_mean(x: Tensor, valid: Tensor) -> Tensor:

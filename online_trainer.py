@@ -257,11 +257,9 @@ class OnlineRun(Run):
             means.add(self.agent.update(batch, scale))
         return self.finite(means.take(), "--lr")
 
-    def finite(self, losses: dict[str, float], remedy: str) -> dict[str, float]:
+    def finite(self, losses: dict[str, float], flag: str) -> dict[str, float]:
         """The losses, or UserError where one has diverged."""
-        for name, value in losses.items():
-            if not math.isfinite(value):
-                raise UserError(f"{self.run_dir}: {name} is {value} after {self.episodes} episodes; lower {remedy}")
+        self.check_metrics(losses, f"lower {flag}")
         return losses
 
     def schedule(self, start: float, end: float) -> float:

@@ -277,13 +277,19 @@ def blur_unit(config: DistanceConfig, reference: Tensor, max_action: float) -> T
     return cloud_spread(reference).clamp_min(SMALLEST_SPREAD * max_action)
 
 
-def cloud_distance(config: DistanceConfig, max_action: float, x: Tensor, y: Tensor) -> Tensor:
-    """Half of W2 squared between clouds [B, K, A] of a box's actions, averaged over states, 0-d."""
+def cloud_distance(
+    config: DistanceConfig, max_action: float, x: Tensor, y: Tensor, unit: Tensor | None = None
+) -> Tensor:
+    """Half of W2 squared between clouds [B, K, A] of a box's actions, averaged over states, 0-d.
+
+    unit: what the blur is measured in; default: y's `blur_unit`.
+    """
     settings = (config.sinkhorn_blur, config.sinkhorn_backend, box_diameter(max_action, x.shape[-1]))
     if config.blur_relative == "none" or config.sinkhorn_backend == "exact":
         return sinkhorn(x, y, *settings, config.sinkhorn_scaling).mean()
     # The divergence for blur * unit is unit^2 times that of the clouds divided by the unit.
-    unit, diameter = blur_unit(config, y, max_action), settings[2] / (SMALLEST_SPREAD * max_action)
+    unit = blur_unit(config, y, max_action) if unit is None else unit
+    diameter = settings[2] / (SMALLEST_SPREAD * max_action)
     return sinkhorn(x / unit, y / unit, *settings[:2], diameter, config.sinkhorn_scaling).mean() * unit.square()
 
 
@@ -311,11 +317,12 @@ def policy_distance(
     """
     with torch.no_grad():
         y = reference(z if config.w2_noise == "same" else noise())
-    distance = cloud_distance(config, max_action, x, y)
+        unit = blur_unit(config, y, max_action)
+    distance = cloud_distance(config, max_action, x, y, unit)
     if config.w2_noise == "debiased":
-        own = cloud_distance(config, max_action, x, policy(noise()))
+        own = cloud_distance(config, max_action, x, policy(noise()), unit)
         with torch.no_grad():
-            others = cloud_distance(config, max_action, y, reference(noise()))
+            others = cloud_distance(config, max_action, y, reference(noise()), unit)
         distance = distance - own / 2 - others / 2
     return distance
 

@@ -97,6 +97,7 @@ class Range:
 
     least: float
     most: float
+    below: float | None = None  # what the largest number is below, said instead of it
 
 
 T = TypeVar("T")
@@ -113,7 +114,7 @@ NonNegative = Annotated[float, Range(0.0, 1e9)]
 Number = Annotated[float, Range(-1e9, 1e9)]
 Fraction = Annotated[float, Range(0.0, 1.0)]
 PositiveFraction = Annotated[float, Range(1e-9, 1.0)]
-BelowOne = Annotated[float, Range(0.0, 1 - 1e-9)]
+BelowOne = Annotated[float, Range(0.0, 1 - 1e-9, below=1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -252,7 +252,7 @@ def _other_mujoco(data: Data, rows: np.ndarray, states: np.ndarray, misses: np.n
 
 def _check_rewards(data: Data, rows: np.ndarray, rewards: np.ndarray, exact: bool) -> None:
     """Rewards of rows against the simulator's, and against those of the neighbouring rows."""
-    if data.rewards is None or data.goals:  # the goals of D4RL's antmazes are not in their files
+    if data.rewards is None or data.goals:  # the goals of official antmazes are not in their files
         return
     last = len(data.rewards) - 1
     errors = {

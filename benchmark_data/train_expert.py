@@ -58,16 +58,16 @@ from utils import MAY_CHANGE, Count, MayChange, PositiveFraction, RandomStreams,
 @dataclass
 class TrainExpertConfig:
     env: str = "hopper"  # ant-xy, humanoid-xy, hopper, halfcheetah, walker2d, walker_walk or walker_run
-    algorithm: Literal["sac", "td3"] = "sac"  # of stable-baselines3
+    algorithm: Literal["sac", "td3"] = "sac"  # algorithm of stable-baselines3
     max_timesteps: MayChange[Count | None] = None  # environment steps; default: the recipe's
     lr: PositiveFraction | None = None  # learning rate of actor, critics and temperature; default: the recipe's
     batch_size: Count = 256  # transitions in an update
     hidden_dims: tuple[int, ...] | None = None  # layers of the actor and of each critic; default: the recipe's
-    discount: PositiveFraction = 0.99  # of future rewards
+    discount: PositiveFraction = 0.99  # discount factor of rewards
     tau: PositiveFraction = 0.005  # step of the target critics towards the critics
     start_steps: Whole = 10_000  # uniformly random actions before the first update
     buffer_size: Count = 1_000_000  # transitions in the replay buffer
-    seed: Whole = 0  # of networks, exploration, sampling and episodes
+    seed: Whole = 0  # seed of networks, exploration, sampling and episodes
     snapshot_every: Count = 10_000  # steps between policy files, each of them evaluated
     eval_episodes: Count = 10  # deterministic episodes of a snapshot's evaluation
     card_episodes: MayChange[Count] = CARD_EPISODES  # episodes behind the cards of the last and the best policy

@@ -199,7 +199,8 @@ def _read_flags(
 def _is_flag(word: str) -> bool:
     """-1e-3, -inf and the -4] of an unquoted list are values, -x and --lr are flags."""
     with contextlib.suppress(ValueError):
-        return float(word.rstrip("]),")) is None
+        float(word.rstrip("]),"))
+        return False
     return word.startswith("-") and word != "-"
 
 
@@ -209,7 +210,7 @@ def _from_words(words: list[str], hint: Any) -> Any:
         with contextlib.suppress(ValueError, KeyError):
             if typing.get_origin(option) is tuple:
                 text = " ".join(words)
-                items = text.strip("[]()").replace(",", " ").split() if "," in text or text[0] in "[(" else words
+                items = text.strip("[]()").replace(",", " ").split() if "," in text or text[:1] in ("[", "(") else words
                 return tuple(_from_words([item], typing.get_args(option)[0]) for item in items)
             (word,) = words
             if typing.get_origin(option) is Literal:
@@ -300,7 +301,8 @@ def check_ranges(config: Any) -> None:
     for field in dataclasses.fields(config):
         value, limits = getattr(config, field.name), _range(hints[field.name])
         if value is not None and limits is not None and not limits.least <= value <= limits.most:  # nan is not either
-            must = f"must be at least {limits.least:g} and at most {limits.most:g}"
+            most = f"below {limits.below:g}" if limits.below else f"at most {limits.most:g}"
+            must = f"must be at least {limits.least:g} and {most}"
             raise UserError(f"--{field.name} {value}", must)
 
 

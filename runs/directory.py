@@ -161,14 +161,15 @@ def check_run(
         )
     if overwrite:
         return
+    replacing = ", or replace it with --overwrite" if hasattr(config, "overwrite") else ""
     if finished or (resume and (run_dir / "config.yaml").exists()):
         _check_same_config(run_dir, _stored_config(config), ALWAYS_MAY_CHANGE | set(may_change))
     if finished:
         figures = _last_figures(run_dir)
-        remedy = "choose another --run_dir to train again, or replace it with --overwrite"
+        remedy = f"choose another --run_dir to train again{replacing}"
         raise RunFinished(f"{run_dir}: this run is finished{figures}; {remedy}")
     if started and not resume:
-        remedy = "continue it with --resume, replace it with --overwrite, or choose another --run_dir"
+        remedy = f"continue it with --resume, or choose another --run_dir{replacing}"
         raise RunExists(run_dir, "holds an unfinished run", remedy)
 
 
@@ -258,7 +259,7 @@ def _check_same_config(run_dir: Path, current: dict[str, Any], may_change: set[s
         before, now = stored.get(key, absent), current.get(key, absent)
         if key not in may_change and before != now:
             fault = f"{key} was {before} and is now {now}"
-            raise RunExists(path, fault, "give the old value, choose another --run_dir, or --overwrite the run")
+            raise RunExists(path, fault, "give the old value, or choose another --run_dir")
 
 
 def _versions() -> dict[str, str | None]:

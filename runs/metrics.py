@@ -100,7 +100,7 @@ class MetricLogger:
         try:
             import wandb
         except ImportError:
-            raise RuntimeError("not installed: pip install -r requirements-tracking.txt") from None
+            raise RuntimeError("not installed: pip install -r requirements/tracking.txt") from None
         # The id lies beside the run, so that a resumed run continues its own page.
         id_file = run_dir / "wandb_id.txt"
         if resume_step is None or not id_file.exists():

@@ -152,12 +152,12 @@ class Run(abc.ABC):
     def check_metrics(self, metrics: dict[str, float], remedy: str = "lower the learning rates") -> None:
         """UserError where the run has diverged, whose text stays in the directory as failure.txt."""
         for name, value in metrics.items():
-            finite, is_q = math.isfinite(value), name == "q_data" or name.endswith("/q")
+            finite, is_q = math.isfinite(value), name == "q_data" or name.endswith(("/q", "_q"))
             if finite and not (is_q and abs(value) > self.q_bound):
                 continue
             fault = f"{name} is {value:.4g} at update {self.step}"
             if finite:
-                fault += f", and the rewards allow a mean Q of {self.q_bound:.4g} at the very most"
+                fault += f", beyond the limit of {self.q_bound:.4g} (--q_limit)"
             error = UserError(self.run_dir, fault, remedy)
             write_text_atomic(self.run_dir / FAILURE, f"{error}\n")
             raise error

@@ -245,8 +245,8 @@ def test_files_that_nobody_here_made_are_kept_unless_asked(tmp_path, name):
         ("hopper-medium-v2", "official file.*local/hopper-medium-v2"),
         ("local/pointmaze-medium-navigat", "nearest that can is 'local/pointmaze-medium-navigate-v0'"),
         ("../../etc/local/hopper-medium-v2", "cannot be made here"),
-        ("cartpole", "^--dataset 'cartpole' cannot be made here; see .*--list"),
-        ("local/swimmer-medium-v2", "^--dataset 'local/swimmer-medium-v2' cannot be made here; see .*--list"),
+        ("cartpole", "^dataset 'cartpole' cannot be made here; see .*--list"),
+        ("local/swimmer-medium-v2", "^dataset 'local/swimmer-medium-v2' cannot be made here; see .*--list"),
     ],
 )
 def test_ids_that_cannot_be_made(dataset_id, message, tmp_path):

@@ -95,7 +95,7 @@ def test_a_diverging_value_stops_the_run(method, arguments, tmp_path, monkeypatc
     monkeypatch.setattr(value_run, "largest_q", lambda *_: 1e-9)
     with pytest.raises(
         UserError,
-        match="q_data is .*, and the rewards allow a mean Q of 1e-09 at the very most; lower",
+        match="q_data is .*, beyond the limit of 1e-09 .--q_limit.; lower",
     ):
         METHODS[method][0].main(["train", *arguments(method, tmp_path / "run")])
     assert not (tmp_path / "run/finished.json").exists()

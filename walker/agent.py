@@ -182,8 +182,8 @@ def report(name: str, task: str, returns: np.ndarray) -> str:
 @dataclass
 class AgentConfig:
     load: str | None = None  # file of any method; default: the random policy
-    episodes: Count = 100  # a task
-    seed: int = 0  # of the episodes, and of random actions
+    episodes: Count = 100  # episodes of each task
+    seed: Whole = 0  # seed of the episodes and of random actions
     eval_workers: Workers | None = None  # more processes that step environments; default: cores - 1, at most 7
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:<index>
     run_dir: str | None = None  # also write evaluation.csv, every episode, and finished.json to this folder

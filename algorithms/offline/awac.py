@@ -4,7 +4,7 @@
     actor     E[min(exp((Q(s, a) - Q(s, a_pi)) / lambda), 100) (-log pi(a|s))], Q the lesser         equation 13
 
 with a_pi ~ pi(s), cut to the box as all actions are. Three hidden layers. Deviation from CORL:
-none; benchmarks/bench_corl.py compares the two.
+none; benchmarks/bench_algorithms.py compares the two.
 """
 
 import functools

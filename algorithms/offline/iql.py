@@ -5,7 +5,7 @@
     actor   E[min(exp(beta u), 100) L(s, a)],  L = -log pi(a|s) of a density, else ||pi(s) - a||^2   equation 7
 
 `iql_tau` is the expectile, `tau` the targets' rate. The actor's learning rate falls along a cosine. Deviation from
-CORL: none; benchmarks/bench_corl.py compares the two.
+CORL: none; benchmarks/bench_algorithms.py compares the two.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ TD3, whose actor is also held near the data's actions:
     actor     -lambda E[Q1(s, pi(s))] + E[(pi(s) - a)^2],   lambda = alpha / mean|Q|                equation 5
 
 The actor and all target networks move every `policy_freq` updates. Deviation from CORL:
-none; benchmarks/bench_corl.py compares the two.
+none; benchmarks/bench_algorithms.py compares the two.
 """
 
 from dataclasses import dataclass
