@@ -3,7 +3,8 @@
 Every run is a process of its own in logs/{env}/w2_{weights}/seed_{seed}: a pogo_main.py, or, where the file names an
 algorithm, a pogo_multi_main. The command can be cut and repeated: finished runs are kept, runs that were cut go on from
 their last checkpoint, failed ones are tried again. It writes results/results.csv, results/results.md and
-results/report.html after every finished run.
+results/report.html after every finished run. With --max_timesteps runs and results are kept apart, in folders
+updates_<number>, so that a quick look takes no place from the real runs.
 
     python run_comparison.py --config config.yaml --dry_run
     python run_comparison.py --config config.yaml --jobs 2
@@ -19,9 +20,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import io
+import importlib
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -32,26 +32,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import gymnasium
 import torch
 
 import pogo_main
 from algorithms.offline import make_configs, pogo_multi_main
-from comparison import queue, tables
-from comparison.queue import RUN_MODULE
+from comparison import estimate, queue, tables
+from comparison.groups import POGO, ComparedRun
+from comparison.jobs import Job, LocalPool, Pool, describe_state, seconds_spent, updates_done
+from comparison.ray import RayPool, check_gpus
 from comparison.registry import as_flags, check_keys, is_table, load_file, read_table
-from comparison_jobs import Job, LocalPool, Outcome, RayPool, is_held, read_attempts, seconds_spent
-from comparison_report import POGO, ComparedRun, write_report
-from offline_data import is_minari, make_env, normalized_score
+from comparison.report import write_report
+from offline_data import is_minari, normalized_score
 from pogo_agent import POGOAgent
 from pogo_main import POGORun, POGOTrainerConfig
 from runs.chain import ChainRun, ChainRunConfig
-from runs.cli import parse_config, run_cli
+from runs.cli import check_ranges, check_values, parse_config, run_cli
 from runs.directory import check_run, plain_config
-from utils import RunFinished, UserError, one_line, progress, resolve_device, warn
-
-SCRIPT = Path(pogo_main.__file__).resolve()
-POLL_SECONDS = 0.5
+from utils import RunFinished, UserError, warn
 
 
 @dataclass
@@ -60,7 +57,7 @@ class RunComparisonConfig:
     log_dir: str = "logs"  # keep every run in a directory of its own in this folder
     output: str = "results"  # write results.csv, results.md and report.html to this folder
     only: str | None = None  # take only the runs whose name, as --dry_run shows it, holds this text
-    dry_run: bool = False  # list the runs, say what time and disk space those that are left will take, and stop
+    dry_run: bool = False  # list the runs, say what data, time and disk space those that are left need, and stop
     report_only: bool = False  # train nothing, only write the results of the runs that are finished
     tables: bool = False  # train nothing, only rewrite the tables of README.md and docs/ from results/*.csv
     jobs: int | None = None  # train this many runs at once; default: 1, on Ray as many as the cluster has room for
@@ -70,49 +67,43 @@ class RunComparisonConfig:
     address: str | None = None  # connect to this Ray cluster: host:port, ray://host:port, or auto for this machine's
     gpus_per_run: float | None = None  # give each run on Ray this share of a GPU; default: 0.25 if there are GPUs
     dataset_dir: str | None = None  # read the data from this folder, whatever the comparison's file says
-    max_timesteps: int | None = None  # train every run for this many updates, whatever the comparison's file says
+    max_timesteps: int | None = None  # train every run for this many updates, apart from the runs of the file's number
     seeds: tuple[int, ...] | None = None  # train every chain with these seeds, whatever the comparison's file says
+
+    def apart(self, folder: str) -> Path:
+        """The folder, or with --max_timesteps one in it."""
+        return Path(folder) / (f"updates_{self.max_timesteps}" if self.max_timesteps else "")
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # config.yaml -> runs
 # ----------------------------------------------------------------------------------------------------------------
 
-SINKHORN = {
-    "K": "sinkhorn_K",
-    "blur": "sinkhorn_blur",
-    "backend": "sinkhorn_backend",
-    "blur_relative": "blur_relative",
+SECTIONS = ("common", "sinkhorn", "environments")
+SINKHORN = {"K": "sinkhorn_K", "blur": "sinkhorn_blur", "backend": "sinkhorn_backend", "blur_relative": "blur_relative"}
+WEIGHTS = {
+    "w2_weights": tuple[float, ...],
+    "w2_weights_base": tuple[float, float],
+    "w2_weights_third": tuple[float, ...],
 }
-DECIDED_HERE = {"seed", "num_seeds", "w2_weights", "lr", "env", "run_dir", "resume", "algorithm", "num_actors", "name"}
-DECIDED_HERE |= set(SINKHORN.values())
-NO_TRAINING = {"evaluate", "evaluate_episodes", "evaluate_seed"}
+DECIDED_HERE = {"seed", "num_seeds", "w2_weights", "env", "run_dir", "resume", "overwrite", "algorithm", "num_actors"}
+DECIDED_HERE |= {"name", "evaluate", "evaluate_episodes", "evaluate_seed", *SINKHORN.values()}
 
 
 @dataclass(frozen=True)
 class System:
-    """What an entry's `algorithm` names."""
+    """An algorithm that config.yaml can name: its settings, run class, check of settings and agent."""
 
     config_class: type[ChainRunConfig]
     run_class: type[ChainRun]
     check: Callable[[Any], None]  # of settings
     make_agent: Callable[..., Any]  # of settings, sizes of observation, action and largest action, generator, device
 
-    @property
-    def fields(self) -> set[str]:
-        """Its settings."""
-        return {field.name for field in dataclasses.fields(self.config_class)}
-
-    @property
-    def keys(self) -> dict[str, str]:
-        """What `common` or an entry may set -> the setting."""
-        own = {name: name for name in sorted(self.fields - DECIDED_HERE - NO_TRAINING)}
-        return own | ({"learning_rate": "lr"} if "lr" in self.fields else {})
-
-    @property
-    def sinkhorn(self) -> dict[str, str]:
-        """What the section `sinkhorn` may set -> the setting."""
-        return {key: name for key, name in SINKHORN.items() if name in self.fields}
+    @functools.cached_property
+    def hints(self) -> dict[str, Any]:
+        """Its settings and their types."""
+        types = typing.get_type_hints(self.config_class)
+        return {field.name: types[field.name] for field in dataclasses.fields(self.config_class)}
 
 
 def make_pogo(
@@ -125,9 +116,10 @@ SYSTEMS = {POGO: System(POGOTrainerConfig, POGORun, pogo_main.check, make_pogo)}
     name: System(config_class, pogo_multi_main.MultiRun, pogo_multi_main.check, pogo_multi_main.build)
     for name, (_, config_class) in pogo_multi_main.ALGORITHMS.items()
 }
+ALGORITHM = {"algorithm": Literal[tuple(SYSTEMS)]}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One run of the comparison."""
 
@@ -150,183 +142,69 @@ class Run:
         return f"{self.config.env}{algorithm} w2 {weights} seed {self.config.seed}"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The file's sections. Raises UserError for a file that cannot be read, is no YAML or has other sections."""
-    sections, known = load_file(path), ("common", "sinkhorn", "environments")
-    check_keys(path, "", sections, known)
-    if not sections.get("environments"):
-        raise UserError(f"{path}: environments is missing or empty; it names the datasets, see docs/comparison.md")
-    return {name: sections.get(name) or {} for name in known}
+def read(where: str, values: Any, hints: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a section by field, typed as in a run's own YAML file. Raises UserError that names file and key."""
+    check_keys(where, values, values)
+    aliases = {key: field for key, field in {"learning_rate": "lr"}.items() if field in hints}
+    return check_values(where, values, hints, aliases, {"actor_configs": pogo_multi_main.read_actor_configs})
 
 
-def read_settings(
-    path: Path, where: str, values: Any, fields: dict[str, str], config_class: type[ChainRunConfig]
-) -> dict[str, Any]:
-    """Settings by field, typed as on the command line of `config_class`; `fields` maps keys to fields.
-
-    Raises UserError that names the file and the key.
-    """
-    check_keys(path, where, values, fields)
-    switches = {name for name, hint in typing.get_type_hints(config_class).items() if hint is bool}
-    for key, value in values.items():
-        if isinstance(value, bool) != (fields[key] in switches):
-            words = "must be true or false" if fields[key] in switches else "must not be true or false"
-            raise UserError(f"{path}: {where}.{key}: {words}, not {value!r}")
-    values = dict(values)
-    if values.get("actor_configs") is not None:
-        try:
-            values["actor_configs"] = pogo_multi_main.read_actor_configs(values["actor_configs"])
-        except ValueError:
-            raise UserError(f"{path}: {where}.actor_configs: must be a list of names, as in [own, gaussian]") from None
-    arguments = [word for key, value in values.items() for word in as_flags(fields[key], value)]
-    try:
-        config = parse_config(config_class, arguments)
-    except UserError as error:
-        flag, _, fault = str(error).partition(" ")
-        keys = {f"--{field}": key for key, field in fields.items()}
-        key = keys.get(flag, flag)
-        words = re.search(r"(must be|needs|takes) .*", fault)
-        raise UserError(f"{path}: {where}.{key}: {words.group() if words else error}") from None
-    return {fields[key]: getattr(config, fields[key]) for key in values}
+def read_sinkhorn(where: str, values: Any, hints: dict[str, Any]) -> dict[str, Any]:
+    """The same for a section `sinkhorn`, which has names of its own."""
+    check_keys(where, values, values)
+    found = check_values(where, values, {key: hints[name] for key, name in SINKHORN.items() if name in hints})
+    return {SINKHORN[key]: value for key, value in found.items()}
 
 
-def _numbers(path: Path, where: str, values: Any, kind: type = float) -> tuple:
-    """A list of numbers, 3e-4 among them; UserError names the key."""
-    try:
-        if not isinstance(values, list) or not values or any(isinstance(value, bool | list | dict) for value in values):
-            raise ValueError
-        numbers = tuple(kind(value) for value in values)
-        if kind is int and list(numbers) != values:
-            raise ValueError
-    except (TypeError, ValueError):
-        words = "integers, as in [0, 1, 2]" if kind is int else "numbers, as in [0.4, 1.0]"
-        raise UserError(f"{path}: {where} must be a list of {words}, not {values!r}") from None
-    return numbers
-
-
-def weight_lists(path: Path, where: str, entry: dict[str, Any]) -> list[tuple[float, ...]]:
-    """The w2_weights of an entry: one list as it stands, or one for each third weight after the two of the base."""
-    names = ("w2_weights", "w2_weights_base", "w2_weights_third")
-    given = {name: _numbers(path, f"{where}.{name}", entry[name]) for name in names if name in entry}
-    if given.keys() not in ({"w2_weights"}, {"w2_weights_base", "w2_weights_third"}):
-        raise UserError(
-            f"{path}: {where} needs w2_weights, or both w2_weights_base and w2_weights_third; "
-            f"it has {' and '.join(given) or 'none'}"
-        )
-    if "w2_weights" in given:
-        return [given["w2_weights"]]
-    base = given["w2_weights_base"]
-    if len(base) != 2:
-        raise UserError(f"{path}: {where}.w2_weights_base: two weights, of actors 0 and 1, are needed, not {len(base)}")
-    return [(*base, third) for third in given["w2_weights_third"]]
-
-
-def expand(config: RunComparisonConfig) -> list[Run]:
-    """The runs that a comparison's file and flags ask for, in the file's order. Raises UserError in one line."""
-    path = Path(config.config)
-    sections = read_yaml(path)
-    check_keys(path, "environments", sections["environments"], sections["environments"])
-    common = dict(sections["common"]) if isinstance(sections["common"], dict) else sections["common"]
-    seeds, usual = [0], POGO
-    if isinstance(common, dict):
-        seeds, usual = common.pop("seeds", seeds), system_of(path, "common", common.pop("algorithm", usual))
-    seeds = config.seeds or _numbers(path, "common.seeds", seeds, int)
-    if len(set(seeds)) != len(seeds):
-        source = "--seeds" if config.seeds else f"{path}: common.seeds:"
-        raise UserError(f"{source} {' '.join(map(str, seeds))}: holds a seed twice; give each once")
-    entries = list(entries_of(path, sections["environments"], usual))
-    shared = shared_settings(path, common, sections["sinkhorn"], {algorithm for *_, algorithm in entries})
-    runs: dict[Path, Run] = {}
-    variants: collections.Counter[tuple[str, str]] = collections.Counter()  # a dataset's lists of weights so far
-    for where, dataset_id, entry, algorithm in entries:
-        lists = weight_lists(path, where, entry)
-        settings = entry_settings(path, where, dataset_id, entry, algorithm, shared[algorithm], config)
-        place = (settings["env"], algorithm)
-        first = variants[place]
-        for run in runs_of(path, where, settings, lists, seeds, algorithm, config.log_dir, first):
-            if run.run_dir in runs:
-                raise UserError(f"{path}: {where}: {run.run_dir} belongs to an earlier entry; leave one out")
-            runs[run.run_dir] = run
-        variants[place] += len(lists)
-    chosen = [run for run in runs.values() if config.only is None or config.only in run.name]
-    if not chosen:
-        raise UserError(
-            f"--only {config.only!r}: no run has that in its name; one is {next(iter(runs.values())).name!r}"
-        )
-    return chosen
-
-
-def system_of(path: Path, where: str, algorithm: Any) -> str:
-    """A known algorithm; UserError names the key."""
-    if not isinstance(algorithm, str) or algorithm not in SYSTEMS:
-        raise UserError(f"{path}: {where}.algorithm: must be one of {', '.join(SYSTEMS)}, not {algorithm!r}")
-    return algorithm
-
-
-def entries_of(path: Path, environments: dict, usual: str) -> Iterator[tuple[str, str, dict, str]]:
+def read_entries(path: Path, environments: Any, usual: str) -> Iterator[tuple[str, str, dict, str]]:
     """Of each entry: its place in the file, dataset id, itself without `algorithm`, and that. Raises UserError."""
+    check_keys(f"{path}: environments", environments, environments)
     for environment, datasets in environments.items():
-        check_keys(path, f"environments.{environment}", datasets, datasets)
+        where = f"{path}: environments.{environment}"
+        check_keys(where, datasets, datasets)
         if not datasets:
-            raise UserError(f"{path}: environments.{environment} is empty; it names datasets, see docs/comparison.md")
+            raise UserError(f"{where} is empty; it names datasets, see docs/comparison.md")
         for dataset, found in datasets.items():
-            place = f"environments.{environment}.{dataset}"
-            several = isinstance(found, list)
             if found == []:
-                raise UserError(f"{path}: {place} is an empty list; give an entry, or leave it out")
-            for number, entry in enumerate(found if several else [found]):
-                where = f"{place}[{number}]" if several else place
-                check_keys(path, where, entry, entry)
-                entry = dict(entry)
-                algorithm = system_of(path, where, entry.pop("algorithm", usual))
-                yield where, f"{environment}-{dataset}-v2", entry, algorithm
+                raise UserError(f"{where}.{dataset} is an empty list; give an entry, or leave it out")
+            for number, entry in enumerate(found if isinstance(found, list) else [found]):
+                place = f"{where}.{dataset}" + (f"[{number}]" if isinstance(found, list) else "")
+                check_keys(place, entry, entry)
+                algorithm = check_values(place, {"algorithm": entry.get("algorithm", usual)}, ALGORITHM)
+                rest = {key: value for key, value in entry.items() if key != "algorithm"}
+                yield place, f"{environment}-{dataset}-v2", rest, algorithm["algorithm"]
 
 
-def shared_settings(path: Path, common: Any, sinkhorn: Any, used: set[str]) -> dict[str, dict[str, Any]]:
-    """What `common` and `sinkhorn` set, for each algorithm in use, as far as it has such settings."""
-    systems = {name: SYSTEMS[name] for name in SYSTEMS if name in used}
-    for where, values, keys in (
-        ("common", common, [system.keys for system in systems.values()]),
-        ("sinkhorn", sinkhorn, [system.sinkhorn for system in systems.values()]),
-    ):
-        check_keys(path, where, values, {key: key for known in keys for key in known})
-    found = {}
-    for name, system in systems.items():
-        own = {key: value for key, value in common.items() if key in system.keys}
-        found[name] = read_settings(path, "common", own, system.keys, system.config_class)
-        own = {key: value for key, value in sinkhorn.items() if key in system.sinkhorn}
-        found[name] |= read_settings(path, "sinkhorn", own, system.sinkhorn, system.config_class)
-    return found
+def read_shared(path: Path, sections: dict[str, Any], used: set[str]) -> dict[str, Any]:
+    """Settings of `common` and `sinkhorn`, and `seeds`; each must be one of an algorithm in use."""
+    hints = {
+        name: hint for algorithm in SYSTEMS if algorithm in used for name, hint in SYSTEMS[algorithm].hints.items()
+    }
+    own = {name: hint for name, hint in hints.items() if name not in DECIDED_HERE}
+    common = read(f"{path}: common", sections["common"], own | ALGORITHM | {"seeds": tuple[int, ...]})
+    return common | read_sinkhorn(f"{path}: sinkhorn", sections["sinkhorn"], hints)
 
 
-def entry_settings(
-    path: Path,
-    where: str,
-    dataset_id: str,
-    entry: dict[str, Any],
-    algorithm: str,
-    shared: dict[str, Any],
-    config: RunComparisonConfig,
-) -> dict[str, Any]:
-    """All settings of an entry's runs but weights and seed."""
-    system = SYSTEMS[algorithm]
-    weights_keys = {"w2_weights": "", "w2_weights_base": "", "w2_weights_third": ""}
-    check_keys(path, where, entry, system.keys | weights_keys | {"env": "env", "sinkhorn": "", "algorithm": ""})
-    values = {key: value for key, value in entry.items() if key not in {*weights_keys, "sinkhorn"}}
-    own = (system.keys | {"env": "env"}, system.config_class)
-    settings = shipped_settings(algorithm, entry.get("env", dataset_id)) | shared
-    settings |= read_settings(path, where, values, *own)
-    own = (system.sinkhorn, system.config_class)
-    settings |= read_settings(path, f"{where}.sinkhorn", entry.get("sinkhorn", {}), *own)
-    settings.setdefault("env", dataset_id)
-    overrides = {name: getattr(config, name) for name in ("dataset_dir", "max_timesteps")}
-    settings |= {name: value for name, value in overrides.items() if value is not None}
-    if "eval_workers" not in settings:
-        settings["eval_workers"] = min(cores_of(config) - 1, 7)
-    for name in ("dataset_dir", "checkpoint_dir", "load_model"):
-        if settings.get(name):
-            settings[name] = str(Path(settings[name]).expanduser().resolve())  # a Ray task runs in another folder
-    return settings
+def read_entry(where: str, dataset_id: str, entry: dict, algorithm: str, shared: dict) -> tuple[dict, list[tuple]]:
+    """Settings of an entry's runs but seed, and lists of weights. The lowest layer is what CORL sets for the data."""
+    hints = SYSTEMS[algorithm].hints
+    own = {name: hint for name, hint in hints.items() if name not in DECIDED_HERE or name == "env"}
+    settings = shipped_settings(algorithm, entry.get("env", dataset_id))
+    settings |= {name: value for name, value in shared.items() if name in hints and name != "algorithm"}
+    rest = {key: value for key, value in entry.items() if key != "sinkhorn"}
+    settings |= read(where, rest, own | WEIGHTS)
+    settings |= read_sinkhorn(f"{where}.sinkhorn", entry.get("sinkhorn", {}), hints)
+    weights = {name: settings.pop(name) for name in WEIGHTS if name in settings}
+    if weights.keys() == {"w2_weights"}:
+        lists = [weights["w2_weights"]]
+    elif weights.keys() == {"w2_weights_base", "w2_weights_third"}:
+        lists = [(*weights["w2_weights_base"], third) for third in weights["w2_weights_third"]]
+    else:
+        raise UserError(
+            f"{where} needs w2_weights, or both w2_weights_base and w2_weights_third; "
+            f"it has {' and '.join(weights) or 'none'}"
+        )
+    return {"env": dataset_id} | settings, lists
 
 
 def shipped_settings(algorithm: str, dataset_id: Any) -> dict[str, Any]:
@@ -338,41 +216,58 @@ def shipped_settings(algorithm: str, dataset_id: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != "max_timesteps"}
 
 
-def runs_of(
-    path: Path,
-    where: str,
-    settings: dict[str, Any],
-    lists: list[tuple[float, ...]],
-    seeds: tuple[int, ...],
-    algorithm: str,
-    log_dir: str,
-    first: int,
-) -> Iterator[Run]:
-    """A run for each list of weights and seed, settings checked as its command checks them; UserError in one line."""
-    system = SYSTEMS[algorithm]
+def expand(config: RunComparisonConfig) -> list[Run]:
+    """The runs that a comparison's file and flags ask for, in the file's order. Raises UserError in one line."""
+    path = Path(config.config)
+    sections = load_file(path)
+    check_keys(f"{path}", sections, SECTIONS)
+    sections = {name: sections.get(name) or {} for name in SECTIONS}
+    if not sections["environments"]:
+        raise UserError(f"{path}: environments is missing or empty; it names the datasets, see docs/comparison.md")
+    usual = sections["common"].get("algorithm", POGO) if isinstance(sections["common"], dict) else POGO
+    entries = list(read_entries(path, sections["environments"], usual))
+    shared = read_shared(path, sections, {algorithm for *_, algorithm in entries})
+    seeds = config.seeds or shared.pop("seeds", (0,))
+    shared.pop("seeds", None)
+    if len(set(seeds)) != len(seeds):
+        source = "--seeds" if config.seeds else f"{path}: common.seeds:"
+        raise UserError(f"{source} {' '.join(map(str, seeds))}: holds a seed twice; give each once")
+    runs: dict[Path, Run] = {}
+    variants: collections.Counter[tuple[str, str]] = collections.Counter()  # a dataset's lists of weights so far
+    for where, dataset_id, entry, algorithm in entries:
+        settings, lists = read_entry(where, dataset_id, entry, algorithm, shared)
+        place = (settings["env"], algorithm)
+        for variant, weights in enumerate(lists, variants[place]):
+            for seed in seeds:
+                run = make_run(where, config, settings | {"w2_weights": weights, "seed": seed}, variant, algorithm)
+                if run.run_dir in runs:
+                    raise UserError(f"{where}: {run.run_dir} belongs to an earlier entry; leave one out")
+                runs[run.run_dir] = run
+        variants[place] += len(lists)
+    return queue.only_named(config.only, list(runs.values()))
+
+
+def make_run(where: str, config: RunComparisonConfig, settings: dict, variant: int, algorithm: str) -> Run:
+    """One run, its settings checked as its command checks them; UserError in one line."""
+    overrides = {name: getattr(config, name) for name in ("dataset_dir", "max_timesteps")}
+    settings = {"eval_workers": eval_workers(config)} | settings
+    settings |= {name: value for name, value in overrides.items() if value is not None}
+    for name in ("dataset_dir", "checkpoint_dir", "load_model"):
+        if settings.get(name):
+            settings[name] = str(Path(settings[name]).expanduser().resolve())  # a Ray task runs in another folder
     if settings.get("save_model") is False:
-        raise UserError(f"{path}: {where}: save_model: a run without checkpoints cannot be continued; leave it out")
-    for variant, weights in enumerate(lists, first):
-        for seed in seeds:
-            try:
-                trainer = system.config_class(**settings, w2_weights=weights, seed=seed, resume=True)
-                trainer.run_dir = str(Path(log_dir).resolve() / system.run_class.run_name(trainer))
-                system.check(trainer)
-                if not is_minari(trainer.env):  # whose ids only Minari knows
-                    normalized_score(trainer.env, 0.0)
-            except UserError as error:
-                raise UserError(f"{path}: {where}: {error}") from None
-            yield Run(trainer, variant, algorithm)
-
-
-def to_job(run: Run, threads: int) -> Job:
-    """The run's process: every setting is a flag, so that no file left by an earlier start decides one."""
-    flags = [word for name, value in plain_config(run.config).items() for word in as_flags(name, value)]
-    environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    if run.algorithm == POGO:
-        return Job(str(run.run_dir), [str(SCRIPT), *flags], environment)
-    root = str(Path(pogo_main.__file__).resolve().parent)
-    return Job(str(run.run_dir), ["-c", RUN_MODULE, root, pogo_multi_main.__name__, *flags], environment)
+        raise UserError(f"{where}: save_model: a run without checkpoints cannot be continued; leave it out")
+    system = SYSTEMS[algorithm]
+    try:
+        trainer = system.config_class(**settings, resume=True)
+        trainer.run_dir = str(config.apart(config.log_dir).resolve() / system.run_class.run_name(trainer))
+        check_ranges(trainer)
+        system.check(trainer)
+        if not is_minari(trainer.env):  # whose ids only Minari knows
+            normalized_score(trainer.env, 0.0)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return Run(trainer, variant, algorithm)
 
 
 def cores() -> int:
@@ -381,8 +276,13 @@ def cores() -> int:
 
 
 def cores_of(config: RunComparisonConfig) -> int:
-    """Cores of a run: its threads train, and as many processes less one step the evaluation's environments."""
+    """Cores of a run."""
     return config.threads or (1 if config.backend == "ray" else max(cores() // (config.jobs or 1), 1))
+
+
+def eval_workers(config: RunComparisonConfig) -> int:
+    """Processes that step the environments of a run's evaluations beside its own."""
+    return min(cores_of(config) - 1, 7)
 
 
 def threads_of(config: RunComparisonConfig) -> int:
@@ -391,7 +291,7 @@ def threads_of(config: RunComparisonConfig) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# What is done, and what the rest will take
+# Running
 # ----------------------------------------------------------------------------------------------------------------
 
 
@@ -408,285 +308,103 @@ def is_finished(run: Run) -> bool:
         raise UserError(error.where, error.fault, "choose another --log_dir, or give the old settings") from None
 
 
-def updates_done(run: Run) -> int:
-    """Updates that a run has logged so far."""
-    try:
-        with open(run.run_dir / "training" / "metrics.csv", "rb") as file:
-            file.seek(max(os.fstat(file.fileno()).st_size - 20_000, 0))
-            rows = file.read().split(b"\n")[:-1]
-        return min(int(rows[-1].split(b",")[0]), run.config.max_timesteps)
-    except (OSError, ValueError, IndexError):
-        return 0
+class Comparison(queue.Queue):
+    """The runs of a comparison's file."""
+
+    noun, scale = "update", True
+
+    def __init__(self, config: RunComparisonConfig, runs: list[Run]):
+        self.finished = {run for run in runs if is_finished(run)}
+        super().__init__([run for run in runs if run not in self.finished], config.retries)
+        self.config, self.runs, self.looked, self.updates = config, runs, 0.0, 0
+        self.charts: dict[tuple, str] = {}  # of the report
+
+    def open_pool(self) -> Pool:
+        """Where the runs train. Raises UserError."""
+        return open_pool(self.config, any(":" in run.config.device for run in self.runs))  # the file says which device
+
+    def run_dir(self, run: Run) -> Path:
+        return run.run_dir
+
+    def is_finished(self, run: Run) -> bool:
+        return is_finished(run)
+
+    def data(self, run: Run) -> tuple[list[str], str | None]:
+        return [run.config.env], run.config.dataset_dir
+
+    def job(self, run: Run) -> Job:
+        """Every setting is a flag, so that no file left by an earlier start decides one."""
+        flags = [word for name, value in plain_config(run.config).items() for word in as_flags(name, value)]
+        module = (pogo_main if run.algorithm == POGO else pogo_multi_main).__name__
+        return queue.make_job(run.run_dir, module, flags, threads_of(self.config))
+
+    def done(self, run: Run) -> None:
+        self.finished.add(run)
+        try:
+            self.report()
+        except (UserError, OSError) as error:  # no reason to stop what trains; told again at the end
+            warn(f"the results were not written: {error}")
+
+    def amount(self, pool: Pool | None = None) -> tuple[int, int]:
+        """Updates of all runs, and how many are done; the directories are looked at every two seconds."""
+        if time.monotonic() - self.looked > 2 or not self.left:
+            self.looked, self.updates = time.monotonic(), sum(map(self.updates_of, self.runs))
+        return sum(run.config.max_timesteps for run in self.runs), self.updates
+
+    def updates_of(self, run: Run) -> int:
+        most = run.config.max_timesteps
+        return most if run in self.finished else min(updates_done(run.run_dir), most)
+
+    def report(self) -> str:
+        """Write the results of what is finished; returns a summary of them for the terminal."""
+        compared = []
+        for run in self.runs:
+            # Settings were compared at the start, so that what another process has finished since is a run of these.
+            finished = run in self.finished or (run.run_dir / "finished.json").exists()
+            note = "" if finished else self.failed.get(run) or describe_state(run.run_dir, False)
+            identity = (run.config.env, run.config.w2_weights, run.variant, run.config.seed, run.run_dir)
+            seconds = seconds_spent(run.run_dir) if finished else None
+            compared.append(ComparedRun(*identity, finished, note, seconds, run.algorithm))
+        output, source = self.config.apart(self.config.output), Path(self.config.config).name
+        return write_report(compared, output, source, self.charts)
+
+    def describe(self) -> None:
+        """`--dry_run`: say what would run, and what it will take. Raises UserError where the disk is too small."""
+        for run in self.runs:
+            print(f"{run.name}: {describe_state(run.run_dir, run in self.finished)}")
+        cut = sum(updates_done(run.run_dir) > 0 for run in self.left)
+        counts = f"{len(self.finished)} finished, {cut} cut, {len(self.left) - cut} not started"
+        print(f"{len(self.runs)} runs: {counts}")
+        if not self.left:
+            return
+        self.describe_data(self.left)
+        guess, seconds, size = estimate.Estimate(list(self.finished), threads_of(self.config)), 0.0, 0
+        for run in self.left:
+            whole, taken = guess.of(run)
+            seconds += whole * (1 - self.updates_of(run) / run.config.max_timesteps)
+            size += taken
+        folder = self.config.apart(self.config.log_dir).resolve()
+        while not folder.exists():
+            folder = folder.parent
+        free, at_once = shutil.disk_usage(folder).free, self.config.jobs or 1
+        needed, there = map(estimate.in_bytes, (size, free))
+        print(f"Disk: {needed} for the runs that are left; {there} are free in {folder}")
+        time_left = estimate.in_time(seconds / at_once) + (" at most" if guess.guessed else "")
+        print(f"Time: about {time_left}, with {at_once} at once. {guess.source(len(self.left))}")
+        if size > free:
+            raise UserError(f"--log_dir {self.config.log_dir}: {needed} are needed and {there} are free")
 
 
-def describe_state(run: Run, finished: set[Path]) -> str:
-    """finished, cut at some update, or not started; and how the last process ended if that was not well."""
-    if run.run_dir in finished:
-        return "finished"
-    attempts, done = read_attempts(run.run_dir), updates_done(run)
-    line = f" ({attempts[-1]['line']})" if attempts and attempts[-1]["code"] not in (None, 0, 130) else ""
-    return f"cut at update {done:,}{line}" if done else f"failed{line}" if line else "not started"
-
-
-@functools.lru_cache(maxsize=64)
-def _sizes(env: str, dataset_dir: str | None) -> tuple[int, int, float, int, float]:
-    """Numbers of an environment: observation and action size, largest action, steps of an episode, seconds a step."""
-    environment: gymnasium.Env = make_env(env, dataset_dir)
-    try:
-        observation_dim, (action_dim,) = environment.observation_space.shape[0], environment.action_space.shape
-        environment.reset(seed=0)
-        began, steps = time.perf_counter(), 0
-        while steps < 50 or (steps < 1000 and time.perf_counter() - began < 0.1):
-            _, _, terminated, truncated, _ = environment.step(environment.action_space.sample())
-            if terminated or truncated:
-                environment.reset(seed=steps)
-            steps += 1
-        seconds = (time.perf_counter() - began) / steps
-        limit = getattr(environment.spec, "max_episode_steps", None) or 1000
-        return observation_dim, action_dim, float(environment.action_space.high.max()), limit, seconds
-    finally:
-        environment.close()
-
-
-def burst(run: Run, threads: int, seconds: float = 1.0) -> tuple[float, int]:
-    """Measured seconds of one update on made-up transitions, and bytes of a checkpoint."""
-    config = run.config
-    observation_dim, action_dim, max_action, *_ = _sizes(config.env, config.dataset_dir)
-    device, before = resolve_device(config.device), torch.get_num_threads()
-    generator, n = torch.Generator(device).manual_seed(0), config.batch_size
-    agent = run.system.make_agent(config, (observation_dim, action_dim, max_action), generator, device)
-    shapes = {"observations": (n, observation_dim), "next_observations": (n, observation_dim), "rewards": (n,)}
-    batch = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
-    batch |= {"actions": torch.rand(n, action_dim, device=device), "terminated": torch.zeros(n, device=device)}
-    try:
-        torch.set_num_threads(threads)
-        for _ in range(5):
-            agent.update(batch)
-        began, updates = time.perf_counter(), 0
-        while updates < 5 or time.perf_counter() - began < seconds:
-            float(agent.update(batch)["critic_loss"])  # waits for the device
-            updates += 1
-        taken = (time.perf_counter() - began) / updates
-    finally:
-        torch.set_num_threads(before)
-    buffer = io.BytesIO()
-    torch.save(agent.state_dict(), buffer)
-    return taken, buffer.tell()
-
-
-def kind_of(run: Run) -> tuple:
-    """What decides how long an update takes, but for the dataset's sizes."""
-    names = ("batch_size", "hidden_dim", "sinkhorn_K", "sinkhorn_backend", "actor_configs", "num_critics")
-    names += ("cql_n_actions", "q_n_hidden_layers", "policy_freq")
-    return (run.algorithm, len(run.config.w2_weights), *(getattr(run.config, name, None) for name in names))
-
-
-class Estimate:
-    """Seconds and bytes of runs: from finished ones of the same kind where there are some, else from bursts here."""
-
-    def __init__(self, runs: list[Run], finished: set[Path], threads: int):
-        self.threads, self.bursts, self.measured, self.guessed = threads, {}, 0, 0
-        self.known: dict[tuple, list[tuple[float, int]]] = collections.defaultdict(list)
-        for run in runs:
-            seconds = seconds_spent(run.run_dir) if run.run_dir in finished else None
-            if seconds:
-                size = sum(path.stat().st_size for path in run.run_dir.rglob("*") if path.is_file())
-                kind = kind_of(run)
-                for key in ((run.config.env, *kind), kind):
-                    self.known[key].append((seconds / run.config.max_timesteps, size))
-
-    def of(self, run: Run) -> tuple[float, int]:
-        """Seconds of the whole run, and its bytes."""
-        config, actors = run.config, len(run.config.w2_weights)
-        kind = kind_of(run)
-        pairs = self.known.get((config.env, *kind)) or self.known.get(kind)
-        if pairs:
-            self.measured += 1
-            rates, sizes = zip(*pairs, strict=True)
-            return config.max_timesteps * sum(rates) / len(rates), sum(sizes) // len(sizes)
-        self.guessed += 1
-        *sizes, limit, step = _sizes(config.env, config.dataset_dir)
-        key = (*sizes, *kind)
-        if key not in self.bursts:
-            self.bursts[key] = burst(run, self.threads)
-        update, checkpoint = self.bursts[key]
-        evaluations = config.max_timesteps // config.eval_freq
-        episodes = 2 * actors * config.eval_episodes * (evaluations + config.final_runs)
-        rows = config.max_timesteps // config.log_freq + evaluations
-        size = checkpoint + 400_000 + 2 * rows * (12 * actors + 20) * 20 + episodes * 70
-        return config.max_timesteps * update + episodes * limit * step, size
-
-    def how(self) -> str:
-        """A sentence on what the figures come from."""
-        if not self.guessed:
-            return "This is what finished runs of this comparison took."
-        start, rest = "This is", ""
-        if self.measured:
-            start, rest = f"For {self.guessed} of the runs this is", "; finished runs tell the rest"
-        return f"{start} a guess from a short trial on this machine{rest}."
-
-
-def dry_run(config: RunComparisonConfig, runs: list[Run], finished: set[Path]) -> None:
-    """Say what would run, and what it will take."""
-    for run in runs:
-        print(f"{run.name}: {describe_state(run, finished)}")
-    left = [run for run in runs if run.run_dir not in finished]
-    cut = sum(updates_done(run) > 0 for run in left)
-    print(f"{len(runs)} runs: {len(finished)} finished, {cut} cut, {len(left) - cut} not started")
-    if not left:
-        return
-    estimate, seconds, size = Estimate(runs, finished, threads_of(config)), 0.0, 0
-    for run in left:
-        whole, taken = estimate.of(run)
-        seconds += whole * (1 - updates_done(run) / run.config.max_timesteps)
-        size += taken
-    folder = Path(config.log_dir).resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free, at_once = shutil.disk_usage(folder).free, config.jobs or 1
-    print(f"Disk: {in_bytes(size)} for the runs that are left; {in_bytes(free)} are free in {folder}")
-    most = " at most" if estimate.guessed else ""
-    print(f"Time: about {in_time(seconds / at_once)}{most}, with {at_once} at once. {estimate.how()}")
-    if size > free:
-        raise UserError(f"--log_dir {config.log_dir}: {in_bytes(size)} are needed and {in_bytes(free)} are free")
-
-
-def in_bytes(size: float) -> str:
-    """1200000 as 1.2 MB."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def in_time(seconds: float) -> str:
-    """In seconds, minutes or hours."""
-    for length, word in ((3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {word}"
-    return f"{seconds:.0f} seconds"
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Running
-# ----------------------------------------------------------------------------------------------------------------
-
-
-def open_pool(config: RunComparisonConfig, threads: int, devices_named: bool = False) -> LocalPool | RayPool:
+def open_pool(config: RunComparisonConfig, devices_named: bool = False) -> Pool:
     """Where runs train: this machine, whose GPUs they get in turn unless their settings name one, or Ray's cluster.
 
     Raises UserError.
     """
     if config.backend == "ray":
-        if not config.address:
-            raise UserError("--backend ray: needs --address host:port of the cluster, or auto for this machine's")
-        return RayPool(config.address, config.jobs, threads, config.gpus_per_run, config.retries)
+        return RayPool(config.address, config.jobs, threads_of(config), config.gpus_per_run)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
     return LocalPool(config.jobs or 1, [] if devices_named else devices)
-
-
-class Comparison:
-    """The runs that are left, where they train, and what came of them."""
-
-    def __init__(self, config: RunComparisonConfig, runs: list[Run], finished: set[Path]):
-        self.config, self.runs, self.finished = config, runs, finished
-        self.left = collections.deque(run for run in runs if run.run_dir not in finished)
-        self.starts: collections.Counter[Path] = collections.Counter()
-        self.failed: dict[Path, str] = {}
-        self.done = {run.run_dir: updates_done(run) for run in runs}  # updates
-        self.looked, self.waiting = 0.0, 0  # when the directories were; runs that another process trains
-        self.threads = threads_of(config)
-
-    def open_pool(self) -> LocalPool | RayPool:
-        """Where the runs train. Raises UserError."""
-        named = any(":" in run.config.device for run in self.runs)  # the file says which device
-        return open_pool(self.config, self.threads, named)
-
-    def train(self) -> None:
-        """Run what is left; Ctrl-C stops the processes and keeps what they saved."""
-        if not self.left:
-            return
-        pool = self.open_pool()
-        total = sum(run.config.max_timesteps for run in self.runs)
-        bar = progress(total, "comparison", initial=sum(self.done.values()), unit="update", unit_scale=True)
-        try:
-            with bar:
-                while self.left or pool.running:
-                    self.start_some(pool)
-                    for run, outcome in pool.poll():
-                        self.take(run, outcome)
-                    self.show(bar, pool)
-                    time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:
-            print("stopping the runs at their last checkpoints; the same command continues them", file=sys.stderr)
-            raise
-        finally:
-            pool.stop()
-
-    def start_some(self, pool: LocalPool | RayPool) -> None:
-        """Start runs while there is room; one that another process trains waits at the end of the queue."""
-        self.waiting = 0
-        for _ in range(len(self.left)):
-            if not pool.room():
-                return
-            run = self.left.popleft()
-            try:
-                if is_held(run.run_dir):
-                    self.left.append(run)
-                    self.waiting += 1
-                elif is_finished(run):  # by that other process
-                    self.finished.add(run.run_dir)
-                else:
-                    self.starts[run.run_dir] += 1
-                    pool.start(run, to_job(run, self.threads))
-            except UserError as error:
-                self.failed[run.run_dir] = one_line(error)
-
-    def take(self, run: Run, outcome: Outcome) -> None:
-        """A process has ended: its run is finished, starts again, or has failed."""
-        if outcome.held:  # which is no try
-            self.starts[run.run_dir] -= 1
-            self.left.append(run)
-            return
-        if outcome.code == 0 and is_finished(run):
-            self.finished.add(run.run_dir)
-            try:
-                self.report()
-            except (UserError, OSError) as error:  # no reason to stop what trains; told again at the end
-                warn(f"the results were not written: {error}")
-            return
-        words = f"exit code {outcome.code}: {outcome.line}" if outcome.code is not None else outcome.line
-        if outcome.code != 2 and self.starts[run.run_dir] <= self.config.retries:
-            warn(f"{run.name}: {words}; starting it again")
-            self.left.append(run)
-            return
-        self.failed[run.run_dir] = words
-        warn(f"{run.name}: failed, {words}; see {run.run_dir / 'output.log'}")
-
-    def show(self, bar: Any, pool: LocalPool | RayPool) -> None:
-        """The progress line: updates of all runs, with the time that is left at the present rate."""
-        if time.monotonic() - self.looked < 2 and self.left:
-            return
-        self.looked = time.monotonic()
-        for run in self.runs:
-            finished = run.run_dir in self.finished
-            self.done[run.run_dir] = run.config.max_timesteps if finished else updates_done(run)
-        counts = {"finished": f"{len(self.finished)}/{len(self.runs)}", "running": len(pool.running)}
-        counts |= {"failed": len(self.failed)} | ({"trained by others": self.waiting} if self.waiting else {})
-        bar.set_postfix(counts, refresh=False)
-        bar.update(max(sum(self.done.values()) - bar.n, 0))
-
-    def report(self) -> str:
-        """Write the results of what is finished; returns a summary of them for the terminal."""
-        # Settings were compared at the start, so that what is finished now is a run of these.
-        self.finished |= {run.run_dir for run in self.runs if (run.run_dir / "finished.json").exists()}
-        compared = []
-        for run in self.runs:
-            finished = run.run_dir in self.finished
-            note = self.failed.get(run.run_dir) or describe_state(run, self.finished)
-            identity = (run.config.env, run.config.w2_weights, run.variant, run.config.seed)
-            seconds = seconds_spent(run.run_dir) if finished else None
-            note = "" if finished else note
-            compared.append(ComparedRun(*identity, run.run_dir, finished, note, seconds, run.algorithm))
-        return write_report(compared, Path(self.config.output), Path(self.config.config).name)
 
 
 def check(config: RunComparisonConfig) -> None:
@@ -696,16 +414,17 @@ def check(config: RunComparisonConfig) -> None:
             raise UserError(f"--{name} {getattr(config, name)}: at least 1 is needed")
     if config.retries < 0:
         raise UserError(f"--retries {config.retries}: at least 0 is needed")
-    if config.gpus_per_run is not None and not 0 <= config.gpus_per_run <= 64:
-        raise UserError(f"--gpus_per_run {config.gpus_per_run}: must be between 0 and 64")
+    check_gpus(config.gpus_per_run)
     if config.address and config.backend != "ray":
         raise UserError(f"--address {config.address}: is of a Ray cluster; add --backend ray")
+    if config.backend == "ray" and not config.address:
+        raise UserError("--backend ray: needs --address host:port of the cluster, or auto for this machine's")
 
 
-def check_output(output: str) -> None:
+def check_output(output: Path) -> None:
     """UserError where the results cannot be written, before hours of training."""
     try:
-        Path(output).mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
@@ -718,10 +437,9 @@ def train_table(config: RunComparisonConfig) -> int:
         if getattr(config, name) != getattr(RunComparisonConfig, name):
             raise UserError(f"--{name} {getattr(config, name)}: does nothing for {config.config}; leave it out")
     more = (config.log_dir, config.dataset_dir, config.only, config.seeds, config.retries, threads_of(config))
-    options = queue.Options(*more, config.jobs or 1, min(cores_of(config) - 1, 7))
+    options = queue.Options(*more, config.jobs or 1, eval_workers(config))
     action = "list" if config.dry_run else "report" if config.report_only else "train"
-    pool = functools.partial(open_pool, config, options.threads)
-    return queue.run_table(read_table(config.config), options, action, pool)
+    return queue.run_table(read_table(config.config), options, action, functools.partial(open_pool, config))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -734,25 +452,25 @@ def main(argv: list[str] | None = None) -> None:
         if train_table(config):
             sys.exit(1)
         return
-    runs = expand(config)
-    finished = {run.run_dir for run in runs if is_finished(run)}
+    comparison = Comparison(config, expand(config))
     if config.dry_run:
-        return dry_run(config, runs, finished)
+        return comparison.describe()
+    runs, output = comparison.runs, config.apart(config.output)
     if config.report_only and not any(run.run_dir.exists() for run in runs):
         raise UserError(
             f"--log_dir {config.log_dir}: none of the runs asked for is there; give the folder that has some"
         )
-    comparison = Comparison(config, runs, finished)
-    check_output(config.output)
-    print(f"{len(runs)} runs, {len(finished)} finished; {runs[0].name} is the first")
+    check_output(output)
+    print(f"{len(runs)} runs, {len(comparison.finished)} finished; {runs[0].name} is the first")
     if not config.report_only:
+        importlib.import_module("matplotlib.backends.backend_agg")  # whole: Ctrl-C in its import spoils the last report
         try:
-            comparison.train()
+            comparison.train(comparison.open_pool)
         except KeyboardInterrupt:
             comparison.report()
             raise
     print(f"\n{comparison.report()}\n")
-    print(f"All tables, curves and scores: report.html, results.md and results.csv in {Path(config.output).resolve()}")
+    print(f"All tables, curves and scores: report.html, results.md and results.csv in {output.resolve()}")
     if comparison.failed:
         print(f"{len(comparison.failed)} runs failed; the same command tries them again", file=sys.stderr)
         sys.exit(1)

@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmark_data.local import generate_if_missing
-from benchmarks.ablation import print_table
+from comparison.tables import cell_text
 from offline_data import load_transitions, make_env, normalized_score
 from runs.cli import load_yaml, parse_config, run_cli
 from utils import Count, UserError, progress, write_text_atomic
@@ -184,7 +184,10 @@ def main(argv: list[str] | None = None) -> None:
             for algorithm in config.algorithms:
                 figures[f"{algorithm}, {env}", seed] = run_one(config, algorithm, env, seed)
     title = f"CORL's files, {config.max_timesteps:,} updates, {len(config.seeds)} seeds, {config.n_episodes} episodes"
-    print_table(title, "method, data", {"score": ".1f"}, figures)
+    print(f"{title}\n\n| method, data | score |\n|---|---|")
+    for name in dict.fromkeys(name for name, _ in figures):
+        scores = [found["score"] for (other, _), found in figures.items() if other == name]
+        print(f"| {name} | {cell_text(scores, len(config.seeds))} |")
 
 
 if __name__ == "__main__":

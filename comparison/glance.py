@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from comparison import tables
-from comparison.registry import load_file, read_table, user_error
-from comparison.rows import read_csv
+from comparison.registry import load_file, read_table
+from comparison.rows import Scores, read_csv
+from utils import UserError
 
 
 def render(root: Path) -> str:
@@ -19,8 +20,8 @@ def render(root: Path) -> str:
         label, column = tuple(cell["row"]), cell["column"]
         planned = {run.seed for run in table.runs if run.row == label}
         if not planned or column not in table.layout["columns"]:
-            raise user_error(f"{path}: {table.path} has no cell {' '.join(label)}, {column}")
-        found = tables.cells_of(table, tables.matching(table, read_csv(table.csv))).get((label, column), {})
+            raise UserError(f"{path}: {table.path} has no cell {' '.join(label)}, {column}")
+        found = tables.cells_of(table, tables.matching(table, Scores([read_csv(table.csv)]))).get((label, column), {})
         digits = table.layout.get("digits", 1)
         scores = [float(row["score"]) for row in found.values()]
         score = tables.cell_text(scores, len(planned), digits) if scores else tables.MISSING

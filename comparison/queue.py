@@ -1,7 +1,7 @@
-"""Training a table's runs: what is missing, what was cut, and a row of scores for each one that is finished.
+"""Training runs that are left: which may start, what came of them, and a row of scores for each one of a table.
 
-A kill at any moment loses no finished run and repeats none: a run is finished once its directory says so, its rows are
-appended in one step, and whatever lies between is made up for at the next start.
+A kill at any moment loses no finished run and repeats none: a run is finished once its directory says so, a table's
+rows are appended in one step, and whatever lies between is made up for at the next start.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comparison.jobs import BAD_INPUT, HELD, Job, Outcome, Pool, describe_state, is_held
 from comparison.registry import Run, Table, as_flags, check_flags, settings_of
-from comparison.rows import append_csv, is_finished, relabelled, rows_by_run, rows_of
-from comparison_jobs import Job, Outcome, is_held, read_attempts
+from comparison.rows import Scores, append_csv, is_finished, read_csv, relabelled, rows_of
+from offline_data import find_dataset
 from utils import UserError, one_line, progress, warn
 
 # A module of this checkout as a command: -m alone would look for it in the current folder first.
@@ -26,6 +27,161 @@ RUN_MODULE = (
 )
 ROOT = str(Path(__file__).resolve().parent.parent)
 POLL_SECONDS = 0.5
+
+
+def make_job(run_dir: Path, module: str, flags: list[str], threads: int) -> Job:
+    """A process of this checkout."""
+    environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    return Job(str(run_dir), ["-c", RUN_MODULE, ROOT, module, *flags], environment)
+
+
+def missing(dataset_id: str, dataset_dir: str | None) -> str | None:
+    """How a dataset that is not there comes about; None for one that is there. Raises UserError for an unknown id."""
+    dataset = find_dataset(dataset_id)
+    if dataset.local:
+        return None if dataset.manifest(dataset_dir) else f"made in {dataset.folder(dataset_dir)}"
+    there = all(path.exists() for path in dataset.paths(dataset_dir))
+    how = f"downloaded from {dataset.url}" if dataset.url else "fetched as docs/data.md says"
+    return None if there else how
+
+
+def only_named(only: str | None, runs: list) -> list:
+    """The runs whose name holds a text. Raises UserError where there is none."""
+    chosen = [run for run in runs if only is None or only in run.name]
+    if not chosen:
+        raise UserError(f"--only {only!r}: no run has that in its name; one is {runs[0].name!r}")
+    return chosen
+
+
+class Queue:
+    """Runs that are left, where they train, and what came of them.
+
+    A subclass says what a run is: `run_dir`, `job` and `data` of one, `is_finished`, and `done` for one that has just
+    finished. A run has a `name`, and may need another one (`needs`).
+    """
+
+    name = "comparison"
+    noun, scale = "run", False  # of the progress bar
+
+    def __init__(self, runs: list, retries: int):
+        self.left, self.retries = list(runs), retries
+        self.failed: dict[Any, str] = {}
+        self.starts: Counter = Counter()
+        self.waiting = 0  # runs that another process trains
+        self.there: set[str] = set()  # datasets that were found
+
+    def train(self, open_pool: Callable[[], Pool]) -> None:
+        """Train what is left; Ctrl-C stops the processes and keeps what they saved."""
+        if not self.left:
+            return
+        pool = open_pool()
+        total, done = self.amount(pool)
+        try:
+            with progress(total, self.name, initial=done, unit=self.noun, unit_scale=self.scale) as bar:
+                while self.left or pool.running:
+                    self.start_some(pool)
+                    for run, outcome in pool.poll():
+                        self.take(run, outcome)
+                    counts = {pool.verb: len(pool.running), "failed": len(self.failed)}
+                    bar.set_postfix(
+                        counts | ({"trained by others": self.waiting} if self.waiting else {}), refresh=False
+                    )
+                    bar.update(max(self.amount(pool)[1] - bar.n, 0))
+                    time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:
+            print("stopping the runs at their last checkpoints; the same command continues them", file=sys.stderr)
+            raise
+        finally:
+            pool.stop()
+
+    def start_some(self, pool: Pool) -> None:
+        """Start runs in their order while there is room; one that waits for another run or for data is passed over."""
+        self.waiting = 0
+        fetched = {name for run in pool.running.values() for name in self.lacks(run)}  # each by one run alone
+        for run in list(self.left):
+            if not pool.room():
+                return
+            if run not in self.left:  # it has failed with another one
+                continue
+            needed = getattr(run, "needs", None)
+            if needed in self.failed:
+                self.left.remove(run)
+                self.fail(run, f"it needs {needed.name}, which failed")
+            elif needed is None or self.is_finished(needed):
+                lacking = self.lacks(run).keys()
+                if not fetched & lacking:
+                    self.start(run, pool)
+                    fetched |= lacking
+
+    def start(self, run: Any, pool: Pool) -> None:
+        """Start one run, unless another process has it or has finished it."""
+        try:
+            if is_held(self.run_dir(run)):
+                self.waiting += 1
+                return
+            self.left.remove(run)
+            if self.is_finished(run):
+                self.done(run)
+                return
+            self.starts[run] += 1
+            pool.start(run, self.job(run))
+        except (UserError, OSError) as error:
+            self.left = [other for other in self.left if other is not run]
+            self.fail(run, one_line(error))
+
+    def take(self, run: Any, outcome: Outcome) -> None:
+        """A process has ended: its run is finished, starts again, or has failed."""
+        if outcome.code == HELD:  # it gave way to another process, which is no try
+            self.starts[run] -= 1
+            self.left.append(run)
+        elif outcome.code == 0 and self.is_finished(run):
+            self.done(run)
+        else:
+            words = f"exit code {outcome.code}: {outcome.line}" if outcome.code is not None else outcome.line
+            if outcome.code != BAD_INPUT and self.starts[run] <= self.retries:
+                warn(f"{run.name}: {words}; starting it again")
+                self.left.insert(0, run)
+                return
+            self.fail(run, words, f"; see {self.run_dir(run) / 'output.log'}")
+            self.fail_others(run, words)
+
+    def fail(self, run: Any, words: str, more: str = "") -> None:
+        self.failed[run] = words
+        warn(f"{run.name}: failed, {words}{more}")
+
+    def fail_others(self, run: Any, words: str) -> None:
+        """Runs of the data that a failed one could not get: the next try would fail as it did."""
+        lost = self.lacks(run).keys()
+        others = [other for other in self.left if lost & self.lacks(other).keys()]
+        if others:
+            warn(f"{len(others)} other runs of {', '.join(sorted(lost))} fail with it")
+            self.failed |= dict.fromkeys(others, words)
+            self.left = [other for other in self.left if other not in others]
+
+    def lacks(self, run: Any) -> dict[str, str]:
+        """A run's datasets that are not there, and how they come about."""
+        ids, folder = self.data(run)
+        found = {name: missing(name, folder) for name in ids if name not in self.there}
+        self.there |= {name for name, how in found.items() if how is None}
+        return {name: how for name, how in found.items() if how is not None}
+
+    def describe_data(self, runs: list) -> None:
+        """`--dry_run`: the datasets that are missing, and how they come about."""
+        places: dict[str, list[str]] = {}
+        for name, how in {name: how for run in runs for name, how in self.lacks(run).items()}.items():
+            places.setdefault(how, []).append(name)
+        for how, names in places.items():
+            print(f"Data: {len(names)} missing, will be {how}: {', '.join(names)}")
+
+    def amount(self, pool: Pool) -> tuple[int, int]:
+        """All there is to do, and how much of it is done."""
+        self.total = max(getattr(self, "total", 0), len(self.left))
+        return self.total, self.total - len(self.left) - len(pool.running)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The runs of a table
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -48,59 +204,47 @@ def choose(table: Table, options: Options) -> list[Run]:
     if not runs:
         known = sorted({run.seed for run in table.runs})
         raise UserError(f"--seeds {' '.join(map(str, options.seeds))}: {table.path} has {' '.join(map(str, known))}")
-    chosen = [run for run in runs if options.only is None or options.only in run.name]
-    if not chosen:
-        raise UserError(f"--only {options.only!r}: no run has that in its name; one is {runs[0].name!r}")
-    return chosen
+    return only_named(options.only, runs)
 
 
-def to_job(run: Run, options: Options) -> Job:
-    """The run's process."""
-    arguments = run.arguments(options.log_dir, options.dataset_dir)
-    known = vars(settings_of(run, arguments))
-    machine = {"eval_workers": options.eval_workers, "tensorboard": False, "resume": True}
-    arguments += [word for name, value in machine.items() if name in known for word in as_flags(name, value)]
-    environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
-    return Job(str(run.run_dir(options.log_dir)), ["-c", RUN_MODULE, ROOT, run.command, *arguments], environment)
-
-
-def state(run: Run, options: Options) -> str:
-    """finished, cut or not started, and how the last process ended if that was not well."""
-    run_dir = run.run_dir(options.log_dir)
-    if is_finished(run_dir):
-        return "finished"
-    attempts = read_attempts(run_dir)
-    line = f" ({attempts[-1]['line']})" if attempts and attempts[-1]["code"] not in (None, 0, 130) else ""
-    started = list(run_dir.glob("checkpoints/last.pth"))
-    return f"cut{line}" if started else f"failed{line}" if line else "not started"
-
-
-class Queue:
+class TableQueue(Queue):
     """The runs of a table that have no rows yet."""
 
     def __init__(self, table: Table, options: Options):
-        self.table, self.options = table, options
+        super().__init__([], options.retries)
+        self.table, self.options, self.name = table, options, table.name
         self.chosen = choose(table, options)
-        self.failed: dict[Run, str] = {}
-        self.starts: Counter[Run] = Counter()
-        self.left: list[Run] = []
 
     def settle(self) -> None:
         """Append what is finished, and queue the rest; of a run that other runs need, only where they are left."""
-        present = rows_by_run([self.table.csv, *sorted(self.table.csv.parent.glob("*.csv"))])
-        own = rows_by_run([self.table.csv])
+        own = Scores([read_csv(self.table.csv)])
+        others = Scores(map(read_csv, sorted(self.table.csv.parent.glob("*.csv"))))
         for run in self.chosen:
-            if run.text in own:
+            if own.of(run):
                 continue
-            if run.text in present:
-                append_csv(self.table.csv, relabelled(present[run.text], run))
+            if rows := others.of(run):
+                append_csv(self.table.csv, relabelled(rows, run))
             elif not self.append(run) and run not in self.failed:
                 if run.needs is not None and run.needs not in self.left and not self.is_finished(run.needs):
                     self.left.append(run.needs)
-                self.left.append(run)
+                if run not in self.left:
+                    self.left.append(run)
+
+    def run_dir(self, run: Run) -> Path:
+        return run.run_dir(self.options.log_dir)
 
     def is_finished(self, run: Run) -> bool:
-        return is_finished(run.run_dir(self.options.log_dir))
+        return is_finished(self.run_dir(run))
+
+    def data(self, run: Run) -> tuple[list[str], str | None]:
+        return run.datasets, self.options.dataset_dir
+
+    def job(self, run: Run) -> Job:
+        arguments = run.arguments(self.options.log_dir, self.options.dataset_dir)
+        known = vars(settings_of(run.command, arguments))
+        machine = {"eval_workers": self.options.eval_workers, "tensorboard": False, "resume": True}
+        arguments += [word for name, value in machine.items() if name in known for word in as_flags(name, value)]
+        return make_job(self.run_dir(run), run.command, arguments, self.options.threads)
 
     def append(self, run: Run) -> bool:
         """Append the rows of a finished run; False where it is not finished, or its directory cannot be used."""
@@ -113,96 +257,27 @@ class Queue:
             self.fail(run, one_line(error))
             return False
 
-    def fail(self, run: Run, words: str) -> None:
-        self.failed[run] = words
-        warn(f"{run.name}: failed, {words}")
-
-    def train(self, open_pool: Callable[[], Any]) -> None:
-        """Train what is left; Ctrl-C stops the processes and keeps what they saved."""
-        if not self.left:
-            return
-        pool = open_pool()
-        try:
-            with progress(len(self.left), self.table.name, unit="run") as bar:
-                total = len(self.left)
-                while self.left or pool.running:
-                    self.start_some(pool)
-                    for run, outcome in pool.poll():
-                        self.take(run, outcome)
-                    bar.set_postfix(running=len(pool.running), failed=len(self.failed), refresh=False)
-                    bar.update(total - len(self.left) - len(pool.running) - bar.n)
-                    time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:
-            print("stopping the runs at their last checkpoints; the same command continues them", file=sys.stderr)
-            raise
-        finally:
-            pool.stop()
-
-    def start_some(self, pool: Any) -> None:
-        """Start runs in their order while there is room; one that waits for another run is passed over."""
-        for run in list(self.left):
-            if not pool.room():
-                return
-            if run.needs in self.failed:
-                self.left.remove(run)
-                self.fail(run, f"it needs {run.needs.name}, which failed")
-            elif run.needs is not None and not self.is_finished(run.needs):
-                continue
-            else:
-                self.start(run, pool)
-
-    def start(self, run: Run, pool: Any) -> None:
-        """Start one run, unless another process has it or has finished it."""
-        try:
-            if is_held(run.run_dir(self.options.log_dir)):
-                return
-            self.left.remove(run)
-            if self.is_finished(run):
-                self.done(run)
-                return
-            self.starts[run] += 1
-            pool.start(run, to_job(run, self.options))
-        except (UserError, OSError) as error:
-            self.left = [other for other in self.left if other != run]
-            self.fail(run, one_line(error))
-
     def done(self, run: Run) -> None:
         """Append a finished run; of one that is only needed by others, nothing."""
-        if run in self.chosen:
-            self.append(run)
+        for chosen in self.chosen:
+            if chosen == run:
+                self.append(chosen)
 
-    def take(self, run: Run, outcome: Outcome) -> None:
-        """A process has ended: its run is finished, starts again, or has failed."""
-        if outcome.held:  # which is no try
-            self.starts[run] -= 1
-            self.left.append(run)
-            return
-        if outcome.code == 0 and self.is_finished(run):
-            self.done(run)
-            return
-        words = f"exit code {outcome.code}: {outcome.line}" if outcome.code is not None else outcome.line
-        if outcome.code != 2 and self.starts[run] <= self.options.retries:
-            warn(f"{run.name}: {words}; starting it again")
-            self.left.insert(0, run)
-            return
-        self.fail(run, f"{words}; see {run.run_dir(self.options.log_dir) / 'output.log'}")
+    def describe(self) -> None:
+        """`--dry_run`: every run with its state, the data that is missing, and the hours of the runs that are left."""
+        options, scores, hours, unknown, left = self.options, Scores([read_csv(self.table.csv)]), 0.0, 0, []
+        for run in dict.fromkeys(part for one in self.chosen for part in (one.needs, one) if part is not None):
+            found = "has its rows" if scores.of(run) else describe_state(self.run_dir(run), self.is_finished(run))
+            print(f"{run.name}: {found}")
+            if found not in ("has its rows", "finished"):
+                left.append(run)
+                hours, unknown = hours + (run.hours or 0.0), unknown + (run.hours is None)
+        self.describe_data(left)
+        guess = f"Time: about {hours / options.jobs:.1f} hours, with {options.jobs} at once, by the guesses of the file"
+        print(f"{guess}; without {unknown} runs that it has no guess for" if unknown else guess)
 
 
-def describe(queue: Queue) -> None:
-    """`--dry_run`: every run with its state, and the hours of those that are left."""
-    options, runs = queue.options, list(queue.chosen)
-    runs += [run.needs for run in runs if run.needs is not None and run.needs not in runs]
-    rows, hours, unknown = rows_by_run([queue.table.csv]), 0.0, 0
-    for run in dict.fromkeys(runs):
-        found = "has its rows" if run.text in rows else state(run, options)
-        print(f"{run.name}: {found}")
-        if found not in ("has its rows", "finished"):
-            hours, unknown = hours + (run.hours or 0.0), unknown + (run.hours is None)
-    guess = f"Time: about {hours / options.jobs:.1f} hours, with {options.jobs} at once, by the guesses of the file"
-    print(f"{guess}; without {unknown} runs that it has no guess for" if unknown else guess)
-
-
-def run_table(table: Table, options: Options, action: str, open_pool: Callable[[], Any]) -> int:
+def run_table(table: Table, options: Options, action: str, open_pool: Callable[[], Pool]) -> int:
     """Train a table's runs; how many failed.
 
     Args:
@@ -212,15 +287,15 @@ def run_table(table: Table, options: Options, action: str, open_pool: Callable[[
         open_pool: makes a LocalPool or RayPool.
     """
     check_flags(table)
-    queue = Queue(table, options)
+    queue = TableQueue(table, options)
     if action == "list":
-        describe(queue)
+        queue.describe()
         return 0
     queue.settle()
     if action == "train":
         queue.train(open_pool)
-    rows = rows_by_run([table.csv])
-    there = sum(run.text in rows for run in table.runs)
+    scores = Scores([read_csv(table.csv)])
+    there = sum(bool(scores.of(run)) for run in table.runs)
     print(f"{table.name}: {there} of {len(table.runs)} runs are in {table.csv}; {len(queue.failed)} failed")
     if there:
         print("python run_comparison.py --tables puts them into README and docs")

@@ -1,22 +1,26 @@
-"""results/<table>.yaml: the runs behind a table. docs/results.md describes the file.
-
-Nothing here needs torch until a run's flags are checked (`check_flags`), so that tables can be made without it.
-"""
+"""results/<table>.yaml: the runs behind a table. docs/results.md describes the file."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import itertools
+import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+import dmc_utils
+from runs.cli import parse_config
+from runs.directory import plain_config
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,10 @@ COMMANDS = {
     "online_trainer": Command("opso", "OnlineTrainerConfig", "dataset", "dataset_dir"),
 }
 # Flags that the queue sets itself.
-RESERVED = {"seed", "num_seeds", "run_dir", "resume", "evaluate", "offline_run_dir", "dataset_dir", "data_dir"}
+RESERVED = {"seed", "num_seeds", "run_dir", "resume", "overwrite", "evaluate"}
+RESERVED |= {"offline_run_dir", "dataset_dir", "data_dir"}
+# Settings that say on which machine and how watched a run is trained, and not what it is.
+MACHINE = {"device", "eval_workers", "tensorboard", "cuda_graph", "kernels", "wandb_project"}
 FILE_KEYS = ("title", "seeds", "runs", "layout")
 RUN_KEYS = ("method", "command", "flags", "each", "seeds", "row", "column", "needs", "hours")
 LAYOUT_KEYS = ("header", "columns", "where", "digits", "spread", "data_row", "data_column")
@@ -53,22 +60,29 @@ LAYOUT_KEYS = ("header", "columns", "where", "digits", "spread", "data_row", "da
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, or an evaluation that trains nothing."""
+    """One training run, or an evaluation that trains nothing. How it is shown makes it no other run."""
 
-    table: str
-    method: str  # its display name
+    table: str = field(compare=False)
+    method: str = field(compare=False)  # its display name
     command: str  # of COMMANDS
     flags: tuple[str, ...]  # but for seed, directories and what follows from the machine
     dataset: str  # id, or the command's own list of them; empty where it reads no data
     seed: int
-    row: tuple[str, ...] = ()  # labels of the table's row
-    column: str = "{task}"  # the table's column; {task}, {actor} and so on are of a row of scores
+    row: tuple[str, ...] = field(default=(), compare=False)  # labels of the table's row
+    column: str = field(default="{task}", compare=False)  # the table's; {task}, {actor}, ... are of a row of scores
     needs: Run | None = None  # a run that must be finished before, whose directory this one reads
-    hours: float | None = None  # a guess for one core
+    hours: float | None = field(default=None, compare=False)  # a guess for one core
 
     @property
     def system(self) -> str:
         return COMMANDS[self.command].system
+
+    @property
+    def datasets(self) -> list[str]:
+        """Full ids of the data that it reads."""
+        if not self.dataset:
+            return []
+        return dmc_utils.parse_datasets(self.dataset) if self.system == "walker" else [self.dataset]
 
     @property
     def name(self) -> str:
@@ -127,34 +141,27 @@ class UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def user_error(text: str) -> Exception:
-    """A UserError; its module, which imports torch, is loaded when there is an error to tell."""
-    from utils import UserError
-
-    return UserError(text)
-
-
 def load_file(path: Path) -> Any:
     """What a YAML file holds. Raises UserError for a file that cannot be read or is no YAML."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
     except OSError as error:
-        raise user_error(f"--config {path}: cannot read it ({error.strerror}); give the path of a comparison") from None
+        raise UserError(f"--config {path}: cannot read it ({error.strerror}); give the path of a comparison") from None
     except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         fault = f"{error.problem}, line {mark.line + 1}" if mark else " ".join(str(error).split())
-        raise user_error(f"{path}: not valid YAML ({fault}); mend the file") from None
+        raise UserError(f"{path}: not valid YAML ({fault}); mend the file") from None
 
 
-def check_keys(path: Path, where: str, values: Any, known: Any) -> None:
+def check_keys(where: str, values: Any, known: Iterable[str]) -> None:
     """Raise UserError unless `values` is a mapping with keys among `known`."""
     if not isinstance(values, dict):
-        raise user_error(f"{path}: {where or 'the file'} must hold `key: value` lines, not {values!r}")
+        raise UserError(f"{where}: must hold `key: value` lines, not {values!r}")
     for key in values:
         if key not in known:
             spelled = {str(name).lower(): name for name in known}
             nearest = spelled[difflib.get_close_matches(str(key).lower(), list(spelled), n=1, cutoff=0.0)[0]]
-            raise user_error(f"{path}: unknown key {where and where + '.'}{key}; the nearest one is {nearest!r}")
+            raise UserError(f"{where}: unknown key {key!r}; the nearest one is {nearest!r}")
 
 
 def as_flags(name: str, value: Any) -> list[str]:
@@ -171,7 +178,7 @@ def fill(path: Path, where: str, template: Any, values: dict[str, Any]) -> str:
         return str(template).format(**values)
     except (KeyError, IndexError, ValueError):
         known = ", ".join(f"{{{name}}}" for name in values) or "nothing"
-        raise user_error(f"{path}: {where}: {template!r} must hold no other braces than {known}") from None
+        raise UserError(f"{path}: {where}: {template!r} must hold no other braces than {known}") from None
 
 
 def is_table(sections: Any) -> bool:
@@ -183,27 +190,27 @@ def read_table(path: str | Path) -> Table:
     """A file's runs and layout. Raises UserError that names the file and the key."""
     path = Path(path)
     sections = load_file(path)
-    check_keys(path, "", sections, FILE_KEYS)
+    check_keys(f"{path}", sections, FILE_KEYS)
     if not isinstance(sections.get("runs"), list) or not sections["runs"]:
-        raise user_error(f"{path}: runs must be a list of commands, see docs/results.md")
+        raise UserError(f"{path}: runs must be a list of commands, see docs/results.md")
     layout = sections.get("layout") or {}
-    check_keys(path, "layout", layout, LAYOUT_KEYS)
+    check_keys(f"{path}: layout", layout, LAYOUT_KEYS)
     seeds, runs = _seeds(path, "seeds", sections.get("seeds", [0])), []
     for number, entry in enumerate(sections["runs"]):
         where = f"runs[{number}]"
-        check_keys(path, where, entry, RUN_KEYS)
+        check_keys(f"{path}: {where}", entry, RUN_KEYS)
         runs += _entry_runs(path, where, entry, seeds)
     texts = [run.text for run in runs]
     for run in runs:
         if texts.count(run.text) > 1:
-            raise user_error(f"{path}: two entries name the same run, {run.text}; leave one out")
+            raise UserError(f"{path}: two entries name the same run, {run.text}; leave one out")
     runs.sort(key=lambda run: run.seed)  # stable: within a seed in the order of the file
     return Table(path.stem, path, str(sections.get("title", path.stem)), runs, layout)
 
 
 def _seeds(path: Path, where: str, values: Any) -> list[int]:
     if not isinstance(values, list) or not values or any(type(value) is not int or value < 0 for value in values):
-        raise user_error(f"{path}: {where} must be a list of integers, as in [0, 1, 2], not {values!r}")
+        raise UserError(f"{path}: {where} must be a list of integers, as in [0, 1, 2], not {values!r}")
     return values
 
 
@@ -211,13 +218,13 @@ def _entry_runs(path: Path, where: str, entry: dict[str, Any], seeds: list[int])
     """Every seed of every combination of the values in `each`."""
     for key in ("method", "command"):
         if not isinstance(entry.get(key), str):
-            raise user_error(f"{path}: {where}.{key}: must be given, as text")
+            raise UserError(f"{path}: {where}.{key}: must be given, as text")
     seeds = _seeds(path, f"{where}.seeds", entry.get("seeds", seeds))
     each, needs = entry.get("each") or {}, entry.get("needs")
-    check_keys(path, f"{where}.each", each, each)
+    check_keys(f"{path}: {where}.each", each, each)
     for name, values in each.items():
         if not isinstance(values, list) or not values:
-            raise user_error(f"{path}: {where}.each.{name}: must be a list of values, not {values!r}")
+            raise UserError(f"{path}: {where}.each.{name}: must be a list of values, not {values!r}")
     for values in itertools.product(*each.values()):
         chosen = dict(zip(each, values, strict=True))
         flags, dataset = _flags(path, where, entry["command"], {**(entry.get("flags") or {}), **chosen})
@@ -226,7 +233,7 @@ def _entry_runs(path: Path, where: str, entry: dict[str, Any], seeds: list[int])
         for seed in seeds:
             before = None
             if needs is not None:
-                check_keys(path, f"{where}.needs", needs, ("command", "flags"))
+                check_keys(f"{path}: {where}.needs", needs, ("command", "flags"))
                 name = str(needs.get("command"))
                 more = {"dataset": dataset, **(needs.get("flags") or {})}
                 words, _ = _flags(path, f"{where}.needs", name, more)
@@ -238,35 +245,46 @@ def _entry_runs(path: Path, where: str, entry: dict[str, Any], seeds: list[int])
 def _flags(path: Path, where: str, command: str, flags: Any) -> tuple[tuple[str, ...], str]:
     """Flags in the order of their names, and the dataset that they name."""
     if command not in COMMANDS:
-        raise user_error(f"{path}: {where}.command: must be one of {', '.join(COMMANDS)}, not {command!r}")
-    check_keys(path, f"{where}.flags", flags, flags)
+        raise UserError(f"{path}: {where}.command: must be one of {', '.join(COMMANDS)}, not {command!r}")
+    check_keys(f"{path}: {where}.flags", flags, flags)
     for name in RESERVED & flags.keys():
-        raise user_error(f"{path}: {where}.flags.{name}: is set by run_comparison.py; leave it out")
+        raise UserError(f"{path}: {where}.flags.{name}: is set by run_comparison.py; leave it out")
     data = COMMANDS[command].data
     dataset = "" if data is None else str(flags.get(data, ""))
     if data is not None and not all(part.strip().startswith("local/") for part in dataset.split(",")):
-        raise user_error(f"{path}: {where}.flags.{data}: must name local/ data, which is made here, not {dataset!r}")
+        raise UserError(f"{path}: {where}.flags.{data}: must name local/ data, which is made here, not {dataset!r}")
     return tuple(word for name in sorted(flags) for word in as_flags(name, flags[name])), dataset
 
 
-def settings_of(run: Run, arguments: list[str]) -> Any:
-    """The settings of a run's process, as its command reads them. Raises UserError for flags that it does not have."""
-    from runs.cli import parse_config
-
-    command = COMMANDS[run.command]
-    found = getattr(importlib.import_module(run.command), command.settings)
+def settings_of(command: str, arguments: list[str]) -> Any:
+    """The settings of a process, as its command reads them. Raises UserError for flags that it does not have."""
+    found = getattr(importlib.import_module(command), COMMANDS[command].settings)
     return parse_config(found if isinstance(found, type) else found(arguments), arguments)
+
+
+@functools.cache
+def resolved_settings(command: str, flags: tuple[str, ...]) -> dict[str, Any]:
+    """All settings that flags and defaults decide, as YAML writes them, but for seed, places and the machine."""
+    values = plain_config(settings_of(command, list(flags)))
+    return {name: value for name, value in values.items() if name not in MACHINE | RESERVED}
+
+
+@functools.cache
+def settings_digest(run: Run) -> str:
+    """8 digits of a run's settings, by which a row of scores is known to be of the present defaults.
+
+    Settings that are off (None, False) are left out: a new one that is off by default changes no digits.
+    """
+    parts = [run] if run.needs is None else [run.needs, run]
+    settings = [resolved_settings(part.command, part.flags) for part in parts]
+    on = [{name: value for name, value in own.items() if value is not None and value is not False} for own in settings]
+    return hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def check_flags(table: Table) -> None:
     """Raise UserError, naming the file, for the first run whose command would refuse its flags."""
-    from utils import UserError
-
-    checked = set()
     for run in [part for whole in table.runs for part in (whole.needs, whole) if part is not None]:
-        if (run.command, run.flags) not in checked:
-            try:
-                settings_of(run, list(run.flags))
-            except UserError as error:
-                raise UserError(f"{table.path}: {run.method}: {error}") from None
-            checked.add((run.command, run.flags))
+        try:
+            resolved_settings(run.command, run.flags)
+        except UserError as error:
+            raise UserError(f"{table.path}: {run.method}: {error}") from None

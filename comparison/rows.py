@@ -12,16 +12,22 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from comparison.registry import Run, user_error
+from comparison.jobs import read_attempts, seconds_spent
+from comparison.registry import MACHINE, RESERVED, Run, settings_digest, settings_of
+from offline_data import find_dataset
+from runs.cli import load_yaml
+from runs.directory import plain_config
+from runs.metrics import read_episodes, read_metrics
+from utils import UserError, exclusive_folder, write_text_atomic
 
 COLUMNS = (
     *("table", "system", "method", "dataset", "rows", "data_sha256", "seed", "actor", "mode", "task"),
     *("updates", "environment_steps", "episodes", "mean", "std", "score", "best_in_training", "data_score"),
-    *("seconds", "processor", "precision", "commit", "command"),
+    *("seconds", "processor", "precision", "commit", "command", "settings"),
 )
 Row = dict[str, str]
 
@@ -30,7 +36,10 @@ Row = dict[str, str]
 
 
 def read_csv(path: Path) -> list[Row]:
-    """Rows of a table's CSV; none where there is no file. Raises UserError for a file with other columns."""
+    """Rows of a table's CSV; none where there is no file. A column that an older one lacks is empty.
+
+    Raises UserError for a file with other columns.
+    """
     try:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
@@ -38,10 +47,11 @@ def read_csv(path: Path) -> list[Row]:
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise user_error(f"{path}: cannot be read ({error}); restore it from git") from None
-    if tuple(reader.fieldnames or ()) != COLUMNS or any(None in row.values() or None in row for row in rows):
-        raise user_error(f"{path}: has other columns than {', '.join(COLUMNS)}; restore it from git")
-    return rows
+        raise UserError(f"{path}: cannot be read ({error}); restore it from git") from None
+    known = {*COLUMNS} >= {*(reader.fieldnames or ())} >= {"command", "score"}
+    if not known or any(None in row.values() or None in row for row in rows):
+        raise UserError(f"{path}: has other columns than {', '.join(COLUMNS)}; restore it from git")
+    return [dict.fromkeys(COLUMNS, "") | row for row in rows]
 
 
 def append_csv(path: Path, rows: list[Row]) -> bool:
@@ -49,12 +59,10 @@ def append_csv(path: Path, rows: list[Row]) -> bool:
 
     Several processes may append to one file at the same time.
     """
-    from utils import exclusive_folder, write_text_atomic
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_folder(path.parent):
         present = read_csv(path)
-        if any(row["command"] == rows[0]["command"] for row in present):
+        if any(_identity(row) == _identity(rows[0]) for row in present):
             return False
         file = io.StringIO()
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -64,15 +72,27 @@ def append_csv(path: Path, rows: list[Row]) -> bool:
         return True
 
 
-def rows_by_run(paths: list[Path]) -> dict[str, list[Row]]:
-    """Rows of several files by their command; of a run that stands in several files, those of the first."""
-    found: dict[str, list[Row]] = {}
-    for path in paths:
-        own: dict[str, list[Row]] = {}
-        for row in read_csv(path):
-            own.setdefault(row["command"], []).append(row)
-        found = own | found
-    return found
+def _identity(row: Row) -> tuple[str, str]:
+    return row["command"], row["settings"]
+
+
+class Scores:
+    """The rows of several files; of a run that stands in several files, those of the first."""
+
+    def __init__(self, files: Iterable[list[Row]]):
+        self.found: dict[tuple[str, str], list[Row]] = {}
+        for rows in files:
+            own: dict[tuple[str, str], list[Row]] = {}
+            for row in rows:
+                own.setdefault(_identity(row), []).append(row)
+            self.found = own | self.found
+        self.commands = {command for command, _ in self.found}
+
+    def of(self, run: Run) -> list[Row]:
+        """A run's rows, none where it has none by the present defaults. Rows that name no settings count as theirs."""
+        if run.text not in self.commands:  # its settings take a moment
+            return []
+        return self.found.get((run.text, settings_digest(run))) or self.found.get((run.text, ""), [])
 
 
 def relabelled(rows: list[Row], run: Run) -> list[Row]:
@@ -92,8 +112,6 @@ def rows_of(run: Run, log_dir: str | Path, dataset_dir: str | None) -> list[Row]
 
     Raises UserError where a file is missing or damaged, and where the directory holds a run of other settings.
     """
-    from comparison_jobs import read_attempts, seconds_spent
-
     run_dir = run.run_dir(log_dir)
     try:
         check_settings(run, log_dir, dataset_dir)
@@ -105,13 +123,14 @@ def rows_of(run: Run, log_dir: str | Path, dataset_dir: str | None) -> list[Row]
         count, digest = data_facts(_dataset_ids(summary), dataset_dir)
         versions = json.loads((run_dir / "versions.json").read_text())
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise user_error(f"{run_dir}: its scores cannot be read ({error!r}); remove it to train it again") from None
+        raise UserError(f"{run_dir}: its scores cannot be read ({error!r}); remove it to train it again") from None
     attempts, seconds = read_attempts(run_dir), seconds_spent(run_dir)
     shared = {
         **{"table": run.table, "system": run.system, "method": run.method, "dataset": run.dataset, "seed": run.seed},
         **{"rows": count, "data_sha256": digest, "precision": _stored(run_dir).get("precision", "float32")},
         **{"seconds": "" if seconds is None else round(seconds), "commit": (versions.get("commit") or "")[:12]},
         **{"processor": attempts[-1].get("processor", "") if attempts else "", "command": run.text},
+        "settings": settings_digest(run),
     }
     return [{name: _text((shared | row).get(name, "")) for name in COLUMNS} for row in scores]
 
@@ -122,29 +141,21 @@ def _text(value: Any) -> str:
 
 def _stored(run_dir: Path) -> dict[str, Any]:
     """The run's config.yaml."""
-    from runs.cli import load_yaml
-
     return load_yaml(run_dir / "config.yaml")
 
 
 def check_settings(run: Run, log_dir: str | Path, dataset_dir: str | None) -> None:
     """Raise UserError where a finished run was trained with other settings than its command has now.
 
-    A default may have changed since. Where the data lies, and on which machine, is no setting; what None stands for is
-    filled in by the command.
+    A default may have changed since. What None stands for is filled in by the command.
     """
-    from comparison.registry import settings_of
-    from runs.directory import plain_config
-
-    machine = {"device", "eval_workers", "tensorboard", "cuda_graph", "resume", "dataset_dir", "data_dir"}
-    machine |= {"offline_run_dir", "run_dir"}
-    stored = _stored(run.run_dir(log_dir))
-    now = plain_config(settings_of(run, run.arguments(log_dir, dataset_dir)))
-    for name in sorted(now.keys() - machine):
+    run_dir = run.run_dir(log_dir)
+    stored, now = _stored(run_dir), plain_config(settings_of(run.command, run.arguments(log_dir, dataset_dir)))
+    for name in sorted(now.keys() - MACHINE - RESERVED):
         if now[name] is not None and stored.get(name) != now[name]:
-            raise user_error(
-                f"{run.run_dir(log_dir)}: {name} was {stored.get(name)} and is now {now[name]}; remove that directory "
-                "to train it again"
+            raise UserError(
+                f"{run_dir}: {name} was {stored.get(name)} and is now {now[name]}; remove that directory to train it "
+                "again"
             )
 
 
@@ -169,8 +180,6 @@ def _walker(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _chain(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A row for each actor and mode, from training/evaluations.csv."""
-    from runs.metrics import read_episodes
-
     final: dict[tuple[int, str], list[dict]] = {}
     training: dict[tuple[int, str], dict[int, list[float]]] = {}
     for row in read_episodes(run_dir / "training" / "evaluations.csv"):
@@ -196,8 +205,6 @@ def _opso(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
             value = {"mean": float(summary[name]), "score": float(summary[name])}
             yield {"task": name, "updates": summary["updates"], "environment_steps": 0, **value}
         return
-    from runs.metrics import read_metrics
-
     metrics, episodes = read_metrics(run_dir), int(_stored(run_dir)["eval_episodes"])
     names = ["eval/success_rate", *sorted(name for name in summary if name.startswith("eval/success_task"))]
     for name in names:
@@ -220,9 +227,6 @@ def _std(values: list[float]) -> float:
     return math.sqrt(_mean([(value - center) ** 2 for value in values]))
 
 
-# -- data ------------------------------------------------------------------------------------------------------------
-
-
 def _dataset_ids(summary: dict[str, Any]) -> list[str]:
     """Full ids of the data that a run's finished.json names."""
     return summary.get("datasets") or ([summary["dataset"]] if "dataset" in summary else [])
@@ -233,13 +237,7 @@ def data_facts(ids: list[str], dataset_dir: str | None) -> tuple[int | str, str]
 
     Empty texts for no data, and where a manifest is gone.
     """
-    from benchmark_data.local import find_family
-    from dataset_files import read_manifest
-
-    manifests = []
-    for dataset_id in ids:
-        path = find_family(dataset_id).manifest_path(dataset_id, dataset_dir)
-        manifests.append(read_manifest(path, dataset_id))
+    manifests = [find_dataset(dataset_id).manifest(dataset_dir) for dataset_id in ids]
     if not manifests or None in manifests:
         return "", ""
     hashes = {name: entry["sha256"] for manifest in manifests for name, entry in manifest["files"].items()}

@@ -4,7 +4,8 @@
     <!-- /table -->
 
 A cell is the mean over seeds of the score of each seed's last checkpoint. Rows of a CSV count for a cell only where
-their command is the one that the YAML file asks for, so that runs of other settings never mix with them.
+their command is the one that the YAML file asks for and their settings are what it stands for now, so that runs of
+other settings never mix with them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from comparison.registry import Run, Table, check_keys, fill, read_table, user_error
-from comparison.rows import COLUMNS, Row, read_csv
+from comparison.registry import Run, Table, check_keys, fill, read_table
+from comparison.rows import COLUMNS, Row, Scores, read_csv
+from comparison.statistics import t_half_width
+from utils import UserError, write_text_atomic
 
 MARKED = re.compile(r"^(<!-- table: (\S+) -->\n)(.*?)^(<!-- /table -->)$", re.DOTALL | re.MULTILINE)
 MISSING = "-"  # a cell that a run will fill
@@ -34,27 +37,25 @@ def cell_text(scores: Iterable[float], planned: int, digits: int = 1) -> str:
         return f"{mean:.{digits}f} *"
     if n == 2:
         return f"{mean:.{digits}f} ({min(found):.{digits}f} to {max(found):.{digits}f})"
-    from scipy.stats import t as student
-
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in found) / (n - 1))
-    half = float(student.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
-    return f"{mean:.{digits}f} ± {half:.{digits}f}" + (f" ({n} of {planned} seeds)" if n < planned else "")
+    return f"{mean:.{digits}f} ± {t_half_width(found):.{digits}f}" + (
+        f" ({n} of {planned} seeds)" if n < planned else ""
+    )
 
 
-def matching(table: Table, rows: list[Row]) -> list[tuple[Run, Row]]:
+def matching(table: Table, scores: Scores) -> list[tuple[Run, Row]]:
     """Rows of the table's present runs that pass its `where`. Raises UserError where their data or precision differ."""
-    runs = {run.text: run for run in table.runs}
-    found = [(runs[row["command"]], row) for row in rows if row["command"] in runs]
-    for name, group in (("data_sha256", "dataset"), ("precision", "table")):
+    found = [(run, row) for run in table.runs for row in scores.of(run)]
+    for name in ("data_sha256", "precision"):
         kinds: dict[str, set[str]] = {}
-        for _, row in found:
-            kinds.setdefault(row[group], set()).update({row[name]} - {""})
+        for run, row in found:
+            group = row["dataset"] if name == "data_sha256" else " ".join(run.row)
+            kinds.setdefault(group, set()).update({row[name]} - {""})
         for key, values in kinds.items():
             if len(values) > 1:
                 listed = ", ".join(sorted(values))
-                raise user_error(f"{table.csv}: rows of {key} differ in {name} ({listed}); train them on the same")
+                raise UserError(f"{table.csv}: rows of {key} differ in {name} ({listed}); train them on the same")
     where = table.layout.get("where", {})
-    check_keys(table.path, "layout.where", where, COLUMNS)
+    check_keys(f"{table.path}: layout.where", where, COLUMNS)
     wanted = {key: list(map(str, value if isinstance(value, list) else [value])) for key, value in where.items()}
     return [(run, row) for run, row in found if all(row[key] in values for key, values in wanted.items())]
 
@@ -65,10 +66,10 @@ def cells_of(table: Table, found: list[tuple[Run, Row]]) -> dict[Key, dict[int, 
     for run, row in found:
         column = fill(table.path, f"column of {run.method}", run.column, row)
         if column not in table.layout["columns"]:
-            raise user_error(f"{table.path}: layout.columns lacks {column!r}, which {run.method} has")
+            raise UserError(f"{table.path}: layout.columns lacks {column!r}, which {run.method} has")
         seeds = cells.setdefault((run.row, column), {})
         if run.seed in seeds:
-            raise user_error(f"{table.path}: two scores of seed {run.seed} for {' '.join(run.row)}, {column}")
+            raise UserError(f"{table.path}: two scores of seed {run.seed} for {' '.join(run.row)}, {column}")
         seeds[run.seed] = row
     return cells
 
@@ -115,26 +116,26 @@ def body_lines(table: Table, cells: dict[Key, dict[int, Row]], missing: set[str]
 
 def caption(table: Table, found: list[tuple[Run, Row]]) -> str:
     """What the cells are: seeds, episodes, commits, processors."""
-    seeds = sorted({run.seed for run in table.runs})
-    words = [f"{table.title} Last checkpoints of seeds {', '.join(map(str, seeds))}"]
-    rows = [row for _, row in found]
+    rows, seeds = [row for _, row in found], sorted({run.seed for run, _ in found})
+    if not rows:
+        return f"{table.title} No run is finished yet."
+    words = [f"{table.title} Last checkpoints of seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"]
     episodes = sorted({int(row["episodes"]) for row in rows if row["episodes"]})
     words += [f"{' or '.join(map(str, episodes))} episodes each"] if episodes else []
     words.append("mean ± 95% t-interval over seeds, (lowest to highest) of two, * one seed")
     words += ["[standard deviation over episodes]"] if table.layout.get("spread") else []
     commits = sorted({row["commit"][:7] for row in rows} - {""})
     words += [f"commit {', '.join(commits)}"] if commits else []
-    words += [", ".join(sorted({f"{row['processor']} {row['precision']}".strip() for row in rows}))] if rows else []
+    words.append(", ".join(sorted({f"{row['processor']} {row['precision']}".strip() for row in rows})))
     return "; ".join(words) + "."
 
 
-def render(table: Table, rows: list[Row]) -> str:
+def render(table: Table, scores: Scores) -> str:
     """The text between the markers, line break included. Raises UserError as `matching` and `cells_of` do."""
     if not isinstance(table.layout.get("columns"), list):
-        raise user_error(f"{table.path}: layout.columns must be a list of the table's columns")
-    found = matching(table, rows)
-    there = {row["command"] for row in rows}
-    missing = {run.text for run in table.runs} - there
+        raise UserError(f"{table.path}: layout.columns must be a list of the table's columns")
+    found = matching(table, scores)
+    missing = {run.text for run in table.runs if not scores.of(run)}
     lines = [caption(table, found), "", *body_lines(table, cells_of(table, found), missing)]
     if missing:
         command = f"python run_comparison.py --config results/{table.path.name} --jobs 2"
@@ -157,13 +158,13 @@ def page_texts(root: Path) -> dict[Path, str]:
                 return f"{match[1]}{glance.render(root)}{match[4]}"
             path = root / "results" / f"{match[2]}.yaml"
             if not path.is_file():
-                raise user_error(f"{page}: table {match[2]}: there is no {path}")
+                raise UserError(f"{page}: table {match[2]}: there is no {path}")
             table = read_table(path)
-            return f"{match[1]}{render(table, read_csv(table.csv))}{match[4]}"
+            return f"{match[1]}{render(table, Scores([read_csv(table.csv)]))}{match[4]}"
 
         text = page.read_text(encoding="utf-8")
         if len(re.findall("^<!-- table: ", text, re.MULTILINE)) != len(MARKED.findall(text)):
-            raise user_error(f"{page}: a table's marker has no <!-- /table --> after it")
+            raise UserError(f"{page}: a table's marker has no <!-- /table --> after it")
         pages[page] = MARKED.sub(between, text)
     return pages
 
@@ -172,8 +173,6 @@ def rewrite_pages(root: Path) -> None:
     """Write the pages whose tables have changed."""
     changed: dict[Path, Any] = {page: text for page, text in page_texts(root).items() if text != page.read_text()}
     for page, text in changed.items():
-        from utils import write_text_atomic
-
         write_text_atomic(page, text)
         print(f"{page}: tables rewritten")
     if not changed:

@@ -270,6 +270,9 @@ def _versions() -> dict[str, str | None]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    from model_kernels import chosen_kernels  # late, as it imports torch
+
+    versions["kernels"] = chosen_kernels()
     versions["commit"] = _commit(Path(__file__).resolve().parent.parent)
     return versions
 

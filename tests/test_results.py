@@ -11,8 +11,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,12 +18,11 @@ import pytest
 import yaml
 from running import error_line
 
-import comparison_jobs
 import pogo_main
 import run_comparison
-from comparison import glance, queue, rows, tables
-from comparison.registry import COMMANDS, check_flags, read_table, settings_of
-from comparison_jobs import Job
+from comparison import glance, jobs, queue, registry, rows, tables
+from comparison.jobs import Job
+from comparison.registry import COMMANDS, check_flags, read_table, settings_digest, settings_of
 from make_dataset import generate
 from runs.directory import plain_config
 from utils import UserError
@@ -71,7 +68,7 @@ def write_table(path: Path, *entries: dict, **sections) -> Path:
 
 def stored_settings(run, log_dir) -> str:
     """What the run's config.yaml holds."""
-    return yaml.safe_dump(plain_config(settings_of(run, run.arguments(log_dir, None))))
+    return yaml.safe_dump(plain_config(settings_of(run.command, run.arguments(log_dir, None))))
 
 
 class Place:
@@ -82,10 +79,11 @@ class Place:
         self.script, self.seconds = folder / "trainer.py", 0.0
         self.script.write_text(TRAINER)
         self.table = folder / "results" / "first.yaml"
-        monkeypatch.setattr(queue, "to_job", self.to_job)
+        monkeypatch.setattr(queue.TableQueue, "job", lambda table_queue, run: self.job(run, table_queue.options))
+        monkeypatch.setattr(queue.TableQueue, "data", lambda table_queue, run: ([], None))
         monkeypatch.setattr(queue, "POLL_SECONDS", 0.01)
 
-    def to_job(self, run, options) -> Job:
+    def job(self, run, options) -> Job:
         words = [str(self.ledger), str(self.seconds), stored_settings(run, options.log_dir)]
         run_dir = str(run.run_dir(options.log_dir))
         return Job(run_dir, [str(self.script), run_dir, *words], {})
@@ -119,7 +117,7 @@ def test_a_file_of_the_repository_names_local_data_and_flags_that_its_commands_h
         named = run.dataset.split(",") if run.dataset else []
         assert all(name.startswith("local/") for name in named) and (named or COMMANDS[run.command].data is None)
     assert {run.seed for run in table.runs[: len(table.runs) // len({run.seed for run in table.runs})]} == {0}
-    assert tables.render(table, [])  # its layout can be drawn
+    assert tables.render(table, rows.Scores([]))  # its layout can be drawn
 
 
 def test_the_main_table_begins_with_one_seed_of_everything_the_cheapest_first():
@@ -165,9 +163,9 @@ def test_a_run_may_need_a_pretraining_of_its_seed(tmp_path):
     ("change", "words"),
     [
         ({"runs": []}, "runs must be a list"),
-        ({"seed": [0]}, "unknown key seed; the nearest one is 'seeds'"),
+        ({"seed": [0]}, "unknown key 'seed'; the nearest one is 'seeds'"),
         ({"seeds": [0.5]}, "seeds must be a list of integers"),
-        ({"runs": [AGENT | {"flag": {}}]}, "unknown key runs[0].flag; the nearest one is 'flags'"),
+        ({"runs": [AGENT | {"flag": {}}]}, "runs[0]: unknown key 'flag'; the nearest one is 'flags'"),
         ({"runs": [AGENT | {"command": "walker.agnt"}]}, "runs[0].command: must be one of walker.agent"),
         ({"runs": [AGENT | {"flags": {"episode": 2}}]}, "--episode"),
         ({"runs": [AGENT | {"flags": {"episodes": "many"}}]}, "--episodes"),
@@ -176,7 +174,7 @@ def test_a_run_may_need_a_pretraining_of_its_seed(tmp_path):
         ({"runs": [BC | {"flags": {"USE_DATASET_STR": "local/walk_m,run_m"}}]}, "must name local/ data"),
         ({"runs": [AGENT, AGENT | {"method": "same"}]}, "two entries name the same run"),
         ({"runs": [AGENT | {"row": ["{env}"]}]}, "must hold no other braces"),
-        ({"layout": {"column": []}}, "unknown key layout.column"),
+        ({"layout": {"column": []}}, "layout: unknown key 'column'"),
     ],
 )
 def test_a_wrong_file_is_one_line(place, capsys, change, words):
@@ -300,6 +298,32 @@ def test_a_finished_run_of_other_settings_has_no_rows(tmp_path):
         rows.rows_of(run, tmp_path, None)
 
 
+def test_rows_of_other_defaults_do_not_count_and_rows_without_settings_do(tmp_path):
+    run = only_run(tmp_path, AGENT)
+    row = dict.fromkeys(rows.COLUMNS, "") | {"command": run.text, "score": "1"}
+    digest = settings_digest(run)
+    for settings, counts in ((digest, True), ("", True), ("0" * 8, False)):
+        assert bool(rows.Scores([[row | {"settings": settings}]]).of(run)) is counts
+    both = [row, row | {"settings": digest, "score": "2"}]
+    assert [found["score"] for found in rows.Scores([both]).of(run)] == ["2"]
+
+
+def test_a_new_setting_that_is_off_changes_no_digest_and_a_changed_default_does(tmp_path, monkeypatch):
+    run = only_run(tmp_path, AGENT)
+    before, settings = settings_digest(run), registry.resolved_settings(run.command, run.flags)
+    for change, same in (({"new": False}, True), ({"new": None}, True), ({"new": True}, False), ({"steps": 7}, False)):
+        monkeypatch.setattr(registry, "resolved_settings", lambda *_, change=change: settings | change)
+        settings_digest.cache_clear()
+        assert (settings_digest(run) == before) is same
+    settings_digest.cache_clear()
+
+
+def test_a_csv_of_an_older_version_is_read(tmp_path):
+    (tmp_path / "t.csv").write_text("table,seed,score,command\nt,0,1.5,python x.py\n")
+    (row,) = rows.read_csv(tmp_path / "t.csv")
+    assert tuple(row) == rows.COLUMNS and (row["score"], row["settings"]) == ("1.5", "")
+
+
 def test_a_damaged_csv_is_one_line(tmp_path):
     (tmp_path / "t.csv").write_text("table,seed\nt,0\n")
     with pytest.raises(UserError, match="has other columns"):
@@ -307,7 +331,7 @@ def test_a_damaged_csv_is_one_line(tmp_path):
 
 
 def test_the_processor_is_named():
-    assert comparison_jobs.processor(["x.py", "--device", "cpu"])
+    assert jobs.processor(["x.py", "--device", "cpu"])
 
 
 # -- the queue -------------------------------------------------------------------------------------------------------
@@ -373,6 +397,17 @@ def test_a_run_that_fails_does_not_stop_the_others(place, capsys):
     assert "it needs first OPSO, pretraining" in error and "exit code 1: it diverged; starting it again" in error
 
 
+def test_a_pretraining_of_several_entries_is_started_once(place):
+    entry = {"method": "OPSO", "command": "online_trainer", "needs": {"command": "offline_trainer"}}
+    flags = {"dataset": "local/pointmaze-medium-navigate-v0"}
+    entries = [entry | {"method": name, "flags": flags | {"batch_size": n}} for name, n in (("a", 8), ("b", 9))]
+    write_table(place.table, *entries)
+    (place.folder / "behaviour.json").write_text(json.dumps({"offline_trainer": 2}))
+    with pytest.raises(SystemExit):
+        place.run("--jobs", "2")
+    assert [note.split()[0] for note in place.notes()] == ["start"]
+
+
 def test_a_run_waits_for_the_one_that_it_needs(place):
     entry = {"method": "OPSO", "command": "online_trainer", "flags": {"dataset": "local/pointmaze-medium-navigate-v0"}}
     write_table(place.table, entry | {"needs": {"command": "offline_trainer"}}, AGENT)
@@ -381,7 +416,7 @@ def test_a_run_waits_for_the_one_that_it_needs(place):
         place.run("--jobs", "2")
     (pretraining,) = (place.folder / "logs").rglob("offline_trainer/**/seed_0/attempts.json")
     (online,) = (place.folder / "logs").rglob("online_trainer/**/seed_0/attempts.json")
-    first, second = (comparison_jobs.read_attempts(path.parent)[0] for path in (pretraining, online))
+    first, second = (jobs.read_attempts(path.parent)[0] for path in (pretraining, online))
     assert first["began"] < second["began"] and first["code"] == 0
     assert {row["method"] for row in place.rows()} == {"random"}
 
@@ -442,11 +477,6 @@ def test_a_cell_at_a_glance_that_no_table_has_is_refused(tmp_path):
         glance.render(tmp_path)
 
 
-def test_tables_need_no_torch():
-    code = "import sys; sys.modules['torch'] = None; from pathlib import Path; from comparison import tables; "
-    subprocess.run([sys.executable, "-c", f"{code}tables.page_texts(Path())"], cwd=ROOT, check=True)
-
-
 def test_statistics():
     assert tables.cell_text([10.0], 3) == "10.0 *"
     assert tables.cell_text([10.0, 12.0], 3) == "11.0 (10.0 to 12.0)"
@@ -462,7 +492,7 @@ def filled(place: Place, **layout):
 
 def test_a_table_shows_what_is_there_and_how_to_fill_the_rest(place):
     table, found = filled(place, data_row=True, spread=True)
-    lines = tables.render(table, found).splitlines()
+    lines = tables.render(table, rows.Scores([found])).splitlines()
     assert lines[0].startswith("Title. Last checkpoints of seeds 0, 1, 2; 1 or 2 episodes each; mean ± 95% t-interval")
     assert "commit 0123456" in lines[0]
     assert lines[2:] == [
@@ -479,26 +509,27 @@ def test_a_table_shows_what_is_there_and_how_to_fill_the_rest(place):
 def test_other_settings_other_data_and_other_precision_do_not_mix(place):
     table, found = filled(place)
     other = [row | {"command": row["command"].replace("--episodes 2", "--episodes 9"), "score": "999"} for row in found]
-    assert "999" not in tables.render(table, found + other)
+    assert "999" not in tables.render(table, rows.Scores([found + other]))
     for name in ("data_sha256", "precision"):
         mixed = [row | {name: "x" if row["seed"] == "0" else "y"} for row in found]
         with pytest.raises(UserError, match=f"differ in {name}"):
-            tables.render(table, mixed)
+            tables.render(table, rows.Scores([mixed]))
 
 
 def test_a_layout_that_does_not_fit_is_one_line(place):
     for layout, words in (
         ({"columns": ["walk"]}, "layout.columns lacks 'run'"),
         ({"columns": None}, "layout.columns must be a list"),
-        ({"where": {"taks": "run"}}, "unknown key layout.where.taks"),
+        ({"where": {"taks": "run"}}, "layout.where: unknown key 'taks'"),
     ):
         with pytest.raises(UserError, match=words):
-            tables.render(*filled(place, **layout))
+            table, found = filled(place, **layout)
+            tables.render(table, rows.Scores([found]))
     table, found = filled(place, where={"task": ["walk"]}, columns=["walk"])
-    assert "12.0" in tables.render(table, found)
+    assert "12.0" in tables.render(table, rows.Scores([found]))
     write_table(place.table, AGENT | {"column": "all"}, layout={"columns": ["all"]})
     with pytest.raises(UserError, match="two scores of seed 0 for random, all"):
-        tables.render(read_table(place.table), found)
+        tables.render(read_table(place.table), rows.Scores([found]))
 
 
 def test_pages_are_rewritten_between_markers(place, capsys):

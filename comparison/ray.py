@@ -1,0 +1,146 @@
+"""Runs as tasks of a Ray cluster, whose nodes share this checkout, the data and --log_dir, each at the same path."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from concurrent.futures import Future, wait
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from comparison.jobs import Job, Pool
+from utils import UserError, one_line
+
+LINGER_SECONDS = 30  # how long Ctrl-C waits for the cluster's tasks
+CONNECT_SECONDS, ANSWER_SECONDS = 5, 45  # for a connection to an address, and for Ray's answer behind it
+NEEDS_TOKEN = 3  # exit code of PROBE
+# Asks for a cluster in a process that can be given up: ray.init tries for minutes, and calls a refused token silence.
+PROBE = f"""
+import sys, ray
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import GcsClient
+if sys.argv[1].startswith("ray://"):
+    sys.exit(not ray.init(sys.argv[1], log_to_driver=False))
+address = canonicalize_bootstrap_address(sys.argv[1])
+if address is None:
+    sys.exit("no cluster runs on this machine")
+try:
+    GcsClient(address=address)
+except ray.exceptions.AuthenticationError:
+    sys.exit({NEEDS_TOKEN})
+"""
+
+
+def check_gpus(share: float | None) -> None:
+    """Raise UserError for what Ray takes of no node: above 1 it knows whole GPUs alone, and of a part four decimals."""
+    if share is None:
+        return
+    if not 0 <= share <= 64:
+        raise UserError(f"--gpus_per_run {share}: must be between 0 and 64")
+    if share != round(share, 4) or share > 1 and share != int(share):
+        raise UserError(f"--gpus_per_run {share}: must be a whole number, or below 1 with at most four decimals")
+
+
+class RayPool(Pool):
+    """A cluster.
+
+    Args:
+        address: host:port of the cluster's head, ray://host:port, or auto for the one on this machine.
+        jobs: tasks that are submitted at once; None for as many as there are.
+        cpus, gpus: what a task takes of a node; a fraction of a GPU lets several share it. gpus None takes 0.25 where
+            the cluster has any.
+
+    Raises UserError where Ray is missing, nobody answers or the cluster has no such node.
+    """
+
+    verb = "submitted"
+
+    def __init__(self, address: str, jobs: int | None, cpus: int, gpus: float | None):
+        super().__init__(jobs)
+        check_gpus(gpus)
+        try:
+            import ray
+        except ImportError:
+            raise UserError("--backend ray: needs the package ray: pip install -r requirements/cluster.txt") from None
+        probe(address)
+        self.ray, self.lost, self.references = ray, (ray.exceptions.RayError,), {}  # Future -> Ray's reference
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = gpus if gpus is not None else 0.25 if any(node.get("GPU") for node in nodes) else 0.0
+        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+            ray.shutdown()
+            raise UserError(
+                f"--address {address}: no node has --threads {cpus} CPU cores and --gpus_per_run {gpus:g} of a GPU; "
+                "lower them"
+            )
+        root = str(Path(__file__).resolve().parent.parent)
+
+        # Inside a function, so that Ray sends the code itself: this module cannot be imported there before the path is.
+        def task(job: dict[str, Any]) -> Any:
+            sys.path.insert(0, root)
+            from comparison import jobs
+
+            return jobs.execute(jobs.Job(**job))  # a cancelled task stops the run
+
+        # A run whose node is lost starts again as one that crashed does: the comparison counts the tries, not Ray.
+        self.task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(task)
+
+    def submit(self, job: Job) -> Future:
+        reference = self.task.remote(asdict(job))
+        future = reference.future()
+        self.references[future] = reference
+        return future
+
+    def stop(self) -> None:
+        """Cancel all, wait for them, and leave the cluster."""
+        try:
+            for future in self.running:
+                self.ray.cancel(self.references[future])
+            wait(self.running, LINGER_SECONDS)
+        finally:
+            self.ray.shutdown()
+
+
+def probe(address: str) -> None:
+    """Raise UserError where no Ray cluster answers at an address, or one that wants a token, in seconds."""
+    remedy = "start one with `ray start --head`, or give the address that it printed"
+    if address != "auto":
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if not host or not port.isdigit():
+            raise UserError(f"--address {address}: must be host:port, ray://host:port, or auto")
+        faults = [_connection_fault(name, int(port)) for name in _names(host)]
+        if all(faults):
+            raise UserError(f"--address {address}: no Ray cluster answers there ({faults[0]}); {remedy}")
+    try:
+        command = [sys.executable, "-c", PROBE, address]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"--address {address}: no Ray cluster answers there (no answer in {ANSWER_SECONDS} seconds); {remedy}"
+        ) from None
+    if done.returncode == NEEDS_TOKEN:
+        raise UserError(
+            f"--address {address}: the cluster wants a token, and gets none or a wrong one; set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless ~/.ray/auth_token here is that of its head"
+        )
+    if done.returncode:
+        fault = one_line((done.stderr.strip().splitlines() or ["no message"])[-1])[:200]
+        raise UserError(f"--address {address}: no Ray cluster answers there ({fault}); {remedy}")
+
+
+def _names(host: str) -> list[str]:
+    """What Ray may understand a host as: it takes loopback for this machine's address in its network."""
+    import ray
+
+    return [host, ray.util.get_node_ip_address()] if host in ("localhost", "127.0.0.1") else [host]
+
+
+def _connection_fault(host: str, port: int) -> str:
+    """Why nothing accepts a connection there, or nothing."""
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+        return ""
+    except (OSError, OverflowError) as error:
+        return one_line(error)
