@@ -226,7 +226,7 @@ def test_heads_have_the_shapes_they_state():
     assert q(z, z_next, z_goal).shape == (2, 4, 6)
     assert GoalValue(32, 64)(z, z_goal).shape == (4, 6)
     assert NextState(32, 64)(z, z_goal).shape == (4, 6, 32)
-    assert RewardLogit(32, 64)(z_next).shape == (4, 6)
+    assert RewardLogit(32, 64)(z_next, z_goal).shape == (4, 6)
     action = InverseDynamics(32, 64, 3)(z, z_next, z_goal)
     assert action.shape == (4, 6, 3) and action.abs().max() <= 1
 

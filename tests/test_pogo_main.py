@@ -457,10 +457,10 @@ def test_finished_seeds_are_left_and_counted(alone, arguments, tmp_path, monkeyp
 def test_a_seed_that_diverges_does_not_stop_the_others(alone, arguments, tmp_path, monkeypatch, capsys):
     flags, check = several(arguments, tmp_path, monkeypatch), POGORun.check_metrics
 
-    def checked(run, metrics):
+    def checked(run, metrics, remedy):
         if run.config.seed == 1 and run.step == 6:
             raise UserError("seed 1 diverged")
-        check(run, metrics)
+        check(run, metrics, remedy)
 
     monkeypatch.setattr(POGORun, "check_metrics", checked)
     assert "seed 1: not finished" in exits(capsys, *flags)
