@@ -222,6 +222,8 @@ def test_command_runs_in_a_small_form(command, tmp_path, monkeypatch, capsys):
         pytest.importorskip("transformers")
     if script == "benchmark_data/train_expert.py":
         pytest.importorskip("stable_baselines3")
+    if "--jax" in words:
+        pytest.importorskip("jax")
     more, says = SMALLER[beginning(command)]
     try:
         module.main([*words, *shlex.split(more)])
