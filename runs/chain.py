@@ -146,6 +146,10 @@ class ChainRun(Run):
 
     def started(self, resume_step: int | None) -> None:
         self.episodes = EpisodeLog(self.log_dir() / "evaluations.csv", resume_step)
+        usual = self.run_dir / "checkpoints"  # leads to another --checkpoint_dir, so that the run's directory is enough
+        if self.checkpoint.parent != usual.resolve() and not usual.is_dir():
+            usual.unlink(missing_ok=True)
+            usual.symlink_to(self.checkpoint.parent, target_is_directory=True)
 
     def log_dir(self) -> Path:
         return self.run_dir / "training"
