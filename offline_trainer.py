@@ -46,7 +46,7 @@ MAP_WINDOWS = 128  # held-out windows whose states value_map.png shows
 
 
 def open_dataset(config: OfflineTrainerConfig, device: torch.device) -> tuple[TrajectoryDataset, TrajectoryDataset]:
-    """Training and validation episodes on the device; a local point maze that is missing is generated first."""
+    """Training and validation episodes on the device; a local dataset that is missing is generated first."""
     dataset = generate_if_missing(config.dataset, config.dataset_dir)
     train = dataset.load("train", config.dataset_dir, config.max_trajectories, device)
     return train, dataset.load("val", config.dataset_dir, None, device)
