@@ -145,7 +145,7 @@ class Dataset:
     def _fetch(self, path: Path, base_url: str) -> None:
         advice = f"put {path.name} into {path.parent} by hand"
         if self.generated:
-            advice += f", or use --dataset local/{self.name}, which is made on this machine"
+            advice += f", or use local/{self.name}, which is made on this machine"
         download(f"{base_url.rstrip('/')}/{path.name}", path, self.read, advice)
 
 

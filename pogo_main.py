@@ -26,12 +26,11 @@ from runs.chain import (
     check_evaluate,
     check_solver,
     check_weights,
-    checkpoint_file,
     evaluate_again,
     run_seeds,
 )
 from runs.cli import parse_config, run_cli
-from runs.directory import expecting, load_checkpoint
+from runs.directory import checkpoint_file, expecting, load_checkpoint
 from utils import Number, UserError, resolve_device, warn
 
 

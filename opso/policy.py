@@ -10,7 +10,7 @@ import torch
 from model import OfflineModel
 from online_agent import OnlineAgent, OnlineAgentConfig
 from opso.search import Planner, StateGraph
-from runs.directory import load_checkpoint
+from runs.directory import checkpoint_file, load_checkpoint
 from utils import UserError, one_line
 
 
@@ -36,8 +36,7 @@ class Policy:
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu"):
-        path = Path(path)
-        self.path = path / "checkpoints" / "last.pth" if path.is_dir() else path
+        self.path = checkpoint_file(path)
         self.device, self.planner = torch.device(device), None
         self.agent: OnlineAgent | None = None  # of the online stage
         self.graph: StateGraph | None = None

@@ -496,12 +496,6 @@ def _report_seeds(summaries: dict[str, dict[str, Any]]) -> None:
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_file(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the last one of a run's directory."""
-    path = Path(path)
-    return path / "checkpoints" / "last.pth" if path.is_dir() else path
-
-
 def policy_names(actors: int) -> list[tuple[int, str]]:
     """Actor and mode of each policy that `play` plays."""
     return [(number, mode) for number in range(actors) for mode in MODES]

@@ -285,3 +285,9 @@ def _commit(folder: Path) -> str | None:
         return None
     # A folder that was unpacked inside some other repository has no commit of its own.
     return lines[1] if Path(lines[0]).resolve() == folder else None
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """The checkpoint that a path means: itself, or the last one of a run's directory."""
+    path = Path(path)
+    return path / "checkpoints" / "last.pth" if path.is_dir() else path

@@ -556,7 +556,7 @@ def test_a_wrong_file_is_refused_and_removed(server, tmp_path, content, fault):
 
 
 def test_an_address_without_the_file(server, tmp_path):
-    with pytest.raises(UserError, match="404.; put Ant_maze_u-maze.* by hand, or use --dataset local/antmaze-umaze-v2"):
+    with pytest.raises(UserError, match="404.; put Ant_maze_u-maze.* by hand, or use local/antmaze-umaze-v2"):
         parse_dataset_id(ANTMAZE).ensure(tmp_path / "cache", server.url)
     with pytest.raises(UserError, match=r"cannot download http://127.0.0.1:9/.*ConnectionError"):
         parse_dataset_id(ANTMAZE).ensure(tmp_path / "cache", "http://127.0.0.1:9/")

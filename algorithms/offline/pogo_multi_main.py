@@ -34,12 +34,11 @@ from runs.chain import (
     check_evaluate,
     check_solver,
     check_weights,
-    checkpoint_file,
     evaluate_again,
     run_seeds,
 )
 from runs.cli import load_yaml, parse_config, run_cli
-from runs.directory import expecting, load_checkpoint
+from runs.directory import checkpoint_file, expecting, load_checkpoint
 from utils import Basic, Count, MayChange, Number, Positive, UserError, resolve_device, warn
 
 NEED_DENSITY = {"cql", "sac_n", "edac"}  # their losses have log pi; their own policy is the default
