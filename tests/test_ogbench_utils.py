@@ -393,7 +393,7 @@ def test_absent_and_unreachable_addresses(server, tmp_path):
     with pytest.raises(UserError, match="HTTP status 404") as caught:
         parse_dataset_id("antmaze-medium-explore-v0").ensure(tmp_path, server.url)
     # No recipe makes ant data here, so the advice names one that works.
-    assert "--dataset local/antmaze-medium-explore-v0," in str(caught.value) and len(server.requests) == 2
+    assert "use local/antmaze-medium-explore-v0," in str(caught.value) and len(server.requests) == 2
     with pytest.raises(UserError, match=rf"cannot download http://127.0.0.1:9/{OFFICIAL}.npz \(ConnectionError\)"):
         parse_dataset_id(OFFICIAL).ensure(tmp_path, "http://127.0.0.1:9")
     (tmp_path / "file").write_text("")
