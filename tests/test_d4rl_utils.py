@@ -473,10 +473,12 @@ def test_development_files_have_the_returns_that_are_listed(name):
     lines = (SHARED / "returns.csv").read_text().splitlines()
     line = next(line for line in lines if line.startswith(f"d4rl/{parse_dataset_id(name).file_name},"))
     rows, episodes, mean, _ = (float(number) for number in line.split(",")[1:])
-    assert (len(got["rewards"]), len(returns)) == (rows, episodes)
-    assert abs(returns.mean() - mean) < 0.06
     ends = got["terminated"] | got["truncated"]
-    assert ends.sum() == episodes
+    assert (len(got["rewards"]), ends.sum()) == (rows, episodes)
+    last = int(np.diff(np.flatnonzero(ends))[-1])
+    cut = got["truncated"][-1] and last < 1000  # by the file's end: no whole episode, so its return is left out
+    assert len(returns) == episodes - cut
+    assert abs(returns.mean() - mean) < (0.01 * mean if cut else 0.06)
     inside = np.flatnonzero(~ends[:-1])
     np.testing.assert_array_equal(got["next_observations"][inside], got["observations"][inside + 1])
 
