@@ -97,20 +97,6 @@ def test_targets_equal_a_walk_along_each_episode():
     assert seen == {"inside", "at", "beyond", "never"}
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 6, 100, NEVER])
-def test_targets_discount_exactly(steps):
-    agent = make_agent()
-    batch = {key: value[:5] for key, value in make_batch(agent).items()}
-    batch |= {"n": torch.arange(1, 6), "steps_to_goal": torch.full((5,), steps)}
-    v = agent.target["v"](batch["z_ahead"], batch["z_goal"]).clamp(0, 1).tolist()
-    q = agent.target["q"](batch["z_before"], batch["z_ahead"], batch["z_goal"]).amin(0).clamp(0, 1).tolist()
-    for i, n in enumerate(range(1, 6)):
-        critic = DISCOUNT ** (steps - 1) if steps <= n else DISCOUNT**n * v[i]
-        value = DISCOUNT ** (steps - 1) if steps < n else DISCOUNT ** (n - 1) * q[i]
-        assert agent.critic_target(batch)[i].item() == pytest.approx(critic, rel=1e-6)
-        assert agent.v_target(batch)[i].item() == pytest.approx(value, rel=1e-6)
-
-
 def test_critic_and_v_losses():
     agent = make_agent()
     batch = make_batch(agent)
@@ -171,15 +157,6 @@ def test_action_loss_equals_a_loop_over_the_known_actions():
     assert loss.item() == pytest.approx(total / 24, rel=1e-4)
     assert info["action_error"].item() == pytest.approx(np.mean(errors), rel=1e-4)
     assert info["action_weight"].item() == pytest.approx(np.mean(weights), rel=1e-4)
-
-
-def test_temperature_zero_is_plain_regression():
-    agent = make_agent(state_temperature=0.0, action_temperature=0.0)
-    batch = make_batch(agent)
-    proposal = agent.heads["next_state"](batch["z"], batch["z_goal"])
-    assert torch.allclose(agent.state_loss(batch)[0], F.mse_loss(proposal, batch["z_far"]), rtol=1e-5)
-    action = agent.heads["inverse_dynamics"](batch["x"], batch["x_sub"], batch["x_goal"])
-    assert torch.allclose(agent.action_loss(batch)[0], F.mse_loss(action, batch["actions"]), rtol=1e-5)
 
 
 def action_gradient(agent: OnlineAgent, batch: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
@@ -256,13 +233,6 @@ def test_every_head_learns_and_the_targets_follow_by_tau():
     assert all(torch.equal(value, heads[name]) for name, value in agent.heads.state_dict().items())
 
 
-def test_no_gradient_through_targets():
-    agent = make_agent()
-    agent.update(make_batch(agent))
-    assert all(p.grad is None for p in agent.target.parameters())
-    assert all(p.grad is not None for p in agent.heads.parameters())
-
-
 def test_save_and_load_continue_to_the_same_bits(tmp_path):
     whole, half = make_agent(), make_agent()
     batches = [make_batch(whole, seed=seed) for seed in range(6)]
@@ -331,16 +301,6 @@ def test_the_metrics_loss_is_infonce_both_ways():
         total -= 2 * logits[i][i] - math.log(sum(map(math.exp, row))) - math.log(sum(map(math.exp, column)))
     loss = agent.fit_metric(lambda: (state, later, steps), range(1), 1)
     assert loss == pytest.approx(total / 18, rel=1e-4)
-
-
-@pytest.mark.parametrize("number,share", [(0, 1.0), (1, 0.5), (2, 0.0)])
-def test_the_metrics_learning_rate_decays_to_nothing(number, share):
-    """Adam's first step changes every parameter by the learning rate."""
-    agent = make_agent(metric_lr=2e-3)
-    before = [p.detach().clone() for p in agent.metric.parameters()]
-    agent.fit_metric(pairs_of(random_codes()), [number], 2)
-    moved = max(float((p - old).abs().max()) for p, old in zip(agent.metric.parameters(), before, strict=True))
-    assert moved == pytest.approx(2e-3 * share, rel=0.02, abs=1e-9)
 
 
 def test_fitting_the_metric_changes_nothing_else_and_leaves_it_frozen():
@@ -564,19 +524,6 @@ def test_the_replay_keeps_the_last_episodes_and_its_state_round_trips(count, tmp
         assert_holds(ring, kept | {count % 3: episodes[count]}, 7)
 
 
-def test_the_replay_refuses_wrong_sizes():
-    replay = EpisodeReplay(3, 6, 3, 2)
-    for states, actions in ((3, 3), (5, 3), (1, 0), (8, 7)):
-        with pytest.raises(ValueError, match="no episode"):
-            replay.add(torch.zeros(states, 3), torch.zeros(actions, 2))
-    assert len(replay) == 0 and replay.added == 0
-    play(replay, (6, 2))
-    for other in (EpisodeReplay(2, 6, 3, 2), EpisodeReplay(4, 6, 3, 2), EpisodeReplay(3, 6, 4, 2)):
-        with pytest.raises(ValueError):
-            other.load_state_dict(replay.state_dict())
-        assert len(other) == 0
-
-
 # -- the graph --------------------------------------------------------------------------------------------------------
 
 
@@ -641,19 +588,6 @@ def random_graph(agent: OnlineAgent, seed: int, lengths=(7, 1, 4, 9, 3)):
     return graph, places.astype(float).tolist(), rows, ends
 
 
-def test_a_trajectorys_edges_cost_its_rows_and_lead_forward_alone():
-    """Places 10 apart, where a link costs thousands; the trajectories' ends are as near as their neighbours."""
-    agent = place_agent(num_links=1)
-    graph = join(agent, [(10 * i, 0) for i in range(4)], [(40 + 10 * i, 0) for i in range(3)], gaps=(2, 5))
-    found = edges(graph)
-    assert len(graph) == 7
-    assert {pair: cost for pair, cost in found.items() if cost < 100} == {
-        **{(0, 1): 2, (1, 2): 2, (2, 3): 2},
-        **{(4, 5): 5, (5, 6): 5},
-    }
-    assert found[1, 0] == pytest.approx(0.5 + 100 * 21)
-
-
 @pytest.mark.parametrize("settings", [{}, {"num_links": 1, "link_cost": 0.0}, {"num_links": 100, "trusted_steps": 0.5}])
 def test_links_lead_both_ways_to_the_nearest(settings):
     agent = place_agent(**settings)
@@ -665,12 +599,6 @@ def test_links_lead_both_ways_to_the_nearest(settings):
     here, there, cost = graph._nearest(block=7)
     for ours, whole in zip((here, there, cost), graph._nearest(), strict=True):
         assert np.allclose(ours, whole, rtol=1e-4)
-
-
-def test_of_parallel_edges_the_cheapest_counts():
-    agent = place_agent(num_links=1)
-    found = edges(join(agent, [(0, 0), (1, 0)], [(9, 9), (9, 8)], gaps=(1, 5)))
-    assert found == {(0, 1): 1, (1, 0): pytest.approx(1.7), (2, 3): pytest.approx(1.7), (3, 2): pytest.approx(1.7)}
 
 
 @pytest.mark.parametrize("bars", [0, 1, 3])
@@ -862,13 +790,6 @@ def test_it_aims_some_steps_ahead_on_the_way(aim_steps, ahead):
         assert aims(planner, LINE[place]) == [20 if near else place + ahead], place
 
 
-@pytest.mark.parametrize("upper,lower", [(2, 3), (3, 2)])
-def test_the_cheapest_way_is_taken(upper, lower):
-    agent = place_agent(aim_steps=1.0)
-    graph = join(agent, UPPER, LOWER, gaps=(upper, lower))
-    assert aims(plan(agent, graph, (8, 0)), (0, 0)) == [1 if upper < lower else 5]
-
-
 def test_the_goal_is_the_aim_where_no_way_leads():
     """Two lines that no link joins: there is a way along the first, and none from the second."""
     agent = place_agent(num_links=1)
@@ -944,13 +865,6 @@ def test_every_bar_holds_whatever_the_others_strike_out():
         assert not planner.blocked[0]  # no way was left: it began anew
 
 
-def test_a_bar_holds_where_its_ends_lie_close_together():
-    """The aim is 16 steps away by the metric, within block_radius; by default most aims are."""
-    agent = stuck_agent(block_radius=20.0)
-    planner = plan(agent, join(agent, UPPER, LOWER, gaps=(2, 3)), (8, 0))
-    assert [aims(planner, (0, 0))[0] for _ in range(14)] == [1] * 7 + [5] * 7
-
-
 def test_who_is_stuck_escapes_at_random():
     """One random action, escape_steps times, from the choice that bars the way; the seed's."""
     taken = {}
@@ -975,18 +889,6 @@ def test_who_is_stuck_beside_the_goal_escapes_and_blocks_nothing():
         actions.append(planner.act(places((8, 0.5)), np.array([0]))[0])
         assert planner.chosen[0] == 8
     assert len({tuple(action) for action in actions}) == 3  # towards the goal, and two random ones
-
-
-def test_slow_progress_gives_nothing_up():
-    agent = place_agent(patience=7)
-    calm, wild = (plan(agent, join(agent, LINE), LINE[-1], seed=seed) for seed in (0, 1))
-    chosen = []
-    for step in range(57):
-        actions = [planner.act(places(LINE[step // 3]), np.array([0])) for planner in (calm, wild)]
-        assert np.array_equal(*actions)  # one that gave up would escape
-        chosen.append(calm.chosen[0])
-        assert 1 <= chosen[-1] - step // 3 <= 4
-    assert chosen == sorted(chosen)
 
 
 def random_states(agent: OnlineAgent, count=40) -> StateGraph:
@@ -1035,18 +937,6 @@ def test_the_proposer_takes_the_node_of_the_nearest_code_every_replan_every_step
         expected = agent.heads["inverse_dynamics"](x, graph.features[nodes], x_goal).detach().numpy()
         assert np.allclose(actions, expected, atol=1e-6)
     assert len(chosen) > 1
-
-
-def test_the_search_chooses_every_replan_every_steps_and_acts_by_the_inverse_dynamics():
-    agent = place_agent(replan_every=3)
-    graph = join(agent, LINE)
-    planner, x_goal = plan(agent, graph, LINE[-1]), agent.encode(torch.tensor(LINE[-1:]))
-    for step in range(15):
-        actions = planner.act(places(LINE[step]), np.array([0]))
-        assert planner.chosen.tolist() == [step // 3 * 3 + 3]
-        x_sub = graph.features[step // 3 * 3 + 3][None]
-        expected = agent.heads["inverse_dynamics"](agent.encode(torch.tensor(LINE[step])[None]), x_sub, x_goal)
-        assert np.allclose(actions, expected.detach().numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("acting", ["search", "proposer"])
