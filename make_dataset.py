@@ -8,12 +8,13 @@
 
 Without --list or --check it makes --dataset. Flags that each of the three reads:
 
-    make      --dataset, --num_episodes or --num_transitions, --seed, --dataset_dir, --experts_dir, --jobs, --overwrite
+    make      --dataset, --num_episodes, --num_transitions or --official_size, --seed, --dataset_dir, --experts_dir,
+              --jobs, --overwrite
     --list    --only, --dataset_dir
     --check   --picture, --dataset_dir
 
 Sizes where none is given: 100 episodes (mazes' navigate, walker study), 300 (stitch), 120 (explore), 100,000
-transitions (D4RL).
+transitions (D4RL). --official_size: 1,000 (mazes' navigate), 5,000 (stitch), 10,000 (explore), as OGBench's own files.
 
 Datasets are kept in --dataset_dir; else in the folder that OGBENCH_DATASET_DIR (mazes) or D4RL_DATASET_DIR (D4RL)
 names; else in datasets/ beside the code, official D4RL files in ~/.d4rl/datasets. There, what is made here lies in
@@ -47,6 +48,7 @@ class MakeDatasetConfig:
     dataset: str = "local/pointmaze-medium-navigate-v0"  # id of the dataset, local/<the benchmark's id>; see --list
     num_episodes: Count | None = None  # episodes of a maze (a tenth more to validate) or walker dataset
     num_transitions: Count | None = None  # transitions of a D4RL dataset; default: 100,000
+    official_size: bool = False  # as many episodes as a maze's official file has, which can take hours
     seed: Whole = 0  # on one machine the files depend on the id, the size, the policies and this alone
     dataset_dir: str | None = None  # folder of the datasets; default: the folder that --list shows
     experts_dir: str | None = None  # folder of policies that benchmark_data.train_expert wrote; else datasets/experts/
@@ -82,7 +84,14 @@ def requested_size(config: MakeDatasetConfig) -> int | None:
     for other, given in sizes.items():
         if given is not None:
             raise UserError(f"--num_{other} {given}: {config.dataset} is counted in {unit}; use --num_{unit}")
-    return size
+    if not config.official_size:
+        return size
+    if size is not None:
+        raise UserError(f"--official_size --num_{unit} {size}: both give the size; leave one of the two out")
+    official = find_family(config.dataset).official_size(config.dataset)
+    if official is None:
+        raise UserError(f"--official_size: not known here for {config.dataset}; use --num_{unit}")
+    return official
 
 
 def refuse_unread_flags(config: MakeDatasetConfig) -> None:

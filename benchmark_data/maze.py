@@ -12,7 +12,8 @@ The point mass steps along the direction; the ant's policy (datasets/experts/) s
 has standard deviation 0.5 on the point mass, 0.2 on the ant, and 1.0 on the ant that explores.
 
 Deviations: every episode has a random stream of its own, so that the files do not depend on --jobs; there is at least
-one validation episode (OGBench: a tenth, rounded down); fewer episodes than OGBench's 500 to 10,000 unless asked for.
+one validation episode (OGBench: a tenth, rounded down); fewer episodes than OGBench's 1,000 to 10,000 unless asked for
+(--official_size).
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ RECIPES = {
 }
 # Training episodes where none are asked for: of the order of 100,000 rows in navigate, 60,000 in the others.
 DEFAULT_EPISODES = {"navigate": 100, "stitch": 300, "explore": 120}
+OFFICIAL_EPISODES = {"navigate": 1000, "stitch": 5000, "explore": 10_000}  # of the medium and large mazes' files
 HUMANOID_MESSAGE = (
     "not made here, take the official files: the recipe needs a humanoid that walks in a given direction, which is not "
     "shipped (`python -m benchmark_data.train_expert --env humanoid-xy` would train one, in OGBench's 40 million steps)"
@@ -253,6 +255,9 @@ class MazeFamily(Family):
 
     def default_size(self, dataset_id: str) -> int:
         return DEFAULT_EPISODES[parse_dataset_id(dataset_id).task_type]
+
+    def official_size(self, dataset_id: str) -> int:
+        return OFFICIAL_EPISODES[parse_dataset_id(dataset_id).task_type]
 
     def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
         policy = find_recipe(dataset_id).policy

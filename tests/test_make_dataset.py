@@ -262,6 +262,22 @@ def test_sizes_are_counted_in_the_benchmarks_unit(tmp_path):
         make_dataset.main(["--dataset", "local/hopper-medium-v2", "--num_episodes", "5"])
 
 
+def test_the_official_size_is_that_of_ogbenchs_scripts(tmp_path, monkeypatch):
+    asked, episodes = {}, {"navigate": 1000, "stitch": 5000, "explore": 10_000}
+
+    def generate(dataset_id: str, size: int, *most, **others):
+        asked[dataset_id] = size
+
+    monkeypatch.setattr(make_dataset, "generate", generate)
+    for name in ogbench_utils.GENERATED_IDS:
+        make_dataset.main(["--dataset", name, "--official_size", "--dataset_dir", str(tmp_path)])
+    assert asked == {name: episodes[name.split("-")[2]] for name in ogbench_utils.GENERATED_IDS}
+    with pytest.raises(UserError, match="--official_size --num_episodes 3: both"):
+        make_dataset.main(["--dataset", STITCH, "--official_size", "--num_episodes", "3"])
+    with pytest.raises(UserError, match="not known here for local/hopper-medium-v2; use --num_transitions"):
+        make_dataset.main(["--dataset", "local/hopper-medium-v2", "--official_size"])
+
+
 @pytest.mark.parametrize("flag", ["num_episodes", "jobs", "seed"])
 def test_numbers_out_of_range(flag, tmp_path):
     with pytest.raises(UserError, match=f"--{flag} -1"):
