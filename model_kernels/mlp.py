@@ -228,8 +228,8 @@ def _add_layer(x: Tensor, d_y: Tensor, weight: Tensor, bias: Tensor, first: bool
     """Write (or, where it is not the first, add) x^T d_y [in, out] and the sum of d_y to a layer's gradients."""
     if library == "bf16":
         x = x.to(d_y.dtype)
-    if library == "onednn" and weight.shape[-1] > 1:
-        product = onednn_linear(d_y.t(), x.t()).t()
+    if library == "onednn" and weight.shape[-1] >= NARROW:
+        product = onednn_linear(x.t(), d_y.t())
     else:
         product = _mm(x.t(), d_y, weight if first and d_y.dtype == weight.dtype else None)
     if product is not weight:
@@ -305,7 +305,7 @@ class _Regression(torch.autograd.Function):
         d_theta, ctx.d_theta = ctx.d_theta, None  # handed on, so that it becomes theta's gradient without a copy
         if d_theta is None:
             raise RuntimeError("a squared error of a fast form has one backward pass")
-        return d_theta.mul_(d_error), *[None] * (len(ctx.needs_input_grad) - 1)
+        return d_theta if d_error == 1 else d_theta.mul_(d_error), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 class _Frozen(torch.autograd.Function):

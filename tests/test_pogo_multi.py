@@ -90,7 +90,8 @@ def test_losses_do_not_mix_rows(name):
     for row in range(N):
         one = {key: value[row : row + 1] for key, value in batch.items()}
         own = agent.actor(one["observations"])
-        taken = type(draw)(draw.actions[row : row + 1], None if draw.log_prob is None else draw.log_prob[row : row + 1])
+        density = None if draw.log_prob is None else (lambda row=row: draw.log_prob[row : row + 1])
+        taken = type(draw)(draw.actions[row : row + 1], density)
         each.append(agent.actor_loss(own, taken, one)[0])
     if name == "td3_bc":  # whose lambda is of the batch: its two parts apart
         q = agent.critic.frozen_q1(batch["observations"], draw.actions)

@@ -13,9 +13,9 @@ runs once, whatever is drawn from it.
 Every one draws by the same noise: z [n, A] gives an action a state, z [n, K, A] gives K.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +26,22 @@ from model import MLP, TransportActor, times
 LOG_2PI = math.log(2 * math.pi)
 
 
-class Draw(NamedTuple):
-    """Actions of a policy, reparametrised: [n, A] or [n, K, A]; and their log density [n] or [n, K], if it has one."""
+class Draw:
+    """Actions of a policy, reparametrised, [n, A] or [n, K, A]; their log density is computed where it is asked for."""
 
-    actions: Tensor
-    log_prob: Tensor | None
+    def __init__(self, actions: Tensor, density: Callable[[], Tensor] | None = None):
+        self.actions, self._density = actions, density
+
+    @functools.cached_property
+    def log_prob(self) -> Tensor | None:
+        """[n] or [n, K]; None where the policy has no density."""
+        return self._density and self._density()
 
     def first(self) -> "Draw":
         """One action a state, of K."""
         if self.actions.dim() == 2:
             return self
-        return Draw(self.actions[:, 0], None if self.log_prob is None else self.log_prob[:, 0])
+        return Draw(self.actions[:, 0], self._density and (lambda: self.log_prob[:, 0]))
 
 
 def _beside(per_state: Tensor, z: Tensor) -> Tensor:
@@ -51,7 +56,7 @@ class Point:
         self.mode = actions
 
     def draw(self, z: Tensor) -> Draw:
-        return Draw(self.mode if z.dim() == self.mode.dim() else self.mode.unsqueeze(-2).expand_as(z), None)
+        return Draw(self.mode if z.dim() == self.mode.dim() else self.mode.unsqueeze(-2).expand_as(z))
 
     def cloning_loss(self, actions: Tensor, draw: Draw) -> Tensor:
         """||pi(s) - a||^2, [n]."""
@@ -69,7 +74,7 @@ class Samples:
         return self._mode()
 
     def draw(self, z: Tensor) -> Draw:
-        return Draw(self.transport(z), None)
+        return Draw(self.transport(z))
 
     def cloning_loss(self, actions: Tensor, draw: Draw) -> Tensor:
         """||pi(s, z) - a||^2 at the draw, [n]."""
@@ -88,7 +93,7 @@ class Gaussian:
 
     def draw(self, z: Tensor) -> Draw:
         actions = (_beside(self.mean, z) + _beside(self.std, z) * z).clamp(-self.max_action, self.max_action)
-        return Draw(actions, self.log_prob(actions))
+        return Draw(actions, lambda: self.log_prob(actions))
 
     def log_prob(self, actions: Tensor) -> Tensor:
         std = _beside(self.std, actions)
@@ -113,9 +118,12 @@ class TanhGaussian:
     def draw(self, z: Tensor) -> Draw:
         log_std = _beside(self.log_std, z)
         u = _beside(self.mean, z) + log_std.exp() * z
-        # log(1 - tanh(u)^2), without the loss of digits where |u| is large (SAC paper, appendix C, equation 21).
-        slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
-        log_prob = (-0.5 * z.square() - log_std - 0.5 * LOG_2PI - slope).sum(-1)
+
+        def log_prob() -> Tensor:
+            # log(1 - tanh(u)^2), without the loss of digits where |u| is large (SAC paper, appendix C, equation 21).
+            slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
+            return (-0.5 * z.square() - log_std - 0.5 * LOG_2PI - slope).sum(-1)
+
         return Draw(torch.tanh(u) * self.max_action, log_prob)
 
     def log_prob(self, actions: Tensor) -> Tensor:
