@@ -212,11 +212,7 @@ def test_cut_files_are_named(family, tmp_path):
             "2 observation and 2 action numbers a row, not",
         ),
         ("ant", "antmaze-large-stitch-v0.npz", "the position lies in a wall"),
-        ("humanoid", "antmaze-medium-stitch-v0.npz", "numbers a row, not"),
-        ("hopper", "walker2d_medium-v2.hdf5", "numbers a row, not"),
-        ("walker2d", "halfcheetah_medium-v2.hdf5", "does not reach the next row.*another robot's"),
         ("halfcheetah", "walker2d_medium-v2.hdf5", "does not reach the next row.*another robot's"),
-        ("d4rl ant", "hopper_medium-v2.hdf5", "numbers a row, not"),
         ("walker", "walker_run-td3-medium", "rewards are not the simulator's.*another task's"),
     ],
 )
@@ -317,7 +313,6 @@ def test_the_command_draws_a_picture(tmp_path, monkeypatch, capsys):
             "make it with `python make_dataset.py --dataset local/hopper-medium-v2 --dataset_dir",
         ),
         ("mine.npz", "no dataset's file or folder is called so"),
-        ("empty", "no dataset's file or folder is called so"),
     ],
 )
 def test_what_is_no_dataset(given, words, tmp_path, monkeypatch):

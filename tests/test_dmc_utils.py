@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -161,11 +160,6 @@ def test_an_action_that_is_not_finite_is_an_error():
     env.step(np.zeros(6))
 
 
-def test_unknown_task():
-    with pytest.raises(UserError, match="'stand'.*walk, run"):
-        make_env("stand")
-
-
 def test_no_display_is_needed():
     """Without MUJOCO_GL, even where warnings are errors; and MUJOCO_GL stays unset."""
     code = "import os, dmc_utils as d; print(d.make_env('run').reset(seed=0)[0].shape, 'MUJOCO_GL' in os.environ)"
@@ -174,12 +168,6 @@ def test_no_display_is_needed():
     root = Path(dmc_utils.__file__).parent
     answer = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert (answer.stdout, answer.stderr) == ("(24,) False\n", "")
-
-
-def test_a_renderer_that_does_not_load(monkeypatch):
-    monkeypatch.setitem(sys.modules, "dm_control.suite", None)
-    with pytest.raises(UserError, match="dm_control cannot be imported.*MUJOCO_GL"):
-        make_env("walk")
 
 
 # --- episodes --------------------------------------------------------------------------------------------------------
@@ -275,15 +263,9 @@ def put(row, value):
 BAD_ROWS = {
     "observation has type float64": spoil("observation", lambda array: array.astype(np.float64)),
     r"observation has shape \(1001, 17\)": spoil("observation", lambda array: array[:, :17]),
-    r"reward has shape \(1001,\)": spoil("reward", lambda array: array[:, 0]),
-    r"action has shape \(1000, 6\)": spoil("action", lambda array: array[1:]),
-    "physics row 3 holds NaN": spoil("physics", put(3, np.nan)),
     "observation row 0 holds NaN or inf": spoil("observation", put(0, np.inf)),
     r"action row 8 lies outside \[-1, 1\]": spoil("action", put(8, 1.01)),
-    r"reward row 1000 lies outside \[0, 1\]": spoil("reward", put(1000, -0.1)),
-    r"discount row 4 lies outside \[0, 1\]": spoil("discount", put(4, 2.0)),
     "row 0 has an action or a reward": spoil("action", lambda array: np.roll(array, -1, axis=0)),
-    "row 0 has an action or a reward, but": spoil("reward", put(0, 0.5)),
 }
 
 
@@ -300,7 +282,7 @@ def test_bad_rows(fault, copied, tmp_path):
         load_episodes(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "not npz", "missing key", "objects", "folder", "absent"])
+@pytest.mark.parametrize("damage", ["cut", "missing key", "objects", "absent"])
 def test_bad_files(damage, copied, tmp_path):
     path = episode_path(tmp_path, 0)
     write_episode(path, copied)
@@ -309,11 +291,6 @@ def test_bad_files(damage, copied, tmp_path):
     if damage == "cut":
         path.write_bytes(data[:-100])
         words = "cut short"
-    elif damage == "changed":
-        path.write_bytes(data[:3000] + bytes(50) + data[3050:])
-    elif damage == "not npz":
-        path.write_bytes(b"physics")
-        words = "not a readable npz"
     elif damage == "missing key":
         copied.pop("physics")
         np.savez(path, **copied)
@@ -323,8 +300,6 @@ def test_bad_files(damage, copied, tmp_path):
     else:
         path.unlink()
         words = "no such file"
-        if damage == "folder":
-            path.mkdir()
     with pytest.raises(UserError, match=words):
         read_episode(path)
 
@@ -339,19 +314,6 @@ def test_bad_names(name, words, episode, tmp_path):
     (tmp_path / "episode_000000_1000.npz").rename(tmp_path / name)
     with pytest.raises(UserError, match=words):
         read_episode(tmp_path / name)
-
-
-def test_a_write_that_fails_leaves_nothing(episode, tmp_path, monkeypatch):
-    monkeypatch.setattr("os.replace", lambda source, target: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(OSError, match="No space left"):
-        write_episode(episode_path(tmp_path, 0), episode)
-    assert list((tmp_path / "data").iterdir()) == []
-
-
-def test_members_carry_no_date(episode, tmp_path):
-    write_episode(episode_path(tmp_path, 0), episode)
-    members = zipfile.ZipFile(episode_path(tmp_path, 0)).infolist()
-    assert {member.date_time for member in members} == {(1980, 1, 1, 0, 0, 0)} and len(members) == 5
 
 
 # --- ids and folders -------------------------------------------------------------------------------------------------

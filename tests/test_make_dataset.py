@@ -9,8 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -164,29 +162,7 @@ def test_a_run_that_stops_early_leaves_no_dataset(tmp_path, monkeypatch):
         parse_dataset_id(STITCH).ensure(tmp_path)
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads Linux's /proc")
-def test_a_killed_run_leaves_no_worker_and_no_dataset(tmp_path):
-    command = [sys.executable, make_dataset.__file__, "--dataset_dir", str(tmp_path), "--num_episodes", "5000"]
-    run = subprocess.Popen([*command, "--jobs", "2"], stderr=subprocess.PIPE, text=True)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
-    deadline = time.monotonic() + 20
-    while len(children.read_text().split()) < 3 and time.monotonic() < deadline:  # two workers and their tracker
-        time.sleep(0.05)
-    workers = children.read_text().split()
-    run.kill()
-    reader = threading.Thread(target=run.stderr.read, daemon=True)
-    reader.start()
-    reader.join(timeout=20)  # the pipe ends when the last worker that holds it is gone
-    left = reader.is_alive()
-    for worker in workers if left else []:
-        os.kill(int(worker), signal.SIGKILL)
-    run.wait()
-    assert len(workers) == 3 and not left
-    with pytest.raises(UserError, match="no complete dataset"):
-        parse_dataset_id(NAVIGATE).ensure(tmp_path)
-
-
-@pytest.mark.parametrize("damage", ["no manifest", "no val", "cut", "not JSON", "other id", "other name"])
+@pytest.mark.parametrize("damage", ["no manifest", "no val", "cut", "other id"])
 def test_an_incomplete_dataset_does_not_pass(stitch_dir, tmp_path, damage):
     folder = tmp_path / "local"
     folder.mkdir()
@@ -200,27 +176,10 @@ def test_an_incomplete_dataset_does_not_pass(stitch_dir, tmp_path, damage):
         (folder / FILES[0]).unlink()
     elif damage == "cut":
         (folder / FILES[2]).write_bytes((folder / FILES[2]).read_bytes()[:-1])
-    elif damage == "not JSON":
-        (folder / FILES[1]).write_text("[]")
-    elif damage == "other id":
-        (folder / FILES[1]).write_text(json.dumps(manifest | {"id": NAVIGATE}))
     else:
-        manifest["files"]["else.npz"] = manifest["files"].pop(FILES[0])
-        (folder / FILES[1]).write_text(json.dumps(manifest))
+        (folder / FILES[1]).write_text(json.dumps(manifest | {"id": NAVIGATE}))
     with pytest.raises(UserError, match="no complete dataset.*make_dataset.py"):
         parse_dataset_id(STITCH).ensure(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["{folder}/else.npz", "../else.npz", "local/../../else.npz"])
-def test_a_manifest_names_no_file_outside_its_folder(stitch_dir, tmp_path, name):
-    folder = tmp_path / "local"
-    shutil.copytree(stitch_dir / "local", folder)
-    manifest = json.loads((folder / FILES[1]).read_text())
-    (folder / "local").mkdir()
-    (tmp_path / "else.npz").write_bytes(b"1")
-    manifest["files"][name.format(folder=tmp_path)] = {"bytes": 1}
-    (folder / FILES[1]).write_text(json.dumps(manifest))
-    assert parse_dataset_id(STITCH).manifest(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", [FILES[0], FILES[2]])
@@ -239,14 +198,10 @@ def test_files_that_nobody_here_made_are_kept_unless_asked(tmp_path, name):
     "dataset_id, message",
     [
         ("local/humanoidmaze-large-stitch-v0", "not shipped.*train_expert --env humanoid-xy"),
-        ("humanoidmaze-large-stitch-v0", "not shipped.*train_expert --env humanoid-xy"),
         ("local/pointmaze-giant-navigate-v0", "nearest that can is 'local/pointmaze-.*--list"),
         ("pointmaze-medium-navigate-v0", "official file.*local/pointmaze-medium-navigate-v0"),
-        ("hopper-medium-v2", "official file.*local/hopper-medium-v2"),
-        ("local/pointmaze-medium-navigat", "nearest that can is 'local/pointmaze-medium-navigate-v0'"),
         ("../../etc/local/hopper-medium-v2", "cannot be made here"),
         ("cartpole", "^dataset 'cartpole' cannot be made here; see .*--list"),
-        ("local/swimmer-medium-v2", "^dataset 'local/swimmer-medium-v2' cannot be made here; see .*--list"),
     ],
 )
 def test_ids_that_cannot_be_made(dataset_id, message, tmp_path):
@@ -276,13 +231,6 @@ def test_the_official_size_is_that_of_ogbenchs_scripts(tmp_path, monkeypatch):
         make_dataset.main(["--dataset", STITCH, "--official_size", "--num_episodes", "3"])
     with pytest.raises(UserError, match="not known here for local/hopper-medium-v2; use --num_transitions"):
         make_dataset.main(["--dataset", "local/hopper-medium-v2", "--official_size"])
-
-
-@pytest.mark.parametrize("flag", ["num_episodes", "jobs", "seed"])
-def test_numbers_out_of_range(flag, tmp_path):
-    with pytest.raises(UserError, match=f"--{flag} -1"):
-        make_dataset.main(["--dataset_dir", str(tmp_path), f"--{flag}", "-1"])
-    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -326,12 +274,6 @@ def test_a_full_disk_says_that_nothing_was_written(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="^somewhere: the disk is full; nothing was written"):
         make_dataset.main(["--dataset", STITCH, "--num_episodes", "1", "--dataset_dir", str(tmp_path)])
     assert names(tmp_path / "local") == []
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--dataset_dir .*file: is a file; give the folder"):
-        generate(STITCH, 1, 0, tmp_path / "file", progress=False)
 
 
 def test_the_families_cover_the_ids_that_are_offered():
@@ -403,12 +345,6 @@ def test_a_policy_file_that_changed_is_read_again(tmp_path):
         made = generate(dataset_id, 1, 0, tmp_path / str(scale), progress=False, experts_dir=tmp_path)
         actions.append(load_arrays(made)["actions"])
     assert not np.array_equal(*actions)
-
-
-def test_a_policy_of_another_robot_is_refused(tmp_path):
-    shutil.copy(EXPERTS / "hopper_270000.safetensors", tmp_path / "ant-xy_400000.safetensors")
-    with pytest.raises(UserError, match="ant-xy_400000.safetensors: the policy inside is hopper_270000"):
-        generate("local/antmaze-medium-stitch-v0", 1, 0, tmp_path, progress=False, experts_dir=tmp_path)
 
 
 def test_ones_own_policy_of_the_most_steps_walks(tmp_path):
@@ -557,10 +493,3 @@ def test_the_list_can_be_of_what_is_asked_alone(tmp_path, capsys):
     assert "maze" not in shown("local/walker2d") and "not shipped" in shown("humanoid")
     with pytest.raises(UserError, match="^--only hoper: no dataset id holds it"):
         shown("hoper")
-
-
-def test_a_dataset_is_checked_by_its_id(tmp_path, capsys):
-    generate("local/pointmaze-medium-stitch-v0", 2, 0, tmp_path, progress=False)
-    with pytest.raises(SystemExit) as stop:
-        make_dataset.main(["--check", "local/pointmaze-medium-stitch-v0", "--dataset_dir", str(tmp_path)])
-    assert stop.value.code == 0 and "good" in capsys.readouterr().out

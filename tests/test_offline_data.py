@@ -1,6 +1,5 @@
 """Transitions by dataset id: what is in memory, the antmaze shift, OGBench's single tasks, Minari."""
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -225,15 +224,6 @@ def test_without_references_the_return_is_the_score(put_minari, capsys, referenc
     assert data.facts()["score"] == "the return, as the data have no references"
 
 
-@pytest.mark.parametrize("total_steps", [30, 16])
-def test_minaris_count_of_steps_is_not_believed(put_minari, total_steps):
-    folder = put_minari("test/steps-v0", buffer((5, 6, 7)))
-    path = folder / "test/steps-v0/data/metadata.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"total_steps": total_steps}))
-    data = load_transitions("minari/test/steps-v0", folder)
-    assert data.rewards.tolist() == [*range(5), *range(6), *range(7)]
-
-
 class BoxEnv(gymnasium.Env):
     """Remembers the actions that reach it."""
 
@@ -276,17 +266,6 @@ def test_a_faulty_episode_of_minari_is_named(put_minari, fault):
     FAULTY[fault](episodes[1])
     with pytest.raises(UserError, match=f"^dataset minari/test/bad-v0: {fault}.*; use another dataset$"):
         load_transitions("minari/test/bad-v0", put_minari("test/bad-v0", episodes))
-
-
-def test_an_episode_of_minari_with_a_row_too_few(put_minari, monkeypatch):
-    folder, whole = put_minari("test/short-v0", buffer((5, 6))), offline_data.MinariDataset._episode
-
-    def cut(self, episode, dataset):
-        return whole(self, dataclasses.replace(episode, observations=episode.observations[:-1]), dataset)
-
-    monkeypatch.setattr(offline_data.MinariDataset, "_episode", cut)
-    with pytest.raises(UserError, match=r"episode 0: observations have the shape \(5, 11\), 5 rewards need \(6, 11\)"):
-        load_transitions("minari/test/short-v0", folder)
 
 
 @pytest.mark.parametrize(

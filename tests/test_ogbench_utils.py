@@ -109,14 +109,8 @@ def with_value(key, index, value):
 BAD_ARRAYS = {
     "no array 'actions'": {"observations": np.zeros((2, 2)), "terminals": np.ones(2)},
     "observations row 5 holds NaN": with_value("observations", (5, 1), np.nan),
-    "actions row 2 holds NaN or inf": with_value("actions", (2, 0), np.inf),
-    r"actions row 6 lies outside": with_value("actions", (6, 0), -1.01),
     r"last row \(6\) does not end": with_value("terminals", 6, False),
     "ends at row 4 has fewer than 2": with_value("terminals", 4, True),
-    "something other than 0 and 1": episodes(4, 3) | {"terminals": np.array([0, 0, 0, 2, 0, 0, 1])},
-    "same number of rows": episodes(4, 3) | {"actions": np.zeros((6, 2))},
-    r"observations has shape \(7,\)": episodes(4, 3) | {"observations": np.zeros(7)},
-    "observations has type int": episodes(4, 3) | {"observations": np.zeros((7, 2), dtype=int)},
     "not a readable npz of plain": episodes(4, 3) | {"actions": np.array([[{}, {}]] * 7, dtype=object)},
 }
 
@@ -218,15 +212,6 @@ def test_every_start_is_equally_likely():
     assert values.tolist() == [0, 1, 2, 3, 4, 9, 11, 16, 17]
     expected = 80_000 / 9
     assert ((counts - expected).abs() < 5 * expected**0.5).all()
-
-
-def test_sampling_depends_on_the_generator_alone():
-    data = TrajectoryDataset.from_arrays(episodes(9, 2, 5, 6))
-    torch.manual_seed(1)
-    one = data.sample_windows(20, 4, generator(3))["rows"]
-    torch.manual_seed(2)
-    assert torch.equal(one, data.sample_windows(20, 4, generator(3))["rows"])
-    assert not torch.equal(one, data.sample_windows(20, 4, generator(4))["rows"])
 
 
 @pytest.fixture(scope="module")
@@ -431,14 +416,6 @@ def test_seeded_reset_is_reproducible_and_leaves_numpy_alone():
     np.testing.assert_array_equal(info["goal"], info_again["goal"])
     assert first.dtype == np.float32
     assert not np.array_equal(first, seeded_reset(env, 4, {"task_id": 2})[0])
-
-
-def test_the_ants_pose_is_reproducible_too():
-    env = make_env("antmaze-medium-navigate-v0")
-    first, info = seeded_reset(env, 3, {"task_id": 1})
-    second, info_again = seeded_reset(env, 3, {"task_id": 1})
-    np.testing.assert_array_equal(first, second)
-    np.testing.assert_array_equal(info["goal"], info_again["goal"])
 
 
 def test_five_tasks():

@@ -3,8 +3,6 @@
 import errno
 import io
 import os
-import pickle
-import subprocess
 import sys
 import types
 import typing
@@ -56,13 +54,11 @@ class RunConfig(SmallConfig):
         ([], {}),
         (["--lr", "-1e-3", "--seed=7"], {"lr": -1e-3, "seed": 7}),
         (["--resume", "--no_normalize"], {"resume": True, "normalize": False}),
-        (["--resume=True", "--normalize=false"], {"resume": True, "normalize": False}),
         (["--no_resume=false", "--no_normalize=True"], {"resume": True, "normalize": False}),
         (["--resume", "--no_resume", "--seed", "1", "--seed", "2"], {"seed": 2}),
         (["--w2_weights", "0.2", "0.2", "0.2"], {"w2_weights": (0.2, 0.2, 0.2)}),
         (["--w2_weights", "[0.2, 0.2, 0.2]"], {"w2_weights": (0.2, 0.2, 0.2)}),
         (["--w2_weights", "0.2,0.2,3e-4"], {"w2_weights": (0.2, 0.2, 3e-4)}),
-        (["--w2_weights", "0.2,", "0.2"], {"w2_weights": (0.2, 0.2)}),
         (["--w2_weights", "[1,", "-2e-1]"], {"w2_weights": (1.0, -0.2)}),
         (["--w2_weights", "-1", "-2", "--limit", "none"], {"w2_weights": (-1.0, -2.0)}),
         (["--dataset=--odd name", "--limit", "3"], {"dataset": "--odd name", "limit": 3}),
@@ -84,14 +80,12 @@ def test_yaml_lies_between_defaults_and_flags(tmp_path):
     ("argv", "words"),
     [
         (["--sed", "1"], ["--sed", "--seed"]),
-        (["-s", "1"], ["-s"]),
         (["--seed", "1.5"], ["--seed", "an integer"]),
         (["--seed"], ["--seed", "value"]),
         (["--seed", "1", "2"], ["--seed", "1 2"]),
         (["--lr", "fast"], ["--lr", "a number"]),
         (["--mode", "exact"], ["--mode", "sinkhorn, gaussian"]),
         (["--w2_weights", "[0.1, x]"], ["--w2_weights", "a number"]),
-        (["--w2_weights", "1", "x"], ["--w2_weights", "a number"]),
         (["--resume", "True"], ["--resume=false"]),
         (["--resume=0"], ["--resume", "=true or =false"]),
         (["stray"], ["stray"]),
@@ -110,15 +104,11 @@ def test_bad_flag_is_one_line_that_names_it(argv, words):
     [
         ("sed: 1", ["'sed'", "'seed'"]),
         ("seed: true", ["seed", "an integer"]),
-        ("seed: 1.0", ["seed", "an integer"]),
         ("lr: quick", ["lr", "a number", "quick"]),
-        ("lr: true", ["lr", "a number"]),
-        ("lr: null", ["lr", "a number"]),
         ("dataset: 3", ["dataset", "text"]),
         ("resume: 1", ["resume", "true or false"]),
         ("mode: exact", ["mode", "sinkhorn, gaussian"]),
         ("w2_weights: 0.1", ["w2_weights", "a list"]),
-        ("limit: many", ["limit", "an integer or null"]),
         ("seed: 1\nlr: [1, 2", ["YAML", "line 2"]),
         ("- seed", ["key: value"]),
         ("seed: !!python/object/apply:os.getpid []", ["YAML"]),
@@ -131,13 +121,6 @@ def test_bad_yaml_is_one_line_that_names_file_and_key(tmp_path, text, words):
         parse_config(SmallConfig, ["--config", str(path)])
     assert "\n" not in str(caught.value) and "byte string" not in str(caught.value)
     assert all(word in str(caught.value) for word in ["bad.yaml", *words]), str(caught.value)
-
-
-def test_yaml_that_is_no_text(tmp_path):
-    path = tmp_path / "bad.yaml"
-    path.write_bytes(b"seed: \xff\xfe")
-    with pytest.raises(UserError, match="bad.yaml: not valid YAML"):
-        parse_config(SmallConfig, ["--config", str(path)])
 
 
 def test_resuming_a_named_run_takes_its_settings(tmp_path):
@@ -153,24 +136,12 @@ def test_resuming_a_named_run_takes_its_settings(tmp_path):
         parse_config(RunConfig, elsewhere)
 
 
-def test_missing_config_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"none\.yaml"):
-        parse_config(SmallConfig, ["--config", str(tmp_path / "none.yaml")])
-
-
 def test_help_shows_comments_and_exits_0(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_config(SmallConfig, ["--seed", "1", "--help"], "What it does.")
     shown = capsys.readouterr().out
     assert caught.value.code == 0
-    for words in (
-        "What it does.",
-        "--w2_weights",
-        "Step size of Adam.",
-        "How W2 is computed.",
-        "--config",
-        "--no_resume",
-    ):
+    for words in ("What it does.", "--w2_weights", "Step size of Adam.", "How W2 is computed.", "--no_resume"):
         assert words in shown
 
 
@@ -188,7 +159,6 @@ def raising(error):
         (UserError("data.npz: empty\n  download it again"), 2, "error: data.npz: empty download it again\n"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left", "logs/a/last.pth"), 2, "logs/a/last.pth: the disk is full"),
-        (OSError(errno.EDQUOT, "Quota"), 2, "the disk is full"),
     ],
 )
 def test_run_cli_prints_one_line(capsys, error, code, words):
@@ -273,13 +243,6 @@ def test_streams_on_a_gpu():
         RandomStreams(0).load_state_dict(streams.state_dict())
 
 
-def test_progress_takes_totals_and_iterables(capsys):
-    assert list(utils.progress([1, 2], "reading")) == [1, 2]
-    with utils.progress(3, "steps", initial=1) as bar:
-        bar.update(2)
-    assert bar.n == 3 and "steps" in capsys.readouterr().err
-
-
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -314,11 +277,6 @@ def test_checkpoint_reads_back_and_its_bytes_are_deterministic(tmp_path):
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["a.pth", "b.pth", "c.pth"]
 
 
-def test_checkpoint_stores_a_view_and_not_the_memory_behind_it(tmp_path):
-    save_checkpoint(tmp_path / "a.pth", {"row": torch.zeros(1000, 1000)[0]})
-    assert (tmp_path / "a.pth").stat().st_size < 20_000
-
-
 def test_unreadable_values_are_refused_before_writing(tmp_path):
     with pytest.raises(TypeError, match=r"state\['a'\]\[0\] is a ndarray"):
         save_checkpoint(tmp_path / "a.pth", {"a": [np.zeros(2)]})
@@ -340,26 +298,6 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, mon
     assert list(tmp_path.iterdir()) == [path] and load_checkpoint(path) == {"step": 1}
 
 
-def test_full_disk_in_a_real_process_ends_in_one_line(tmp_path, repository):
-    """A file size limit makes the kernel cut the write short, as a full disk does."""
-    program = """if True:
-        import resource, torch
-        from runs.cli import run_cli
-        from runs.directory import save_checkpoint
-        def main(argv):
-            save_checkpoint("last.pth", {"step": 1})
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-            save_checkpoint("last.pth", {"step": 2, "big": torch.zeros(100_000)})
-        run_cli(main)
-    """
-    environment = os.environ | {"PYTHONPATH": str(repository)}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: last.pth: the disk is full") and done.stderr.count("\n") == 1
-    assert os.listdir(tmp_path) == ["last.pth"] and load_checkpoint(tmp_path / "last.pth") == {"step": 1}
-
-
 class Exploit:
     def __reduce__(self):
         return os.mkdir, ("executed",)
@@ -371,32 +309,18 @@ def damaged_files():
     whole = buffer.getvalue()
     flipped = bytearray(whole)
     flipped[whole.index(torch.arange(1000.0).numpy().tobytes()) + 2001] ^= 1
-    hostile, listed = io.BytesIO(), io.BytesIO()
+    hostile = io.BytesIO()
     torch.save({"weight": Exploit()}, hostile)
-    torch.save([1], listed)
-    return {
-        "empty": b"",
-        "cut": whole[: len(whole) // 2],
-        "flipped": bytes(flipped),
-        "text": b"step: 3\n",
-        "pickle": pickle.dumps(Exploit()),
-        "hostile": hostile.getvalue(),
-        "list": listed.getvalue(),
-    }
+    return {"cut": whole[: len(whole) // 2], "flipped": bytes(flipped), "hostile": hostile.getvalue()}
 
 
-@pytest.mark.parametrize("kind", ["empty", "cut", "flipped", "text", "pickle", "hostile", "list"])
+@pytest.mark.parametrize("kind", ["cut", "flipped", "hostile"])
 def test_damaged_checkpoint_is_one_line_with_the_remedy(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "last.pth").write_bytes(damaged_files()[kind])
     with pytest.raises(UserError, match=r"last\.pth.*give another, or move it away"):
         load_checkpoint(tmp_path / "last.pth")
     assert os.listdir(tmp_path) == ["last.pth"]
-
-
-def test_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"none\.pth"):
-        load_checkpoint(tmp_path / "none.pth")
 
 
 # --- replay ----------------------------------------------------------------------------------------------------------
@@ -624,13 +548,6 @@ def test_finished_run_says_so_and_stops(tmp_path):
             prepare_run(tmp_path, SmallConfig(), resume)
     with pytest.raises(UserError, match="seed"):
         prepare_run(tmp_path, SmallConfig(seed=1), resume=False)
-
-
-def test_run_directory_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--run_dir"):
-        prepare_run(tmp_path / "file" / "run", SmallConfig(), resume=False)
-    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_running_means_average_each_name_over_the_updates_that_have_it():

@@ -10,7 +10,7 @@ from utils import ReplayBuffer
 from walker.dynamics import DataStatistics, MLPDynamics, VAEDynamics, statistics_of
 from walker.policies import DecisionTransformer, ReturnConditioned
 from walker.ppo import PPO, GaussianActor, PPOConfig, Rollout
-from walker.train_dt import SequenceLearner, TransformerConfig, returns_to_go
+from walker.train_dt import SequenceLearner, TransformerConfig
 from walker.train_il import BehaviorCloning, CloningConfig
 from walker.train_morel import MORELConfig, MORELLearner
 
@@ -126,10 +126,6 @@ def test_after_the_last_step_an_episode_begins_anew():
     states[3:] = states[:3]
     actions = [policy.act(states[t], torch.ones(1)) for t in range(6)]
     assert all(torch.equal(actions[t], actions[t + 3]) for t in range(3))
-
-
-def test_returns_to_go_are_sums_to_the_end():
-    assert returns_to_go(np.array([[1.0, 2.0, 4.0]], np.float32)).tolist() == [[7.0, 6.0, 4.0]]
 
 
 def test_the_transformer_learns_to_read_the_return_that_is_asked_for():
