@@ -27,10 +27,10 @@ from runs.chain import (
     check_solver,
     check_weights,
     evaluate_again,
-    run_seeds,
 )
 from runs.cli import parse_config, run_cli
 from runs.directory import checkpoint_file, expecting, load_checkpoint
+from runs.seeds import run_seeds
 from utils import Number, UserError, resolve_device, warn
 
 

@@ -1,4 +1,4 @@
-"""Training runs of a chain of actors on offline data, one or several seeds at once: all but the algorithm.
+"""A training run of a chain of actors on offline data: all but the algorithm. runs/seeds.py trains several at once.
 
 A command derives from `ChainRun` what its algorithm needs, and from `ChainRunConfig` its settings. Shared are the loop,
 the data's normalisation, evaluation of all actors, and the run's directory:
@@ -13,7 +13,6 @@ import abc
 import contextlib
 import functools
 import importlib.util
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from offline_data import OfflineData, data_scores, is_official, make_env, normalized_score
-from runs.cuda_graphs import GraphedStep, SideBySide
+from runs.cuda_graphs import GraphedStep
 from runs.directory import mark_finished, save_checkpoint
 from runs.evaluation import Episodes, Evaluator, episode_seeds, num_workers, report_steps
 from runs.metrics import EpisodeLog, RunningMeans, read_metrics
@@ -40,15 +39,10 @@ from utils import (
     Positive,
     RandomStreams,
     Range,
-    RunExists,
-    RunFinished,
-    RunHeld,
     UserError,
     Whole,
     Workers,
-    one_line,
     progress,
-    warn,
 )
 
 MODES = ("deterministic", "stochastic")
@@ -117,7 +111,6 @@ class ChainRun(Run):
         if config.checkpoint_dir:  # a run may be continued from another folder
             config = replace(config, checkpoint_dir=str(Path(config.checkpoint_dir).resolve()))
         self.beside, self.prefix = beside, prefix
-        self.failure: UserError | None = None  # why this run did not come to its end
         super().__init__(config)
 
     def load_data(self) -> None:
@@ -187,6 +180,14 @@ class ChainRun(Run):
         """Whether every update does the same work on the device, without a look at a value on the host."""
         return True
 
+    def is_captured(self) -> bool:
+        """Whether the update becomes a CUDA graph."""
+        return self.device.type == "cuda" and self.config.cuda_graph and self.can_be_captured()
+
+    def generators(self) -> list[torch.Generator]:
+        """What an update draws from."""
+        return [self.streams.sampling, self.streams.policy]
+
     def diagnose(self) -> dict[str, float]:
         """The chain's diagnostics on the first rows of a fixed draw; no training number depends on it."""
         generator = torch.Generator(self.device).manual_seed(self.streams.evaluation_seed)
@@ -220,30 +221,21 @@ class ChainRun(Run):
         return self.agent.update(self.buffer.sample(self.config.batch_size, self.streams.sampling))
 
     def record(self, info: dict[str, torch.Tensor], bar: tqdm) -> None:
-        """Count an update; log, evaluate and save where it is time to. A UserError of these ends the run."""
+        """Count an update; log, evaluate and save where it is time to."""
         self.means.add(info)
         self.step += 1
         logs, evaluates = self.step % self.config.log_freq == 0, self.is_evaluation(self.step)
         if not (logs or evaluates):
             return
-        try:
-            metrics = self.means.take()
-            self.check_metrics(metrics, "lower the learning rates, raise --w2_weights, or allow more with --q_limit")
-            bar.set_postfix(q=f"{metrics['q_data']:.1f}", critic_loss=f"{metrics['critic_loss']:.3g}")
-            metrics |= self.diagnose()
-            if evaluates:
-                metrics |= self.evaluate()
-            self.logger.log(self.step, metrics)
-            if evaluates:
-                self.save()
-        except UserError as error:
-            self.fail(error)
-
-    def fail(self, error: UserError) -> None:
-        """Leave this run where it is; others in this process go on, so that it is told now."""
-        self.failure = error
-        if self.prefix:
-            warn(f"{self.prefix}{error}")
+        metrics = self.means.take()
+        self.check_metrics(metrics, "lower the learning rates, raise --w2_weights, or allow more with --q_limit")
+        bar.set_postfix(q=f"{metrics['q_data']:.1f}", critic_loss=f"{metrics['critic_loss']:.3g}")
+        metrics |= self.diagnose()
+        if evaluates:
+            metrics |= self.evaluate()
+        self.logger.log(self.step, metrics)
+        if evaluates:
+            self.save()
 
     def is_evaluation(self, step: int) -> bool:
         """Whether the run evaluates and saves after this many updates."""
@@ -253,12 +245,8 @@ class ChainRun(Run):
 
     def play(self, seeds: list[int], noise_seed: int, desc: str) -> Episodes:
         """Every actor, deterministic and stochastic, one episode a seed; policies in the order of `policy_names`."""
-        mean, std = (torch.from_numpy(values).to(self.device) for values in (self.mean, self.std))
-        return play(self.evaluator, self.acting(), self.data.action_dim, mean, std, seeds, noise_seed, desc)
-
-    def policy_names(self) -> list[tuple[int, str]]:
-        """Actor and mode of each evaluated policy."""
-        return policy_names(len(self.acting()))
+        normalizer = [torch.from_numpy(values).to(self.device) for values in (self.mean, self.std)]
+        return play(self.evaluator, self.acting(), self.data.action_dim, *normalizer, seeds, noise_seed, desc)
 
     def score(self, returns: np.ndarray) -> np.ndarray:
         """Normalised scores of returns, of any shape."""
@@ -272,9 +260,10 @@ class ChainRun(Run):
         """Score every actor on the run's evaluation episodes, print the block, keep every episode."""
         seeds = episode_seeds(self.streams.evaluation_seed, self.config.eval_episodes)
         played = self.play(seeds, self.streams.evaluation_seed, "evaluate")
-        self.episodes.add(self.step, self.policy_names(), played.returns, played.lengths, self.score(played.returns))
+        names = policy_names(len(self.acting()))
+        self.episodes.add(self.step, names, played.returns, played.lengths, self.score(played.returns))
         figures, lines = {}, [f"{self.prefix}Update {self.step:,}.", f"Evaluation over {len(seeds)} episodes:"]
-        for (number, mode), returns in zip(self.policy_names(), played.returns, strict=True):
+        for (number, mode), returns in zip(names, played.returns, strict=True):
             name, score = f"eval/actor_{number}/{mode}", float(self.score(returns).mean())
             figures |= {f"{name}/return": float(returns.mean()), f"{name}/return_std": float(returns.std())}
             figures[f"{name}/score"] = score
@@ -290,7 +279,8 @@ class ChainRun(Run):
         first, seeds = final_seeds(self.streams, runs * self.config.eval_episodes)
         played = self.play(seeds, first, "final evaluation")
         scores = self.score(played.returns)
-        self.episodes.add(self.step, self.policy_names(), played.returns, played.lengths, scores, "final")
+        names = policy_names(len(self.acting()))
+        self.episodes.add(self.step, names, played.returns, played.lengths, scores, "final")
         return report_final(title, played, scores, runs) | report_steps(self.diagnose(), scores)
 
     # -- files -------------------------------------------------------------------------------------------------------
@@ -357,140 +347,30 @@ class ChainRun(Run):
         return {}
 
 
-# -- one seed, or several at once --------------------------------------------------------------------------------------
+# -- training one run ------------------------------------------------------------------------------------------------
 
 
-def run_seeds(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, Any]:
-    """Train `num_seeds` runs to their end, at once; what finished.json of the one holds, or `seed_k` -> that of each.
-
-    Each run is, bit for bit on a CPU, what it would have been alone. Finished ones are left as they are; one that
-    diverges does not stop the others. Raises UserError for it in the end, and RunFinished if nothing is left to do.
-    """
-    if config.num_seeds == 1:
-        with contextlib.closing(run_class(config)) as run:
-            summaries = _train_to_the_end([run])
-        if run.failure is not None:
-            raise run.failure
-        return summaries[f"seed_{config.seed}"]
-    if config.run_dir is not None:
-        raise UserError(f"--run_dir {config.run_dir}: is one run's; leave it out, or --num_seeds {config.num_seeds}")
-    left, summaries = _ask_seeds(run_class, config)
-    with contextlib.ExitStack() as open_runs:
-        runs: list[ChainRun] = []
-        for own in left:
-            run = run_class(own, runs[0] if runs else None, f"Seed {own.seed}: ")
-            runs.append(open_runs.enter_context(contextlib.closing(run)))
-        if runs:
-            _check_same_data(runs[0], summaries)
-            summaries |= _train_to_the_end(runs)
-    _report_seeds(summaries)
-    if not runs:
-        raise RunFinished(f"all {config.num_seeds} runs are finished; change --seed or --num_seeds to train more")
-    failed = [str(run.config.seed) for run in runs if run.failure is not None]
-    if failed:
-        raise UserError(f"seed {', '.join(failed)}: not finished, see the warnings above; the other seeds are")
-    return summaries
+def run_chain(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, Any]:
+    """Train one run to its end, and score it; what finished.json holds. Raises UserError where it cannot go on."""
+    with contextlib.closing(run_class(config)) as run:
+        print(run.describe())
+        began, first = time.perf_counter(), run.step
+        train(run)
+        summary = run.finish()
+        seconds = time.perf_counter() - began
+        print(f"{run.step - first:,} updates in {seconds:.0f} seconds; outputs in {run.run_dir}")
+    return summary
 
 
-def _ask_seeds(
-    run_class: type[ChainRun], config: ChainRunConfig
-) -> tuple[list[ChainRunConfig], dict[str, dict[str, Any]]]:
-    """Settings of the seeds that are left, and `seed_k` -> finished.json of the others, before anything is written."""
-    left, summaries = [], {}
-    for seed in range(config.seed, config.seed + config.num_seeds):
-        own = replace(config, seed=seed, num_seeds=1)
-        try:
-            run_class.preflight(own)
-            left.append(own)
-        except RunFinished:
-            path = run_class.default_run_dir(own) / "finished.json"
-            print(f"Seed {seed}: finished, see {path.parent}")
-            try:
-                summaries[f"seed_{seed}"] = dict(json.loads(path.read_text()))
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(f"{path}: cannot be read ({one_line(error)}); remove it, and add --resume") from None
-        except (RunExists, RunHeld) as error:  # a directory follows from its seed here
-            goes_on = "" if config.resume or isinstance(error, RunHeld) else "continue it with --resume, "
-            remedy = f"{goes_on}choose another --seed"
-            raise type(error)(error.where, error.fault, remedy) from None
-    return left, summaries
-
-
-def _check_same_data(run: ChainRun, summaries: dict[str, dict[str, Any]]) -> None:
-    """UserError where a finished seed was trained on other data than this run has."""
-    facts = json.loads(json.dumps(run.data.facts(), default=float))
-    for name, summary in summaries.items():
-        if any(summary.get(key) != value for key, value in facts.items()):
-            raise UserError(
-                f"{run.run_dir.parent / name}: was trained on other data of the name {run.config.env}; give its "
-                "--dataset_dir, or other seeds"
-            )
-
-
-def _train_to_the_end(runs: Sequence[ChainRun]) -> dict[str, dict[str, Any]]:
-    """Train and finish; `seed_k` -> what finished.json holds, of each run that did not fail."""
-    began, first = time.perf_counter(), sum(run.step for run in runs)
-    at_once = f"; seeds {', '.join(str(run.config.seed) for run in runs)} at once" if len(runs) > 1 else ""
-    print(runs[0].describe() + at_once)
-    train(runs)
-    summaries = {}
-    for run in runs:
-        try:
-            if run.failure is None:
-                summaries[f"seed_{run.config.seed}"] = run.finish()
-        except UserError as error:
-            run.fail(error)
-    updates, seconds = sum(run.step for run in runs) - first, time.perf_counter() - began
-    if summaries:
-        folders = ", ".join(str(run.run_dir) for run in runs if run.failure is None)
-        print(f"{updates:,} updates in {seconds:.0f} seconds; outputs in {folders}")
-    return summaries
-
-
-def train(runs: Sequence[ChainRun]) -> None:
-    """Bring runs to max_timesteps, logging, evaluating and saving on the way: those that are behind first, then all.
-
-    A run that cannot go on has its `failure` set and is left where it is.
-    """
-    total = runs[0].config.max_timesteps
-    with progress(total, runs[0].config.env, initial=min(run.step for run in runs), unit="update") as bar:
-        while going := [run for run in runs if run.failure is None and run.step < total]:
-            step = min(run.step for run in going)
-            until = min((run.step for run in going if run.step > step), default=total)
-            group = [run for run in going if run.step == step]
-            update = make_update(group)
-            while group[0].step < until and all(run.failure is None for run in group):
-                for run in group:
-                    run.agent.anneal(run.step / total)
-                for run, info in zip(group, update(), strict=True):
-                    run.record(info, bar)
-                bar.update()
-
-
-def make_update(runs: Sequence[ChainRun]) -> Callable[[], list[dict[str, torch.Tensor]]]:
-    """One update of each run, all at the same step.
-
-    On a GPU they are branches of one captured graph, so that the small kernels of one run fill the gaps of another,
-    unless that is turned off or the updates cannot be captured.
-    """
-    first, updates = runs[0], [run.update for run in runs]
-    if first.device.type != "cuda" or not first.config.cuda_graph or not first.can_be_captured():
-        return lambda: [update() for update in updates]
-    generators = [generator for run in runs for generator in (run.streams.sampling, run.streams.policy)]
-    return GraphedStep(SideBySide(updates, first.device), generators)
-
-
-def _report_seeds(summaries: dict[str, dict[str, Any]]) -> None:
-    """Print each policy's score over the seeds: mean and range."""
-    if not summaries:
-        return
-    print(f"Last checkpoints of {len(summaries)} seeds, mean (lowest to highest):")
-    for name in next(iter(summaries.values())):
-        if name.startswith("actor_") and name.endswith("/score"):
-            actor, mode, _ = name.split("/")
-            scores = np.array([summary[name] for summary in summaries.values()])
-            spread = f"{scores.mean():.3f} ({scores.min():.3f} to {scores.max():.3f})"
-            print(f"  Actor {actor.removeprefix('actor_')} - {mode.capitalize()}: D4RL score: {spread}")
+def train(run: ChainRun) -> None:
+    """Bring a run to max_timesteps, logging, evaluating and saving on the way."""
+    total = run.config.max_timesteps
+    update = GraphedStep(run.update, run.generators()) if run.is_captured() else run.update
+    with progress(total, run.config.env, initial=run.step, unit="update") as bar:
+        while run.step < total:
+            run.agent.anneal(run.step / total)
+            run.record(update(), bar)
+            bar.update()
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from running import digest, error_line
 import make_dataset
 import pogo_main
 from pogo_main import POGORun, POGOTrainerConfig
-from runs import chain
+from runs import chain, seeds
 from runs.cli import parse_config, run_cli
 from runs.directory import hold_run, load_checkpoint, save_checkpoint
 from runs.evaluation import episode_seeds, report_steps
@@ -425,8 +425,8 @@ def test_seeds_that_were_cut_at_different_updates_come_together(
     train_until(stop_at, flags, 1, method)
     checkpoints = [folder(seed) / "checkpoints" / "last.pth" for seed in range(3)]
     assert [load_checkpoint(path)["step"] if path.exists() else 0 for path in checkpoints] == reached
-    make_update = chain.make_update
-    monkeypatch.setattr(chain, "make_update", lambda runs: groups.append(len(runs)) or make_update(runs))
+    make_update = seeds.make_update
+    monkeypatch.setattr(seeds, "make_update", lambda runs: groups.append(len(runs)) or make_update(runs))
     train([*flags, "--resume"])
     assert groups == ([3] if len(set(reached)) == 1 else [2, 3] if reached[0] == 6 else [2])
     for seed, run_dir in alone.items():

@@ -35,10 +35,10 @@ from runs.chain import (
     check_solver,
     check_weights,
     evaluate_again,
-    run_seeds,
 )
 from runs.cli import load_yaml, parse_config, run_cli
 from runs.directory import checkpoint_file, expecting, load_checkpoint
+from runs.seeds import run_seeds
 from utils import Basic, Count, MayChange, Number, Positive, UserError, resolve_device, warn
 
 NEED_DENSITY = {"cql", "sac_n", "edac"}  # their losses have log pi; their own policy is the default

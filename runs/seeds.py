@@ -1,0 +1,150 @@
+"""Several seeds of a chain at once, each in a directory of its own and bit for bit what it would have been alone.
+
+On a GPU the updates of all are branches of one captured graph, so that the small kernels of one run fill the gaps of
+another. Runs that were cut at different updates come together first.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from runs.chain import ChainRun, ChainRunConfig, run_chain
+from runs.cuda_graphs import GraphedStep, SideBySide
+from utils import RunExists, RunFinished, RunHeld, UserError, one_line, progress, warn
+
+
+def run_seeds(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, Any]:
+    """Train `num_seeds` runs to their end, at once; what finished.json of the one holds, or `seed_k` -> that of each.
+
+    Finished ones are left as they are; one that diverges does not stop the others. Raises UserError for it in the end,
+    and RunFinished if nothing is left to do.
+    """
+    if config.num_seeds == 1:
+        return run_chain(run_class, config)
+    if config.run_dir is not None:
+        raise UserError(f"--run_dir {config.run_dir}: is one run's; leave it out, or --num_seeds {config.num_seeds}")
+    left, summaries = _ask_seeds(run_class, config)
+    failed: list[ChainRun] = []
+    with contextlib.ExitStack() as open_runs:
+        runs: list[ChainRun] = []
+        for own in left:
+            run = run_class(own, runs[0] if runs else None, f"Seed {own.seed}: ")
+            runs.append(open_runs.enter_context(contextlib.closing(run)))
+        if runs:
+            _check_same_data(runs[0], summaries)
+            summaries |= _train_to_the_end(runs, failed)
+    _report_seeds(summaries)
+    if not runs:
+        raise RunFinished(f"all {config.num_seeds} runs are finished; change --seed or --num_seeds to train more")
+    if failed:
+        seeds = ", ".join(str(run.config.seed) for run in runs if run in failed)
+        raise UserError(f"seed {seeds}: not finished, see the warnings above; the other seeds are")
+    return summaries
+
+
+def _ask_seeds(
+    run_class: type[ChainRun], config: ChainRunConfig
+) -> tuple[list[ChainRunConfig], dict[str, dict[str, Any]]]:
+    """Settings of the seeds that are left, and `seed_k` -> finished.json of the others, before anything is written."""
+    left, summaries = [], {}
+    for seed in range(config.seed, config.seed + config.num_seeds):
+        own = replace(config, seed=seed, num_seeds=1)
+        try:
+            run_class.preflight(own)
+            left.append(own)
+        except RunFinished:
+            path = run_class.default_run_dir(own) / "finished.json"
+            print(f"Seed {seed}: finished, see {path.parent}")
+            try:
+                summaries[f"seed_{seed}"] = dict(json.loads(path.read_text()))
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"{path}: cannot be read ({one_line(error)}); remove it, and add --resume") from None
+        except (RunExists, RunHeld) as error:  # a directory follows from its seed here
+            goes_on = "" if config.resume or isinstance(error, RunHeld) else "continue it with --resume, "
+            remedy = f"{goes_on}choose another --seed"
+            raise type(error)(error.where, error.fault, remedy) from None
+    return left, summaries
+
+
+def _check_same_data(run: ChainRun, summaries: dict[str, dict[str, Any]]) -> None:
+    """UserError where a finished seed was trained on other data than this run has."""
+    facts = json.loads(json.dumps(run.data.facts(), default=float))
+    for name, summary in summaries.items():
+        if any(summary.get(key) != value for key, value in facts.items()):
+            raise UserError(
+                f"{run.run_dir.parent / name}: was trained on other data of the name {run.config.env}; give its "
+                "--dataset_dir, or other seeds"
+            )
+
+
+def _train_to_the_end(runs: Sequence[ChainRun], failed: list[ChainRun]) -> dict[str, dict[str, Any]]:
+    """Train and finish; `seed_k` -> what finished.json holds, of each run that is not among `failed` in the end."""
+    began, first = time.perf_counter(), sum(run.step for run in runs)
+    print(f"{runs[0].describe()}; seeds {', '.join(str(run.config.seed) for run in runs)} at once")
+    train(runs, failed)
+    summaries = {}
+    for run in runs:
+        with _others_go_on(run, failed):
+            if run not in failed:
+                summaries[f"seed_{run.config.seed}"] = run.finish()
+    updates, seconds = sum(run.step for run in runs) - first, time.perf_counter() - began
+    if summaries:
+        folders = ", ".join(str(run.run_dir) for run in runs if run not in failed)
+        print(f"{updates:,} updates in {seconds:.0f} seconds; outputs in {folders}")
+    return summaries
+
+
+@contextlib.contextmanager
+def _others_go_on(run: ChainRun, failed: list[ChainRun]) -> Iterator[None]:
+    """A run that cannot go on is told now, and is left where it is."""
+    try:
+        yield
+    except UserError as error:
+        failed.append(run)
+        warn(f"{run.prefix}{error}")
+
+
+def train(runs: Sequence[ChainRun], failed: list[ChainRun]) -> None:
+    """Bring runs to max_timesteps: those that are behind first, then all. Those that cannot go on are put in failed."""
+    total = runs[0].config.max_timesteps
+    with progress(total, runs[0].config.env, initial=min(run.step for run in runs), unit="update") as bar:
+        while going := [run for run in runs if run not in failed and run.step < total]:
+            step = min(run.step for run in going)
+            until = min((run.step for run in going if run.step > step), default=total)
+            group = [run for run in going if run.step == step]
+            update = make_update(group)
+            while group[0].step < until and not set(group) & set(failed):
+                for run in group:
+                    run.agent.anneal(run.step / total)
+                for run, info in zip(group, update(), strict=True):
+                    with _others_go_on(run, failed):
+                        run.record(info, bar)
+                bar.update()
+
+
+def make_update(runs: Sequence[ChainRun]) -> Callable[[], list[dict[str, torch.Tensor]]]:
+    """One update of each run, all at the same step: on a GPU branches of one captured graph, where a run's would be."""
+    first, updates = runs[0], [run.update for run in runs]
+    if not first.is_captured():
+        return lambda: [update() for update in updates]
+    generators = [generator for run in runs for generator in run.generators()]
+    return GraphedStep(SideBySide(updates, first.device), generators)
+
+
+def _report_seeds(summaries: dict[str, dict[str, Any]]) -> None:
+    """Print each policy's score over the seeds: mean and range."""
+    if not summaries:
+        return
+    print(f"Last checkpoints of {len(summaries)} seeds, mean (lowest to highest):")
+    for name in next(iter(summaries.values())):
+        if name.startswith("actor_") and name.endswith("/score"):
+            actor, mode, _ = name.split("/")
+            scores = np.array([summary[name] for summary in summaries.values()])
+            spread = f"{scores.mean():.3f} ({scores.min():.3f} to {scores.max():.3f})"
+            print(f"  Actor {actor.removeprefix('actor_')} - {mode.capitalize()}: D4RL score: {spread}")
