@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dataset_files import BLOCK_ROWS, Dataset, bad_file, check_arrays, find, jumps, read_hdf5
-from utils import UserError, warn
+from utils import warn
 
 DATASET_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 ANTMAZE_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/ant_maze_v2"
@@ -82,7 +82,7 @@ _RESETS = {"hopper": (1.25, 0.005, 0.005), "halfcheetah": (0.0, 0.1, 0.45), "wal
 class D4RLDataset(Dataset):
     """A dataset such as `local/hopper-medium-replay-v2`: one HDF5 file."""
 
-    VARIABLE = "D4RL_DATASET_DIR"
+    VARIABLE, RECIPES = "D4RL_DATASET_DIR", GENERATED_IDS
     OFFICIAL_FOLDER = "~/.d4rl/datasets"
 
     @property
@@ -114,10 +114,6 @@ class D4RLDataset(Dataset):
     @property
     def url(self) -> str:
         return ANTMAZE_URL if self.robot == "antmaze" else DATASET_URL
-
-    @property
-    def generated(self) -> bool:
-        return f"local/{self.name}" in GENERATED_IDS
 
     @property
     def max_episode_steps(self) -> int:
@@ -384,20 +380,14 @@ def _without_known_warnings() -> Iterator[None]:
 def make_env(dataset_id: str) -> gymnasium.Env:
     """The environment of a dataset: float64 observations, actions in [-1, 1], cut after D4RL's number of steps.
 
-    Raises UserError for an unknown id, and where the installed Gymnasium has no v4 environments.
+    Raises UserError for an unknown id.
     """
     dataset = parse_dataset_id(dataset_id)
     if dataset.robot == "antmaze":
         env = AntMaze(dataset.env_id.removeprefix("antmaze-"))
         return gymnasium.wrappers.TimeLimit(env, dataset.max_episode_steps)
-    try:
-        with _without_known_warnings():
-            return gymnasium.make(dataset.env_id, disable_env_checker=True)
-    except gymnasium.error.UnregisteredEnv:
-        raise UserError(
-            f"{dataset.env_id} is not in the installed gymnasium {gymnasium.__version__}; install the one that "
-            "requirements.txt names"
-        ) from None
+    with _without_known_warnings():
+        return gymnasium.make(dataset.env_id, disable_env_checker=True)
 
 
 class QuickRunner(gymnasium.Wrapper):

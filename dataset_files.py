@@ -6,6 +6,7 @@ one line that names the file, the array and the row.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import difflib
 import functools
@@ -32,7 +33,7 @@ Bad = Callable[[str], UserError]  # of a fault: the error that names the file an
 
 
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(abc.ABC):
     """One dataset id: where its files are kept and how they get there. Each benchmark adds what they hold.
 
     `<name>` is the official dataset. `local/<name>` was made on this machine by make_dataset.py, and counts only with
@@ -43,6 +44,7 @@ class Dataset:
 
     id: str
     VARIABLE: ClassVar[str] = ""  # environment variable that names the folder where no argument does
+    RECIPES: ClassVar[tuple[str, ...]] = ()  # ids that make_dataset.py can make
     OFFICIAL_FOLDER: ClassVar[str] = ""  # of official files where nothing names one; else `datasets` beside the code
 
     @property
@@ -61,9 +63,9 @@ class Dataset:
         return self.file_id.removeprefix("local/")
 
     @property
+    @abc.abstractmethod
     def files(self) -> tuple[str, ...]:
         """Names of the files, below the folder."""
-        raise NotImplementedError
 
     @property
     def url(self) -> str:
@@ -73,19 +75,19 @@ class Dataset:
     @property
     def generated(self) -> bool:
         """Whether make_dataset.py has a recipe for `local/<name>`."""
-        return False
+        return f"local/{self.name}" in self.RECIPES
 
+    @abc.abstractmethod
     def read(self, path: Path) -> Any:
         """Read and check one of the files; raises UserError."""
-        raise NotImplementedError
 
     def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
         """Fields of offline_data.OfflineData; raises UserError for data that are not read so."""
         raise UserError(f"dataset {self.id} is not read as transitions with rewards; use another")
 
+    @abc.abstractmethod
     def make_env(self, dataset_dir: str | os.PathLike | None = None) -> Any:
         """The Gymnasium environment that its policies are evaluated in, with its time limit."""
-        raise NotImplementedError
 
     def score(self, returns: ArrayLike, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:
         """Scores of undiscounted returns there, any shape, float64: the returns themselves where there is no scale."""

@@ -166,11 +166,6 @@ class WalkerEnv(gymnasium.Env):
         self.suite_env.close()
 
 
-def make_env(task: str) -> WalkerEnv:
-    """The environment of `walk` or `run`; see WalkerEnv. Raises UserError for another task."""
-    return WalkerEnv(task)
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # Datasets
 # ----------------------------------------------------------------------------------------------------------------
@@ -193,9 +188,7 @@ class WalkerDataset(Dataset):
     def files(self) -> tuple[str, ...]:
         return (f"collected_data/{self.name}",)
 
-    @property
-    def generated(self) -> bool:
-        return True
+    RECIPES = GENERATED_IDS
 
     @property
     def short_name(self) -> str:
@@ -241,11 +234,6 @@ def parse_datasets(text: str) -> list[str]:
             choices = ", ".join((*SHORT_NAMES, ALL_DATASETS))
             raise UserError(f"--USE_DATASET_STR {text!r}: {name!r} is none of {choices}, nor one of these after local/")
     return [dataset_id for dataset_id in DATASETS if dataset_id in chosen]
-
-
-def short_name(dataset_id: str) -> str:
-    """`WalkerDataset.short_name` by id."""
-    return parse_dataset_id(dataset_id).short_name
 
 
 # ----------------------------------------------------------------------------------------------------------------

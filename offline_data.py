@@ -92,16 +92,11 @@ class OfflineData:
             variance += np.square(self.observations[block] - mean).sum(axis=0) / len(self)
         return mean.astype(np.float32), (np.sqrt(variance) + epsilon).astype(np.float32)
 
-    def tensors(self, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
-        """ReplayBuffer.FIELDS as float32 tensors on the device; on the CPU the large ones share the arrays' memory."""
-        fields = {name: torch.from_numpy(getattr(self, name)) for name in ReplayBuffer.FIELDS}
-        return {name: tensor.to(device, torch.float32) for name, tensor in fields.items()}
-
     def replay_buffer(self, device: str | torch.device = "cpu") -> ReplayBuffer:
-        """A full buffer over `tensors(device)`, without a copy: on the CPU, writing into one changes the other."""
+        """A full buffer, without a copy: on the CPU it shares the large arrays, and writing into one changes both."""
         buffer = ReplayBuffer(0, self.observation_dim, self.action_dim, device)
-        for name, tensor in self.tensors(device).items():
-            setattr(buffer, name, tensor)
+        for name in ReplayBuffer.FIELDS:
+            setattr(buffer, name, torch.from_numpy(getattr(self, name)).to(device, torch.float32))
         buffer.capacity = buffer.size = len(self)
         return buffer
 
@@ -246,13 +241,14 @@ class MinariDataset(Dataset):
 
     def ensure(self, dataset_dir: str | os.PathLike | None = None, base_url: str = "") -> tuple[Path, ...]:
         """Its folder, filled by Minari where it is missing."""
-        self._open(dataset_dir)
-        return self.paths(dataset_dir)
+        paths = self.paths(dataset_dir)
+        self.read(*paths)
+        return paths
 
     def _bad(self, fault: str) -> UserError:
         return UserError(f"dataset {self.id}: {fault}; use another dataset")
 
-    def _open(self, dataset_dir: str | os.PathLike | None) -> Any:
+    def read(self, path: Path) -> Any:
         """The minari.MinariDataset, downloaded where it is missing. Raises UserError in one line."""
         try:
             import minari
@@ -262,9 +258,8 @@ class MinariDataset(Dataset):
             ) from None
         (name,) = self.files
         before = os.environ.get("MINARI_DATASETS_PATH")
+        os.environ["MINARI_DATASETS_PATH"] = str(path.parents[name.count("/")])  # Minari knows its folder by this alone
         try:
-            if dataset_dir is not None:  # Minari knows its folder by this variable alone
-                os.environ["MINARI_DATASETS_PATH"] = str(self.folder(dataset_dir))
             return minari.load_dataset(name, download=True)
         except Exception as error:  # the network and the file format fail in many ways
             raise UserError(
@@ -272,14 +267,13 @@ class MinariDataset(Dataset):
                 f"`minari list remote` shows what there is, `minari download {name}` fetches it"
             ) from None
         finally:
-            if dataset_dir is not None:
-                os.environ.pop("MINARI_DATASETS_PATH")
-                if before is not None:
-                    os.environ["MINARI_DATASETS_PATH"] = before
+            os.environ.pop("MINARI_DATASETS_PATH")
+            if before is not None:
+                os.environ["MINARI_DATASETS_PATH"] = before
 
     def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
         """The episodes' own rows, each episode checked: T + 1 observations, and T of all else."""
-        dataset = self._open(dataset_dir)
+        dataset = self.read(*self.paths(dataset_dir))
         for space, what in ((dataset.observation_space, "observations"), (dataset.action_space, "actions")):
             if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
                 raise self._bad(f"{what} are {space}, not one row of numbers")
@@ -328,7 +322,7 @@ class MinariDataset(Dataset):
 
     def make_env(self, dataset_dir: str | os.PathLike | None = None) -> gymnasium.Env:
         """The environment that the dataset names."""
-        dataset = self._open(dataset_dir)
+        dataset = self.read(*self.paths(dataset_dir))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that the recording had other versions of the packages
@@ -351,7 +345,10 @@ class MinariDataset(Dataset):
 
     def score(self, returns: ArrayLike, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:
         """As D4RL's, with the references that the dataset brings; the returns themselves where it has none."""
-        returns, references = np.asarray(returns, dtype=np.float64), self._references(self._open(dataset_dir))
+        returns, references = (
+            np.asarray(returns, dtype=np.float64),
+            self._references(self.read(*self.paths(dataset_dir))),
+        )
         return returns if references is None else 100.0 * (returns - references[0]) / (references[1] - references[0])
 
 

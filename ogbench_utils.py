@@ -70,7 +70,7 @@ _BLOCK_ROWS = 1 << 16  # rows summed at a time, so that float64 needs no second 
 class MazeDataset(Dataset):
     """A dataset such as `local/pointmaze-medium-navigate-v0`: a file to train on and one to validate."""
 
-    VARIABLE = "OGBENCH_DATASET_DIR"
+    VARIABLE, RECIPES = "OGBENCH_DATASET_DIR", GENERATED_IDS
 
     @property
     def maze_env(self) -> str:
@@ -99,10 +99,6 @@ class MazeDataset(Dataset):
     @property
     def url(self) -> str:
         return DATASET_URL
-
-    @property
-    def generated(self) -> bool:
-        return f"local/{self.name}" in GENERATED_IDS
 
     def read(self, path: Path) -> dict[str, np.ndarray]:
         """`load_arrays`, and the rows must be those of the id's robot, in episodes without a jump."""
@@ -253,11 +249,6 @@ class TrajectoryDataset:
             dataset_id,
             split,
         )
-
-    @classmethod
-    def load(cls, dataset_id: str, split: str = "train", *arguments: Any, **options: Any) -> TrajectoryDataset:
-        """`MazeDataset.load` by id."""
-        return parse_dataset_id(dataset_id).load(split, *arguments, **options)
 
     def to(self, device: str | torch.device) -> TrajectoryDataset:
         """The same data on another device."""

@@ -25,7 +25,7 @@ import torch
 
 from benchmark_data.local import generate_if_missing
 from model import OfflineModel
-from ogbench_utils import TrajectoryDataset, max_episode_steps, parse_dataset_id
+from ogbench_utils import max_episode_steps, parse_dataset_id
 from online_agent import OnlineAgent, OnlineAgentConfig
 from opso.batches import CodeSet, sample_batch, sample_pairs
 from opso.episodes import (
@@ -201,8 +201,8 @@ class OnlineRun(Run):
         """UserError where the pretrained model is for other observations."""
         config = self.config
         generate_if_missing(config.dataset, config.dataset_dir)
-        files = (config.dataset, "train", config.dataset_dir, config.max_trajectories)
-        self.data = TrajectoryDataset.load(*files, self.device)
+        files = ("train", config.dataset_dir, config.max_trajectories)
+        self.data = parse_dataset_id(config.dataset).load(*files, self.device)
         takes, has = self.model.encoder.observation_dim, self.data.observation_dim
         if takes != has:
             raise UserError(

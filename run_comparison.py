@@ -300,7 +300,7 @@ def is_finished(run: Run) -> bool:
     checkpoint = str(run.system.run_class.checkpoint_path(run.config))
     may_change = run.system.run_class.may_change(run.config) - {"dataset_dir"}  # a result is one of its data
     try:
-        check_run(run.run_dir, run.config, True, may_change, checkpoint)
+        check_run(run.run_dir, run.config, may_change, checkpoint)
         return False
     except RunFinished:
         return True

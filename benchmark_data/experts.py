@@ -119,7 +119,7 @@ def _runner(robot: str, sizes: tuple[int, int], clipped: str, bonus: str) -> Exp
 
 
 def _dm_walker(task: str) -> ExpertEnv:
-    seen, env = "orientations [14], height, qvel [9]", functools.partial(dmc_utils.make_env, task)
+    seen, env = "orientations [14], height, qvel [9]", functools.partial(dmc_utils.WalkerEnv, task)
     packages = ("dm_control", "mujoco")
     return ExpertEnv(f"dm_control walker-{task}", seen, 24, 6, "dm_control's, in [0, 1]", env, packages)
 

@@ -31,7 +31,6 @@ from dmc_utils import (
     GENERATED_IDS,
     WalkerEnv,
     episode_path,
-    make_env,
     read_episode,
     replay_episode,
     write_episode,
@@ -73,7 +72,7 @@ def snapshot_steps(recipe: Recipe, size: int) -> list[int]:
 @functools.lru_cache(maxsize=1)
 def _env(task: str) -> WalkerEnv:
     """One environment a process, however many episodes it makes."""
-    return make_env(task)
+    return WalkerEnv(task)
 
 
 @functools.lru_cache(maxsize=1)

@@ -33,6 +33,7 @@ from utils import (
     write_text_atomic,
 )
 
+LAST = "checkpoints/last.pth"  # of a run, in its directory
 ALWAYS_MAY_CHANGE = {"run_dir"}
 HOW_IT_STARTED = {"resume", "overwrite"}  # settings that say how a run was started, not what it is
 
@@ -104,24 +105,17 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
 
 
 def prepare_run(
-    run_dir: str | Path,
-    config: Any,
-    resume: bool = False,
-    may_change: Iterable[str] = (),
-    checkpoint: str | Path = "checkpoints/last.pth",
-    overwrite: bool = False,
+    run_dir: str | Path, config: Any, may_change: Iterable[str] = (), checkpoint: str | Path = LAST
 ) -> Path | None:
     """Open a run's directory; returns the checkpoint to continue from, or None for a new run.
 
-    Call it inside `hold_run`: a second start must not change the settings of a run that goes on.
-
-    Writes config.yaml and versions.json. Keys in may_change, and run_dir, may differ from the stored config.yaml.
-    `overwrite` removes the run that is there first. Raises as `check_run` does.
+    Call it inside `hold_run`: a second start must not change the settings of a run that goes on. Writes config.yaml and
+    versions.json; with `config.overwrite` it removes the run that is there first. Arguments and errors are those of
+    `check_run`.
     """
-    run_dir = Path(run_dir)
-    checkpoint = run_dir / checkpoint
-    check_run(run_dir, config, resume, may_change, checkpoint, overwrite)
-    if overwrite:
+    run_dir, checkpoint = Path(run_dir), Path(run_dir) / checkpoint
+    check_run(run_dir, config, may_change, checkpoint)
+    if getattr(config, "overwrite", False):
         _clear(run_dir, checkpoint)
     started = checkpoint.exists()
     try:
@@ -130,26 +124,25 @@ def prepare_run(
         write_text_atomic(run_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
     except OSError as error:
         raise _no_run_dir(run_dir, error) from None
-    if resume and not started:
+    if getattr(config, "resume", False) and not started:
         print(f"{run_dir}: nothing to resume, starting anew", file=sys.stderr)
     return checkpoint if started else None
 
 
-def check_run(
-    run_dir: str | Path,
-    config: Any,
-    resume: bool = False,
-    may_change: Iterable[str] = (),
-    checkpoint: str | Path = "checkpoints/last.pth",
-    overwrite: bool = False,
-) -> None:
+def check_run(run_dir: str | Path, config: Any, may_change: Iterable[str] = (), checkpoint: str | Path = LAST) -> None:
     """Whether a run may begin or go on here, as `prepare_run` asks, without writing anything: cheap, to ask first.
+
+    Args:
+        run_dir: the run's directory.
+        config: its settings, `resume` and `overwrite` among them where the command has these.
+        may_change: settings that, like run_dir, may differ from the stored config.yaml.
+        checkpoint: the file to continue from; a relative path is in run_dir.
 
     Raises RunFinished for a finished run of these settings, and UserError where continuing would mix two runs: other
     settings, or a checkpoint without `--resume`.
     """
-    run_dir = Path(run_dir)
-    checkpoint = run_dir / checkpoint
+    run_dir, checkpoint = Path(run_dir), Path(run_dir) / checkpoint
+    resume, overwrite = getattr(config, "resume", False), getattr(config, "overwrite", False)
     finished, started = (run_dir / "finished.json").exists(), checkpoint.exists()
     if resume and overwrite:
         raise UserError("--resume --overwrite", "one continues the run, the other replaces it", "give one of them")
@@ -290,4 +283,4 @@ def _commit(folder: Path) -> str | None:
 def checkpoint_file(path: str | Path) -> Path:
     """The checkpoint that a path means: itself, or the last one of a run's directory."""
     path = Path(path)
-    return path / "checkpoints" / "last.pth" if path.is_dir() else path
+    return path / LAST if path.is_dir() else path

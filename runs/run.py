@@ -62,8 +62,7 @@ class Run(abc.ABC):
         config = self.config
         for folder in {self.run_dir.resolve(), self.checkpoint.parent}:
             self.resources.enter_context(hold_run(folder))
-        how = (config.resume, self.may_change(config), self.checkpoint, config.overwrite)
-        checkpoint = prepare_run(self.run_dir, config, *how)
+        checkpoint = prepare_run(self.run_dir, config, self.may_change(config), self.checkpoint)
         self.build()
         if checkpoint is not None:
             self.load(checkpoint)
@@ -82,7 +81,7 @@ class Run(abc.ABC):
         """Whether this run may begin or go on, without writing anything; UserError or RunFinished says why not."""
         cls.check(config)
         run_dir, checkpoint = cls.default_run_dir(config), cls.checkpoint_path(config)
-        check_run(run_dir, config, config.resume, cls.may_change(config), checkpoint, config.overwrite)
+        check_run(run_dir, config, cls.may_change(config), checkpoint)
         for folder in filter(Path.is_dir, {run_dir.resolve(), checkpoint.parent}):
             with hold_run(folder):
                 pass

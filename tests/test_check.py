@@ -58,7 +58,7 @@ def recorded(dataset_id):
     """Arrays of a dataset's file; for the walker study a list, one dictionary an episode."""
     rng, parts = np.random.default_rng(0), []
     if dataset_id in dmc_utils.OFFICIAL_IDS:
-        return [walker_episode(dmc_utils.make_env("walk"), seed, rng) for seed in range(2)]
+        return [walker_episode(dmc_utils.WalkerEnv("walk"), seed, rng) for seed in range(2)]
     if dataset_id in d4rl_utils.official_ids():
         env, limit = d4rl_utils.make_env(dataset_id), d4rl_utils.parse_dataset_id(dataset_id).max_episode_steps
         while sum(len(part["rewards"]) for part in parts) < 1500:
@@ -268,7 +268,7 @@ def test_rows_of_another_mujoco_are_good(dataset_id, tmp_path, monkeypatch):
         return env
 
     arrays = recorded(dataset_id)
-    monkeypatch.setattr(module, "make_env", make_other)
+    monkeypatch.setattr(module, "WalkerEnv", make_other)
     report = check(save(tmp_path / file_name(dataset_id), arrays))
     assert not report.faults and "another version of MuJoCo" in report.findings[0][1]
     shifted([arrays := copy.deepcopy(arrays)])

@@ -16,9 +16,9 @@ from dmc_utils import (
     OFFICIAL_IDS,
     TASKS,
     StudyData,
+    WalkerEnv,
     episode_path,
     load_episodes,
-    make_env,
     parse_dataset_id,
     read_episode,
     replay_episode,
@@ -33,7 +33,7 @@ def flat(observation):
 
 def play(task, seed=0):
     """An episode of random actions, laid out row by row with nothing of the product but its environment."""
-    env, rng = make_env(task), np.random.default_rng(seed)
+    env, rng = WalkerEnv(task), np.random.default_rng(seed)
     observation, info = env.reset(seed=seed)
     rows = {key: np.zeros((1001, columns), np.float32) for key, columns in EPISODE_COLUMNS.items()}
     rows["observation"][0], rows["physics"][0], rows["discount"][0] = observation, info["physics"], 1.0
@@ -60,9 +60,9 @@ def copied(episode):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_step_is_dm_controls(task):
-    env, rng = make_env(task), np.random.default_rng(0)
+    env, rng = WalkerEnv(task), np.random.default_rng(0)
     observation, _ = env.reset(seed=3)
-    reference = make_env(task).suite_env
+    reference = WalkerEnv(task).suite_env
     seeds = np.random.default_rng(3)
     reference.task.random.seed(seeds.integers(2**32, dtype=np.uint32))
     step = reference.reset()
@@ -79,7 +79,7 @@ def test_a_step_is_dm_controls(task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_reward_is_dm_controls_at_every_height_and_speed(task):
-    env = make_env(task)
+    env = WalkerEnv(task)
     physics, rewards = env.suite_env.physics, []
     for height in (-1.2, -0.6, -0.11, -0.1, 0.0, 0.5):  # of the root, which hangs 1.3 m up
         for speed in (-2.0, 0.0, 0.4, 1.0, 5.0, 8.0, 9.0):
@@ -95,11 +95,11 @@ def test_reward_is_dm_controls_at_every_height_and_speed(task):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of observation bounds at infinity
 def test_gymnasium_accepts_it(task):
-    check_env(make_env(task), skip_render_check=True)
+    check_env(WalkerEnv(task), skip_render_check=True)
 
 
 def test_an_episode_is_1000_steps_and_nothing_terminates():
-    env = make_env("run")
+    env = WalkerEnv("run")
     with pytest.raises(RuntimeError, match="reset"):
         env.step(np.zeros(6))
     for _ in range(2):
@@ -120,29 +120,29 @@ def test_the_seed_alone_decides_an_episode():
         states = [env.reset(seed=seed)[1]["physics"]]
         return np.stack(states + [env.step(rng.uniform(-1, 1, 6))[4]["physics"] for _ in range(50)])
 
-    env = make_env("walk")
+    env = WalkerEnv("walk")
     first = run(env, 5)
     for _ in range(7):  # leave it in the middle of an episode, and its generator further on
         env.reset()
     env.step(np.ones(6))
     np.testing.assert_array_equal(run(env, 5), first)
-    np.testing.assert_array_equal(run(make_env("walk"), 5), first)
+    np.testing.assert_array_equal(run(WalkerEnv("walk"), 5), first)
     assert not np.array_equal(run(env, 6)[0], first[0])
     env.reset(seed=5)
     later = env.reset()[1]["physics"]
     assert not np.array_equal(later, first[0])
     env.reset(seed=5)
     np.testing.assert_array_equal(env.reset()[1]["physics"], later)
-    assert not np.array_equal(make_env("walk").reset()[1]["physics"], make_env("walk").reset()[1]["physics"])
+    assert not np.array_equal(WalkerEnv("walk").reset()[1]["physics"], WalkerEnv("walk").reset()[1]["physics"])
 
 
 def test_set_physics_goes_on_from_a_state():
-    env = make_env("walk")
+    env = WalkerEnv("walk")
     env.reset(seed=0)
     for _ in range(30):
         observation, _, _, _, info = env.step(np.full(6, 0.3))
     expected = env.step(np.full(6, -0.5))
-    other = make_env("walk")
+    other = WalkerEnv("walk")
     np.testing.assert_array_equal(other.set_physics(info["physics"]), observation)
     found = other.step(np.full(6, -0.5))
     np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
@@ -152,7 +152,7 @@ def test_set_physics_goes_on_from_a_state():
 
 
 def test_an_action_that_is_not_finite_is_an_error():
-    env = make_env("walk")
+    env = WalkerEnv("walk")
     env.reset(seed=0)
     with pytest.raises(RuntimeError, match="not finite"):
         env.step(np.full(6, np.nan))
@@ -162,7 +162,7 @@ def test_an_action_that_is_not_finite_is_an_error():
 
 def test_no_display_is_needed():
     """Without MUJOCO_GL, even where warnings are errors; and MUJOCO_GL stays unset."""
-    code = "import os, dmc_utils as d; print(d.make_env('run').reset(seed=0)[0].shape, 'MUJOCO_GL' in os.environ)"
+    code = "import os, dmc_utils as d; print(d.WalkerEnv('run').reset(seed=0)[0].shape, 'MUJOCO_GL' in os.environ)"
     environment = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "DISPLAY")}
     command = [sys.executable, "-W", "error::UserWarning", "-c", code]
     root = Path(dmc_utils.__file__).parent
@@ -196,7 +196,7 @@ def test_transitions_take_the_observation_of_the_row_before(episode):
 def test_replay_tells_the_alignment(task):
     """The study's first results paired o[t] with a[t], the action that had led to it: the simulator disagrees."""
     made = play(task, seed=1)
-    env, transitions = make_env(task), transitions_of(made)
+    env, transitions = WalkerEnv(task), transitions_of(made)
     observations, rewards = replay_episode(env, made)
     errors = np.abs(observations - transitions.next_observations).max(axis=1)
     assert (errors > 1e-4).sum() <= 2 and np.median(errors) < 1e-5  # float32 states: a touchdown may shift by a step

@@ -25,7 +25,7 @@ from benchmark_data import experts, generation, maze
 from benchmark_data.local import generate, generate_if_missing
 from benchmark_data.maze import OracleWaypoints, cell_distances, vertex_cells
 from benchmarks import data_table
-from ogbench_utils import Maze, TrajectoryDataset, load_arrays, make_env, parse_dataset_id, seeded_reset
+from ogbench_utils import Maze, load_arrays, make_env, parse_dataset_id, seeded_reset
 from utils import UserError
 
 STITCH = "local/pointmaze-medium-stitch-v0"
@@ -81,7 +81,7 @@ def test_files_follow_the_official_layout(stitch_dir):
 
 
 def test_episodes_follow_the_recipe(stitch_dir):
-    data = TrajectoryDataset.load(STITCH, dataset_dir=stitch_dir)
+    data = parse_dataset_id(STITCH).load(dataset_dir=stitch_dir)
     maze = Maze.from_env(make_env(STITCH))
     starts = data.observations[data.episode_starts].numpy()
     # Half the way is walked well before the end; then the noise alone moves the point round its goal.

@@ -41,11 +41,11 @@ def test_normalizer(monkeypatch):
 
 def test_tensors_and_buffer_hold_the_same_rows_without_a_copy(tmp_path):
     data = load_transitions(HOPPER, put(tmp_path / "data", many_columns()))
-    tensors, buffer = data.tensors(), data.replay_buffer()
-    assert set(tensors) == set(buffer.FIELDS) and len(buffer) == buffer.capacity == len(data)
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(tensor.numpy(), getattr(data, name).astype(np.float32))
-        assert tensor.dtype == torch.float32 and tensor.shape == getattr(buffer, name).shape
+    buffer = data.replay_buffer()
+    assert len(buffer) == buffer.capacity == len(data)
+    for name in buffer.FIELDS:
+        np.testing.assert_array_equal(getattr(buffer, name).numpy(), getattr(data, name).astype(np.float32))
+        assert getattr(buffer, name).dtype == torch.float32
     for name in ("observations", "next_observations", "actions", "rewards"):
         assert getattr(buffer, name).data_ptr() == getattr(data, name).ctypes.data
     batch = buffer.sample(8, torch.Generator().manual_seed(0))

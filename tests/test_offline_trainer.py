@@ -16,7 +16,7 @@ from running import digest, error_line
 
 import make_dataset
 import offline_trainer
-from ogbench_utils import Maze, TrajectoryDataset, evaluation_tasks, make_env
+from ogbench_utils import Maze, evaluation_tasks, make_env, parse_dataset_id
 from opso.diagnostics import HeldOut, value_map
 from opso.maze import distances
 from runs.cli import run_cli
@@ -78,7 +78,7 @@ def test_metrics_hold_what_the_readme_names(finished):
 
 def test_best_model_carries_its_normaliser_and_names_its_dataset(finished, dataset_dir):
     state = load_checkpoint(finished / "best_model.pth")
-    data = TrajectoryDataset.load(DATASET, "train", dataset_dir)
+    data = parse_dataset_id(DATASET).load("train", dataset_dir)
     assert state["dataset"] == DATASET and state["observation_dim"] == 2
     assert torch.allclose(state["model"]["encoder.mean"], data.observations.mean(0), atol=1e-4)
     assert state["val_loss"] == min(read_metrics(finished)["val_loss"])
@@ -244,7 +244,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(dataset_dir, tmp_path):
 def test_held_out_distances_are_the_mazes(dataset_dir):
     config = offline_trainer.parse_config(offline_trainer.OfflineTrainerConfig, ["--dataset", DATASET, *TINY])
     maze = Maze.from_env(make_env(DATASET))
-    val = TrajectoryDataset.load(DATASET, "val", dataset_dir)
+    val = parse_dataset_id(DATASET).load("val", dataset_dir)
     held_out = HeldOut(val, maze, config.context_length, config.eval_states, config.eval_goals, seed=3)
     assert held_out.distance.shape == (16, 32)
     straight = np.linalg.norm(held_out.goals.numpy()[:, None, :2] - held_out.states.numpy()[None, :, :2], axis=-1)

@@ -319,7 +319,7 @@ def test_download_then_no_network(server, tmp_path):
     assert train.read_bytes() == server.files[train.name]
     assert parse_dataset_id(OFFICIAL).ensure(folder, "http://127.0.0.1:9") == (train, val)
     assert len(server.requests) == 2
-    data = TrajectoryDataset.load(OFFICIAL, "val", folder, max_trajectories=1)
+    data = parse_dataset_id(OFFICIAL).load("val", folder, max_trajectories=1)
     assert (data.num_trajectories, data.split, data.dataset_id) == (1, "val", OFFICIAL)
 
 

@@ -18,7 +18,7 @@ import make_dataset
 import offline_trainer
 import online_trainer
 from model import OfflineModel
-from ogbench_utils import TrajectoryDataset, make_env, seeded_reset
+from ogbench_utils import MazeDataset, make_env, seeded_reset
 from online_agent import OnlineAgent
 from online_trainer import OnlineRun, OnlineTrainerConfig
 from opso import episodes as opso_episodes
@@ -374,8 +374,8 @@ def test_what_depends_on_the_robot_is_filled_in():
 
 
 def with_actions(change):
-    """TrajectoryDataset.load with actions that `change` has rewritten."""
-    load = TrajectoryDataset.load
+    """MazeDataset.load with actions that `change` has rewritten."""
+    load = MazeDataset.load
 
     def changed(*arguments, **options):
         data = load(*arguments, **options)
@@ -386,7 +386,7 @@ def with_actions(change):
 
 
 def test_the_strict_regime_never_reads_the_datasets_actions(finished, arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(TrajectoryDataset, "load", with_actions(lambda actions: actions.fill_(torch.nan)))
+    monkeypatch.setattr(MazeDataset, "load", with_actions(lambda actions: actions.fill_(torch.nan)))
     train(arguments(tmp_path / "run"))
     for name in ("checkpoints/last.pth", "best_model.pth", "metrics.csv"):
         assert digest(finished / name) == digest(tmp_path / "run" / name), name
@@ -420,14 +420,14 @@ def test_where_random_rounds_take_all_episodes_it_learns_at_the_end(arguments, t
 def test_the_offline_regime_reads_them_for_the_inverse_dynamics_alone(arguments, tmp_path, monkeypatch, capsys):
     train(arguments(tmp_path / "run", **NO_INTERACTION))
     with monkeypatch.context() as patch:
-        patch.setattr(TrajectoryDataset, "load", with_actions(lambda actions: actions.mul_(-1)))
+        patch.setattr(MazeDataset, "load", with_actions(lambda actions: actions.mul_(-1)))
         train(arguments(tmp_path / "other", **NO_INTERACTION))
     first, other = last(tmp_path / "run")["agent"], last(tmp_path / "other")["agent"]
     names = differing(first["heads"], other["heads"])
     assert names == {name for name in tensors(first["heads"]) if "inverse_dynamics" in name}
     assert differing(first["target"], other["target"]) == set()
     with monkeypatch.context() as patch:
-        patch.setattr(TrajectoryDataset, "load", with_actions(lambda actions: actions.fill_(torch.nan)))
+        patch.setattr(MazeDataset, "load", with_actions(lambda actions: actions.fill_(torch.nan)))
         line = exits(capsys, *arguments(tmp_path / "nan", "--no_tensorboard", **NO_INTERACTION))
     assert "loss is nan" in line and "--lr" in line and not (tmp_path / "nan/best_model.pth").exists()
 
@@ -564,7 +564,7 @@ def test_a_resumed_run_reads_its_own_settings(finished, arguments, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     usual = Path("logs/online") / DATASET / "online/seed_0"
     shutil.copytree(finished, usual)
-    monkeypatch.setattr(TrajectoryDataset, "load", None)
+    monkeypatch.setattr(MazeDataset, "load", None)
     with pytest.raises(SystemExit) as stop:
         monkeypatch.setattr(sys, "argv", ["online_trainer.py", "--resume", "--dataset", DATASET])
         run_cli(online_trainer.main)

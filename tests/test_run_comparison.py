@@ -347,7 +347,7 @@ def test_every_system_has_a_trial(algorithm, tmp_path):
     (tmp_path / "c.yaml").write_text(f"environments: {{hopper: {{medium: {entry}}}}}")
     (run,) = expand(settings(tmp_path / "c.yaml"))
     seconds, size = estimate.trial(run, 1, seconds=0.05)
-    assert 0 < seconds < 5 and size > 1000
+    assert seconds > 0 and size > 1000
 
 
 @pytest.mark.parametrize(

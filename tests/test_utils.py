@@ -32,6 +32,7 @@ class SmallConfig:
     lr: float = 3e-4  # Step size of Adam.
     seed: int = 0
     resume: bool = False
+    overwrite: bool = False
     normalize: bool = True
     dataset: str = "maze"
     # How W2 is computed.
@@ -514,7 +515,7 @@ def test_runs_of_one_process_have_pages_of_their_own(tmp_path, monkeypatch):
 
 def test_new_run_writes_config_and_versions(tmp_path):
     config = SmallConfig(lr=1e-5, w2_weights=(1.0,))
-    assert prepare_run(tmp_path / "run", config, resume=False) is None
+    assert prepare_run(tmp_path / "run", config) is None
     stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert stored["lr"] == 1e-5 and stored["w2_weights"] == [1.0]
     assert parse_config(SmallConfig, ["--config", str(tmp_path / "run" / "config.yaml")]) == config
@@ -524,30 +525,31 @@ def test_new_run_writes_config_and_versions(tmp_path):
 
 def test_resume_needs_the_flag_and_the_same_settings(tmp_path, capsys):
     config = SmallConfig()
-    assert prepare_run(tmp_path, config, resume=True) is None
+    goes_on = replace(config, resume=True)
+    assert prepare_run(tmp_path, goes_on) is None
     assert "starting anew" in capsys.readouterr().err
     checkpoint = tmp_path / "checkpoints" / "last.pth"
     save_checkpoint(checkpoint, {"step": 1})
     with pytest.raises(UserError, match=r"--resume.*--run_dir"):
-        prepare_run(tmp_path, config, resume=False)
-    assert prepare_run(tmp_path, replace(config, resume=True), resume=True) == checkpoint
+        prepare_run(tmp_path, config)
+    assert prepare_run(tmp_path, goes_on) == checkpoint
     before = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=r"config\.yaml: seed was 0 and is now 9"):
-        prepare_run(tmp_path, replace(config, seed=9), resume=True)
+        prepare_run(tmp_path, replace(goes_on, seed=9))
     assert (tmp_path / "config.yaml").read_bytes() == before
-    assert prepare_run(tmp_path, replace(config, seed=9), resume=True, may_change={"seed"}) == checkpoint
-    assert prepare_run(tmp_path, replace(config, seed=9), resume=True) == checkpoint
+    assert prepare_run(tmp_path, replace(goes_on, seed=9), may_change={"seed"}) == checkpoint
+    assert prepare_run(tmp_path, replace(goes_on, seed=9)) == checkpoint
 
 
 def test_finished_run_says_so_and_stops(tmp_path):
-    prepare_run(tmp_path, SmallConfig(), resume=False)
+    prepare_run(tmp_path, SmallConfig())
     mark_finished(tmp_path, {"success": torch.tensor(0.5), "steps": np.int64(3)})
     assert yaml.safe_load((tmp_path / "finished.json").read_text()) == {"success": 0.5, "steps": 3}
     for resume in (False, True):
         with pytest.raises(RunFinished, match="finished"):
-            prepare_run(tmp_path, SmallConfig(), resume)
+            prepare_run(tmp_path, SmallConfig(resume=resume))
     with pytest.raises(UserError, match="seed"):
-        prepare_run(tmp_path, SmallConfig(seed=1), resume=False)
+        prepare_run(tmp_path, SmallConfig(seed=1))
 
 
 def test_running_means_average_each_name_over_the_updates_that_have_it():
@@ -570,8 +572,8 @@ def test_overwrite_replaces_the_run_that_is_there(tmp_path, place):
     (run_dir / "old").mkdir()
     mark_finished(run_dir, {})
     with pytest.raises(UserError, match="give one of them"):
-        prepare_run(run_dir, SmallConfig(), resume=True, checkpoint=checkpoint, overwrite=True)
-    assert prepare_run(run_dir, SmallConfig(seed=9), checkpoint=checkpoint, overwrite=True) is None
+        prepare_run(run_dir, SmallConfig(resume=True, overwrite=True), checkpoint=checkpoint)
+    assert prepare_run(run_dir, SmallConfig(seed=9, overwrite=True), checkpoint=checkpoint) is None
     assert {path.name for path in run_dir.iterdir()} == {"config.yaml", "versions.json"}
     assert not checkpoint.exists() and "seed: 9" in (run_dir / "config.yaml").read_text()
 
@@ -579,7 +581,7 @@ def test_overwrite_replaces_the_run_that_is_there(tmp_path, place):
 def test_overwrite_leaves_what_is_no_run(tmp_path):
     (tmp_path / "config.yaml").write_text("theirs: 1")
     (tmp_path / "thesis.txt").write_text("years of work")
-    prepare_run(tmp_path, SmallConfig(), overwrite=True)
+    prepare_run(tmp_path, SmallConfig(overwrite=True))
     assert (tmp_path / "thesis.txt").exists()
 
 

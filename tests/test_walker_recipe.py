@@ -9,7 +9,7 @@ import pytest
 
 from benchmark_data import experts, generation
 from benchmark_data.walker import RECIPES, WalkerFamily, play_episode, snapshot_steps
-from dmc_utils import GENERATED_IDS, TASKS, load_episodes, make_env, parse_dataset_id, replay_episode
+from dmc_utils import GENERATED_IDS, TASKS, WalkerEnv, load_episodes, parse_dataset_id, replay_episode
 from utils import UserError
 
 FAMILY = WalkerFamily()
@@ -89,7 +89,7 @@ def test_no_two_episodes_start_alike(made, experts_dir, tmp_path):
 
 
 def test_rows_agree_with_the_simulator_and_the_policy():
-    env, policy = make_env("walk"), tiny_policy("walk", 1, stochastic=False)
+    env, policy = WalkerEnv("walk"), tiny_policy("walk", 1, stochastic=False)
     episode = play_episode(env, policy, np.random.SeedSequence(0))
     np.testing.assert_array_equal(episode["action"][0], np.zeros(6))
     for t in range(1, 1001):
@@ -167,7 +167,7 @@ def test_a_missing_policy_is_named(experts_dir, tmp_path):
 @pytest.mark.parametrize("dataset_id", GENERATED_IDS)
 def test_the_shipped_policies_play_at_the_studys_level(dataset_id):
     recipe, total = RECIPES[dataset_id], 0.0
-    env = make_env(recipe.task)
+    env = WalkerEnv(recipe.task)
     for path, share in zip(
         FAMILY.policies(dataset_id, experts.DEFAULT_EXPERTS_DIR), recipe.shares.values(), strict=True
     ):

@@ -15,7 +15,15 @@ from running import digest, error_line
 
 import make_dataset
 import walker.agent as agent_module
-from dmc_utils import TASKS, load_episodes, load_study_data, make_env, parse_dataset_id, parse_datasets, rewards_in_task
+from dmc_utils import (
+    TASKS,
+    WalkerEnv,
+    load_episodes,
+    load_study_data,
+    parse_dataset_id,
+    parse_datasets,
+    rewards_in_task,
+)
 from runs.cli import parse_config
 from runs.directory import load_checkpoint
 from runs.evaluation import episode_seeds
@@ -59,7 +67,7 @@ class ShortEpisodes(gymnasium.Wrapper):
 @pytest.fixture(scope="module", autouse=True)
 def short_episodes():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agent_module, "make_env", lambda task: ShortEpisodes(make_env(task)))
+        patch.setattr(agent_module, "WalkerEnv", lambda task: ShortEpisodes(WalkerEnv(task)))
         yield
 
 
@@ -123,7 +131,7 @@ def data(data_dir):
 def test_a_transition_is_what_the_simulator_makes_of_it(data):
     """Alignment: from the physics of the row before, the action gives the observation and the reward."""
     parts = data.transitions()
-    env = make_env("run")
+    env = WalkerEnv("run")
     for row in range(2000, 2300, 17):  # of the third episode, which is the first that runs
         env.set_physics(data.physics[2, row - 2000])
         observation, reward, *_ = env.step(parts.actions[row])
@@ -151,7 +159,7 @@ def test_tasks_and_rewards_are_those_of_the_files(data, data_dir):
 
 
 def test_relabelled_rewards_are_the_simulators(data):
-    walk, run = make_env("walk"), make_env("run")
+    walk, run = WalkerEnv("walk"), WalkerEnv("run")
     states = data.physics[0, 1:200]
     assert np.abs(rewards_in_task(walk, states) - data.rewards[0, :199]).max() < 1e-4
     paid_by_run = rewards_in_task(run, states)
@@ -353,7 +361,7 @@ def test_shared_transitions_are_the_most_valuable_and_paid_by_the_main_task(open
     assert len(run.buffer) == len(run.others) == 2000
     assert set(run.buffer.observations[:, 24].tolist()) == set(run.others.observations[:, 24].tolist()) == {1.0}
     assert np.allclose(run.buffer.rewards.numpy(), 0.5 * data.rewards[2:].reshape(-1))
-    expected = rewards_in_task(make_env("run"), data.physics[0, 1:])
+    expected = rewards_in_task(WalkerEnv("run"), data.physics[0, 1:])
     assert np.allclose(run.others.rewards[:1000].numpy(), 0.5 * expected)
     assert run.describe().count("run") and f"walk {data.rewards[:2].sum(1).mean():.1f}" in run.describe()  # their own
     drawn = {}

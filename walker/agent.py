@@ -22,7 +22,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from dmc_utils import ACTION_DIM, OBSERVATION_DIM, TASKS, make_env
+from dmc_utils import ACTION_DIM, OBSERVATION_DIM, TASKS, WalkerEnv
 from runs.cli import parse_config, run_cli
 from runs.directory import expecting, hold_run, load_checkpoint, mark_finished, prepare_run
 from runs.evaluation import Evaluator, episode_seeds, num_workers
@@ -147,7 +147,7 @@ class AppendReward(gymnasium.Wrapper):
 
 
 def make_evaluation_env(task: str) -> gymnasium.Env:
-    return AppendReward(make_env(task))
+    return AppendReward(WalkerEnv(task))
 
 
 def evaluate(agent: Agent, task: str, seeds: list[int], workers: int, desc: str, at_once: int = 100) -> np.ndarray:

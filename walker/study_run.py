@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from benchmark_data.local import generate_if_missing
-from dmc_utils import ALL_DATASETS, TASKS, load_study_data, parse_datasets, short_name
+from dmc_utils import ALL_DATASETS, DATASETS, TASKS, load_study_data, parse_datasets
 from runs.cli import parse_config
 from runs.directory import expecting, load_checkpoint, mark_finished, save_checkpoint
 from runs.evaluation import episode_seeds, num_workers
@@ -160,7 +160,9 @@ class StudyRun(Run):
         ids = parse_datasets(config.USE_DATASET_STR)
         every = len(ids) == 4 and len({"/" in dataset_id for dataset_id in ids}) == 1
         local = "local_" if any("/" in dataset_id for dataset_id in ids) else ""
-        names = "all" if every else "+".join(short_name(dataset_id).removeprefix("local/") for dataset_id in ids)
+        names = (
+            "all" if every else "+".join(DATASETS[dataset_id].short_name.removeprefix("local/") for dataset_id in ids)
+        )
         more = [f"noise_{config.random_noise:g}"] if config.random_noise > 0 else []
         more += [] if config.ADD_TASK_BIT else ["no_task_bit"]
         more += ["faulty_pairing"] if config.faulty_pairing else []

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmc_utils import TASKS, make_env, rewards_in_task
+from dmc_utils import TASKS, WalkerEnv, rewards_in_task
 from runs.cli import run_cli
 from utils import Count, Fraction, ReplayBuffer, UserError, progress
 from walker.study_run import run_command
@@ -60,7 +60,7 @@ class CDSRun(CQLRun):
     def relabelled(self, main: int) -> np.ndarray:
         """Rewards [E, T] in the main task: the data's own, and the simulator's for episodes of the other."""
         rewards = self.data.rewards.copy()
-        env = make_env(TASKS[main])
+        env = WalkerEnv(TASKS[main])
         for episode in progress(np.flatnonzero(self.data.tasks != main), "relabel", unit="episode", leave=False):
             rewards[episode] = rewards_in_task(env, self.data.physics[episode, 1:])
         env.close()
