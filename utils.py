@@ -9,6 +9,7 @@ import contextlib
 import errno
 import importlib
 import os
+import platform
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -135,6 +136,15 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: no such CUDA device on this machine; use --device cpu or auto")
     return device
+
+
+def processor_name() -> str:
+    """The CPU's model, where the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 class RandomStreams:

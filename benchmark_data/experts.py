@@ -47,15 +47,15 @@ class DirectionalEnv(gymnasium.Wrapper):
 
     The observation is the robot's, without its position, followed by a unit vector [2]. A new direction comes with
     each episode and every `interval` steps; the step after which it changes is still paid for the old one. The reward
-    is the displacement along the direction in metres, unless `reward` makes another of it.
+    is the displacement along the direction in metres.
 
     OGBench's own wrapper (ogbench.online_locomotion.wrappers) draws the directions from NumPy's global generator;
     here they come from the environment's, so that a seed fixes them.
     """
 
-    def __init__(self, env: gymnasium.Env, interval: int, reward: Callable[[Any, float], float] | None = None):
+    def __init__(self, env: gymnasium.Env, interval: int):
         super().__init__(env)
-        self.interval, self.scaled_reward = interval, reward
+        self.interval = interval
         self.direction, self.steps = np.zeros(2), 0
         size = env.observation_space.shape[0] + 2
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float64)
@@ -71,8 +71,6 @@ class DirectionalEnv(gymnasium.Wrapper):
         before = robot.data.qpos[:2].copy()
         observation, _, terminated, truncated, info = self.env.step(action)
         reward = float((robot.data.qpos[:2] - before) @ self.direction)
-        if self.scaled_reward is not None:
-            reward = self.scaled_reward(robot, reward)
         self.steps += 1
         if self.steps % self.interval == 0:
             self._turn()
@@ -83,20 +81,10 @@ class DirectionalEnv(gymnasium.Wrapper):
         self.direction = direction / np.linalg.norm(direction)
 
 
-def _standing_reward(robot: Any, displacement: float) -> float:
-    """OGBench's reward of the directional humanoid: how well it stands, times 1 + 100 * displacement."""
-    from ogbench.online_locomotion.humanoid import tolerance
+def _directional_ant() -> gymnasium.Env:
+    import ogbench.online_locomotion  # noqa: F401  (registers the robot)
 
-    height, upright = robot.data.xpos[2, 2], robot.data.xmat[1, 8]  # of the head; of the torso, its zz entry
-    standing = tolerance(height, bounds=(1.4, math.inf), margin=1.4 / 4)
-    vertical = tolerance(upright, bounds=(0.9, math.inf), margin=1.9, sigmoid="linear", value_at_margin=0)
-    return float(standing * vertical * (1 + 100 * displacement))
-
-
-def _directional(env_id: str, interval: int, reward: Callable[[Any, float], float] | None = None) -> gymnasium.Env:
-    import ogbench.online_locomotion  # noqa: F401  (registers the robots)
-
-    return DirectionalEnv(gymnasium.make(env_id, disable_env_checker=True), interval, reward)
+    return DirectionalEnv(gymnasium.make("online-ant-v0", disable_env_checker=True), 100)
 
 
 @dataclass(frozen=True)
@@ -131,17 +119,7 @@ ENVIRONMENTS: dict[str, ExpertEnv] = {
         29,
         8,
         "displacement along the direction in metres",
-        functools.partial(_directional, "online-ant-v0", 100),
-        ("gymnasium", "mujoco", "ogbench"),
-    ),
-    "humanoid-xy": ExpertEnv(
-        "OGBench online-humanoid-v0, a new direction every 200 steps",
-        "joint angles [21], head height, extremities [12], torso vertical [3], centre-of-mass velocity [3], qvel [27], "
-        "unit direction [2]",
-        69,
-        21,
-        "how well it stands, times 1 + 100 * the displacement along the direction in metres",
-        functools.partial(_directional, "online-humanoid-v0", 200, _standing_reward),
+        _directional_ant,
         ("gymnasium", "mujoco", "ogbench"),
     ),
     "hopper": _runner("Hopper", (11, 3), " clipped to [-10, 10]", " and a bonus for being healthy,"),

@@ -316,12 +316,4 @@ def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
     versions["blas"] = f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip()
-    return versions | {"cpu": _cpu_name()}
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return versions | {"cpu": utils.processor_name()}

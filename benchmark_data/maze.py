@@ -65,7 +65,7 @@ DEFAULT_EPISODES = {"navigate": 100, "stitch": 300, "explore": 120}
 OFFICIAL_EPISODES = {"navigate": 1000, "stitch": 5000, "explore": 10_000}  # of the medium and large mazes' files
 HUMANOID_MESSAGE = (
     "not made here, take the official files: the recipe needs a humanoid that walks in a given direction, which is not "
-    "shipped (`python -m benchmark_data.train_expert --env humanoid-xy` would train one, in OGBench's 40 million steps)"
+    "shipped"
 )
 
 

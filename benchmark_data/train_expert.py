@@ -10,13 +10,12 @@ random numbers of its own.
 
 Needs `pip install -r requirements/experts.txt`. One core trains about 100 steps a second.
 
-Recipes: ant-xy and humanoid-xy are those of OGBench's data_gen_scripts/main_sac.py, the others SAC's published settings
+Recipes: ant-xy is that of OGBench's data_gen_scripts/main_sac.py, the others SAC's published settings
 (Haarnoja et al. 2018) with two layers of 256. The ant takes the learning rate 3e-4 and 250,000 steps where OGBench
 takes 1e-4 and 400,000, because it comes as far in half the steps (docs/notebook_data.md). What stable-baselines3 does
 differently from OGBench's JAX code: it updates the critic before the actor instead of both at once, learns the
 logarithm of the temperature, bounds the log standard deviation by [-20, 2] instead of [-5, 2], and does not scale down
-the actor's last layer at the start. For the humanoid it also takes the minimum of the critics instead of the mean, and
-has no layer norm in them.
+the actor's last layer at the start.
 """
 
 from __future__ import annotations
@@ -50,14 +49,14 @@ from benchmark_data.experts import (
     write_policy,
 )
 from runs.cli import marked, parse_config, run_cli
-from runs.directory import hold_run, load_checkpoint, mark_finished, prepare_run, save_checkpoint
+from runs.directory import expecting, hold_run, load_checkpoint, mark_finished, prepare_run, save_checkpoint
 from runs.metrics import MetricLogger, read_metrics
 from utils import MAY_CHANGE, Count, MayChange, PositiveFraction, RandomStreams, UserError, Whole, progress
 
 
 @dataclass
 class TrainExpertConfig:
-    env: str = "hopper"  # ant-xy, humanoid-xy, hopper, halfcheetah, walker2d, walker_walk or walker_run
+    env: str = "hopper"  # ant-xy, hopper, halfcheetah, walker2d, walker_walk or walker_run
     algorithm: Literal["sac", "td3"] = "sac"  # algorithm of stable-baselines3
     max_timesteps: MayChange[Count | None] = None  # environment steps; default: the recipe's
     lr: PositiveFraction | None = None  # learning rate of actor, critics and temperature; default: the recipe's
@@ -96,17 +95,15 @@ class Recipe:
 
     steps: int = 300_000  # environment steps
     lr: float = 3e-4
-    critic: tuple[int, ...] = (256, 256)  # hidden layers of each critic; the actor's are (256, 256)
+    layers: tuple[int, ...] = (256, 256)  # hidden layers of the actor and of each critic
     activation: type[nn.Module] = nn.ReLU
     entropy: float = 1.0  # target entropy of SAC as a multiple of -dim(action)
-    interval: int = 1  # environment steps an update
     source: str = "SAC, Haarnoja et al. 2018, as in stable-baselines3"
 
 
 _OGBENCH = "OGBench data_gen_scripts/main_sac.py, but for what train_expert.py lists"
 RECIPES = {
     "ant-xy": Recipe(250_000, activation=TanhGELU, entropy=0.5, source=_OGBENCH),
-    "humanoid-xy": Recipe(40_000_000, 1e-4, (1024,) * 3, TanhGELU, entropy=0.5, interval=4, source=_OGBENCH),
     **dict.fromkeys(("hopper", "halfcheetah", "walker2d"), Recipe()),
     **dict.fromkeys(("walker_walk", "walker_run"), Recipe(200_000)),
 }
@@ -134,7 +131,7 @@ def build_model(config: TrainExpertConfig, env: gymnasium.Env, seed: int) -> Any
     from stable_baselines3.common.noise import NormalActionNoise
 
     recipe, action_dim = RECIPES[config.env], env.action_space.shape[0]
-    layers = {"pi": list(config.hidden_dims or (256, 256)), "qf": list(config.hidden_dims or recipe.critic)}
+    layers = list(config.hidden_dims or recipe.layers)
     special: dict[str, Any] = {"target_entropy": -recipe.entropy * action_dim}
     if config.algorithm == "td3":
         noise = NormalActionNoise(np.zeros(action_dim), np.full(action_dim, EXPLORATION_NOISE))
@@ -149,7 +146,7 @@ def build_model(config: TrainExpertConfig, env: gymnasium.Env, seed: int) -> Any
         batch_size=config.batch_size,
         tau=config.tau,
         gamma=config.discount,
-        train_freq=recipe.interval,
+        train_freq=1,
         gradient_steps=1,
         policy_kwargs={"net_arch": layers, "activation_fn": recipe.activation, "optimizer_kwargs": {"fused": True}},
         seed=seed % 2**32,
@@ -228,7 +225,7 @@ class ExpertRun:
         self.streams, self.resources = RandomStreams(config.seed), contextlib.ExitStack()
         try:
             self.resources.enter_context(hold_run(self.run_dir))
-            self.open(prepare_run(self.run_dir, config, config.resume, marked(type(config), MAY_CHANGE)))
+            self.open(prepare_run(self.run_dir, config, marked(type(config), MAY_CHANGE)))
         except BaseException:
             self.close()
             raise
@@ -250,10 +247,8 @@ class ExpertRun:
             for left in (self.run_dir / "policies").glob("*.*"):  # of a run that ended before its first checkpoint
                 left.unlink()
         else:
-            try:
+            with expecting(checkpoint, "of this model", "choose another --run_dir"):
                 load_model_state(self.model, state)
-            except (KeyError, RuntimeError, ValueError) as error:
-                raise UserError(f"{checkpoint}: not of this model ({error}); choose another --run_dir") from None
             self.model.num_timesteps = self.step
             print(
                 f"{self.run_dir}: continuing from step {self.step}; not bit-exact: the rest differs from that of a run "
@@ -288,7 +283,7 @@ class ExpertRun:
 
     def after_step(self, *_: Any) -> bool:
         """stable-baselines3's callback: a step is taken, the transition not yet stored. Returns whether to go on."""
-        self.step = min(self.model.num_timesteps, self.total)  # several steps an update may go beyond
+        self.step = self.model.num_timesteps
         self.bar.update(self.step - self.bar.n)
         if self.step < self.total:  # else after the last update
             self.record()
@@ -357,8 +352,8 @@ def facts(config: TrainExpertConfig) -> dict[str, Any]:
             "source": recipe.source if config.algorithm == "sac" else "TD3, Fujimoto et al. 2018",
             "lr": config.lr or recipe.lr,
             **{name: getattr(config, name) for name in ("batch_size", "discount", "tau", "start_steps")},
-            "critic": list(config.hidden_dims or recipe.critic),
-            "steps_per_update": recipe.interval,
+            "critic": list(config.hidden_dims or recipe.layers),
+            "steps_per_update": 1,
         },
         "seed": config.seed,
     }

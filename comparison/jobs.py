@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import json
 import os
-import platform
 import shlex
 import signal
 import socket
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from runs.directory import hold_run
-from utils import RunHeld, UserError, one_line, write_text_atomic
+from utils import RunHeld, UserError, one_line, processor_name, write_text_atomic
 
 BAD_INPUT, HELD, INTERRUPTED = UserError.exit_code, RunHeld.exit_code, 130  # exit codes
 STOP_SECONDS = 20  # from an interrupt to a kill
@@ -122,13 +121,12 @@ def is_held(run_dir: str | Path) -> bool:
 def processor(command: list[str]) -> str:
     """Model of what a command trains on here: the first NVIDIA GPU unless it is told `--device cpu`, else the CPU."""
     wants_cpu = ("--device", "cpu") in zip(command, command[1:], strict=False)
-    sources = [] if wants_cpu else [(path, "Model:") for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
-    for path, key in [*sources, (Path("/proc/cpuinfo"), "model name")]:
+    for path in [] if wants_cpu else Path("/proc/driver/nvidia/gpus").glob("*/information"):
         with contextlib.suppress(OSError):
             for line in path.read_text().splitlines():
-                if line.startswith(key):
+                if line.startswith("Model:"):
                     return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 # ----------------------------------------------------------------------------------------------------------------
