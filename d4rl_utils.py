@@ -34,7 +34,19 @@ import gymnasium
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dataset_files import BLOCK_ROWS, Dataset, bad_file, check_arrays, find, jumps, read_hdf5
+from dataset_files import (
+    BLOCK_ROWS,
+    Dataset,
+    bad_file,
+    check_arrays,
+    find,
+    following_rows,
+    jumps,
+    official_ids,
+    read_hdf5,
+    take_rows,
+    whole_returns,
+)
 from utils import warn
 
 DATASET_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
@@ -219,18 +231,13 @@ def parse_dataset_id(dataset_id: str) -> D4RLDataset:
     return find(dataset_id, DATASETS, "a D4RL MuJoCo or AntMaze dataset (see `python make_dataset.py --list`)")
 
 
-def official_ids() -> tuple[str, ...]:
-    """Every id with an official file."""
-    return tuple(name for name, dataset in DATASETS.items() if not dataset.local)
-
-
 def is_official(dataset_id: str, transitions: int) -> bool | None:
     """Whether so many transitions can be D4RL's own file: at least nine tenths of its rows, whatever a file is called.
 
     None for an id that is not D4RL's, or whose file has a size that is not known here.
     """
     robot, _, level = dataset_id.removesuffix("-v2").partition("-")
-    if dataset_id not in official_ids() or level in ("random", "expert", "full-replay"):
+    if dataset_id not in official_ids(DATASETS) or level in ("random", "expert", "full-replay"):
         return None
     rows = REPLAY_ROWS[robot] if "replay" in level else 2_000_000 if level == "medium-expert" else 1_000_000
     return transitions >= 0.9 * rows
@@ -300,58 +307,6 @@ def _resets(observations: np.ndarray, robot: str) -> np.ndarray:
             for start in range(0, len(observations), BLOCK_ROWS)
         ]
     )
-
-
-def episode_returns(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Undiscounted return of each episode, float64 [E]. rewards: [N]; ends: the rows that end an episode [E]."""
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    return np.add.reduceat(rewards.astype(np.float64), starts)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Transitions
-# ----------------------------------------------------------------------------------------------------------------
-
-
-def task_returns(rewards: np.ndarray, terminated: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Undiscounted return of each episode up to its first termination, where an evaluation would end, float64 [E].
-
-    rewards [N], terminated [N] bool; ends: the rows that end an episode [E]. Differs from `episode_returns` only where
-    the recording goes on after the goal.
-    """
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    terminations = np.append(np.flatnonzero(terminated), len(terminated))
-    first = terminations[np.searchsorted(terminations, starts)]
-    lasts = np.minimum(ends, first)
-    # An episode at a time: a million rows in float64 would be a tenth of the data.
-    return np.array([rewards[a : b + 1].sum(dtype=np.float64) for a, b in zip(starts, lasts, strict=True)])
-
-
-def whole_returns(rewards: np.ndarray, terminated: np.ndarray, ends: np.ndarray, limit: float) -> np.ndarray:
-    """`task_returns` of the episodes that were not cut early, which would pull the mean down, float64 [at most E].
-
-    Those terminate, or last for `limit` steps, or, where none does, as long as the longest.
-    """
-    lengths = np.diff(ends, prepend=-1)
-    whole = terminated[ends] | (lengths >= min(limit, lengths.max()))
-    return task_returns(rewards, terminated, ends)[whole]
-
-
-def take_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """array[rows] in the array's own memory, which is overwritten. rows: ascending."""
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = rows[start : start + BLOCK_ROWS]
-        array[start : start + len(block)] = array[block]
-    return array[: len(rows)]
-
-
-def following_rows(observations: np.ndarray, rows: np.ndarray, unknown: np.ndarray) -> np.ndarray:
-    """The observation after each of `rows`, [n, obs_dim]; the row's own where unknown [n] bool."""
-    following = np.empty((len(rows), observations.shape[1]), dtype=observations.dtype)
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        following[block] = observations[rows[block] + ~unknown[block]]
-    return following
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -154,6 +154,11 @@ class Dataset(abc.ABC):
 AnyDataset = TypeVar("AnyDataset", bound=Dataset)
 
 
+def official_ids(datasets: Mapping[str, Dataset]) -> tuple[str, ...]:
+    """Those of the ids that have an official file."""
+    return tuple(name for name, dataset in datasets.items() if not dataset.local)
+
+
 def find(dataset_id: str, known: Mapping[str, AnyDataset], what: str) -> AnyDataset:
     """The dataset of an id. Only listed ids pass, so that an id can never point outside the dataset folder.
 
@@ -317,6 +322,58 @@ def check_rows(bad: Bad, name: str, array: np.ndarray, low: ArrayLike = -np.inf,
 def jumps(places: np.ndarray, limit: float) -> np.ndarray:
     """Rows after which a place [N, numbers] is further off than one step can lead: an episode ended there."""
     return np.flatnonzero(np.abs(np.diff(places, axis=0)).max(axis=1, initial=0.0) > limit)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Episodes laid end to end
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def episode_returns(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Undiscounted return of each episode, float64 [E]. rewards: [N]; ends: the rows that end an episode [E]."""
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    return np.add.reduceat(rewards.astype(np.float64), starts)
+
+
+def task_returns(rewards: np.ndarray, terminated: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Undiscounted return of each episode up to its first termination, where an evaluation would end, float64 [E].
+
+    rewards [N], terminated [N] bool; ends: the rows that end an episode [E]. Differs from `episode_returns` only where
+    the recording goes on after the goal.
+    """
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    terminations = np.append(np.flatnonzero(terminated), len(terminated))
+    first = terminations[np.searchsorted(terminations, starts)]
+    lasts = np.minimum(ends, first)
+    # An episode at a time: a million rows in float64 would be a tenth of the data.
+    return np.array([rewards[a : b + 1].sum(dtype=np.float64) for a, b in zip(starts, lasts, strict=True)])
+
+
+def whole_returns(rewards: np.ndarray, terminated: np.ndarray, ends: np.ndarray, limit: float) -> np.ndarray:
+    """`task_returns` of the episodes that were not cut early, which would pull the mean down, float64 [at most E].
+
+    Those terminate, or last for `limit` steps, or, where none does, as long as the longest.
+    """
+    lengths = np.diff(ends, prepend=-1)
+    whole = terminated[ends] | (lengths >= min(limit, lengths.max()))
+    return task_returns(rewards, terminated, ends)[whole]
+
+
+def take_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """array[rows] in the array's own memory, which is overwritten. rows: ascending."""
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = rows[start : start + BLOCK_ROWS]
+        array[start : start + len(block)] = array[block]
+    return array[: len(rows)]
+
+
+def following_rows(observations: np.ndarray, rows: np.ndarray, unknown: np.ndarray) -> np.ndarray:
+    """The observation after each of `rows`, [n, obs_dim]; the row's own where unknown [n] bool."""
+    following = np.empty((len(rows), observations.shape[1]), dtype=observations.dtype)
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        following[block] = observations[rows[block] + ~unknown[block]]
+    return following
 
 
 # ----------------------------------------------------------------------------------------------------------------

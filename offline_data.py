@@ -28,7 +28,15 @@ from numpy.typing import ArrayLike
 import d4rl_utils
 import dmc_utils
 import ogbench_utils
-from dataset_files import Dataset, check_rows, find
+from dataset_files import (
+    Dataset,
+    check_rows,
+    find,
+    following_rows,
+    take_rows,
+    task_returns,
+    whole_returns,
+)
 from utils import LateImport, ReplayBuffer, UserError, one_line, warn
 
 if TYPE_CHECKING:
@@ -186,17 +194,17 @@ class SingleTask(ogbench_utils.MazeDataset):
         rewards = terminated.astype(np.float32) - 1
         cut = np.zeros(len(reached), dtype=bool)
         cut[last - 1] = True
-        following = d4rl_utils.following_rows(observations, rows, np.zeros(len(rows), dtype=bool))
+        following = following_rows(observations, rows, np.zeros(len(rows), dtype=bool))
         ends = last - np.arange(1, len(last) + 1)  # rows left out before and at each end
         return {
             "env_id": self.env_id,
-            "observations": d4rl_utils.take_rows(observations, rows),
-            "actions": d4rl_utils.take_rows(actions, rows),
+            "observations": take_rows(observations, rows),
+            "actions": take_rows(actions, rows),
             "rewards": rewards,
             "next_observations": following,
             "terminated": terminated,
             "truncated": cut[rows] & ~terminated,
-            "returns": d4rl_utils.task_returns(rewards, terminated, ends),
+            "returns": task_returns(rewards, terminated, ends),
             "reached": np.logical_or.reduceat(terminated, np.append(0, ends[:-1] + 1)),
         }
 
@@ -289,7 +297,7 @@ class MinariDataset(Dataset):
         ends = np.cumsum([len(part) for part in parts["rewards"]]) - 1
         columns = {name: np.concatenate(parts.pop(name)) for name in _COLUMNS}
         limit = getattr(dataset.env_spec, "max_episode_steps", None) or np.inf
-        returns = d4rl_utils.whole_returns(columns["rewards"], columns["terminated"], ends, limit)
+        returns = whole_returns(columns["rewards"], columns["terminated"], ends, limit)
         scored = self._references(dataset) is not None
         if not scored:
             warn(f"{self.id} has no reference returns: where a score is shown, it is the return")

@@ -17,8 +17,9 @@ import torch
 from benchmark_data.local import generate_if_missing
 from model import resolve_backend
 from offline_agent import OfflineAgent, OfflineAgentConfig
-from ogbench_utils import Maze, TrajectoryDataset, evaluation_tasks, make_env, parse_dataset_id
+from ogbench_utils import TrajectoryDataset, make_env, parse_dataset_id
 from opso.diagnostics import HeldOut, value_map
+from opso.maze import Maze, evaluation_tasks
 from runs.cli import parse_config, run_cli
 from runs.directory import mark_finished, save_checkpoint
 from runs.metrics import RunningMeans, read_metrics

@@ -1,4 +1,4 @@
-"""OGBench mazes: dataset ids and files, windows and goals for training, floor plans, environments for evaluation.
+"""OGBench mazes: dataset ids and files, windows and goals for training, environments for evaluation.
 
 Source: Park et al., "OGBench: Benchmarking Offline Goal-Conditioned RL" (2024), https://github.com/seohongpark/ogbench.
 
@@ -143,11 +143,6 @@ DATASETS = {
 def parse_dataset_id(dataset_id: str) -> MazeDataset:
     """The dataset of an id; raises UserError, naming an id that is near where there is one."""
     return find(dataset_id, DATASETS, "an OGBench maze dataset (see `python make_dataset.py --list`)")
-
-
-def official_ids() -> tuple[str, ...]:
-    """Every id with an official file."""
-    return tuple(name for name, dataset in DATASETS.items() if not dataset.local)
 
 
 def load_arrays(path: str | os.PathLike, sizes: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
@@ -346,9 +341,8 @@ class TrajectoryDataset:
             raise UserError(f"goal shares self {p_self}, future {p_future}, random {p_random} must be >= 0, sum to 1")
         if not 0 <= goal_discount < 1:
             raise UserError(f"goal_discount {goal_discount} must lie in [0, 1)")
-        random_rows = len(self.observations)
         shares = p_self, p_future, goal_discount
-        return hindsight_goals(rows, self.episode_end, random_rows, *shares, generator)
+        return hindsight_goals(rows, self.episode_end, len(self.observations), *shares, generator)
 
 
 def hindsight_goals(
@@ -386,62 +380,8 @@ def steps_ahead(rows: torch.Tensor, goal_rows: torch.Tensor, episode_end: torch.
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Maze geometry
-# ----------------------------------------------------------------------------------------------------------------
-
-
-class Maze:
-    """The floor plan of a maze. Row i of `maze_map` runs along y, column j along x; lengths are MuJoCo's.
-
-    Attributes: maze_map [H, W] int (1 is wall), unit (side of a cell), offset_x, offset_y (cell (0, 0) is centred at
-    (-offset_x, -offset_y)), extent (x_min, x_max, y_min, y_max), for `imshow(maze_map, origin="lower", extent=extent)`.
-    """
-
-    def __init__(self, maze_map: np.ndarray, unit: float = 4.0, offset_x: float = 4.0, offset_y: float = 4.0):
-        self.maze_map = np.array(maze_map, dtype=int)
-        self.unit = float(unit)
-        self.offset_x = float(offset_x)
-        self.offset_y = float(offset_y)
-        height, width = self.maze_map.shape
-        x_min, y_min = -self.offset_x - self.unit / 2, -self.offset_y - self.unit / 2
-        self.extent = (x_min, x_min + width * self.unit, y_min, y_min + height * self.unit)
-
-    @classmethod
-    def from_env(cls, env: gymnasium.Env) -> Maze:
-        """The maze of an OGBench environment."""
-        maze_env: Any = env.unwrapped
-        return cls(maze_env.maze_map, maze_env._maze_unit, maze_env._offset_x, maze_env._offset_y)
-
-    def xy_to_ij(self, xy: np.ndarray) -> np.ndarray:
-        """Cell (row, column) [..., 2] int of points [..., 2]."""
-        corner = np.array([self.extent[0], self.extent[2]])
-        return np.floor((np.asarray(xy, dtype=np.float64) - corner) / self.unit).astype(int)[..., ::-1]
-
-    def ij_to_xy(self, ij: np.ndarray) -> np.ndarray:
-        """Centre [..., 2] float64 of cells (row, column) [..., 2]."""
-        return np.asarray(ij)[..., ::-1] * self.unit - np.array([self.offset_x, self.offset_y])
-
-    def is_free(self, xy: np.ndarray) -> np.ndarray:
-        """Whether points [..., 2] lie in a free cell: [...] bool, False outside the map."""
-        ij = self.xy_to_ij(xy)
-        inside = ((ij >= 0) & (ij < self.maze_map.shape)).all(axis=-1)
-        clipped = np.clip(ij, 0, np.array(self.maze_map.shape) - 1)
-        return inside & (self.maze_map[clipped[..., 0], clipped[..., 1]] == 0)
-
-
-# ----------------------------------------------------------------------------------------------------------------
 # Environments
 # ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Task:
-    """One evaluation task as reset with a given seed."""
-
-    task_id: int  # 1..5
-    init_xy: np.ndarray  # [2] float64
-    goal_xy: np.ndarray  # [2] float64
-    goal_observation: np.ndarray  # [obs_dim] float32
 
 
 @contextlib.contextmanager
@@ -526,15 +466,3 @@ def seeded_reset(env: gymnasium.Env, seed: int, options: dict | None = None) -> 
     with _global_draws_from(np.random.RandomState(seed).get_state()):
         observation, info = env.reset(seed=seed, options=options)
     return np.asarray(observation, dtype=np.float32), info
-
-
-def evaluation_tasks(env: gymnasium.Env, seed: int = 0) -> list[Task]:
-    """The benchmark's five tasks, each as `seeded_reset` with this seed draws it. Leaves `env` reset to the last."""
-    tasks = []
-    for task_id in range(1, NUM_TASKS + 1):
-        _, info = seeded_reset(env, seed, {"task_id": task_id})
-        maze_env: Any = env.unwrapped
-        xy = np.array(maze_env.get_xy(), dtype=np.float64)
-        goal_xy = np.array(maze_env.cur_goal_xy, dtype=np.float64)
-        tasks.append(Task(task_id, xy, goal_xy, np.asarray(info["goal"], dtype=np.float32)))
-    return tasks

@@ -48,11 +48,11 @@ from d4rl_utils import (
     MAX_EPISODE_STEPS,
     D4RLDataset,
     episode_ends,
-    episode_returns,
     load_arrays,
     make_env,
     parse_dataset_id,
 )
+from dataset_files import episode_returns
 from utils import UserError
 
 WARM_UP_STEPS = 10_000  # training steps of medium-replay that are random

@@ -12,6 +12,7 @@ import d4rl_utils
 import dmc_utils
 import ogbench_utils
 from benchmark_data.generation import Family
+from dataset_files import official_ids
 from offline_data import find_dataset
 
 
@@ -35,7 +36,7 @@ class Group:
     rows: tuple[Row, ...]
 
 
-_MAZES, _ROBOTS = ogbench_utils.official_ids(), d4rl_utils.official_ids()
+_MAZES, _ROBOTS = official_ids(ogbench_utils.DATASETS), official_ids(d4rl_utils.DATASETS)
 # Title, ids, where they come from below their address.
 OFFICIAL = (
     ("OGBench mazes", _MAZES, "<file>, with <id>-val.npz; fetched when first used"),

@@ -14,8 +14,8 @@ import numpy as np
 import d4rl_utils
 import dmc_utils
 import ogbench_utils
-from dataset_files import Dataset
-from ogbench_utils import Maze
+from dataset_files import Dataset, episode_returns
+from opso.maze import Maze
 from utils import UserError
 
 FAULT, NOTE = "fault", "note"
@@ -159,7 +159,7 @@ class Data:
         """Undiscounted returns of whole episodes, float64; None without rewards."""
         if self.rewards is None:
             return None
-        returns = d4rl_utils.episode_returns(self.rewards, np.flatnonzero(self.ends))
+        returns = episode_returns(self.rewards, np.flatnonzero(self.ends))
         return returns[:-1] if self.cut_rows and len(returns) > 1 else returns
 
     def next(self, rows: np.ndarray) -> np.ndarray:

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from offline_agent import OfflineAgent, effective_rank
-from ogbench_utils import Maze, Task, TrajectoryDataset
-from opso.maze import distances
+from ogbench_utils import TrajectoryDataset
+from opso.maze import Maze, Task, distances
 
 PROPOSALS = 20  # made one after the other; one alone is a single step, less than the codes resolve
 NEIGHBOURS = 5  # held-out states whose mean position an arrow leads to

@@ -9,8 +9,9 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-from ogbench_utils import NUM_TASKS, Maze, make_env, seeded_reset
+from ogbench_utils import NUM_TASKS, make_env, seeded_reset
 from online_agent import OnlineAgent
+from opso.maze import Maze
 from opso.search import Planner, StateGraph
 from runs.evaluation import Evaluator
 from runs.plots import plot_paths

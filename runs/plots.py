@@ -114,7 +114,7 @@ def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, ti
     """V(z, z_g) over the maze for each evaluation goal, with the way that V shows and where the proposer leads.
 
     Args:
-        maze: `ogbench_utils.Maze`.
+        maze: `opso.maze.Maze`.
         xy: [n, 2] positions of held-out states.
         maps: for each goal `name`, `start_xy`, `goal_xy`, `value` [n], and the MAP_ARROWS [n, 2].
         path, title: as in `plot_training_curves`.
@@ -196,7 +196,7 @@ def plot_paths(maze, panels: list[dict], path: str | Path, title: str) -> None:
     """Evaluation episodes over the maze, a panel a task, and the subgoals that the first of them aimed at.
 
     Args:
-        maze: `ogbench_utils.Maze`.
+        maze: `opso.maze.Maze`.
         panels: for each task `name`, `paths` (of [T, 2] positions), `success` (of bool), `goal_xy`, `subgoals` [S, 2].
         path, title: as in `plot_training_curves`.
     """

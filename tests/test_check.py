@@ -14,6 +14,7 @@ import dmc_utils
 import ogbench_utils
 from benchmark_data import local
 from benchmark_data.check import check, find_path, run_check
+from dataset_files import official_ids
 from offline_data import find_dataset
 from utils import UserError
 
@@ -59,7 +60,7 @@ def recorded(dataset_id):
     rng, parts = np.random.default_rng(0), []
     if dataset_id in dmc_utils.OFFICIAL_IDS:
         return [walker_episode(dmc_utils.WalkerEnv("walk"), seed, rng) for seed in range(2)]
-    if dataset_id in d4rl_utils.official_ids():
+    if dataset_id in official_ids(d4rl_utils.DATASETS):
         env, limit = d4rl_utils.make_env(dataset_id), d4rl_utils.parse_dataset_id(dataset_id).max_episode_steps
         while sum(len(part["rewards"]) for part in parts) < 1500:
             parts.append(steps(env, env.reset(seed=len(parts))[0], limit, rng))

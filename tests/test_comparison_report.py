@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import d4rl_utils
 from comparison import charts, report
 from comparison import statistics as stats
 from comparison.groups import MODES, ComparedRun, collect
 from comparison.report import write_report
 from comparison.statistics import bootstrap_interval, iqm, mean
-from d4rl_utils import is_official, official_ids
+from d4rl_utils import is_official
+from dataset_files import official_ids
 from runs.metrics import EpisodeLog, MetricLogger
 from utils import UserError
 
@@ -210,7 +212,7 @@ def test_published_figures_stand_beside_official_data_alone(tmp_path):
 
 def test_every_published_row_names_an_official_dataset():
     methods, scores = report.published()
-    assert set(scores) <= set(official_ids())
+    assert set(scores) <= set(official_ids(d4rl_utils.DATASETS))
     for dataset, cells in scores.items():
         assert len(cells) == len(methods)
         assert is_official(dataset, 2_000_000) and not is_official(dataset, 100_000)

@@ -16,12 +16,11 @@ from benchmark_data.recorded import Simulator, read
 from d4rl_utils import (
     GENERATED_IDS,
     episode_ends,
-    episode_returns,
     load_arrays,
     make_env,
     parse_dataset_id,
 )
-from dataset_files import read_manifest
+from dataset_files import episode_returns, read_manifest
 from utils import UserError
 
 SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6), "walker2d": (17, 6)}

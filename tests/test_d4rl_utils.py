@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 import d4rl_utils
+import dataset_files
 from d4rl_utils import (
     GENERATED_IDS,
     episode_ends,
-    episode_returns,
     load_arrays,
     make_env,
-    official_ids,
     parse_dataset_id,
 )
+from dataset_files import episode_returns, official_ids
 from utils import UserError
 
 ROWS = 12
@@ -83,8 +83,8 @@ def address(dataset_id: str) -> str:
 
 
 def test_ids_are_d4rls_and_the_local_ones():
-    assert len(official_ids()) == 24 and len(GENERATED_IDS) == 15
-    for name in (*official_ids(), *GENERATED_IDS):
+    assert len(official_ids(d4rl_utils.DATASETS)) == 24 and len(GENERATED_IDS) == 15
+    for name in (*official_ids(d4rl_utils.DATASETS), *GENERATED_IDS):
         dataset = parse_dataset_id(name)
         assert (dataset.id, dataset.local) == (name, name.startswith("local/"))
         if dataset.robot != "antmaze":
@@ -96,7 +96,7 @@ def test_ids_are_d4rls_and_the_local_ones():
         "http://rail.eecs.berkeley.edu/datasets/offline_rl/ant_maze_v2/"
         "Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5"
     )
-    assert len({address(name) for name in official_ids()}) == 24
+    assert len({address(name) for name in official_ids(d4rl_utils.DATASETS)}) == 24
     assert [parse_dataset_id(f"antmaze-{maze}-v2").max_episode_steps for maze in ("umaze", "large-play")] == [700, 1000]
 
 
@@ -273,7 +273,7 @@ def test_rows_without_next_observations_become_d4rls_transitions(tmp_path, monke
     columns = many_columns()
     expected = qlearning_dataset(columns)
     for rows in (7, 1 << 16):  # blocks within blocks, and one for all
-        monkeypatch.setattr(d4rl_utils, "BLOCK_ROWS", rows)
+        monkeypatch.setattr(dataset_files, "BLOCK_ROWS", rows)
         got, _ = load(HOPPER, put(tmp_path / "data", columns))
         assert set(got) == {*expected, "truncated"}
         for key in ("observations", "actions", "rewards", "terminated"):

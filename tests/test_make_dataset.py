@@ -25,7 +25,9 @@ from benchmark_data import experts, generation, maze
 from benchmark_data.local import generate, generate_if_missing
 from benchmark_data.maze import OracleWaypoints, cell_distances, vertex_cells
 from benchmarks import data_table
-from ogbench_utils import Maze, load_arrays, make_env, parse_dataset_id, seeded_reset
+from dataset_files import official_ids
+from ogbench_utils import load_arrays, make_env, parse_dataset_id, seeded_reset
+from opso.maze import Maze
 from utils import UserError
 
 STITCH = "local/pointmaze-medium-stitch-v0"
@@ -451,7 +453,7 @@ def test_the_list_tells_what_is_there_and_how_to_get_the_rest(tmp_path, capsys):
     for family in make_dataset.FAMILIES:
         assert set(family.ids) <= set(lines)
     for source in (ogbench_utils, d4rl_utils):
-        assert set(source.official_ids()) <= set(lines)
+        assert set(official_ids(source.DATASETS)) <= set(lines)
 
 
 def test_the_list_says_where_files_go_and_come_from(tmp_path, capsys, monkeypatch):
@@ -489,7 +491,7 @@ def test_the_list_can_be_of_what_is_asked_alone(tmp_path, capsys):
         return capsys.readouterr().out
 
     ids = re.findall(r"^  (\S+-v2) ", shown("hopper"), re.M)
-    assert ids == [name for name in (*d4rl_utils.GENERATED_IDS, *d4rl_utils.official_ids()) if "hopper" in name]
+    assert ids == [name for name in (*d4rl_utils.GENERATED_IDS, *official_ids(d4rl_utils.DATASETS)) if "hopper" in name]
     assert "maze" not in shown("local/walker2d") and "not shipped" in shown("humanoid")
     with pytest.raises(UserError, match="^--only hoper: no dataset id holds it"):
         shown("hoper")

@@ -16,9 +16,9 @@ from running import digest, error_line
 
 import make_dataset
 import offline_trainer
-from ogbench_utils import Maze, evaluation_tasks, make_env, parse_dataset_id
+from ogbench_utils import make_env, parse_dataset_id
 from opso.diagnostics import HeldOut, value_map
-from opso.maze import distances
+from opso.maze import Maze, distances, evaluation_tasks
 from runs.cli import run_cli
 from runs.directory import hold_run, load_checkpoint, prepare_run
 from runs.metrics import read_metrics

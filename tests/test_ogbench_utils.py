@@ -15,15 +15,14 @@ import torch
 import ogbench_utils
 from ogbench_utils import (
     NEVER,
-    Maze,
     TrajectoryDataset,
-    evaluation_tasks,
     load_arrays,
     make_env,
     max_episode_steps,
     parse_dataset_id,
     seeded_reset,
 )
+from opso.maze import Maze, evaluation_tasks
 from utils import UserError
 
 OFFICIAL = "pointmaze-medium-navigate-v0"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.sparse.csgraph import dijkstra
 
-from ogbench_utils import Maze, make_env
-from opso.maze import distances
+from ogbench_utils import make_env
+from opso.maze import Maze, distances
 
 CORNER = np.array([[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [1, 0, 1, 0, 1], [1, 0, 1, 0, 1], [1, 1, 1, 1, 1]])
 

@@ -50,13 +50,11 @@ KNOWS_ONLY = {
 ALSO_ALLOWED = {
     ("run_comparison", "pogo_main"),
 }
-MAX_TOP_ENTRIES, MAX_TOP_MODULES = 42, 18  # the aim: 30 and 17
+MAX_TOP_ENTRIES, MAX_TOP_MODULES = 40, 16  # the aim: 30 entries
 MAX_FILE_LINES = 480
 # Source files that are longer; a length may only shrink.
 LONG_FILES = {
-    "d4rl_utils.py": 525,
     "model.py": 666,
-    "ogbench_utils.py": 549,
     "online_trainer.py": 505,
 }
 UNRESTRICTED = {"tests", "benchmarks"}
