@@ -45,7 +45,7 @@ from utils import (
     resolve_device,
     write_text_atomic,
 )
-from walker.agent import EXPERT_RETURNS, Agent, evaluate, report
+from walker.agent import EXPERT_RETURNS, Agent, acting_state, evaluate, report
 
 
 @dataclass
@@ -100,8 +100,8 @@ class StudyRun(Run):
         """What is trained, freshly initialised; the data is ready."""
 
     @abc.abstractmethod
-    def acting(self) -> dict[str, Any]:
-        """The agent as it stands, as `acting_state` gives it."""
+    def policy(self) -> tuple[str, dict[str, Any], torch.nn.Module]:
+        """Who acts: an entry of walker.policies.POLICIES, what it is made with, and that policy as it stands."""
 
     def prepare_data(self) -> None:
         """Move what batches are drawn from to the device: by default all transitions."""
@@ -253,6 +253,10 @@ class StudyRun(Run):
             save_checkpoint(self.run_dir / "checkpoints" / "best.pth", {"acting": self.acting(), "step": self.step})
         return figures
 
+    def acting(self) -> dict[str, Any]:
+        """The agent as it stands, as `acting_state` gives it."""
+        return acting_state(self.method, *self.policy(), (self.mean, self.std), self.config.ADD_TASK_BIT)
+
     def agent(self, acting: dict[str, Any]) -> Agent:
         """The agent of a file, or of the present weights."""
         agent = Agent(device=self.device)
@@ -261,18 +265,15 @@ class StudyRun(Run):
 
     def test(self) -> dict[str, float]:
         """Both agents on episodes that nothing before has used: means and deviations; every episode in a file."""
-        seeds = test_seeds(self.streams, self.config.test_episodes)
         best = load_checkpoint(self.run_dir / "checkpoints" / "best.pth", self.device)["acting"]
+        agents = {"last": self.agent(self.acting()), "best": self.agent(best)}
         figures, rows = {}, ["agent,task,episode,return"]
-        for name, acting in (("last", self.acting()), ("best", best)):
-            for task in self.trained_tasks():
-                workers = num_workers(self.config.eval_workers)
-                returns = evaluate(self.agent(acting), task, seeds, workers, f"test {name}, {task}")
-                figures |= {f"{name}/{task}/return": returns.mean(), f"{name}/{task}/return_std": returns.std()}
-                print(report(name, task, returns))
-                rows += [f"{name},{task},{number},{value!r}" for number, value in enumerate(returns.tolist())]
+        for (name, task), returns in play_agents(agents, self.trained_tasks(), self.streams, self.config).items():
+            figures |= {f"{name}/{task}/return": float(returns.mean())}
+            figures |= {f"{name}/{task}/return_std": float(returns.std())}
+            rows += [f"{name},{task},{number},{value!r}" for number, value in enumerate(returns.tolist())]
         write_text_atomic(self.run_dir / "evaluation.csv", "\n".join(rows) + "\n")
-        return {name: float(value) for name, value in figures.items()}
+        return figures
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -294,7 +295,9 @@ class StudyRun(Run):
         self.step, self.best = state["step"], state["best"]
 
 
-def run_command(run_class: type[StudyRun], config_class: type[StudyConfig], description: str, argv: list[str] | None):
+def run_command(
+    run_class: type[StudyRun], config_class: type[StudyConfig], description: str, argv: list[str] | None = None
+) -> dict[str, Any]:
     """A method's `main`: `train` (the default) or `test`, then flags. Returns the figures of the end."""
     words = list(sys.argv[1:] if argv is None else argv)
     action = words.pop(0) if words and not words[0].startswith("-") else "train"
@@ -304,9 +307,17 @@ def run_command(run_class: type[StudyRun], config_class: type[StudyConfig], desc
     return run_class(config).run() if action == "train" else retest(run_class, config)
 
 
-def test_seeds(streams: RandomStreams, episodes: int) -> list[int]:
-    """Reset seeds of the episodes at the end of a run, which no evaluation in training has used."""
-    return episode_seeds((streams.evaluation_seed + 1) % 2**31, episodes)
+def play_agents(
+    agents: dict[str, Agent], tasks: list[str], streams: RandomStreams, config: StudyConfig, prefix: str = ""
+) -> dict[tuple[str, str], np.ndarray]:
+    """Returns [test_episodes] by agent and task, printed as they come; nothing in training has used these episodes."""
+    seeds, found = episode_seeds((streams.evaluation_seed + 1) % 2**31, config.test_episodes), {}
+    for name, agent in agents.items():
+        for task in tasks:
+            workers = num_workers(config.eval_workers)
+            found[name, task] = evaluate(agent, task, seeds, workers, f"test {name}, {task}")
+            print(report(prefix + name, task, found[name, task]))
+    return found
 
 
 def retest(run_class: type[StudyRun], config: StudyConfig) -> dict[str, float]:
@@ -320,12 +331,8 @@ def retest(run_class: type[StudyRun], config: StudyConfig) -> dict[str, float]:
         method, tasks, streams = state["method"], state["tasks"], RandomStreams(state["config"]["seed"])
     if method != run_class.method:
         raise UserError(f"{folder.parent}: holds a run of {method}, not of {run_class.method}; use its own command")
-    means, seeds = {}, test_seeds(streams, config.test_episodes)
-    for name in ("last", "best"):
-        agent = Agent(device=device)
+    agents = {name: Agent(device=device) for name in ("last", "best")}
+    for name, agent in agents.items():
         agent.load(folder / f"{name}.pth")
-        for task in tasks:
-            returns = evaluate(agent, task, seeds, num_workers(config.eval_workers), f"test {name}, {task}")
-            print(report(f"{method}, {name}", task, returns))
-            means[f"{name}/{task}/return"] = float(returns.mean())
-    return means
+    found = play_agents(agents, tasks, streams, config, f"{method}, ")
+    return {f"{name}/{task}/return": float(returns.mean()) for (name, task), returns in found.items()}

@@ -12,8 +12,9 @@ metrics.csv say how the two parts compare.
     python -m walker.train_cds --main_task run
 """
 
+import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -89,9 +90,7 @@ class CDSRun(CQLRun):
         return figures | {"own_q": float(own.mean()), "shared_q": float(shared.mean())}
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train one run to its end, or test it again."""
-    return run_command(CDSRun, CDSConfig, __doc__, argv)
+main = functools.partial(run_command, CDSRun, CDSConfig, __doc__)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from D4RL's are for runs of tens of thousands of updates, not a million: the act
 rewards are scaled so that Q is of the order of 10; and for a CPU: fewer layers, fewer actions in the penalty.
 """
 
+import functools
 from dataclasses import dataclass
-from typing import Any
 
 from algorithms.offline.cql import CQL, CQLConfig
 from runs.cli import run_cli
@@ -32,9 +32,7 @@ class CQLRun(ValueRun):
     method, algorithm, kind = "cql", CQL, "tanh_gaussian_mlp"
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train one run to its end, or test it again."""
-    return run_command(CQLRun, WalkerCQLConfig, __doc__, argv)
+main = functools.partial(run_command, CQLRun, WalkerCQLConfig, __doc__)
 
 
 if __name__ == "__main__":

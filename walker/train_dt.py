@@ -13,6 +13,7 @@ Deviations from the paper: width 256 (128), learning rate 1e-3 (1e-4).
     python -m walker.train_dt test
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from dmc_utils import ACTION_DIM
 from runs.cli import run_cli
 from utils import Basic, BelowOne, Count, NonNegative, Number, Positive, UserError
-from walker.agent import EXPERT_RETURNS, acting_state
+from walker.agent import EXPERT_RETURNS
 from walker.policies import POLICIES, ReturnConditioned
 from walker.study_run import StudyConfig, StudyRun, run_command
 
@@ -162,14 +163,11 @@ class TransformerRun(StudyRun):
         batch = {name: values[episode, times] for name, values in self.episodes.items()}
         return batch | {"observations": self.with_noise(batch["observations"]), "times": times}
 
-    def acting(self) -> dict[str, Any]:
-        kind = ("decision_transformer", self.learner.sizes, self.learner.policy)
-        return acting_state(self.method, *kind, (self.mean, self.std), self.config.ADD_TASK_BIT)
+    def policy(self) -> tuple[str, dict[str, Any], ReturnConditioned]:
+        return "decision_transformer", self.learner.sizes, self.learner.policy
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train one run to its end, or test it again."""
-    return run_command(TransformerRun, TransformerConfig, __doc__, argv)
+main = functools.partial(run_command, TransformerRun, TransformerConfig, __doc__)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Adam, whose learning rate falls to 0 along a cosine.
     python -m walker.train_il train --random_noise=-1 --ADD_TASK_BIT=True --USE_DATASET_STR="local/walk_m"
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,6 @@ from torch import Tensor
 from dmc_utils import ACTION_DIM
 from runs.cli import run_cli
 from utils import Basic, Count, Positive, Whole
-from walker.agent import acting_state
 from walker.policies import POLICIES
 from walker.study_run import StudyConfig, StudyRun, run_command
 
@@ -85,15 +85,11 @@ class CloningRun(StudyRun):
     def anneal(self, share: float) -> None:
         self.learner.anneal(share)
 
-    def acting(self) -> dict[str, Any]:
-        learner, normalizer = self.learner, (self.mean, self.std)
-        kind = ("residual_mlp", learner.sizes, learner.policy)
-        return acting_state(self.method, *kind, normalizer, self.config.ADD_TASK_BIT)
+    def policy(self) -> tuple[str, dict[str, Any], torch.nn.Module]:
+        return "residual_mlp", self.learner.sizes, self.learner.policy
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train one run to its end, or test it again."""
-    return run_command(CloningRun, CloningConfig, __doc__, argv)
+main = functools.partial(run_command, CloningRun, CloningConfig, __doc__)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Noise on observations reaches the cloning alone: model and PPO see what is.
 """
 
 import abc
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +26,6 @@ from torch import Tensor
 from dmc_utils import ACTION_DIM
 from runs.cli import run_cli
 from utils import Basic, Count, Positive, ReplayBuffer, UserError
-from walker.agent import acting_state
 from walker.dynamics import Dynamics, MLPDynamics, VAEDynamics, statistics_of
 from walker.policies import Markov
 from walker.ppo import PPO, PPOConfig
@@ -179,11 +179,8 @@ class InModelRun(StudyRun, abc.ABC):
         errors = {"change_error": squared[:-1].mean(), "reward_error": squared[-1]}
         return figures | {f"held_out/{name}": float(value) for name, value in errors.items()}
 
-    def acting(self) -> dict[str, Any]:
-        policy, sizes = Markov(self.learner.ppo.actor), {"hidden_dim": self.config.hidden_dim}
-        return acting_state(
-            self.method, "gaussian_actor", sizes, policy, (self.mean, self.std), self.config.ADD_TASK_BIT
-        )
+    def policy(self) -> tuple[str, dict[str, Any], Markov]:
+        return "gaussian_actor", {"hidden_dim": self.config.hidden_dim}, Markov(self.learner.ppo.actor)
 
 
 class ModelRun(InModelRun):
@@ -199,9 +196,7 @@ class ModelRun(InModelRun):
         return kind(self.input_dim, ACTION_DIM, self.statistics, self.config.hidden_dim)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train one run to its end, or test it again."""
-    return run_command(ModelRun, ModelConfig, __doc__, argv)
+main = functools.partial(run_command, ModelRun, ModelConfig, __doc__)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ over the data; each step is that of a member drawn at random; episodes begin at 
     python -m walker.train_morel --exp_name threshold_0.99 --halt_quantile 0.99
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -79,9 +80,7 @@ class MORELRun(InModelRun):
         return MORELLearner(self.config, self.make_model(), self.buffer, self.streams.policy)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train one run to its end, or test it again."""
-    return run_command(MORELRun, MORELConfig, __doc__, argv)
+main = functools.partial(run_command, MORELRun, MORELConfig, __doc__)
 
 
 if __name__ == "__main__":

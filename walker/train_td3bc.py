@@ -4,8 +4,8 @@ python -m walker.train_td3bc
 python -m walker.train_td3bc test
 """
 
+import functools
 from dataclasses import dataclass
-from typing import Any
 
 from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
 from runs.cli import run_cli
@@ -26,9 +26,7 @@ class TD3BCRun(ValueRun):
     method, algorithm, kind = "td3bc", TD3BC, "deterministic_mlp"
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train one run to its end, or test it again."""
-    return run_command(TD3BCRun, WalkerTD3BCConfig, __doc__, argv)
+main = functools.partial(run_command, TD3BCRun, WalkerTD3BCConfig, __doc__)
 
 
 if __name__ == "__main__":

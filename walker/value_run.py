@@ -7,7 +7,6 @@ import numpy as np
 from algorithms.offline.base import OfflineAlgorithm
 from dmc_utils import ACTION_DIM
 from runs.run import largest_q
-from walker.agent import acting_state
 from walker.policies import Markov
 from walker.study_run import StudyRun
 
@@ -27,6 +26,5 @@ class ValueRun(StudyRun):
     def rewards(self, rewards: np.ndarray) -> np.ndarray:
         return rewards * np.float32(self.config.reward_scale)
 
-    def acting(self) -> dict[str, Any]:
-        policy, sizes = Markov(self.learner.actor), {"hidden_dim": self.config.hidden_dim}
-        return acting_state(self.method, self.kind, sizes, policy, (self.mean, self.std), self.config.ADD_TASK_BIT)
+    def policy(self) -> tuple[str, dict[str, Any], Markov]:
+        return self.kind, {"hidden_dim": self.config.hidden_dim}, Markov(self.learner.actor)
