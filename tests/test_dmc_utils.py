@@ -304,18 +304,6 @@ def test_bad_files(damage, copied, tmp_path):
         read_episode(path)
 
 
-@pytest.mark.parametrize(
-    "name, words", [("episode_000000_500.npz", "says 500 steps, the file has 1000"), ("walk_0.npz", "the name is not")]
-)
-def test_bad_names(name, words, episode, tmp_path):
-    with pytest.raises(UserError, match=words):
-        write_episode(tmp_path / name, episode)
-    write_episode(tmp_path / "episode_000000_1000.npz", episode)
-    (tmp_path / "episode_000000_1000.npz").rename(tmp_path / name)
-    with pytest.raises(UserError, match=words):
-        read_episode(tmp_path / name)
-
-
 # --- ids and folders -------------------------------------------------------------------------------------------------
 
 

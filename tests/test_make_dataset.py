@@ -456,35 +456,6 @@ def test_the_list_tells_what_is_there_and_how_to_get_the_rest(tmp_path, capsys):
         assert set(official_ids(source.DATASETS)) <= set(lines)
 
 
-def test_the_list_says_where_files_go_and_come_from(tmp_path, capsys, monkeypatch):
-    for variable, name in (("OGBENCH_DATASET_DIR", "mazes"), ("D4RL_DATASET_DIR", "robots")):
-        monkeypatch.setenv(variable, str(tmp_path / name))
-    (tmp_path / "mazes").mkdir()
-    for end in ("", "-val"):
-        (tmp_path / "mazes" / f"antmaze-giant-stitch-v0{end}.npz").write_bytes(bytes(10**6))
-    make_dataset.main(["--list"])
-    shown = capsys.readouterr().out
-    sections = dict(
-        section.split("\n", 1) for section in re.findall(r"^\S.*\n  folder: .*\n  source: .*$", shown, re.M)
-    )
-    assert len(sections) == 8
-    for title, folder, variable, source in (
-        ("OGBench mazes, made here", "mazes/local", "OGBENCH_DATASET_DIR", "make_dataset.py --dataset <id>"),
-        ("OGBench mazes, official files", "mazes", "OGBENCH_DATASET_DIR", f"{ogbench_utils.DATASET_URL}/<file>"),
-        ("D4RL, made here", "robots/local", "D4RL_DATASET_DIR", "make_dataset.py --dataset <id>"),
-        ("D4RL, official files", "robots", "D4RL_DATASET_DIR", f"{d4rl_utils.DATASET_URL}/<file>"),
-        ("D4RL antmazes, made here", "robots/local", "D4RL_DATASET_DIR", "make_dataset.py --dataset <id>"),
-        ("D4RL antmazes, official files", "robots", "D4RL_DATASET_DIR", f"{d4rl_utils.ANTMAZE_URL}/<file>"),
-    ):
-        about = sections[title]
-        assert f"folder: {tmp_path / folder} (" in about and variable in about and source in about
-    assert re.search(f"antmaze-giant-stitch-v0 +2.0 MB  {tmp_path}/mazes/antmaze-giant-stitch-v0.npz", shown)
-    with pytest.raises(SystemExit):
-        make_dataset.main(["--help"])
-    told = capsys.readouterr().out
-    assert "OGBENCH_DATASET_DIR" in told and "D4RL_DATASET_DIR" in told and "~/.d4rl/datasets" in told
-
-
 def test_the_list_can_be_of_what_is_asked_alone(tmp_path, capsys):
     def shown(text):
         make_dataset.main(["--list", "--only", text, "--dataset_dir", str(tmp_path)])

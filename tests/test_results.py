@@ -5,7 +5,6 @@ and notes every start in a ledger.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -173,15 +172,6 @@ def test_a_wrong_file_is_one_line(place, capsys, change, words):
     assert words in line and str(place.table) in line and not place.notes()
 
 
-def test_wrong_flags_are_one_line(place, capsys):
-    write_table(place.table, AGENT, seeds=[0, 1])
-    line = functools.partial(error_line, run_comparison.main, capsys)
-    assert "--seeds 5: " in line(*place.flags("--seeds", "5"))
-    assert "one is 'first random seed 0'" in line(*place.flags("--only", "bc"))
-    assert "--max_timesteps 5: does nothing" in line(*place.flags("--max_timesteps", "5"))
-    assert "--output x: does nothing" in line(*place.flags("--output", "x"))
-
-
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -308,12 +298,6 @@ def test_a_new_setting_that_is_off_changes_no_digest_and_a_changed_default_does(
     settings_digest.cache_clear()
 
 
-def test_a_csv_of_an_older_version_is_read(tmp_path):
-    (tmp_path / "t.csv").write_text("table,seed,score,command\nt,0,1.5,python x.py\n")
-    (row,) = rows.read_csv(tmp_path / "t.csv")
-    assert tuple(row) == rows.COLUMNS and (row["score"], row["settings"]) == ("1.5", "")
-
-
 # -- the queue -------------------------------------------------------------------------------------------------------
 
 
@@ -368,17 +352,6 @@ def test_a_run_that_fails_does_not_stop_the_others(place, capsys):
     assert stop.value.code == 1 and len(place.rows()) == 2
     assert [note.split()[0] for note in place.notes()] == ["start"] * 4  # bad input once, a crash twice
     assert "it needs first OPSO, pretraining" in error and "exit code 1: it diverged; starting it again" in error
-
-
-def test_a_pretraining_of_several_entries_is_started_once(place):
-    entry = {"method": "OPSO", "command": "online_trainer", "needs": {"command": "offline_trainer"}}
-    flags = {"dataset": "local/pointmaze-medium-navigate-v0"}
-    entries = [entry | {"method": name, "flags": flags | {"batch_size": n}} for name, n in (("a", 8), ("b", 9))]
-    write_table(place.table, *entries)
-    (place.folder / "behaviour.json").write_text(json.dumps({"offline_trainer": 2}))
-    with pytest.raises(SystemExit):
-        place.run("--jobs", "2")
-    assert [note.split()[0] for note in place.notes()] == ["start"]
 
 
 def test_a_run_waits_for_the_one_that_it_needs(place):
@@ -487,22 +460,6 @@ def test_other_settings_other_data_and_other_precision_do_not_mix(place):
         mixed = [row | {name: "x" if row["seed"] == "0" else "y"} for row in found]
         with pytest.raises(UserError, match=f"differ in {name}"):
             tables.render(table, rows.Scores([mixed]))
-
-
-def test_a_layout_that_does_not_fit_is_one_line(place):
-    for layout, words in (
-        ({"columns": ["walk"]}, "layout.columns lacks 'run'"),
-        ({"columns": None}, "layout.columns must be a list"),
-        ({"where": {"taks": "run"}}, "layout.where: unknown key 'taks'"),
-    ):
-        with pytest.raises(UserError, match=words):
-            table, found = filled(place, **layout)
-            tables.render(table, rows.Scores([found]))
-    table, found = filled(place, where={"task": ["walk"]}, columns=["walk"])
-    assert "12.0" in tables.render(table, rows.Scores([found]))
-    write_table(place.table, AGENT | {"column": "all"}, layout={"columns": ["all"]})
-    with pytest.raises(UserError, match="two scores of seed 0 for random, all"):
-        tables.render(read_table(place.table), rows.Scores([found]))
 
 
 def test_pages_are_rewritten_between_markers(place, capsys):

@@ -20,7 +20,7 @@ from benchmark_data.train_expert import (
     load_model_state,
     model_state,
 )
-from runs.directory import hold_run, load_checkpoint
+from runs.directory import load_checkpoint
 from runs.metrics import read_metrics
 from utils import RunFinished, UserError
 
@@ -160,19 +160,6 @@ def test_a_checkpoint_holds_the_whole_model(finished):
     policy = extract_policy(model, config, 500)
     expected = read_policy(finished / "policies" / "hopper_500.safetensors")
     np.testing.assert_array_equal(policy.weights["mean.weight"], expected.weights["mean.weight"])
-
-
-@needs_sb3
-def test_a_run_holds_its_directory_and_its_policies_alone(tmp_path):
-    run = tmp_path / "run"
-    left = run / "policies" / "hopper_9.safetensors"  # of a run that ended before its first checkpoint
-    left.parent.mkdir(parents=True)
-    left.write_bytes(b"another policy")
-    with hold_run(run), pytest.raises(UserError, match="another process"):
-        train(run)
-    assert [path.name for path in run.iterdir()] == ["policies"] and left.exists()
-    train(run, max_timesteps=250)
-    assert {path.name for path in left.parent.iterdir()} == {"hopper_250.safetensors", "hopper_250.json"}
 
 
 @needs_sb3

@@ -487,29 +487,6 @@ def test_a_failing_tracker_never_stops_a_run(tmp_path, monkeypatch, capsys, mome
         assert received[0][2]["group"] == "g" and received[0][2]["name"].endswith(tmp_path.name)
 
 
-def test_runs_of_one_process_have_pages_of_their_own(tmp_path, monkeypatch):
-    """As wandb does it: `init` gives the active run back, unless it is to create a new one."""
-    active, rows = [], {}
-
-    def init(id, reinit=None, **_):
-        if active and reinit != "create_new":
-            return active[0]
-        rows[id] = []
-        active.append(types.SimpleNamespace(log=lambda values, step: rows[id].append(values), finish=lambda: None))
-        return active[-1]
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    folders = [tmp_path / name for name in ("seed_0", "seed_1")]
-    for folder in folders:
-        folder.mkdir()
-    loggers = [MetricLogger(folder, None, tensorboard=False, wandb_project="p") for folder in folders]
-    for number, logger in enumerate(loggers):
-        logger.log(1, {"loss": number})
-        logger.close()
-    own = [rows[(folder / "wandb_id.txt").read_text()] for folder in folders]
-    assert own == [[{"loss": 0.0}], [{"loss": 1.0}]]
-
-
 # --- run directories -------------------------------------------------------------------------------------------------
 
 

@@ -238,19 +238,6 @@ def test_an_agent_acts_from_the_file_alone(method, finished):
     assert all(action.shape == (6,) and np.abs(action).max() <= 1 for action in found)
 
 
-@pytest.mark.parametrize("method", ["bc", "dt"])
-def test_many_environments_act_as_each_alone(method, finished):
-    one, many = Agent(), Agent()
-    states, rewards = np.random.default_rng(0).normal(size=(4, 3, 24)), np.random.default_rng(1).random((4, 3))
-    many.load(finished / method / "checkpoints" / "last.pth")
-    together = np.stack([many.act_vec(states[t], rewards[t]) for t in range(4)])
-    one.load(finished / method / "checkpoints" / "last.pth")
-    for row in range(3):
-        one.reset()
-        alone = [one.act(states[t, row], rewards[t, row]) for t in range(4)]
-        assert np.abs(np.stack(alone) - together[:, row]).max() < 1e-6
-
-
 def test_the_task_bit_tells_the_tasks_apart(finished, arguments, tmp_path):
     agent = Agent()
     agent.load(finished / "bc" / "checkpoints" / "last.pth")
@@ -380,17 +367,6 @@ def test_shared_transitions_are_the_most_valuable_and_paid_by_the_main_task(open
     assert torch.allclose(shared.sort().values, values.sort().values[-20:], atol=1e-6)
 
 
-def test_noise_reaches_cloning_and_not_the_model(open_run):
-    run = open_run(train_model.ModelRun, train_model.ModelConfig, "model", random_noise=0.5)
-    batch = run.make_batch()
-    assert float((batch["noisy"] - batch["observations"])[:, :24].std()) == pytest.approx(0.5, rel=0.1)
-    rows = run.buffer.observations
-    assert float((batch["observations"][:, None] - rows).abs().amax(-1).amin(1).max()) == 0
-    run.step = run.config.model_updates
-    starts = run.make_batch()["observations"]
-    assert len(starts) == 8 and float((starts[:, None] - rows).abs().amax(-1).amin(1).max()) == 0
-
-
 def test_each_twentieth_episode_is_held_out_from_the_model(open_run, monkeypatch):
     monkeypatch.setattr(train_model, "HELD_OUT_EVERY", 4)
     run = open_run(train_model.ModelRun, train_model.ModelConfig, "model")
@@ -422,17 +398,6 @@ def test_an_evaluation_does_not_depend_on_how_many_go_on_at_once(method, finishe
     agent.load(finished / method / "checkpoints" / "last.pth")
     together, apart = (evaluate(agent, "walk", seeds, 0, "test", at_once) for at_once in (100, 2))
     assert np.abs(together - apart).max() < 1e-6 and len(set(together.tolist())) == 5
-
-
-def test_another_task_is_another_episode(finished):
-    fresh, used = Agent(), Agent()
-    for agent in (fresh, used):
-        agent.load(finished / "dt" / "checkpoints" / "last.pth")
-    used.act(np.ones(24))
-    for agent in (fresh, used):
-        agent.set_task("run")
-    assert np.array_equal(fresh.act(np.zeros(24)), used.act(np.zeros(24)))
-    assert used.policy.target * 1000 == used.policy.targets["run"]
 
 
 def test_the_agents_command(finished, capsys, tmp_path):
