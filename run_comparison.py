@@ -40,13 +40,13 @@ from comparison import estimate, queue, tables
 from comparison.groups import POGO, ComparedRun
 from comparison.jobs import Job, LocalPool, Pool, describe_state, seconds_spent, updates_done
 from comparison.ray import RayPool, check_gpus
-from comparison.registry import as_flags, check_keys, is_table, load_file, read_table
+from comparison.registry import as_flags, check_keys, is_table, read_table
 from comparison.report import write_report
 from offline_data import is_minari, normalized_score
 from pogo_agent import POGOAgent
 from pogo_main import POGORun, POGOTrainerConfig
 from runs.chain import ChainRun, ChainRunConfig
-from runs.cli import check_ranges, check_values, parse_config, run_cli
+from runs.cli import check_ranges, check_values, load_yaml, parse_config, run_cli
 from runs.directory import check_run, plain_config
 from utils import RunFinished, UserError, warn
 
@@ -219,7 +219,7 @@ def shipped_settings(algorithm: str, dataset_id: Any) -> dict[str, Any]:
 def expand(config: RunComparisonConfig) -> list[Run]:
     """The runs that a comparison's file and flags ask for, in the file's order. Raises UserError in one line."""
     path = Path(config.config)
-    sections = load_file(path)
+    sections = load_yaml(path)
     check_keys(f"{path}", sections, SECTIONS)
     sections = {name: sections.get(name) or {} for name in SECTIONS}
     if not sections["environments"]:
@@ -448,7 +448,7 @@ def main(argv: list[str] | None = None) -> None:
     check(config)
     if config.tables:
         return tables.rewrite_pages(Path(__file__).resolve().parent)
-    if is_table(load_file(Path(config.config))):
+    if is_table(load_yaml(Path(config.config))):
         if train_table(config):
             sys.exit(1)
         return

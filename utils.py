@@ -262,14 +262,22 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def exclusive_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder; wait while another process does, so that runs side by side do not write the same files."""
+def exclusive_folder(folder: str | Path, wait: bool = True) -> Iterator[None]:
+    """Hold a folder, so that processes side by side do not write the same files.
+
+    While another process holds it, wait, or raise BlockingIOError. The lock goes with the process, so that a killed one
+    leaves none behind.
+    """
     import fcntl
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # some network file systems have no locks
+            pass
         yield
     finally:
         os.close(descriptor)

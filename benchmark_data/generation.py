@@ -70,14 +70,6 @@ class Family(abc.ABC):
     ids: tuple[str, ...]  # each begins with local/
     unit: str  # what Plan.size counts, the flag's name without num_: episodes or transitions
 
-    def target(self, dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> Path:
-        """The dataset's main file, or its folder, whether or not it is there."""
-        return find_dataset(dataset_id).paths(dataset_dir)[0]
-
-    def manifest_path(self, dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> Path:
-        """The manifest; the dataset's files lie in or below its folder."""
-        return find_dataset(dataset_id).manifest_path(dataset_dir)
-
     @abc.abstractmethod
     def default_size(self, dataset_id: str) -> int:
         """Plan.size where none is asked for."""
@@ -163,7 +155,8 @@ def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, over
     for name, value, least in ((f"num_{family.unit}", plan.size, 1), ("seed", plan.seed, 0), ("jobs", plan.jobs, 1)):
         if value < least:
             raise UserError(f"--{name} {value}: at least {least} is needed")
-    target, manifest_path = (where(plan.dataset_id, dataset_dir) for where in (family.target, family.manifest_path))
+    dataset = find_dataset(plan.dataset_id)
+    target, manifest_path = dataset.paths(dataset_dir)[0], dataset.manifest_path(dataset_dir)
     policies = {path.name: _hash_policy(path) for path in family.policies(plan.dataset_id, plan.experts_dir)}
     plan = dataclasses.replace(plan, policies=tuple(policies.items()))
     if _already_made(family, plan, policies, target, manifest_path, overwrite):

@@ -60,17 +60,13 @@ def local_groups(families: Iterable[Family], dataset_dir: str | os.PathLike | No
 
 
 def _local_row(family: Family, dataset_id: str, dataset_dir: str | os.PathLike | None) -> Row:
-    manifest = find_dataset(dataset_id).manifest(dataset_dir)
+    dataset = find_dataset(dataset_id)
+    manifest, target = dataset.manifest(dataset_dir), dataset.paths(dataset_dir)[0]
     if manifest is None:
-        return Row(
-            dataset_id,
-            "-",
-            f"{family.default_size(dataset_id):,} {family.unit}",
-            family.target(dataset_id, dataset_dir).name,
-        )
+        return Row(dataset_id, "-", f"{family.default_size(dataset_id):,} {family.unit}", target.name)
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     count = f"{manifest.get(f'num_{family.unit}', 0):,} {family.unit}, seed {manifest.get('seed')}"
-    return Row(dataset_id, megabytes(size), count, str(family.target(dataset_id, dataset_dir)))
+    return Row(dataset_id, megabytes(size), count, str(target))
 
 
 def official_groups(dataset_dir: str | os.PathLike | None) -> Iterator[Group]:

@@ -31,6 +31,7 @@ from dmc_utils import (
     GENERATED_IDS,
     WalkerEnv,
     episode_path,
+    parse_dataset_id,
     read_episode,
     replay_episode,
     write_episode,
@@ -131,7 +132,7 @@ class WalkerFamily(Family):
     def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
         """Make the episodes, one file each."""
         recipe = RECIPES[plan.dataset_id]
-        folder = stage / self.target(plan.dataset_id, None).name
+        folder = stage / parse_dataset_id(plan.dataset_id).name
         steps = snapshot_steps(recipe, plan.size)
         made = run_tasks(_make_episode, [(plan, index, step, folder) for index, step in enumerate(steps)], plan.jobs)
         if plan.progress:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from comparison import tables
-from comparison.registry import load_file, read_table
+from comparison.registry import read_table
 from comparison.rows import Scores, read_csv
+from runs.cli import load_yaml
 from utils import UserError
 
 
 def render(root: Path) -> str:
     """The text between the markers, line break included. Raises UserError for a cell that its table does not have."""
     path = root / "comparison" / "glance.yaml"
-    glance = load_file(path)
+    glance = load_yaml(path)
     lines, commits = [], set()
     for cell in glance["cells"]:
         table = read_table(root / "results" / f"{cell['table']}.yaml")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import importlib
@@ -15,10 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import dmc_utils
-from runs.cli import parse_config
+from runs.cli import load_yaml, nearest, parse_config
 from runs.directory import plain_config
 from utils import UserError
 
@@ -129,39 +126,13 @@ class Table:
         return self.path.with_suffix(".csv")
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML in which no key stands twice: the second would silently replace the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
-                mark = node.value[position][0].start_mark
-                raise yaml.MarkedYAMLError(problem=f"{key!r} stands twice", problem_mark=mark)
-        return super().construct_mapping(node, deep)
-
-
-def load_file(path: Path) -> Any:
-    """What a YAML file holds. Raises UserError for a file that cannot be read or is no YAML."""
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot read it ({error.strerror}); give the path of a comparison") from None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        fault = f"{error.problem}, line {mark.line + 1}" if mark else " ".join(str(error).split())
-        raise UserError(f"{path}: not valid YAML ({fault}); mend the file") from None
-
-
 def check_keys(where: str, values: Any, known: Iterable[str]) -> None:
     """Raise UserError unless `values` is a mapping with keys among `known`."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: must hold `key: value` lines, not {values!r}")
     for key in values:
         if key not in known:
-            spelled = {str(name).lower(): name for name in known}
-            nearest = spelled[difflib.get_close_matches(str(key).lower(), list(spelled), n=1, cutoff=0.0)[0]]
-            raise UserError(f"{where}: unknown key {key!r}; the nearest one is {nearest!r}")
+            raise UserError(f"{where}: unknown key {key!r}; the nearest one is {nearest(str(key), known)!r}")
 
 
 def as_flags(name: str, value: Any) -> list[str]:
@@ -181,15 +152,15 @@ def fill(path: Path, where: str, template: Any, values: dict[str, Any]) -> str:
         raise UserError(f"{path}: {where}: {template!r} must hold no other braces than {known}") from None
 
 
-def is_table(sections: Any) -> bool:
+def is_table(sections: dict[str, Any]) -> bool:
     """Whether a file names runs by command, rather than the datasets of a comparison of chains."""
-    return isinstance(sections, dict) and "runs" in sections
+    return "runs" in sections
 
 
 def read_table(path: str | Path) -> Table:
     """A file's runs and layout. Raises UserError that names the file and the key."""
     path = Path(path)
-    sections = load_file(path)
+    sections = load_yaml(path)
     check_keys(f"{path}", sections, FILE_KEYS)
     if not isinstance(sections.get("runs"), list) or not sections["runs"]:
         raise UserError(f"{path}: runs must be a list of commands, see docs/results.md")

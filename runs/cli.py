@@ -138,8 +138,8 @@ def check_values(
         if key in checked:
             raise UserError(where, f"{spelled} stands twice, once under another name", "leave one out")
         if key not in hints:
-            nearest = _nearest(str(key), [*hints, *aliases])
-            raise UserError(where, f"unknown key {str(key)!r}", f"the nearest one is {nearest!r}")
+            near = nearest(str(key), [*hints, *aliases])
+            raise UserError(where, f"unknown key {str(key)!r}", f"the nearest one is {near!r}")
         try:
             checked[key] = _coerce(readers[key](value) if key in readers else value, hints[key])
         except ValueError:
@@ -173,8 +173,8 @@ def _read_flags(
         negated = name.startswith("no_") and hints.get(name[3:]) is bool
         name = name[3:] if negated else aliases.get(name, name)
         if name not in hints or not flag.startswith("--"):
-            nearest = f"the nearest one is --{_nearest(flag.replace('-', '_'), hints)}"
-            raise UserError(f"unknown flag {flag}; {REPLACED.get(name, nearest)}")
+            near = f"the nearest one is --{nearest(flag.replace('-', '_'), hints)}"
+            raise UserError(f"unknown flag {flag}; {REPLACED.get(name, near)}")
         groups[name] = [value] if equals else []
         if hints[name] is bool:
             if equals and value.lower() not in ("true", "false"):
@@ -224,7 +224,8 @@ def _from_words(words: list[str], hint: Any) -> Any:
     raise ValueError
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is spelled most like another."""
     spelled = {other.lower(): other for other in known}
     return spelled[difflib.get_close_matches(name.lower(), list(spelled), n=1, cutoff=0.0)[0]]
 
@@ -234,10 +235,22 @@ def _alternatives(hint: Any) -> list[Any]:
     return list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
 
 
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML in which no key stands twice: the second would silently replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                mark = node.value[position][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"{key!r} stands twice", problem_mark=mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: Path) -> dict:
     """The keys of a YAML file. Raises UserError for one that cannot be read or holds something else."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
     except OSError as error:
         raise UserError(
             f"{path}: cannot read this config file ({error.strerror}); give the path of a YAML file"

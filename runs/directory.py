@@ -7,7 +7,6 @@ import dataclasses
 import importlib.metadata
 import io
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -27,6 +26,7 @@ from utils import (
     RunFinished,
     RunHeld,
     UserError,
+    exclusive_folder,
     one_line,
     torch,
     write_bytes_atomic,
@@ -197,26 +197,18 @@ def _no_run_dir(run_dir: Path, error: OSError) -> Exception:
 def hold_run(run_dir: str | Path) -> Iterator[None]:
     """Make a run's directory and keep it to one process.
 
-    Raises UserError where there can be no such directory and where another process trains in it. The lock goes with the
-    process, so that a killed run leaves none behind.
+    Raises UserError where there can be no such directory and where another process trains in it.
     """
-    import fcntl
-
     try:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _no_run_dir(Path(run_dir), error) from None
-    folder = os.open(run_dir, os.O_RDONLY)
-    try:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(exclusive_folder(run_dir, wait=False))
         except BlockingIOError:
             raise RunHeld(run_dir, "another process is training there", "choose another --run_dir") from None
-        except OSError:  # some network file systems have no locks
-            pass
         yield
-    finally:
-        os.close(folder)
 
 
 def mark_finished(run_dir: str | Path, summary: dict[str, Any]) -> None:

@@ -52,6 +52,7 @@ ALSO_ALLOWED = {
 }
 MAX_TOP_ENTRIES, MAX_TOP_MODULES = 40, 16  # the aim: 30 entries
 MAX_FILE_LINES = 480
+MAX_UNTURNED_SETTINGS = 12  # names of settings that no page, YAML, test or benchmark turns
 # Source files that are longer; a length may only shrink.
 LONG_FILES = {
     "model.py": 666,
@@ -242,6 +243,13 @@ def config_violations(files: dict[str, str]) -> list[str]:
             if not documented and not near:
                 found.append(f"{name} has no comment")
     return found
+
+
+def unturned_settings(files: dict[str, str], text: str) -> list[str]:
+    """Names of config fields that a text (pages, YAML, tests, benchmarks) neither gives as a flag nor sets."""
+    names = {node.target.id for _, owner in config_classes(files) for node in owner.body if hasattr(node, "annotation")}
+    turns = r"--(no_)?{0}\b|\b{0}:|[\"'`]{0}[\"'`]|\b{0}=|\.{0}\s*="
+    return sorted(name for name in names if not re.search(turns.format(name), text))
 
 
 READERS = {"replace", "partition", "rpartition", "removeprefix", "removesuffix", "startswith", "endswith", "find"}
@@ -456,6 +464,13 @@ def test_every_config_field_is_commented_and_read():
     assert_none(config_violations(product_sources()))
 
 
+def test_few_settings_are_turned_by_nothing():
+    read = [path for path in repository_files() if path.suffix in (".md", ".yaml", ".csv")]
+    read += [ROOT / path for path in sources() if top_name(path) in UNRESTRICTED]
+    found = unturned_settings(product_sources(), "\n".join(path.read_text() for path in read))
+    assert len(found) <= MAX_UNTURNED_SETTINGS, found
+
+
 def test_no_error_text_is_read():
     assert_none(prose_violations(product_sources()))
 
@@ -539,6 +554,11 @@ def test_a_config_field_that_nothing_reads_is_found():
         "x.py:5: AConfig.b is read nowhere",
         "x.py:6: AConfig.c has no comment",
     ]
+
+
+def test_a_setting_that_nothing_turns_is_found():
+    text = "@dataclass\nclass AConfig:\n    a: int = 0\n    bc: int = 0\n    c: int = 0\n    d: int = 0\n"
+    assert unturned_settings({"x.py": text}, "give `--no_a`, c: 3 and abc=1") == ["bc", "d"]
 
 
 @pytest.mark.parametrize(

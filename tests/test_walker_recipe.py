@@ -47,7 +47,7 @@ def make(dataset_id, folder, experts_dir, size=3, seed=0, jobs=1):
 
 
 def read_manifest(dataset_id, folder):
-    return json.loads(FAMILY.manifest_path(dataset_id, folder).read_text())
+    return json.loads(parse_dataset_id(dataset_id).manifest_path(folder).read_text())
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,11 @@ def made(tmp_path_factory, experts_dir):
 
 def test_the_files_are_where_the_study_looks(made):
     folder = parse_dataset_id(REPLAY).ensure(made)[0]
-    assert folder == FAMILY.target(REPLAY, made) == made / "local" / "collected_data" / "walker_run-td3-medium-replay"
+    assert (
+        folder
+        == parse_dataset_id(REPLAY).paths(made)[0]
+        == made / "local" / "collected_data" / "walker_run-td3-medium-replay"
+    )
     names = [f"data/episode_{index:06d}_1000.npz" for index in range(3)]
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.npz")) == names
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.json"]
@@ -75,14 +79,19 @@ def test_bytes_depend_on_the_seed_and_not_on_jobs(made, tmp_path, experts_dir):
     for name in files:
         mine, theirs = (folder / "local" / "collected_data" / name for folder in (made, tmp_path / "two"))
         assert mine.read_bytes() == theirs.read_bytes()
-    first = [load_episodes(FAMILY.target(REPLAY, folder))[0]["physics"][0] for folder in (made, tmp_path / "other")]
+    first = [
+        load_episodes(parse_dataset_id(REPLAY).paths(folder)[0])[0]["physics"][0]
+        for folder in (made, tmp_path / "other")
+    ]
     assert not np.array_equal(*first)
 
 
 def test_no_two_episodes_start_alike(made, experts_dir, tmp_path):
     """Neither within a dataset nor in two of one task: they share snapshots."""
     make(MEDIUM, tmp_path, experts_dir, size=1)
-    episodes = load_episodes(FAMILY.target(REPLAY, made)) + load_episodes(FAMILY.target(MEDIUM, tmp_path))
+    episodes = load_episodes(parse_dataset_id(REPLAY).paths(made)[0]) + load_episodes(
+        parse_dataset_id(MEDIUM).paths(tmp_path)[0]
+    )
     assert len({episode["physics"][0].tobytes() for episode in episodes}) == len(episodes)
 
 
@@ -101,7 +110,7 @@ def test_rows_agree_with_the_simulator_and_the_policy():
 
 def test_manifest(made, experts_dir):
     manifest = read_manifest(REPLAY, made)
-    folder = FAMILY.target(REPLAY, made)
+    folder = parse_dataset_id(REPLAY).paths(made)[0]
     returns = [episode["reward"].sum(dtype=np.float64) for episode in load_episodes(folder)]
     assert (manifest["id"], manifest["seed"], manifest["num_episodes"]) == (REPLAY, 0, 3)
     assert (manifest["episodes"], manifest["transitions"]) == (3, 3000)
