@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from d4rl_utils import is_official
-from runs.metrics import read_episodes, read_metrics
+from runs.metrics import episodes_by_policy, read_metrics
 from utils import UserError, one_line
 
 POGO = "pogo"  # the chain with critics of its own, which is not named in labels
@@ -100,21 +100,14 @@ def load_result(run: ComparedRun) -> Result:
         summary["transitions"], summary["data_score"], summary["steps"]  # noqa: B018  raises where one is missing
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run.run_dir / 'finished.json'}: cannot be used ({one_line(repr(error))})") from None
-    final: dict[tuple, list[float]] = {}
-    training: dict[tuple, dict[int, list[float]]] = {}
-    for row in read_episodes(folder / "evaluations.csv"):
-        key = (row["actor"], row["mode"])
-        if row["evaluation"] == "final":
-            final.setdefault(key, []).append(row["score"])
-        else:
-            training.setdefault(key, {}).setdefault(row["step"], []).append(row["score"])
+    final, training = episodes_by_policy(folder / "evaluations.csv")
     expected = {(actor, mode) for actor in range(len(run.weights)) for mode in MODES}
     if final.keys() != expected or training.keys() != expected:
         raise UserError(f"{folder / 'evaluations.csv'}: lacks evaluations of some actor; train the run anew")
     best = {
         key: max((float(np.mean(scores)), -step) for step, scores in steps.items()) for key, steps in training.items()
     }
-    scores = {key: np.array(values) for key, values in final.items()}
+    scores = {key: np.array([row["score"] for row in rows]) for key, rows in final.items()}
     best = {key: (score, -step) for key, (score, step) in best.items()}
     metrics = read_metrics(folder)
     for actor in range(len(run.weights)):

@@ -21,7 +21,7 @@ from comparison.registry import MACHINE, RESERVED, Run, settings_digest, setting
 from offline_data import find_dataset
 from runs.cli import load_yaml
 from runs.directory import plain_config
-from runs.metrics import read_episodes, read_metrics
+from runs.metrics import episodes_by_policy, read_metrics
 from utils import UserError, exclusive_folder, write_text_atomic
 
 COLUMNS = (
@@ -180,14 +180,7 @@ def _walker(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _chain(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A row for each actor and mode, from training/evaluations.csv."""
-    final: dict[tuple[int, str], list[dict]] = {}
-    training: dict[tuple[int, str], dict[int, list[float]]] = {}
-    for row in read_episodes(run_dir / "training" / "evaluations.csv"):
-        key = row["actor"], row["mode"]
-        if row["evaluation"] == "final":
-            final.setdefault(key, []).append(row)
-        else:
-            training.setdefault(key, {}).setdefault(row["step"], []).append(row["score"])
+    final, training = episodes_by_policy(run_dir / "training" / "evaluations.csv")
     for (actor, mode), rows in final.items():
         returns, scores = ([row[name] for row in rows] for name in ("return", "score"))
         yield {

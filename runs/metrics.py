@@ -12,6 +12,8 @@ from typing import Any
 from runs.directory import plain_config
 from utils import UserError, one_line, torch, warn, write_text_atomic
 
+Policy = tuple[int, str]  # actor of a chain, and deterministic or stochastic
+
 
 class MetricLogger:
     """metrics.csv of one run, and the trackers beside it: TensorBoard under tensorboard/, wandb where asked for.
@@ -248,6 +250,22 @@ def read_episodes(path: str | Path) -> list[dict[str, Any]]:
         ]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no evaluations can be read ({one_line(error)}); give a run's directory") from None
+
+
+def episodes_by_policy(path: str | Path) -> tuple[dict[Policy, list[dict]], dict[Policy, dict[int, list[float]]]]:
+    """Of an evaluations.csv by actor and mode: rows of the evaluation at the end, scores of those in training by step.
+
+    Raises UserError as `read_episodes`.
+    """
+    final: dict[Policy, list[dict]] = {}
+    training: dict[Policy, dict[int, list[float]]] = {}
+    for row in read_episodes(path):
+        policy = row["actor"], row["mode"]
+        if row["evaluation"] == "final":
+            final.setdefault(policy, []).append(row)
+        else:
+            training.setdefault(policy, {}).setdefault(row["step"], []).append(row["score"])
+    return final, training
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, list[float]]:

@@ -269,7 +269,7 @@ def test_rows_of_another_mujoco_are_good(dataset_id, tmp_path, monkeypatch):
         return env
 
     arrays = recorded(dataset_id)
-    monkeypatch.setattr(module, "WalkerEnv", make_other)
+    monkeypatch.setattr(module, "make_env", make_other)
     report = check(save(tmp_path / file_name(dataset_id), arrays))
     assert not report.faults and "another version of MuJoCo" in report.findings[0][1]
     shifted([arrays := copy.deepcopy(arrays)])

@@ -188,33 +188,13 @@ class ReturnConditioned(nn.Module):
         return actions
 
 
-def _residual(input_dim: int, action_dim: int, **sizes: Any) -> Markov:
-    return Markov(ResidualMLP(input_dim, action_dim, **sizes))
-
-
-def _deterministic(input_dim: int, action_dim: int, hidden_dim: int) -> Markov:
-    return Markov(DeterministicMLP(input_dim, action_dim, 1.0, hidden_dim))
-
-
-def _tanh_gaussian(input_dim: int, action_dim: int, hidden_dim: int) -> Markov:
-    return Markov(make_actor(input_dim, action_dim, 1.0, hidden_dim))
-
-
-def _gaussian_actor(input_dim: int, action_dim: int, hidden_dim: int) -> Markov:
-    return Markov(GaussianActor(input_dim, action_dim, hidden_dim))
-
-
-def _return_conditioned(
-    input_dim: int, action_dim: int, targets: dict[str, float], return_scale: float, **sizes: Any
-) -> ReturnConditioned:
-    return ReturnConditioned(DecisionTransformer(input_dim, action_dim, **sizes), targets, return_scale)
-
-
 # What each kind of policy in a file is made by, given its input's and action's sizes and its own.
 POLICIES: dict[str, Callable[..., Any]] = {
-    "residual_mlp": _residual,
-    "deterministic_mlp": _deterministic,
-    "tanh_gaussian_mlp": _tanh_gaussian,
-    "gaussian_actor": _gaussian_actor,
-    "decision_transformer": _return_conditioned,
+    "residual_mlp": lambda *sizes, **own: Markov(ResidualMLP(*sizes, **own)),
+    "deterministic_mlp": lambda *sizes, hidden_dim: Markov(DeterministicMLP(*sizes, 1.0, hidden_dim)),
+    "tanh_gaussian_mlp": lambda *sizes, hidden_dim: Markov(make_actor(*sizes, 1.0, hidden_dim)),
+    "gaussian_actor": lambda *sizes, hidden_dim: Markov(GaussianActor(*sizes, hidden_dim)),
+    "decision_transformer": lambda *sizes, targets, return_scale, **own: ReturnConditioned(
+        DecisionTransformer(*sizes, **own), targets, return_scale
+    ),
 }
