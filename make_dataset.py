@@ -36,6 +36,7 @@ import utils
 from benchmark_data import overview
 from benchmark_data.check import run_check
 from benchmark_data.local import FAMILIES, find_family, generate
+from benchmark_data.local import generate_if_missing as generate_if_missing  # for scripts, beside `generate`
 from benchmark_data.maze import HUMANOID_MESSAGE
 from runs.cli import parse_config, run_cli
 from utils import Count, UserError, Whole
@@ -127,9 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     refuse_unread_flags(config)
     try:
         run(config)
-    except KeyboardInterrupt:  # run_cli would speak of checkpoints
-        print("interrupted: nothing was written; the same command starts again", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = ("nothing was written; the same command starts again",)
+        raise
     except OSError as error:
         if error.errno not in utils.DISK_FULL:
             raise

@@ -5,7 +5,6 @@ directory holds config.yaml, metrics.csv, TensorBoard events, best_model.pth (lo
 checkpoints/last.pth, training_curves.png and value_map.png.
 """
 
-import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -121,6 +120,7 @@ class OfflineRun(Run):
         torch.manual_seed(self.streams.dropout_seed)  # dropout is the one thing that draws from the global generators
         self.epoch, self.best_loss = 0, math.inf
         self.env = make_env(config.dataset)
+        self.resources.callback(self.env.close)
         self.maze = Maze.from_env(self.env)
         sizes = (config.context_length, config.eval_states, config.eval_goals)
         self.held_out = HeldOut(self.val_data, self.maze, *sizes, self.streams.evaluation_seed)
@@ -233,8 +233,7 @@ def check(config: OfflineTrainerConfig) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(OfflineTrainerConfig, argv, __doc__, default_run_dir=OfflineRun.default_run_dir)
-    run = OfflineRun(config)
-    with contextlib.closing(run):
+    with OfflineRun(config) as run:
         metrics = run.train()
         run.plot()
     summary = {key: metrics[key] for key in ("value_distance_spearman", "code_std", "code_rank", "val_loss")}

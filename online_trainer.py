@@ -9,7 +9,6 @@ online_training_curves.png and paths.png.
     python online_trainer.py --evaluate RUN/best_model.pth    # a saved policy once more
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -38,7 +37,7 @@ from opso.episodes import (
     episode_code,
     rollout,
 )
-from opso.policy import Policy, build_model
+from opso.policy import MazePolicy, build_model
 from opso.search import Planner, StateGraph, spaced_rows
 from runs.cli import parse_config, run_cli
 from runs.directory import load_checkpoint, mark_finished, save_checkpoint
@@ -400,7 +399,7 @@ class OnlineRun(Run):
         save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state | parts)
 
     def model_state(self) -> dict[str, Any]:
-        """What `Policy` needs: encoder, heads, metric, the graph's nodes, their sizes and the dataset."""
+        """What `MazePolicy` needs: encoder, heads, metric, the graph's nodes, their sizes and the dataset."""
         return {
             "dataset": self.config.dataset,
             "config": self.model_config(),
@@ -449,7 +448,7 @@ def open_evaluator(config: OnlineTrainerConfig, dataset: str) -> Evaluator:
 
 def evaluate_file(config: OnlineTrainerConfig) -> None:
     """`--evaluate`: the episodes that the run's own evaluation takes, as many as asked for, in a folder beside it."""
-    policy = Policy(config.evaluate, resolve_device(config.device))
+    policy = MazePolicy(config.evaluate, resolve_device(config.device))
     if policy.agent is None:
         raise UserError(f"{policy.path}: not a policy of online_trainer.py; give the best_model.pth of one of its runs")
     dataset, seed = policy.dataset, policy.config["seed"]
@@ -480,19 +479,20 @@ def main(argv: list[str] | None = None) -> None:
         return evaluate_file(config)
     if config.record_video:  # say now what would fail after hours
         check_video(config.dataset)
+    since = " since it was resumed" if config.resume else ""
     run = OnlineRun(config)
     print(
         f"{config.dataset}, seed {config.seed}, {run.device}; actions: {config.inverse_dynamics_data}; "
         f"pretrained in {config.offline_run_dir or 'logs/offline'}"
     )
-    with contextlib.closing(run):
+    with run:
         metrics = run.train()
         run.plot()
         summary = {key: value for key, value in metrics.items() if key.startswith("eval/")}
         mark_finished(run.run_dir, {**summary, "env_steps": run.env_steps, "dataset": config.dataset})
     print(
         f"{config.dataset}, {config.inverse_dynamics_data} actions, seed {config.seed}: last checkpoint after "
-        f"{run.episodes} episodes, {run.env_steps} environment steps, {time.perf_counter() - began:.0f} seconds"
+        f"{run.episodes} episodes, {run.env_steps} environment steps, {time.perf_counter() - began:.0f} seconds{since}"
     )
     for name, value in summary.items():
         print(f"  {name}: {value:.3f}")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmark_data.local import generate_if_missing
@@ -26,10 +25,9 @@ from runs.chain import (
     check_evaluate,
     check_solver,
     check_weights,
-    evaluate_again,
 )
 from runs.cli import parse_config, run_cli
-from runs.directory import checkpoint_file, expecting, load_checkpoint
+from runs.policy import ChainPolicy, evaluate_again
 from runs.seeds import run_seeds
 from utils import Number, UserError, resolve_device, warn
 
@@ -99,56 +97,21 @@ class POGORun(ChainRun):
         return {"w2_weights": list(self.config.w2_weights)}
 
 
-class Policy:
-    """A trained chain from its last.pth alone, to act with.
-
-    policy = Policy("logs/.../checkpoints/last.pth"); action = policy.act(observation)
-
-    Raises UserError for a file that is no checkpoint of this script.
-    """
-
-    def __init__(self, path: str | Path, device: str | torch.device = "cpu"):
-        path = checkpoint_file(path)
-        state = load_checkpoint(path, device)
-        if "observation_mean" not in state:
-            raise UserError(f"{path}: not a checkpoint of pogo_main.py; give the last.pth of one of its runs")
-        with expecting(path, "a checkpoint of pogo_main.py"):
-            self.env, self.config, self.step = state["env"], state["config"], state["step"]
-            [self.config[name] for name in ("seed", "eval_episodes", "final_runs")]  # an evaluation needs them
-            self.mean, self.std = state["observation_mean"].to(device), state["observation_std"].to(device)
-            self.actors = self._build(state, device)
-
-    def _build(self, state: dict[str, Any], device: str | torch.device) -> list[TransportActor]:
-        weights, actors = state["agent"]["actors"], []
-        sizes = (len(self.mean), state["action_dim"], state["max_action"], self.config["hidden_dim"])
-        for number in range(len(self.config["w2_weights"])):
-            prefix, actor = f"{number}.", TransportActor(*sizes)
-            own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-            actor.load_state_dict(own)
-            actors.append(actor.to(device).requires_grad_(False))
-        return actors
-
-    @torch.no_grad()
-    def act(self, observations: np.ndarray, actor: int = -1, stochastic: bool = False) -> np.ndarray:
-        """Actions [..., A] of raw observations [..., D]: of the last actor (-1), with z = 0 unless stochastic.
-
-        Raises ValueError for observations of another size and for an actor that the chain does not have.
-        """
-        if np.shape(observations)[-1:] != self.mean.shape:
-            raise ValueError(f"observations have the shape {np.shape(observations)}, not [..., {len(self.mean)}]")
-        if not -len(self.actors) <= actor < len(self.actors):
-            raise ValueError(f"actor {actor}: the chain has actors 0 to {len(self.actors) - 1}")
-        states = torch.as_tensor(observations, dtype=torch.float32, device=self.mean.device)
-        z = states.new_zeros(*states.shape[:-1], self.actors[actor].action_dim)
-        return self.actors[actor]((states - self.mean) / self.std, z.normal_() if stochastic else z).cpu().numpy()
+def trained_actors(state: dict[str, Any], device: torch.device) -> list[TransportActor]:
+    """The actors of a checkpoint of this command, in the order of the chain."""
+    weights, actors, config = state["agent"]["actors"], [], state["config"]
+    sizes = (len(state["observation_mean"]), state["action_dim"], state["max_action"], config["hidden_dim"])
+    for number in range(len(config["w2_weights"])):
+        prefix, actor = f"{number}.", TransportActor(*sizes)
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        actor.load_state_dict(own)
+        actors.append(actor.to(device).requires_grad_(False))
+    return actors
 
 
-def evaluate_file(config: POGOTrainerConfig) -> dict[str, float]:
-    """`--evaluate`: the evaluation at the end of a run once more, from its checkpoint alone."""
-    policy = Policy(config.evaluate, resolve_device(config.device))
-    title = f"{policy.env}, update {policy.step} of {checkpoint_file(config.evaluate)}"
-    normalizer = (policy.mean, policy.std)
-    return evaluate_again(config, policy.actors, policy.actors[0].action_dim, normalizer, policy.config, title)
+def load_policy(path: str | Path, device: str | torch.device = "cpu") -> ChainPolicy:
+    """The actors of a run's directory or checkpoint, to act with. Raises UserError for a file of another command."""
+    return ChainPolicy(path, trained_actors, "pogo_main.py", device)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -156,7 +119,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = parse_config(POGOTrainerConfig, argv, __doc__, default_run_dir=POGORun.settings_dir)
     if config.evaluate is not None:
         check_evaluate(config)
-        return evaluate_file(config)
+        return evaluate_again(config, load_policy(config.evaluate, resolve_device(config.device)))
     return run_seeds(POGORun, config)
 
 

@@ -378,7 +378,7 @@ class Comparison(queue.Queue):
         if not self.left:
             return
         self.describe_data(self.left)
-        guess, seconds, size = estimate.Estimate(list(self.finished), threads_of(self.config)), 0.0, 0
+        guess, seconds, size = estimate.Estimate(list(self.finished)), 0.0, 0
         for run in self.left:
             whole, taken = guess.of(run)
             seconds += whole * (1 - self.updates_of(run) / run.config.max_timesteps)

@@ -49,7 +49,15 @@ from benchmark_data.experts import (
     write_policy,
 )
 from runs.cli import marked, parse_config, run_cli
-from runs.directory import expecting, hold_run, load_checkpoint, mark_finished, prepare_run, save_checkpoint
+from runs.directory import (
+    expecting,
+    hold_run,
+    load_checkpoint,
+    mark_finished,
+    prepare_run,
+    save_checkpoint,
+    telling_what_is_kept,
+)
 from runs.metrics import MetricLogger, read_metrics
 from utils import MAY_CHANGE, Count, MayChange, PositiveFraction, RandomStreams, UserError, Whole, progress
 
@@ -420,7 +428,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     began = time.perf_counter()
     run = ExpertRun(config)
-    with contextlib.closing(run):
+    with telling_what_is_kept(run.run_dir, run.run_dir / "checkpoints/last.pth"), contextlib.closing(run):
         first = run.step
         run.train()
         rate = (run.step - first) / (time.perf_counter() - began)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import functools
 import io
+import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,28 +20,44 @@ from utils import resolve_device
 OTHERS = {"env", "seed", "run_dir", "w2_weights", "max_timesteps", "resume", "dataset_dir", "lr"}
 
 
+def typical_seconds(work: Callable[[], Any], seconds: float, warm_up: int = 10, least: int = 5) -> float:
+    """Median seconds of a call, after a warm-up: what stops the process for a while moves it little."""
+    for _ in range(warm_up):
+        work()
+    taken: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(taken) < least or time.perf_counter() < until:
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
 @functools.cache
 def sizes(env: str, dataset_dir: str | None) -> tuple[int, int, float, int, float]:
     """Numbers of an environment: observation and action size, largest action, steps of an episode, seconds a step."""
     environment = make_env(env, dataset_dir)
+
+    def step() -> None:
+        _, _, terminated, truncated, _ = environment.step(environment.action_space.sample())
+        if terminated or truncated:
+            environment.reset(seed=0)
+
     try:
         observation_dim, (action_dim,) = environment.observation_space.shape[0], environment.action_space.shape
         environment.reset(seed=0)
-        began, steps = time.perf_counter(), 0
-        while steps < 50 or (steps < 1000 and time.perf_counter() - began < 0.1):
-            _, _, terminated, truncated, _ = environment.step(environment.action_space.sample())
-            if terminated or truncated:
-                environment.reset(seed=steps)
-            steps += 1
-        seconds = (time.perf_counter() - began) / steps
+        seconds = typical_seconds(step, 0.1, least=50)
         limit = getattr(environment.spec, "max_episode_steps", None) or 1000
         return observation_dim, action_dim, float(environment.action_space.high.max()), limit, seconds
     finally:
         environment.close()
 
 
-def trial(run: Any, threads: int, seconds: float = 1.0) -> tuple[float, int]:
-    """Measured seconds of one update on made-up transitions, and bytes of a checkpoint."""
+def trial(run: Any, seconds: float = 1.0) -> tuple[float, int]:
+    """Measured seconds of one update on made-up transitions, and bytes of a checkpoint.
+
+    On one thread: several wait for each other wherever other processes keep the cores busy, and add little elsewhere.
+    """
     config = run.config
     observation_dim, action_dim, max_action, *_ = sizes(config.env, config.dataset_dir)
     device, before = resolve_device(config.device), torch.get_num_threads()
@@ -49,14 +67,8 @@ def trial(run: Any, threads: int, seconds: float = 1.0) -> tuple[float, int]:
     batch = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
     batch |= {"actions": torch.rand(n, action_dim, device=device), "terminated": torch.zeros(n, device=device)}
     try:
-        torch.set_num_threads(threads)
-        for _ in range(5):
-            agent.update(batch)
-        began, updates = time.perf_counter(), 0
-        while updates < 5 or time.perf_counter() - began < seconds:
-            float(agent.update(batch)["critic_loss"])  # waits for the device
-            updates += 1
-        taken = (time.perf_counter() - began) / updates
+        torch.set_num_threads(1)
+        taken = typical_seconds(lambda: float(agent.update(batch)["critic_loss"]), seconds)  # waits for the device
     finally:
         torch.set_num_threads(before)
     buffer = io.BytesIO()
@@ -73,8 +85,9 @@ def kind_of(run: Any) -> str:
 class Estimate:
     """Seconds and bytes of runs."""
 
-    def __init__(self, finished: list, threads: int):
-        self.threads, self.trials, self.guessed = threads, {}, 0
+    def __init__(self, finished: list):
+        self.trials: dict[Any, tuple[float, int]] = {}
+        self.guessed = 0  # runs
         self.known: dict[Any, list[tuple[float, int]]] = collections.defaultdict(list)
         for run in finished:
             if seconds := seconds_spent(run.run_dir):
@@ -93,7 +106,7 @@ class Estimate:
         *shape, limit, step = sizes(config.env, config.dataset_dir)
         key = (*shape, kind)
         if key not in self.trials:
-            self.trials[key] = trial(run, self.threads)
+            self.trials[key] = trial(run)
         update, checkpoint = self.trials[key]
         evaluations = config.max_timesteps // config.eval_freq
         episodes = 2 * actors * config.eval_episodes * (evaluations + config.final_runs)
@@ -106,7 +119,7 @@ class Estimate:
         if not self.guessed:
             return "This is what finished runs of this comparison took."
         which = "This is" if self.guessed == runs else f"For {self.guessed} of the {runs} runs this is"
-        return f"{which} a guess from a short trial on this machine."
+        return f"{which} a guess from a short trial of one thread on this machine."
 
 
 def in_bytes(size: float) -> str:

@@ -88,8 +88,9 @@ class Queue:
                     )
                     bar.update(max(self.amount(pool)[1] - bar.n, 0))
                     time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:
-            print("stopping the runs at their last checkpoints; the same command continues them", file=sys.stderr)
+        except KeyboardInterrupt as interrupt:
+            print("stopping the runs at their last checkpoints", file=sys.stderr)
+            interrupt.args = ("what was saved is kept; the same command continues the runs",)
             raise
         finally:
             pool.stop()

@@ -69,6 +69,7 @@ class Run:
     column: str = field(default="{task}", compare=False)  # the table's; {task}, {actor}, ... are of a row of scores
     needs: Run | None = None  # a run that must be finished before, whose directory this one reads
     hours: float | None = field(default=None, compare=False)  # a guess for one core
+    variant: tuple[str, ...] = field(default=(), compare=False)  # its values of the entry's `each`
 
     @property
     def system(self) -> str:
@@ -83,8 +84,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        words = dict.fromkeys((self.table, self.method, *self.row, self.dataset, f"seed {self.seed}"))
-        return " ".join(filter(None, words))
+        words = (self.table, self.method, *self.row, self.dataset, *self.variant, f"seed {self.seed}")
+        return " ".join(filter(None, dict.fromkeys(words)))
 
     @property
     def text(self) -> str:
@@ -209,7 +210,7 @@ def _entry_runs(path: Path, where: str, entry: dict[str, Any], seeds: list[int])
                 more = {"dataset": dataset, **(needs.get("flags") or {})}
                 words, _ = _flags(path, f"{where}.needs", name, more)
                 before = Run(path.stem, f"{method}, pretraining", name, words, dataset, seed)
-            own = (flags, dataset, seed, row, column, before, entry.get("hours"))
+            own = (flags, dataset, seed, row, column, before, entry.get("hours"), tuple(map(str, chosen.values())))
             yield Run(path.stem, method, entry["command"], *own)
 
 

@@ -1,4 +1,4 @@
-"""A trained OPSO model from a file, to act with: the same `Policy(path)` for both stages."""
+"""A trained OPSO model from a file, to act with: of either stage. `policy.Policy` has it for every system."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -23,12 +23,12 @@ def build_model(observation_dim: int, settings: dict[str, Any]) -> OfflineModel:
     return OfflineModel(observation_dim, settings["d_model"], settings["hidden_dim"], **shape)
 
 
-class Policy:
+class MazePolicy:
     """What a run of online_trainer.py or offline_trainer.py has learned, from one file.
 
     path: a run's directory, whose checkpoints/last.pth is taken, or a checkpoint: that file or best_model.pth.
 
-        policy = Policy("logs/online/local/pointmaze-medium-navigate-v0/online/seed_0")
+        policy = MazePolicy("logs/online/local/pointmaze-medium-navigate-v0/online/seed_0")
         observation, info = env.reset()
         action = policy.act(observation, info["goal"])
 

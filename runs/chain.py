@@ -10,7 +10,6 @@ the data's normalisation, evaluation of all actors, and the run's directory:
 """
 
 import abc
-import contextlib
 import functools
 import importlib.util
 import math
@@ -30,7 +29,7 @@ from runs.directory import mark_finished, save_checkpoint
 from runs.evaluation import Episodes, Evaluator, episode_seeds, num_workers, report_steps
 from runs.metrics import EpisodeLog, RunningMeans, read_metrics
 from runs.plots import plot_chain_curves
-from runs.run import Run, RunConfig, largest_q
+from runs.run import Run, RunConfig, largest_q, part_of
 from transport import MAX_EXACT
 from utils import (
     Basic,
@@ -352,13 +351,13 @@ class ChainRun(Run):
 
 def run_chain(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, Any]:
     """Train one run to its end, and score it; what finished.json holds. Raises UserError where it cannot go on."""
-    with contextlib.closing(run_class(config)) as run:
+    with run_class(config) as run:
         print(run.describe())
-        began, first = time.perf_counter(), run.step
+        began, before = time.perf_counter(), run.step
         train(run)
         summary = run.finish()
         seconds = time.perf_counter() - began
-        print(f"{run.step - first:,} updates in {seconds:.0f} seconds; outputs in {run.run_dir}")
+        print(f"{part_of(run.step, run.step - before)} updates in {seconds:.0f} seconds; outputs in {run.run_dir}")
     return summary
 
 
@@ -421,32 +420,3 @@ def report_final(title: str, played: Episodes, scores: np.ndarray, runs: int) ->
         spread = f" ± {means.std():.3f} over runs" if runs > 1 else ""
         print(f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, D4RL score: {means.mean():.3f}{spread}")
     return figures
-
-
-def evaluate_again(
-    config: ChainRunConfig,
-    actors: Sequence[Act],
-    action_dim: int,
-    normalizer: tuple[torch.Tensor, torch.Tensor],
-    trained: dict[str, Any],
-    title: str,
-) -> dict[str, float]:
-    """`--evaluate`: the evaluation at the end of a run once more.
-
-    Args:
-        config: this command's settings.
-        actors, action_dim: as in `play`.
-        normalizer: mean and standard deviation of the observations.
-        trained: settings of the run: env, seed, eval_episodes, final_runs.
-        title: what was evaluated, for the report.
-    """
-    env, runs, episodes, seed = (trained[name] for name in ("env", "final_runs", "eval_episodes", "seed"))
-    if config.evaluate_episodes is not None:
-        runs, episodes = 1, config.evaluate_episodes
-    seed = seed if config.evaluate_seed is None else config.evaluate_seed
-    first, seeds = final_seeds(RandomStreams(seed, normalizer[0].device), runs * episodes)
-    environment = functools.partial(make_env, env, config.dataset_dir)
-    rounds = min(episodes, trained["eval_episodes"])  # as many at once as the run had, so that the noise is the same
-    with Evaluator(environment, 2 * len(actors) * rounds, num_workers(config.eval_workers)) as evaluator:
-        played = play(evaluator, actors, action_dim, *normalizer, seeds, first, "evaluate")
-    return report_final(title, played, normalized_score(env, played.returns, config.dataset_dir), runs)

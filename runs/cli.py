@@ -30,6 +30,8 @@ REPLACED = {"comet_api": "TensorBoard, which every run writes, or --wandb_projec
 def run_cli(main: Callable[[list[str] | None], None]) -> None:
     """Call `main(None)` and turn the failures that a user can mend into one line.
 
+    A KeyboardInterrupt may bring words on what is left: see `directory.telling_what_is_kept`.
+
     Exit codes: 2 for bad input, a file that cannot be used or a full disk, 3 for a run that another process has, 1
     for a process that died, 130 for Ctrl-C, 0 for a run that was finished already. Any other exception is a defect of
     the program and keeps its traceback.
@@ -45,8 +47,8 @@ def run_cli(main: Callable[[list[str] | None], None]) -> None:
     except RunFinished as finished:
         print(one_line(finished))
         sys.exit(0)
-    except KeyboardInterrupt:
-        print("interrupted: what was saved before is kept", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt.args[0] if interrupt.args else 'nothing was saved'}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.errno not in DISK_FULL:
@@ -345,4 +347,6 @@ def _show_help(config_class: type, description: str) -> None:
         if group
     ]
     nested = dataclasses.make_dataclass("Settings", parts)
-    tyro.cli(nested, args=["--help"], description=description, use_underscores=True)
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m module; None for a file
+    command = f"python -m {module.name}" if module else f"python {Path(sys.argv[0]).name}"
+    tyro.cli(nested, prog=command, args=["--help"], description=description, use_underscores=True)

@@ -35,6 +35,7 @@ from utils import (
 
 LAST = "checkpoints/last.pth"  # of a run, in its directory
 ALWAYS_MAY_CHANGE = {"run_dir"}
+LENGTHS = {"max_timesteps", "num_epochs", "max_episodes"}
 HOW_IT_STARTED = {"resume", "overwrite"}  # settings that say how a run was started, not what it is
 
 
@@ -211,6 +212,21 @@ def hold_run(run_dir: str | Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def telling_what_is_kept(run_dir: str | Path, checkpoint: str | Path) -> Iterator[None]:
+    """Give a Ctrl-C inside the words on what it leaves of the run. Of several runs, those of one that was saved."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        saved = Path(checkpoint).exists()
+        if (Path(run_dir) / "finished.json").exists():
+            interrupt.args = (f"the run was finished, see {run_dir}",)
+        elif saved or not interrupt.args:
+            words = "the last checkpoint is kept; the same command with --resume continues from it"
+            interrupt.args = (words if saved else "nothing was saved yet; the same command starts again",)
+        raise
+
+
 def mark_finished(run_dir: str | Path, summary: dict[str, Any]) -> None:
     """Write finished.json: the run's last figures, and the sign that nothing is left to do."""
     write_text_atomic(Path(run_dir) / "finished.json", json.dumps(summary, indent=2, default=float) + "\n")
@@ -243,8 +259,10 @@ def _check_same_config(run_dir: Path, current: dict[str, Any], may_change: set[s
     for key in [*current, *(key for key in stored if key not in current)]:
         before, now = stored.get(key, absent), current.get(key, absent)
         if key not in may_change and before != now:
-            fault = f"{key} was {before} and is now {now}"
-            raise RunExists(path, fault, "give the old value, or choose another --run_dir")
+            fault, remedy = f"{key} was {before} and is now {now}", "give the old value, or choose another --run_dir"
+            if key in LENGTHS:
+                fault += "; a run cannot be made longer or shorter, as its schedules follow its length"
+            raise RunExists(path, fault, f"{remedy}, or replace the run with --overwrite")
 
 
 def _versions() -> dict[str, str | None]:

@@ -5,13 +5,22 @@ import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from model_kernels import KernelConfig, use_kernels
 from runs.cli import check_ranges, marked
-from runs.directory import HOW_IT_STARTED, check_run, expecting, hold_run, load_checkpoint, plain_config, prepare_run
+from runs.directory import (
+    HOW_IT_STARTED,
+    check_run,
+    expecting,
+    hold_run,
+    load_checkpoint,
+    plain_config,
+    prepare_run,
+    telling_what_is_kept,
+)
 from runs.metrics import MetricLogger
 from utils import MAY_CHANGE, Basic, MayChange, RandomStreams, UserError, Whole, resolve_device, write_text_atomic
 
@@ -33,6 +42,9 @@ class RunConfig(KernelConfig):
         check_ranges(self)
 
 
+OwnRun = TypeVar("OwnRun", bound="Run")
+
+
 class Run(abc.ABC):
     """One run in a directory that no other process trains in. Close it at the end.
 
@@ -50,12 +62,18 @@ class Run(abc.ABC):
         use_kernels(config, self.device)
         self.run_dir, self.checkpoint = self.default_run_dir(config), self.checkpoint_path(config)
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
-        self.load_data()
-        try:
+        self.resources.enter_context(telling_what_is_kept(self.run_dir, self.checkpoint))
+        with contextlib.ExitStack() as opening:
+            opening.push(self)  # closes it, unless all went well
+            self.load_data()
             self.open()
-        except BaseException:
-            self.close()
-            raise
+            opening.pop_all()
+
+    def __enter__(self: OwnRun) -> OwnRun:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.resources.__exit__(*error)
 
     def open(self) -> None:
         """Lock the directory, build what is trained, continue from the checkpoint if there is one, open the log."""
@@ -160,6 +178,11 @@ class Run(abc.ABC):
             error = UserError(self.run_dir, fault, remedy)
             write_text_atomic(self.run_dir / FAILURE, f"{error}\n")
             raise error
+
+
+def part_of(total: int, done: int) -> str:
+    """`1,000`, or `the last 400 of 1,000` where that is what was done since the run was resumed."""
+    return f"{total:,}" if done == total else f"the last {done:,} of {total:,}"
 
 
 def largest_q(rewards: np.ndarray, discount: float, limit: float = 10.0) -> float:

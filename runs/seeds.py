@@ -16,6 +16,7 @@ import torch
 
 from runs.chain import ChainRun, ChainRunConfig, run_chain
 from runs.cuda_graphs import GraphedStep, SideBySide
+from runs.run import part_of
 from utils import RunExists, RunFinished, RunHeld, UserError, one_line, progress, warn
 
 
@@ -35,7 +36,7 @@ def run_seeds(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, An
         runs: list[ChainRun] = []
         for own in left:
             run = run_class(own, runs[0] if runs else None, f"Seed {own.seed}: ")
-            runs.append(open_runs.enter_context(contextlib.closing(run)))
+            runs.append(open_runs.enter_context(run))
         if runs:
             _check_same_data(runs[0], summaries)
             summaries |= _train_to_the_end(runs, failed)
@@ -85,7 +86,7 @@ def _check_same_data(run: ChainRun, summaries: dict[str, dict[str, Any]]) -> Non
 
 def _train_to_the_end(runs: Sequence[ChainRun], failed: list[ChainRun]) -> dict[str, dict[str, Any]]:
     """Train and finish; `seed_k` -> what finished.json holds, of each run that is not among `failed` in the end."""
-    began, first = time.perf_counter(), sum(run.step for run in runs)
+    began, before = time.perf_counter(), sum(run.step for run in runs)
     print(f"{runs[0].describe()}; seeds {', '.join(str(run.config.seed) for run in runs)} at once")
     train(runs, failed)
     summaries = {}
@@ -93,10 +94,10 @@ def _train_to_the_end(runs: Sequence[ChainRun], failed: list[ChainRun]) -> dict[
         with _others_go_on(run, failed):
             if run not in failed:
                 summaries[f"seed_{run.config.seed}"] = run.finish()
-    updates, seconds = sum(run.step for run in runs) - first, time.perf_counter() - began
+    updates, seconds = sum(run.step for run in runs), time.perf_counter() - began
     if summaries:
         folders = ", ".join(str(run.run_dir) for run in runs if run not in failed)
-        print(f"{updates:,} updates in {seconds:.0f} seconds; outputs in {folders}")
+        print(f"{part_of(updates, updates - before)} updates in {seconds:.0f} seconds; outputs in {folders}")
     return summaries
 
 

@@ -278,7 +278,7 @@ def test_ctrl_c_ends_all_processes_in_one_line(tmp_path, repository):
         assert run.stdout.readline() == "step\n"
         os.killpg(run.pid, signal.SIGINT)
         _, errors = run.communicate(timeout=60)
-    assert run.returncode == 130 and errors == "interrupted: what was saved before is kept\n"
+    assert run.returncode == 130 and errors == "interrupted: nothing was saved\n"
     for _ in range(50):
         if not Path(f"/proc/{worker}").exists():
             break

@@ -23,8 +23,9 @@ from online_agent import OnlineAgent
 from online_trainer import OnlineRun, OnlineTrainerConfig
 from opso import episodes as opso_episodes
 from opso.episodes import Evaluation, GoalEnv, episode_code, rollout
-from opso.policy import Policy
+from opso.policy import MazePolicy
 from opso.search import Planner, spaced_rows
+from policy import Policy
 from runs.cli import parse_config, run_cli
 from runs.directory import hold_run, load_checkpoint, save_checkpoint
 from runs.evaluation import Evaluator
@@ -247,7 +248,7 @@ def test_the_best_model_acts_by_itself(arguments, tmp_path):
     run.close()
     assert [task for task, _ in run.evaluation.episodes] == [1, 2, 3, 4, 5]
     for name, workers in (("best_model.pth", 0), ("checkpoints/last.pth", 2)):
-        policy = Policy(tmp_path / "run" / name)
+        policy = MazePolicy(tmp_path / "run" / name)
         rows = policy.state["node_rows"]
         assert policy.dataset == DATASET and torch.equal(policy.state["nodes"], run.data.observations[rows])
         with evaluator_of(workers) as evaluator:
@@ -283,7 +284,7 @@ def test_a_file_is_evaluated_as_its_run_evaluated_it(finished, tmp_path, capsys)
 
 def test_a_policy_acts_as_its_planner_does(finished):
     """A run's directory stands for its last checkpoint; a new goal or `reset` begins an episode."""
-    policy, env = Policy(finished), make_env(DATASET)
+    policy, env = MazePolicy(finished), make_env(DATASET)
     assert policy.path == finished / "checkpoints/last.pth"
     observation, info = seeded_reset(env, 3, {"task_id": 2})
     goal, states = info["goal"], [observation + 0.1 * step for step in range(8)]
@@ -306,25 +307,44 @@ def test_a_policy_acts_as_its_planner_does(finished):
 def test_a_policy_of_either_stage_encodes_and_values(finished, pretrained):
     states = np.random.default_rng(0).normal(0, 4, (5, 2)).astype(np.float32)
     model = last(pretrained)["agent"]["target"]
-    for policy in (Policy(finished), Policy(pretrained), Policy(pretrained / "best_model.pth")):
+    for policy in (MazePolicy(finished), MazePolicy(pretrained), MazePolicy(pretrained / "best_model.pth")):
         z, value = policy.encode(states), policy.value(states, states[0])
         assert z.shape == (5, 16) and value.shape == (5,) and policy.value(states[1], states[0]).shape == ()
         assert np.allclose(policy.value(states[1], states[0]), value[1], atol=1e-5) and value.std() > 0
         assert np.allclose(policy.encode(states[2]), z[2], atol=1e-5)
         assert torch.equal(policy.encoder.state_dict()["mean"], model["encoder.mean"])
-    assert np.allclose(Policy(finished).encode(states), Policy(pretrained).encode(states), atol=1e-6)  # it is frozen
+    online, offline = MazePolicy(finished), MazePolicy(pretrained)
+    assert np.allclose(online.encode(states), offline.encode(states), atol=1e-6)  # it is frozen
     with pytest.raises(UserError, match="learns no action"):
-        Policy(pretrained).act(states[0], states[1])
+        MazePolicy(pretrained).act(states[0], states[1])
+
+
+def test_the_one_policy_of_all_systems_acts_encodes_and_values(finished, pretrained, tmp_path):
+    states, goal = np.random.default_rng(0).normal(0, 4, (5, 2)).astype(np.float32), np.ones(2, np.float32)
+    for run in (finished, pretrained):
+        policy, own = Policy(run), MazePolicy(run)
+        assert np.array_equal(policy.encode(states), own.encode(states))
+        assert np.array_equal(policy.value(states, goal), own.value(states, goal))
+    policy, own = Policy(finished), MazePolicy(finished)
+    first = policy.act(states[0], goal)
+    assert np.array_equal(first, own.act(states[0], goal))
+    policy.reset()
+    assert np.array_equal(policy.act(states[0], goal), first)
+    with pytest.raises(ValueError, match="needs a goal"):
+        policy.act(states[0])
+    save_checkpoint(tmp_path / "other.pth", {"step": 1})
+    with pytest.raises(UserError, match="not a policy of online_trainer.py"):
+        Policy(tmp_path / "other.pth")
 
 
 def test_what_is_no_policy_is_named(tmp_path, finished):
     with pytest.raises(UserError, match="absent"):
-        Policy(tmp_path / "absent.pth")
+        MazePolicy(tmp_path / "absent.pth")
     state = last(finished)
     for fault, name in (("nodes", "nodes"), ("dataset", "dataset"), ("agent", "agent")):
         save_checkpoint(tmp_path / "policy.pth", {key: value for key, value in state.items() if key != fault})
         with pytest.raises(UserError, match=name):
-            Policy(tmp_path / "policy.pth")
+            MazePolicy(tmp_path / "policy.pth")
 
 
 # -- the metric and the graph -----------------------------------------------------------------------------------------

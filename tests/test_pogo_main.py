@@ -16,7 +16,9 @@ from running import digest, error_line
 import make_dataset
 import pogo_main
 from pogo_main import POGORun, POGOTrainerConfig
+from policy import Policy
 from runs import chain, seeds
+from runs import policy as chain_policy
 from runs.cli import parse_config, run_cli
 from runs.directory import hold_run, load_checkpoint, save_checkpoint
 from runs.evaluation import episode_seeds, report_steps
@@ -43,7 +45,8 @@ def short_episodes():
         return env
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chain, "make_env", shortened)
+        for module in (chain, chain_policy):
+            patch.setattr(module, "make_env", shortened)
         yield
 
 
@@ -78,8 +81,11 @@ def train(flags: list[str]) -> None:
         pogo_main.main([*flags, "--no_tensorboard"])
 
 
-def train_until(stop_at: int, flags: list[str], seed: int = 0, method: str = "record") -> None:
-    """Train, and interrupt the run of one seed where it would count its next update (or save) after so many."""
+def train_until(stop_at: int, flags: list[str], seed: int = 0, method: str = "record") -> str:
+    """Train, and interrupt the run of one seed where it would count its next update (or save) after so many.
+
+    Returns the words on what is kept.
+    """
     whole = getattr(POGORun, method)
 
     def interrupted(run, *arguments):
@@ -87,9 +93,10 @@ def train_until(stop_at: int, flags: list[str], seed: int = 0, method: str = "re
             raise KeyboardInterrupt
         return whole(run, *arguments)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
         patch.setattr(POGORun, method, interrupted)
         train(flags)
+    return str(caught.value)
 
 
 OUTPUTS = ("checkpoints/last.pth", "training/metrics.csv", "training/evaluations.csv", "finished.json")
@@ -198,9 +205,23 @@ def test_directories_carry_env_weights_and_seed(arguments, tmp_path, monkeypatch
     assert str(POGORun.default_run_dir(config)) == f"logs/{POGORun.run_name(config)}"
     train(arguments(tmp_path / "run", "--checkpoint_dir", str(tmp_path / "kept")))
     assert (tmp_path / "kept" / DATASET / "w2_0.4_1/seed_0/last.pth").exists()
-    assert pogo_main.Policy(tmp_path / "run").act(np.zeros(11, np.float32)).shape == (3,)
+    assert Policy(tmp_path / "run").act(np.zeros(11, np.float32)).shape == (3,)
     train(arguments(tmp_path / "none", "--no_save_model"))
     assert not list((tmp_path / "none").rglob("*.pth"))
+
+
+def test_ctrl_c_says_what_is_kept_and_the_last_line_what_was_done_since(arguments, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert "nothing was saved yet" in train_until(3, arguments(run_dir))
+    assert "--resume continues from it" in train_until(8, arguments(run_dir))
+    train(arguments(run_dir, "--resume"))
+    assert "the last 6 of 12 updates in " in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_made_longer(finished, arguments, capsys):
+    line = exits(capsys, *arguments(finished, max_timesteps=20))
+    assert "max_timesteps was 12 and is now 20; a run cannot be made longer or shorter" in line
+    assert "or replace the run with --overwrite" in line
 
 
 # -- the same bits ----------------------------------------------------------------------------------------------------
@@ -334,22 +355,25 @@ def test_a_file_is_evaluated_as_its_run_evaluated_it(finished, arguments, tmp_pa
 
 
 def test_a_policy_acts_from_its_file_alone_as_in_training(finished, arguments):
-    policy = pogo_main.Policy(finished / "checkpoints/last.pth")
     run = POGORun(parse_config(POGOTrainerConfig, arguments(finished.parent / "like", "--no_tensorboard")))
     run.load(finished / "checkpoints/last.pth")
     rows, raw = torch.from_numpy(run.data.observations[:5]), run.data.observations[:5] * run.std + run.mean
     for number in range(2):
         expected = run.acting()[number](rows, torch.zeros(5, run.data.action_dim)).detach().numpy()
-        np.testing.assert_allclose(policy.act(raw, number), expected, atol=1e-4)
-    np.testing.assert_array_equal(policy.act(raw), policy.act(raw, 1))
-    np.testing.assert_allclose(policy.act(raw[0]), policy.act(raw)[0], atol=1e-5)  # one observation, or many
-    assert not np.array_equal(policy.act(raw, stochastic=True), policy.act(raw)) and policy.env == DATASET
+        np.testing.assert_allclose(
+            Policy(finished / "checkpoints/last.pth", actor=number).act(raw), expected, atol=1e-4
+        )
     run.close()
-    np.testing.assert_array_equal(pogo_main.Policy(finished).act(raw), policy.act(raw))  # a run's directory will do
+    policy = Policy(finished)  # a run's directory will do
+    np.testing.assert_array_equal(policy.act(raw), Policy(finished, actor=1).act(raw))
+    np.testing.assert_allclose(policy.act(raw[0]), policy.act(raw)[0], atol=1e-5)  # one observation, or many
+    assert not np.array_equal(policy.act(raw, deterministic=False), policy.act(raw)) and policy.trained.env == DATASET
     with pytest.raises(ValueError, match="actor 2: the chain has actors 0 to 1"):
-        policy.act(raw, actor=2)
+        Policy(finished, actor=2).act(raw)
     with pytest.raises(ValueError, match=r"shape \(5, 10\), not \[..., 11\]"):
         policy.act(raw[:, 1:])
+    with pytest.raises(UserError, match="OPSO alone has a code"):
+        policy.encode(raw)
 
 
 def test_a_checkpoint_of_each_evaluation_can_be_kept(finished, arguments, tmp_path):

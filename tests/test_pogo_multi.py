@@ -139,7 +139,7 @@ def test_policies_may_differ_along_the_chain(policies):
         info = chain.update(make_batch(seed))
     assert [type(actor).__name__ for actor in chain.actors] == [POLICIES[name].__name__ for name in policies]
     for number in range(3):
-        assert info[f"w2_{number}_distance"] > 0 and info[f"actor_{number}_loss"].isfinite()
+        assert info[f"actor_{number}/distance"] > 0 and info[f"actor_{number}/loss"].isfinite()
 
 
 def test_a_heavy_weight_holds_an_actor_at_the_one_before():

@@ -14,7 +14,9 @@ import make_dataset
 from algorithms.offline import make_configs, pogo_multi_main
 from algorithms.offline.pogo_multi_main import ALGORITHMS, MultiRun, find_config
 from offline_data import load_transitions
+from policy import Policy
 from runs import chain
+from runs import policy as chain_policy
 from runs.directory import load_checkpoint
 from runs.metrics import read_episodes, read_metrics
 from utils import UserError
@@ -40,7 +42,8 @@ def short_episodes():
         return env
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chain, "make_env", shortened)
+        for module in (chain, chain_policy):
+            patch.setattr(module, "make_env", shortened)
         patch.setattr(MultiRun, "plot", lambda run: None)
         yield
 
@@ -79,7 +82,7 @@ def test_a_run_logs_what_the_text_names(algorithm, finished):
     metrics = read_metrics(run_dir / "training")
     assert metrics["step"] == [2, 4, 6, 8]
     for actor in (0, 1):
-        for column in (f"actor_{actor}_loss", f"w2_{actor}_distance", f"chain/actor_{actor}/q"):
+        for column in (f"actor_{actor}/loss", f"actor_{actor}/distance", f"chain/actor_{actor}/q"):
             assert np.isfinite(metrics[column]).all(), column
         scores = metrics[f"eval_actor_{actor}"]
         assert np.isfinite(scores).tolist() == [False, True, False, True]
@@ -107,7 +110,7 @@ def test_a_run_that_is_cut_goes_on_to_the_same_bits(algorithm, finished, argumen
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_diverging_run_stops_and_says_why(algorithm, arguments, tmp_path):
-    with pytest.raises(UserError, match="(q_data|actor_0_q) is .* at update 2, beyond the limit .*; lower .*--q_limit"):
+    with pytest.raises(UserError, match="(q_data|actor_0/q) is .* at update 2, beyond the limit .*; lower .*--q_limit"):
         pogo_multi_main.main(arguments(algorithm, tmp_path / "run", q_limit=1e-9))
     assert not (tmp_path / "run/finished.json").exists()
     assert "beyond the limit" in (tmp_path / "run/failure.txt").read_text()
@@ -131,12 +134,26 @@ def test_a_file_is_evaluated_as_its_run_evaluated_it(algorithm, finished, capsys
     assert "not a checkpoint of pogo_multi_main.py" in exits(capsys, "--evaluate", tmp_path / "bad.pth")
 
 
-def test_settings_come_from_a_file_in_the_texts_own_spelling(dataset_dir, tmp_path):
+@pytest.mark.parametrize("algorithm", ["td3_bc", "sac_n"])
+def test_a_policy_acts_as_its_run_does(algorithm, finished, arguments, tmp_path):
+    with MultiRun(parse(arguments(algorithm, tmp_path / "run"))) as run:
+        run.load(finished / algorithm / "checkpoints/last.pth")
+        rows, raw = torch.from_numpy(run.data.observations[:5]), run.data.observations[:5] * run.std + run.mean
+        expected = [act(rows, torch.zeros(5, run.data.action_dim)).detach().numpy() for act in run.acting()]
+    for number, actions in enumerate(expected):
+        policy = Policy(finished / algorithm, actor=number)
+        np.testing.assert_allclose(policy.act(raw), actions, atol=1e-4)
+        assert not np.array_equal(policy.act(raw, deterministic=False), policy.act(raw))
+    assert not np.allclose(*expected)
+
+
+@pytest.mark.parametrize("flag", ["--config", "--config_path"])
+def test_settings_come_from_a_file_in_the_texts_own_spelling(flag, dataset_dir, tmp_path):
     values = TINY | {"algorithm": "iql", "w2_weights": [1.0, 2.0, 3.0], "num_actors": 3, "beta": 5.0}
     values |= {"actor_configs": [{"deterministic": False}, {"type": "gaussian"}, {"deterministic": True}]}
     (tmp_path / "iql.yaml").write_text(yaml.safe_dump(values | {"dataset_dir": str(dataset_dir)}))
     run_dir = tmp_path / "run"
-    flags = ["--config_path", str(tmp_path / "iql.yaml"), "--run_dir", str(run_dir), "--beta", "7", "--no_tensorboard"]
+    flags = [flag, str(tmp_path / "iql.yaml"), "--run_dir", str(run_dir), "--beta", "7", "--no_tensorboard"]
     pogo_multi_main.main(flags)
     stored = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert stored["actor_configs"] == ["stochastic", "gaussian", "deterministic"] and stored["beta"] == 7
@@ -171,7 +188,7 @@ def test_a_run_may_begin_with_anothers_networks(finished, arguments, tmp_path, c
 
 def parse(flags: list[str]):
     more = (None, pogo_multi_main.ALIASES, {"actor_configs": pogo_multi_main.read_actor_configs})
-    return pogo_multi_main.parse_config(find_config(flags), flags, "", "--config_path", *more)
+    return pogo_multi_main.parse_config(find_config(flags), flags, "", "--config", *more)
 
 
 def test_rewards_are_scaled_as_asked(arguments, dataset_dir, tmp_path):

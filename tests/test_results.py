@@ -117,6 +117,7 @@ def test_a_file_of_the_repository_names_local_data_and_flags_that_its_commands_h
         assert all(name.startswith("local/") for name in named) and (named or COMMANDS[run.command].data is None)
     assert {run.seed for run in table.runs[: len(table.runs) // len({run.seed for run in table.runs})]} == {0}
     assert tables.render(table, rows.Scores([]))  # its layout can be drawn
+    assert len({run.name for run in table.runs}) == len(table.runs)  # a line of --dry_run tells which run it is
 
 
 def test_a_file_becomes_runs(tmp_path):

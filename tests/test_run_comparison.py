@@ -332,7 +332,7 @@ def test_every_system_has_a_trial(algorithm, tmp_path):
     entry = f"{{algorithm: {algorithm}, w2_weights: [1, 2], hidden_dim: 8, batch_size: 8{more}}}"
     (tmp_path / "c.yaml").write_text(f"environments: {{hopper: {{medium: {entry}}}}}")
     (run,) = expand(settings(tmp_path / "c.yaml"))
-    seconds, size = estimate.trial(run, 1, seconds=0.05)
+    seconds, size = estimate.trial(run, seconds=0.05)
     assert seconds > 0 and size > 1000
 
 
@@ -426,7 +426,7 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(place, capsys):
     assert "hopper-medium-v2 w2 0.4 1 seed 1: not started" in out
     assert "2 runs: 0 finished, 0 cut, 2 not started" in out and " free in " in out
     time_line = r"^Time: about \d+(\.\d)? (seconds|minutes|hours) at most, with 2 at once\. "
-    assert re.search(time_line + r"This is a guess from a short trial on this machine\.$", out, re.M), out
+    assert re.search(time_line + r"This is a guess from a short trial of one thread on this machine\.$", out, re.M), out
     assert {path.name for path in place.folder.iterdir()} == {"comparison.yaml", "notes", "trainer.py"}
 
 
@@ -445,6 +445,13 @@ def test_data_that_cannot_be_had_fails_once(place, capsys):
     assert "hopper-medium-v2, 2 runs: exit code 2: cannot download it; put it there by hand" in said.out
     ends = [line for line in place.ledger() if line[0] == "end"]
     assert len(ends) == 2 and len(place.ledger()) == 5
+
+
+def test_a_guess_leaves_out_the_first_calls_and_one_that_was_stopped():
+    """As where another process takes the cores for a while."""
+    pauses = iter([0.2] * 10 + [0.001, 0.001, 0.3, 0.001, 0.001])
+    assert 0.001 <= estimate.typical_seconds(lambda: time.sleep(next(pauses)), 0.0) < 0.2
+    assert next(pauses, None) is None
 
 
 def test_dry_run_measures_on_finished_runs_where_it_can(place, capsys):

@@ -21,7 +21,15 @@ from online_trainer import OnlineTrainerConfig
 from pogo_main import POGOTrainerConfig
 from runs import cli
 from runs.cli import parse_config, run_cli
-from runs.directory import expecting, hold_run, load_checkpoint, mark_finished, prepare_run, save_checkpoint
+from runs.directory import (
+    expecting,
+    hold_run,
+    load_checkpoint,
+    mark_finished,
+    prepare_run,
+    save_checkpoint,
+    telling_what_is_kept,
+)
 from runs.metrics import MetricLogger, RunningMeans, read_metrics
 from utils import RandomStreams, ReplayBuffer, RunFinished, RunHeld, UserError
 from walker.train_morel import MORELConfig
@@ -168,6 +176,28 @@ def test_run_cli_prints_one_line(capsys, error, code, words):
     shown = capsys.readouterr()
     assert caught.value.code == code
     assert words in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ((), "nothing was saved yet; the same command starts again"),
+        (("last.pth",), "the last checkpoint is kept; the same command with --resume continues from it"),
+        (("last.pth", "finished.json"), "the run was finished, see "),
+    ],
+)
+def test_ctrl_c_says_what_is_kept(files, words, tmp_path, capsys):
+    for name in files:
+        (tmp_path / name).touch()
+
+    def main(argv):
+        new = telling_what_is_kept(tmp_path / "new", tmp_path / "new.pth")
+        with new, telling_what_is_kept(tmp_path, tmp_path / "last.pth"):  # of several runs, one that was saved counts
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        run_cli(main)
+    assert capsys.readouterr().err.startswith(f"interrupted: {words}")
 
 
 def test_run_cli_reports_a_finished_run_and_keeps_tracebacks_of_defects(capsys):

@@ -24,6 +24,7 @@ from dmc_utils import (
     parse_datasets,
     rewards_in_task,
 )
+from policy import Policy
 from runs.cli import parse_config
 from runs.directory import load_checkpoint
 from runs.evaluation import episode_seeds
@@ -415,6 +416,23 @@ def test_the_agents_command(finished, capsys, tmp_path):
     assert len(returns) == 3 and np.isclose(np.mean(returns), means["run"])
     with pytest.raises(RunFinished):
         agent_module.main([*flags, "--run_dir", str(tmp_path)])
+
+
+def test_the_one_policy_of_all_systems_acts_as_the_agent(finished):
+    observations = np.random.default_rng(0).normal(size=(3, 24))
+    for method in ("bc", "dt"):
+        policy, agent = Policy(finished / method, task="run"), Agent()
+        agent.load(finished / method / "checkpoints/last.pth")
+        agent.set_task("run")
+        for _ in range(3):
+            expected = agent.act_vec(observations)
+            assert np.array_equal(policy.act(observations), expected)
+        policy.reset()
+        assert policy.act(observations[0]).shape == (6,)
+    with pytest.raises(ValueError, match="task 'fly'"):
+        Policy(finished / "bc", task="fly")
+    with pytest.raises(ValueError, match="deterministically"):
+        policy.act(observations, deterministic=False)
 
 
 def test_bad_input_is_one_line(finished, arguments, tmp_path, capsys, data_dir):

@@ -13,7 +13,6 @@ Agents are played in the tasks that the data is of.
 """
 
 import abc
-import contextlib
 import math
 import sys
 import time
@@ -31,7 +30,7 @@ from runs.cli import parse_config
 from runs.directory import expecting, load_checkpoint, mark_finished, save_checkpoint
 from runs.evaluation import episode_seeds, num_workers
 from runs.metrics import RunningMeans
-from runs.run import Run, RunConfig
+from runs.run import Run, RunConfig, part_of
 from utils import (
     Basic,
     Count,
@@ -177,9 +176,9 @@ class StudyRun(Run):
 
     def run(self) -> dict[str, Any]:
         """Train to the end and test; returns what finished.json holds."""
-        began, first, config = time.perf_counter(), self.step, self.config
+        began, before, config = time.perf_counter(), self.step, self.config
         print(self.describe())
-        with contextlib.closing(self):
+        with self:
             self.train()
             summary = self.test() if config.TEST_AFTER_TRAINING else {}
             summary |= {f"data/{task}/return": float(found.mean()) for task, found in self.data_returns.items()}
@@ -187,7 +186,7 @@ class StudyRun(Run):
             summary |= {"method": self.method, "datasets": list(self.ids)}
             mark_finished(self.run_dir, summary)
         seconds = time.perf_counter() - began
-        print(f"{self.step - first:,} updates in {seconds:.0f} seconds; outputs in {self.run_dir}")
+        print(f"{part_of(self.step, self.step - before)} updates in {seconds:.0f} seconds; outputs in {self.run_dir}")
         return summary
 
     def describe(self) -> str:

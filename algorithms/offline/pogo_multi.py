@@ -133,8 +133,8 @@ class MultiActor:
             distance = self.distance(distribution, reference, z, draw.actions)
         if self.chain.w2_weights[number] != 0:  # adding 0 would change how gradients are rounded
             loss = loss + self.chain.w2_weights[number] * distance
-        info = {f"actor_{number}_{name}": value for name, value in info.items()}
-        return loss, info | {f"actor_{number}_loss": loss.detach(), f"w2_{number}_distance": distance.detach()}
+        info |= {"loss": loss.detach(), "distance": distance.detach()}
+        return loss, {f"actor_{number}/{name}": value for name, value in info.items()}
 
     def distance(self, policy: Distribution, reference: Distribution, z: Tensor, actions: Tensor) -> Tensor:
         """D, 0-d, of the table above; z, actions: [n, K, A] noise and the policy's actions at it."""

@@ -5,7 +5,7 @@ becomes a chain of as many actors as --w2_weights has numbers. --help with an al
 directory is logs/{env}/{algorithm}_w2_{weights}/seed_{seed}.
 
     python -m algorithms.offline.pogo_multi_main --algorithm iql --env local/hopper-medium-v2
-    python -m algorithms.offline.pogo_multi_main --config_path FILE --w2_weights 20 20 20
+    python -m algorithms.offline.pogo_multi_main --config FILE --w2_weights 20 20 20
 """
 
 import dataclasses
@@ -34,16 +34,21 @@ from runs.chain import (
     check_evaluate,
     check_solver,
     check_weights,
-    evaluate_again,
 )
 from runs.cli import load_yaml, parse_config, run_cli
-from runs.directory import checkpoint_file, expecting, load_checkpoint
+from runs.directory import expecting, load_checkpoint
+from runs.policy import ChainPolicy, evaluate_again
 from runs.seeds import run_seeds
 from utils import Basic, Count, MayChange, Number, Positive, UserError, resolve_device, warn
 
 NEED_DENSITY = {"cql", "sac_n", "edac"}  # their losses have log pi; their own policy is the default
 # Spellings of the original text.
-ALIASES = {"n_episodes": "eval_episodes", "checkpoints_path": "checkpoint_dir", "project": "wandb_project"}
+ALIASES = {
+    "config_path": "config",
+    "n_episodes": "eval_episodes",
+    "checkpoints_path": "checkpoint_dir",
+    "project": "wandb_project",
+}
 PolicyName = Literal["own", "stochastic", "deterministic", "gaussian", "tanh_gaussian"]
 
 
@@ -233,21 +238,20 @@ def acting(agent: MultiActor) -> list[Act]:
     return [act_by(actor) for actor in agent.actors]
 
 
-def evaluate_file(config: MultiRunConfig) -> dict[str, float]:
-    """`--evaluate`: the evaluation at the end of a run once more, from its checkpoint alone."""
-    device, path = resolve_device(config.device), checkpoint_file(config.evaluate)
-    state = load_checkpoint(path, device)
-    with expecting(path, "a checkpoint of pogo_multi_main.py"):
-        trained = state["config"]
-        known = {field.name for field in dataclasses.fields(ALGORITHMS[trained["algorithm"]][1])}
-        settings = {name: value for name, value in trained.items() if name in known}
-        own = ALGORITHMS[trained["algorithm"]][1](**settings)
-        normalizer = (state["observation_mean"].to(device), state["observation_std"].to(device))
-        sizes = (len(normalizer[0]), state["action_dim"], state["max_action"])
-        agent = build(own, sizes, torch.Generator(device), device)
-        agent.load_state_dict(state["agent"])
-        title = f"{trained['env']}, {trained['algorithm']}, update {state['step']} of {path}"
-    return evaluate_again(config, acting(agent), sizes[1], normalizer, trained, title)
+def trained_actors(state: dict[str, Any], device: torch.device) -> list[Act]:
+    """The actors of a checkpoint of this command, in the order of the chain."""
+    trained, sizes = state["config"], (len(state["observation_mean"]), state["action_dim"], state["max_action"])
+    config_class = ALGORITHMS[trained["algorithm"]][1]
+    known = {field.name for field in dataclasses.fields(config_class)}
+    config = config_class(**{name: value for name, value in trained.items() if name in known})
+    agent = build(config, sizes, torch.Generator(device), device)
+    agent.load_state_dict(state["agent"])
+    return acting(agent)
+
+
+def load_policy(path: str | Path, device: str | torch.device = "cpu") -> ChainPolicy:
+    """The actors of a run's directory or checkpoint, to act with. Raises UserError for a file of another command."""
+    return ChainPolicy(path, trained_actors, "pogo_multi_main.py", device)
 
 
 def find_config(argv: list[str]) -> type[MultiRunConfig]:
@@ -258,7 +262,7 @@ def find_config(argv: list[str]) -> type[MultiRunConfig]:
         for word, following in zip(words, words[1:], strict=False)
         if word.startswith("--")
     }
-    flag, file = given.get("__algorithm"), given.get("__config_path")
+    flag, file = given.get("__algorithm"), given.get("__config", given.get("__config_path"))
     if file is None and "__run_dir" in given and Path(given["__run_dir"], "config.yaml").is_file():
         file = f"{given['__run_dir']}/config.yaml"
     stored = load_yaml(Path(file)).get("algorithm") if file is not None else None
@@ -277,11 +281,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train to the end, and return what `run_seeds` does; or evaluate a file, and return its scores."""
     argv = list(sys.argv[1:] if argv is None else argv)
     config_class = find_config(argv)
-    more = ("--config_path", MultiRun.settings_dir, ALIASES, {"actor_configs": read_actor_configs})
-    config = parse_config(config_class, argv, __doc__, *more)
+    more = (MultiRun.settings_dir, ALIASES, {"actor_configs": read_actor_configs})
+    config = parse_config(config_class, argv, __doc__, "--config", *more)
     if config.evaluate is not None:
         check_evaluate(config)
-        return evaluate_file(config)
+        return evaluate_again(config, load_policy(config.evaluate, resolve_device(config.device)))
     return run_seeds(MultiRun, config)
 
 

@@ -1,0 +1,79 @@
+"""A trained chain of actors from its checkpoint, to act with: pogo_main.py's and pogo_multi_main's."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from offline_data import make_env, normalized_score
+from runs.chain import Act, ChainRunConfig, final_seeds, play, report_final
+from runs.directory import checkpoint_file, expecting, load_checkpoint
+from runs.evaluation import Evaluator, num_workers
+from utils import RandomStreams
+
+
+class ChainPolicy:
+    """The actors of a run, each as acts on raw observations.
+
+    Args:
+        path: a run's directory, whose checkpoints/last.pth is taken, or a checkpoint.
+        make_actors: of a checkpoint's content and a device, the actors in the order of the chain.
+        command: writes such checkpoints; named where the file is none.
+        device: where the actors compute.
+
+    Attributes: path, env (dataset id), config (the run's settings), step, actors, action_dim, mean and std [D].
+    Raises UserError for a file that is no such checkpoint.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        make_actors: Callable[[dict[str, Any], torch.device], Sequence[Act]],
+        command: str,
+        device: str | torch.device = "cpu",
+    ):
+        self.path, device = checkpoint_file(path), torch.device(device)
+        state = load_checkpoint(self.path, device)
+        with expecting(self.path, f"a checkpoint of {command}", "give the last.pth of one of its runs"):
+            self.env, self.config, self.step = state["env"], state["config"], state["step"]
+            [self.config[name] for name in ("seed", "eval_episodes", "final_runs")]  # an evaluation needs them
+            self.mean, self.std = state["observation_mean"].to(device), state["observation_std"].to(device)
+            self.action_dim, self.actors = state["action_dim"], list(make_actors(state, device))
+
+    @torch.no_grad()
+    def act(self, observation: np.ndarray, actor: int = -1, deterministic: bool = True) -> np.ndarray:
+        """Actions [..., A] of raw observations [..., D]; with noise z ~ N(0, I) where not deterministic, else z = 0.
+
+        Raises ValueError for observations of another size and for an actor that the chain does not have.
+        """
+        if np.shape(observation)[-1:] != self.mean.shape:
+            raise ValueError(f"observations have the shape {np.shape(observation)}, not [..., {len(self.mean)}]")
+        if not -len(self.actors) <= actor < len(self.actors):
+            raise ValueError(f"actor {actor}: the chain has actors 0 to {len(self.actors) - 1}")
+        states = torch.as_tensor(observation, dtype=torch.float32, device=self.mean.device)
+        z = states.new_zeros(*states.shape[:-1], self.action_dim)
+        actions = self.actors[actor]((states - self.mean) / self.std, z if deterministic else z.normal_())
+        return actions.cpu().numpy()
+
+
+def evaluate_again(config: ChainRunConfig, policy: ChainPolicy) -> dict[str, float]:
+    """`--evaluate`: print and return the scores of the evaluation at the end of a run once more, from its file alone.
+
+    config: this command's settings, which may ask for other episodes.
+    """
+    runs, episodes, seed = (policy.config[name] for name in ("final_runs", "eval_episodes", "seed"))
+    at_once = episodes  # as the run had, so that the noise is the same
+    if config.evaluate_episodes is not None:
+        runs, episodes, at_once = 1, config.evaluate_episodes, min(config.evaluate_episodes, episodes)
+    seed = seed if config.evaluate_seed is None else config.evaluate_seed
+    first, seeds = final_seeds(RandomStreams(seed, policy.mean.device), runs * episodes)
+    environment = functools.partial(make_env, policy.env, config.dataset_dir)
+    acting = (policy.actors, policy.action_dim, policy.mean, policy.std)
+    with Evaluator(environment, 2 * len(policy.actors) * at_once, num_workers(config.eval_workers)) as evaluator:
+        played = play(evaluator, *acting, seeds, first, "evaluate")
+    chain = ", ".join(filter(None, (policy.env, policy.config.get("algorithm"))))
+    scores = normalized_score(policy.env, played.returns, config.dataset_dir)
+    return report_final(f"{chain}, update {policy.step} of {policy.path}", played, scores, runs)
