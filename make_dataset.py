@@ -22,8 +22,8 @@ local/. --list says where that is.
 
 A `local/` dataset has the layout, names and protocol of the official one and is made by policies of known quality
 (datasets/experts/); the id keeps the two apart. A manifest beside the files tells recipe, seed, policies, versions and
-SHA-256. On one machine with the same versions, the same id, size, seed and policies give the same bytes, whatever
---jobs.
+SHA-256. With the same versions, the same id, size, seed and policies give the same bytes on any x86-64 processor that
+has AVX2, whatever --jobs.
 """
 
 from __future__ import annotations

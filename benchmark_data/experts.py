@@ -149,25 +149,25 @@ def make_expert_env(env: str) -> gymnasium.Env:
 # Policies
 # ----------------------------------------------------------------------------------------------------------------
 
-_GELU_SCALE = np.float32(math.sqrt(2 / math.pi))
+_GELU_SCALE = math.sqrt(2 / math.pi)
 
 
 def _gelu_tanh(x: np.ndarray) -> np.ndarray:
     """x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), the form that JAX takes by default."""
     inner = x * x
-    inner *= np.float32(0.044715)
-    inner += np.float32(1)
+    inner *= 0.044715
+    inner += 1
     inner *= x
     inner *= _GELU_SCALE
     np.tanh(inner, out=inner)
-    inner += np.float32(1)
+    inner += 1
     inner *= x
-    inner *= np.float32(0.5)
+    inner *= 0.5
     return inner
 
 
 def _relu(x: np.ndarray) -> np.ndarray:
-    return np.maximum(x, np.float32(0))
+    return np.maximum(x, 0)
 
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"gelu_tanh": _gelu_tanh, "relu": _relu}
@@ -201,7 +201,7 @@ class Policy:
                 raise ValueError(f"{name} is {array.dtype}, or holds NaN or infinity")
         layers, width = {}, self.observation_dim
         for name in self.layer_names:
-            weight, bias = layers[name] = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+            weight, bias = layers[name] = [self.weights[f"{name}.{part}"].astype(float) for part in ("weight", "bias")]
             outputs = len(bias) if name.startswith("hidden") else self.action_dim
             if weight.shape != (width, outputs) or bias.shape != (outputs,):
                 raise ValueError(f"{name} is {weight.shape} and {bias.shape}, expected {(width, outputs)}")
@@ -236,28 +236,21 @@ class Policy:
     def act(self, observation: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """Actions in [-1, 1], float32: [action_dim] for [observation_dim], [n, action_dim] for [n, observation_dim].
 
-        The mean's when `rng` is None, else a sample. In float32, so a row of a batch may differ from the same
-        observation alone in the last bit.
+        The mean's when `rng` is None, else a sample. Computed in float64: how a product is rounded depends on the
+        processor, and what is left of that after the rounding to float32 changes a bit in about one of 10^8 actions.
         """
         layers, mean, log_std, activation = self._network
-        hidden = np.asarray(observation, dtype=np.float32)
+        hidden = np.asarray(observation, dtype=np.float32).astype(float)
         for weight, bias in layers:
-            hidden = hidden @ weight
-            hidden += bias
-            hidden = activation(hidden)
-        action = hidden @ mean[0]
-        action += mean[1]
-        if rng is None:
-            return np.tanh(action, out=action)
-        noise = rng.standard_normal(action.shape)
-        if log_std is None:
-            return np.clip(np.tanh(action) + self.noise * noise, -1.0, 1.0).astype(np.float32)
-        scale = hidden @ log_std[0]
-        scale += log_std[1]
-        np.exp(np.clip(scale, self.log_std_min, self.log_std_max, out=scale), out=scale)
-        scale *= noise.astype(np.float32)
-        action += scale
-        return np.tanh(action, out=action)
+            hidden = activation(hidden @ weight + bias)
+        action = hidden @ mean[0] + mean[1]
+        if rng is not None and log_std is not None:
+            scale = np.clip(hidden @ log_std[0] + log_std[1], self.log_std_min, self.log_std_max)
+            action += np.exp(scale) * rng.standard_normal(action.shape)
+        action = np.tanh(action)
+        if rng is not None and log_std is None:
+            action = np.clip(action + self.noise * rng.standard_normal(action.shape), -1.0, 1.0)
+        return action.astype(np.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------------

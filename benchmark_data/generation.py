@@ -50,8 +50,8 @@ _AHEAD = 8  # tasks in flight for each process
 class Plan:
     """One dataset to make.
 
-    On one machine with the same versions its bytes depend on the id, the size, the seed and the policies (with their
-    cards) alone.
+    With the same versions its bytes depend on the id, the size, the seed and the policies (with their cards) alone, on
+    any x86-64 processor that has AVX2.
     """
 
     dataset_id: str  # local/...

@@ -84,11 +84,11 @@ def test_one_policys_weights_are_kept_in_d4rls_form(generate, experts_dir):
         assert file["metadata/iteration"][()] == 80
         stored = file["metadata/policy"]
         assert stored["nonlinearity"][()] == b"relu" and stored["output_distribution"][()] == b"tanh_gaussian"
-        hidden = file["observations"][:]
+        hidden = file["observations"][:].astype(float)
         for name in ("fc0", "fc1"):  # a PyTorch layer's matrix: [out, in]
             hidden = np.maximum(hidden @ stored[f"{name}/weight"][:].T + stored[f"{name}/bias"][:], 0)
         mean = np.tanh(hidden @ stored["last_fc/weight"][:].T + stored["last_fc/bias"][:])
-        np.testing.assert_allclose(mean, policy.act(file["observations"][:]), atol=1e-6)
+        np.testing.assert_allclose(mean, policy.act(file["observations"][:]), atol=1e-7)
         assert stored["last_fc_log_std/weight"].shape == (6, 8)
 
 
