@@ -23,12 +23,12 @@ from runs.cli import parse_config, run_cli
 from runs.directory import mark_finished, save_checkpoint
 from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_training_curves, plot_value_maps
-from runs.run import Run, RunConfig
+from runs.run import DeviceRunConfig, Run
 from utils import Basic, Count, MayChange, Range, UserError, progress, resolve_device
 
 
 @dataclass
-class OfflineTrainerConfig(RunConfig, OfflineAgentConfig):
+class OfflineTrainerConfig(DeviceRunConfig, OfflineAgentConfig):
     dataset: Basic[str] = "local/pointmaze-medium-navigate-v0"  # OGBench id, or local/<id> for one generated here
     dataset_dir: Basic[MayChange[str | None]] = None  # folder of the data; default: OGBENCH_DATASET_DIR, or datasets/
     max_trajectories: Count | None = 100  # train on the file's first so many episodes

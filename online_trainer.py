@@ -44,7 +44,7 @@ from runs.directory import load_checkpoint, mark_finished, save_checkpoint
 from runs.evaluation import Evaluator, num_workers
 from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_online_curves
-from runs.run import Run, RunConfig
+from runs.run import DeviceRunConfig, Run
 from utils import (
     Basic,
     Count,
@@ -64,7 +64,7 @@ from utils import (
 
 
 @dataclass
-class OnlineTrainerConfig(RunConfig, OnlineAgentConfig):
+class OnlineTrainerConfig(DeviceRunConfig, OnlineAgentConfig):
     dataset: Basic[str] = "local/pointmaze-medium-navigate-v0"  # OGBench id, or local/<id> for one generated here
     dataset_dir: Basic[MayChange[str | None]] = None  # folder of the data; default: OGBENCH_DATASET_DIR, or datasets/
     offline_run_dir: Basic[MayChange[str | None]] = None  # run of offline_trainer.py; default: in logs/offline/

@@ -20,7 +20,6 @@ the actor's last layer at the start.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import time
@@ -48,25 +47,18 @@ from benchmark_data.experts import (
     write_card,
     write_policy,
 )
-from runs.cli import marked, parse_config, run_cli
-from runs.directory import (
-    expecting,
-    hold_run,
-    load_checkpoint,
-    mark_finished,
-    prepare_run,
-    save_checkpoint,
-    telling_what_is_kept,
-)
-from runs.metrics import MetricLogger, read_metrics
-from utils import MAY_CHANGE, Count, MayChange, PositiveFraction, RandomStreams, UserError, Whole, progress
+from runs.cli import parse_config, run_cli
+from runs.directory import mark_finished, save_checkpoint
+from runs.metrics import read_metrics
+from runs.run import Run, RunConfig
+from utils import Basic, Count, MayChange, PositiveFraction, UserError, Whole, progress
 
 
 @dataclass
-class TrainExpertConfig:
-    env: str = "hopper"  # ant-xy, hopper, halfcheetah, walker2d, walker_walk or walker_run
-    algorithm: Literal["sac", "td3"] = "sac"  # algorithm of stable-baselines3
-    max_timesteps: MayChange[Count | None] = None  # environment steps; default: the recipe's
+class TrainExpertConfig(RunConfig):
+    env: Basic[str] = "hopper"  # ant-xy, hopper, halfcheetah, walker2d, walker_walk or walker_run
+    algorithm: Basic[Literal["sac", "td3"]] = "sac"  # algorithm of stable-baselines3
+    max_timesteps: Basic[MayChange[Count | None]] = None  # environment steps; default: the recipe's
     lr: PositiveFraction | None = None  # learning rate of actor, critics and temperature; default: the recipe's
     batch_size: Count = 256  # transitions in an update
     hidden_dims: tuple[int, ...] | None = None  # layers of the actor and of each critic; default: the recipe's
@@ -74,15 +66,11 @@ class TrainExpertConfig:
     tau: PositiveFraction = 0.005  # step of the target critics towards the critics
     start_steps: Whole = 10_000  # uniformly random actions before the first update
     buffer_size: Count = 1_000_000  # transitions in the replay buffer
-    seed: Whole = 0  # seed of networks, exploration, sampling and episodes
     snapshot_every: Count = 10_000  # steps between policy files, each of them evaluated
     eval_episodes: Count = 10  # deterministic episodes of a snapshot's evaluation
     card_episodes: MayChange[Count] = CARD_EPISODES  # episodes behind the cards of the last and the best policy
     checkpoint_every: MayChange[Count] = 25_000  # steps between checkpoints
     log_every: Count = 2_000  # steps between rows of metrics.csv
-    run_dir: str | None = None  # default logs/expert/<env>/<algorithm>/seed_<seed> in the current folder
-    resume: bool = False  # continue the run in run_dir from its last checkpoint; not bit-exact
-    tensorboard: MayChange[bool] = True  # write TensorBoard events
     evaluate: MayChange[tuple[str, ...] | None] = None  # train nothing: measure these policy files' cards again
 
 
@@ -221,54 +209,57 @@ def load_model_state(model: Any, state: dict[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-class ExpertRun:
+class ExpertRun(Run):
     """One training run: model, environments, log and directory."""
 
-    def __init__(self, config: TrainExpertConfig):
+    config: TrainExpertConfig
+
+    @classmethod
+    def check(cls, config: TrainExpertConfig) -> None:
         check(config)
         stable_baselines3()
-        self.config, self.total = config, config.max_timesteps or RECIPES[config.env].steps
-        usual = Path("logs", "expert", config.env, config.algorithm, f"seed_{config.seed}")
-        self.run_dir = Path(config.run_dir or usual)
-        self.streams, self.resources = RandomStreams(config.seed), contextlib.ExitStack()
-        try:
-            self.resources.enter_context(hold_run(self.run_dir))
-            self.open(prepare_run(self.run_dir, config, marked(type(config), MAY_CHANGE)))
-        except BaseException:
-            self.close()
-            raise
 
-    def open(self, checkpoint: Path | None) -> None:
-        """Build model and environments, continue from the checkpoint if there is one, open the log."""
-        torch.set_num_threads(1)  # more are slower for networks of this size
+    @classmethod
+    def default_run_dir(cls, config: TrainExpertConfig) -> Path:
+        """The directory that the settings name, or logs/expert/<env>/<algorithm>/seed_<seed>."""
+        return Path(config.run_dir or Path("logs", "expert", config.env, config.algorithm, f"seed_{config.seed}"))
+
+    @classmethod
+    def choose_device(cls, config: TrainExpertConfig) -> torch.device:
+        """A CPU's one thread: more are slower for networks of this size."""
+        torch.set_num_threads(1)
+        return torch.device("cpu")
+
+    def load_data(self) -> None:
+        """None: it acts in the environment."""
+
+    def build(self) -> None:
+        """Make the environments and the model."""
+        self.total = self.config.max_timesteps or RECIPES[self.config.env].steps
         train_env, self.eval_env = make_expert_env(self.config.env), make_expert_env(self.config.env)
         self.resources.callback(train_env.close)
         self.resources.callback(self.eval_env.close)
-        state = load_checkpoint(checkpoint) if checkpoint else {"step": 0, "evaluations": {}}
-        self.step = state["step"]
-        self.evaluations: dict[int, float] = state["evaluations"]  # step -> mean return of the snapshot
+        self.step, self.evaluations = 0, {}  # step of a snapshot -> its mean return
+        self.model = build_model(self.config, train_env, self.streams.init_seed)
+
+    def load_state(self, path: Path, state: dict[str, Any]) -> None:
+        """Continue, but not to the bit: a new episode begins, with random numbers of its own."""
+        self.step, self.evaluations = state["step"], state["evaluations"]
         if self.step > self.total:
             raise UserError(f"--max_timesteps {self.total}: the run in {self.run_dir} is at step {self.step} already")
-        # A resumed run must not repeat the numbers that it began with.
-        self.model = build_model(self.config, train_env, self.streams.init_seed + self.step)
-        if checkpoint is None:
+        load_model_state(self.model, state)
+        self.model.num_timesteps = self.step
+        self.model.set_random_seed((self.streams.init_seed + self.step) % 2**32)  # else it would repeat its beginning
+        print(
+            f"{self.run_dir}: continuing from step {self.step}; not bit-exact: the rest differs from that of a run "
+            "that was not stopped",
+            file=sys.stderr,
+        )
+
+    def started(self, resume_step: int | None) -> None:
+        if resume_step is None:
             for left in (self.run_dir / "policies").glob("*.*"):  # of a run that ended before its first checkpoint
                 left.unlink()
-        else:
-            with expecting(checkpoint, "of this model", "choose another --run_dir"):
-                load_model_state(self.model, state)
-            self.model.num_timesteps = self.step
-            print(
-                f"{self.run_dir}: continuing from step {self.step}; not bit-exact: the rest differs from that of a run "
-                "that was not stopped",
-                file=sys.stderr,
-            )
-        self.logger = MetricLogger(self.run_dir, self.step if checkpoint else None, self.config.tensorboard)
-        self.resources.callback(self.logger.close)
-
-    def close(self) -> None:
-        """Release the directory, the environments and the log; closing twice is harmless."""
-        self.resources.close()
 
     def train(self) -> None:
         """Train to the last step, with snapshots, rows and checkpoints along the way."""
@@ -306,8 +297,8 @@ class ExpertRun:
             self.logger.log(self.step, row)
             self.bar.set_postfix({name: f"{row[name]:.1f}" for name in row if "return" in name}, refresh=False)
         if self.step % config.checkpoint_every == 0 or last:
-            state = {"step": self.step, "evaluations": self.evaluations} | model_state(self.model)
-            save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state)
+            state = {"step": self.step, "evaluations": self.evaluations, "config": self.model_config()}
+            save_checkpoint(self.checkpoint, state | model_state(self.model))
 
     def snapshot(self) -> dict[str, float]:
         """Write the policy of this step with its card; returns the columns of its evaluation.
@@ -420,15 +411,14 @@ def check(config: TrainExpertConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(TrainExpertConfig, argv, __doc__)
+    config = parse_config(TrainExpertConfig, argv, __doc__, default_run_dir=ExpertRun.default_run_dir)
     if config.evaluate is not None:
         check(config)
         for path in config.evaluate:
             evaluate_file(Path(path), config.card_episodes)
         return
     began = time.perf_counter()
-    run = ExpertRun(config)
-    with telling_what_is_kept(run.run_dir, run.run_dir / "checkpoints/last.pth"), contextlib.closing(run):
+    with ExpertRun(config) as run:
         first = run.step
         run.train()
         rate = (run.step - first) / (time.perf_counter() - began)

@@ -29,7 +29,7 @@ from runs.directory import mark_finished, save_checkpoint
 from runs.evaluation import Episodes, Evaluator, episode_seeds, num_workers, report_steps
 from runs.metrics import EpisodeLog, RunningMeans, read_metrics
 from runs.plots import plot_chain_curves
-from runs.run import Run, RunConfig, largest_q, part_of
+from runs.run import DeviceRunConfig, Run, largest_q, part_of
 from transport import MAX_EXACT
 from utils import (
     Basic,
@@ -49,7 +49,7 @@ Act = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of observations [.
 
 
 @dataclass
-class ChainRunConfig(RunConfig):
+class ChainRunConfig(DeviceRunConfig):
     env: Basic[str] = "local/hopper-medium-v2"  # id of the dataset: D4RL's, local/, minari/, or an OGBench single task
     dataset_dir: Basic[MayChange[str | None]] = None  # folder of the data; default: D4RL_DATASET_DIR, or the usual one
     max_timesteps: Basic[Count] = 10_000  # updates of the run; 1,000,000 for a result to quote

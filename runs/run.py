@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from model_kernels import KernelConfig, use_kernels
 from runs.cli import check_ranges, marked
@@ -28,9 +29,8 @@ FAILURE = "failure.txt"  # why a run stopped before its end, in its directory
 
 
 @dataclass
-class RunConfig(KernelConfig):
+class RunConfig:
     seed: Basic[Whole] = 0  # seed of initialisation, sampling, noise and evaluation, each a stream of its own
-    device: Basic[MayChange[str]] = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:<index>
     run_dir: Basic[MayChange[str | None]] = None  # directory of the run; default: one named by the settings, in logs/
     resume: Basic[bool] = False  # continue the run from its last checkpoint
     overwrite: Basic[bool] = False  # replace the run that is in the directory by a new one
@@ -40,6 +40,11 @@ class RunConfig(KernelConfig):
     def __post_init__(self):
         """Raises UserError for a number outside its range."""
         check_ranges(self)
+
+
+@dataclass
+class DeviceRunConfig(RunConfig, KernelConfig):
+    device: Basic[MayChange[str]] = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:<index>
 
 
 OwnRun = TypeVar("OwnRun", bound="Run")
@@ -58,8 +63,7 @@ class Run(abc.ABC):
 
     def __init__(self, config: RunConfig):
         self.preflight(config)  # before the data is made or loaded
-        self.config, self.device = config, resolve_device(config.device)
-        use_kernels(config, self.device)
+        self.config, self.device = config, self.choose_device(config)
         self.run_dir, self.checkpoint = self.default_run_dir(config), self.checkpoint_path(config)
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
         self.resources.enter_context(telling_what_is_kept(self.run_dir, self.checkpoint))
@@ -103,6 +107,13 @@ class Run(abc.ABC):
         for folder in filter(Path.is_dir, {run_dir.resolve(), checkpoint.parent}):
             with hold_run(folder):
                 pass
+
+    @classmethod
+    def choose_device(cls, config: DeviceRunConfig) -> torch.device:
+        """Where it trains, with the kernels that the settings ask for."""
+        device = resolve_device(config.device)
+        use_kernels(config, device)
+        return device
 
     # -- what a command defines --------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from runs.cli import parse_config
 from runs.directory import expecting, load_checkpoint, mark_finished, save_checkpoint
 from runs.evaluation import episode_seeds, num_workers
 from runs.metrics import RunningMeans
-from runs.run import Run, RunConfig, part_of
+from runs.run import DeviceRunConfig, Run, part_of
 from utils import (
     Basic,
     Count,
@@ -48,7 +48,7 @@ from walker.agent import EXPERT_RETURNS, Agent, acting_state, evaluate, report
 
 
 @dataclass
-class StudyConfig(RunConfig):
+class StudyConfig(DeviceRunConfig):
     USE_DATASET_STR: Basic[str] = f"local/{ALL_DATASETS}"  # walk_m, walk_mr, run_m, run_mr, with commas, or __all__
     data_dir: Basic[MayChange[str | None]] = None  # folder of collected_data/; default: datasets/ beside the code
     ADD_TASK_BIT: bool = True  # append 0 for walk, 1 for run to the observation
