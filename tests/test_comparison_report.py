@@ -4,13 +4,15 @@ import csv
 import json
 import math
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import d4rl_utils
-from comparison import report
+from comparison import charts, report
 from comparison import statistics as stats
 from comparison.groups import MODES, ComparedRun, collect
 from comparison.report import write_report
@@ -60,11 +62,18 @@ def make_run(
     return ComparedRun(dataset, weights, variant, seed, run_dir, True, "", 12.0)
 
 
-@pytest.fixture
-def comparison(tmp_path) -> list[ComparedRun]:
-    """Two official datasets and one local, three actors, three seeds; one more run has failed."""
-    runs = [
-        make_run(tmp_path, dataset, (0.4, 1.0, third), seed, score, variant)
+@pytest.fixture(autouse=True)
+def no_charts(monkeypatch):
+    """One test draws them."""
+    monkeypatch.setattr(report, "dataset_chart", lambda groups: '<img src="data:,">')
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> list[ComparedRun]:
+    """Two official datasets and one local, three actors, three seeds."""
+    folder = tmp_path_factory.mktemp("finished")
+    return [
+        make_run(folder, dataset, (0.4, 1.0, third), seed, score, variant)
         for dataset, score in (
             ("hopper-medium-v2", 60.0),
             ("walker2d-medium-v2", 80.0),
@@ -73,8 +82,13 @@ def comparison(tmp_path) -> list[ComparedRun]:
         for variant, third in enumerate((0.5, 2.0))
         for seed in range(3)
     ]
+
+
+@pytest.fixture
+def comparison(finished, tmp_path) -> list[ComparedRun]:
+    """Those, and one more run that has failed."""
     failed = ComparedRun("hopper-medium-v2", (0.4, 1.0, 0.5), 0, 3, tmp_path / "x", False, "exit code 2: mean Q <is> 9")
-    return [*runs, failed]
+    return [*(replace(run) for run in finished), failed]
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -312,6 +326,8 @@ def test_unfinished_runs_are_listed_with_their_reason(comparison, tmp_path):
 
 
 def test_a_damaged_run_is_listed_and_stops_nothing(comparison, tmp_path):
+    for number in (0, 1):
+        comparison[number].run_dir = shutil.copytree(comparison[number].run_dir, tmp_path / str(number))
     (comparison[0].run_dir / "training" / "evaluations.csv").write_text("no such table\n")
     (comparison[1].run_dir / "finished.json").write_text("{}")
     write_report(comparison, tmp_path / "out", "config.yaml")
@@ -330,7 +346,8 @@ def test_nothing_finished_still_makes_a_report(tmp_path):
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_fetches_nothing_and_has_a_chart_a_dataset(comparison, tmp_path):
+def test_the_page_fetches_nothing_and_has_a_chart_a_dataset(comparison, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "dataset_chart", charts.dataset_chart)
     write_report(comparison, tmp_path, "config.yaml")
     text = (tmp_path / "report.html").read_text()
     assert (text.count("<img"), text.count("<table>"), text.count("</table>")) == (3, 4, 4) and "<script" not in text

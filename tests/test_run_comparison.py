@@ -129,6 +129,7 @@ class Place:
         (self.notes / "hopper_medium-v2.hdf5").touch()  # the data is there
         monkeypatch.setattr(queue, "make_job", self.make_job)
         monkeypatch.setattr(queue, "POLL_SECONDS", 0.02)
+        monkeypatch.setattr("comparison.report.dataset_chart", lambda groups: "")  # test_comparison_report.py draws
         self.write(BASE)
 
     def make_job(self, run_dir, module, flags, threads) -> jobs.Job:
