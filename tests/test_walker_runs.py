@@ -220,23 +220,22 @@ def test_test_plays_the_files_again(method, finished, arguments, capsys):
     assert len(figures) == (2 if method == "cds" else 4)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_an_agent_acts_from_the_file_alone(method, finished):
+def test_agents_act_from_their_files_alone(finished):
     """In a new process, without the data: the actions of this one."""
-    path = finished / method / "checkpoints" / "best.pth"
+    paths = [finished / method / "checkpoints" / "best.pth" for method in METHODS]
     lines = (
-        "import numpy, sys; from walker.agent import Agent; agent = Agent(24, 6); agent.load(sys.argv[1]);"
-        "agent.set_task('run'); agent.reset(); states = numpy.linspace(-1, 1, 72, dtype='f').reshape(3, 24);"
-        "print(*(agent.act(state).tolist() for state in states), sep='\\n')"
+        "import json, numpy, sys; from walker.agent import Agent\nfor path in sys.argv[1:]:\n agent = Agent(24, 6); "
+        "agent.load(path); agent.set_task('run'); states = numpy.linspace(-1, 1, 72, dtype='f').reshape(3, 24);"
+        "print(json.dumps([agent.act(state).tolist() for state in states]))"
     )
-    done = subprocess.run([sys.executable, "-c", lines, path], cwd=ROOT, capture_output=True, text=True, check=True)
-    agent = Agent(24, 6)
-    agent.load(path)
-    agent.set_task("run")
-    states = np.linspace(-1, 1, 72, dtype="f").reshape(3, 24)
-    found = [agent.act(state) for state in states]
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [action.tolist() for action in found]
-    assert all(action.shape == (6,) and np.abs(action).max() <= 1 for action in found)
+    done = subprocess.run([sys.executable, "-c", lines, *paths], cwd=ROOT, capture_output=True, text=True, check=True)
+    for path, line in zip(paths, done.stdout.splitlines(), strict=True):
+        agent = Agent(24, 6)
+        agent.load(path)
+        agent.set_task("run")
+        found = [agent.act(state) for state in np.linspace(-1, 1, 72, dtype="f").reshape(3, 24)]
+        assert json.loads(line) == [action.tolist() for action in found], path
+        assert all(action.shape == (6,) and np.abs(action).max() <= 1 for action in found)
 
 
 def test_the_task_bit_tells_the_tasks_apart(finished, arguments, tmp_path):
