@@ -133,7 +133,7 @@ def check_keys(where: str, values: Any, known: Iterable[str]) -> None:
         raise UserError(f"{where}: must hold `key: value` lines, not {values!r}")
     for key in values:
         if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}; the nearest one is {nearest(str(key), known)!r}")
+            raise UserError(f"{where}: unknown key {key!r}; {nearest(str(key), known)}")
 
 
 def as_flags(name: str, value: Any) -> list[str]:

@@ -13,6 +13,8 @@ import abc
 import functools
 import importlib.util
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -75,8 +77,12 @@ def check_solver(backend: str, sinkhorn_K: int) -> None:
     """UserError where the solver of distances cannot work so, or here."""
     if backend == "exact" and sinkhorn_K > MAX_EXACT:
         raise UserError(f"--sinkhorn_K {sinkhorn_K}: --sinkhorn_backend exact takes at most {MAX_EXACT}")
-    if backend == "online" and importlib.util.find_spec("pykeops") is None:
+    if backend != "online":
+        return
+    if importlib.util.find_spec("pykeops") is None:
         raise UserError("--sinkhorn_backend online: needs pykeops (pip install pykeops); or take tensorized, or fused")
+    if shutil.which(os.environ.get("CXX") or "g++") is None:  # where there is none, the first distance would fail
+        raise UserError("--sinkhorn_backend online: needs a C++ compiler (g++, or CXX); or take tensorized, or fused")
 
 
 def check_evaluate(config: ChainRunConfig) -> None:

@@ -140,8 +140,9 @@ def check_values(
         if key in checked:
             raise UserError(where, f"{spelled} stands twice, once under another name", "leave one out")
         if key not in hints:
-            near = nearest(str(key), [*hints, *aliases])
-            raise UserError(where, f"unknown key {str(key)!r}", f"the nearest one is {near!r}")
+            raise UserError(
+                where, f"unknown key {str(key)!r}", nearest(str(key), [*hints, *aliases], otherwise="see --help")
+            )
         try:
             checked[key] = _coerce(readers[key](value) if key in readers else value, hints[key])
         except ValueError:
@@ -175,7 +176,7 @@ def _read_flags(
         negated = name.startswith("no_") and hints.get(name[3:]) is bool
         name = name[3:] if negated else aliases.get(name, name)
         if name not in hints or not flag.startswith("--"):
-            near = f"the nearest one is --{nearest(flag.replace('-', '_'), hints)}"
+            near = nearest(name, hints, "--{}", "see --help")
             raise UserError(f"unknown flag {flag}; {REPLACED.get(name, near)}")
         groups[name] = [value] if equals else []
         if hints[name] is bool:
@@ -226,10 +227,16 @@ def _from_words(words: list[str], hint: Any) -> Any:
     raise ValueError
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that is spelled most like another."""
+def nearest(name: str, known: Iterable[str], shown: str = "{!r}", otherwise: str = "") -> str:
+    """`the nearest one is ...`: the known name that is spelled most like another. `otherwise` where none resembles it.
+
+    shown: how to write it. The default of `otherwise` lists all names.
+    """
     spelled = {other.lower(): other for other in known}
-    return spelled[difflib.get_close_matches(name.lower(), list(spelled), n=1, cutoff=0.0)[0]]
+    found = difflib.get_close_matches(name.lower(), list(spelled), n=1)
+    if found:
+        return f"the nearest one is {shown.format(spelled[found[0]])}"
+    return otherwise or f"it must be one of {', '.join(sorted(spelled.values()))}"
 
 
 def _alternatives(hint: Any) -> list[Any]:

@@ -116,6 +116,21 @@ def test_ant_maze_time_limits():
         assert ends[-1] == (False, True) and not any(truncated for _, truncated in ends[:-1])
 
 
+def test_a_single_task_pays_a_step_after_the_goal_is_entered():
+    """OGBench's goal mazes pay at that step. Data is labelled by a row's own state, which agrees."""
+    pytest.importorskip("ogbench")  # registers the environments
+    rewards = {}
+    for name in ("pointmaze-medium-v0", "pointmaze-medium-singletask-task1-v0"):
+        env = gymnasium.make(name)
+        env.reset(seed=1, options=None if "single" in name else {"task_id": 1})
+        maze = env.unwrapped
+        maze.set_xy(np.array(maze.cur_goal_xy) - np.array([maze._goal_tol + 0.05, 0]))
+        rewards[name] = [env.step(np.array([1.0, 0.0]))[1:3] for _ in range(2)]
+        env.close()
+    assert rewards["pointmaze-medium-v0"][0] == (1, True)
+    assert rewards["pointmaze-medium-singletask-task1-v0"] == [(-1, False), (0, True)]
+
+
 def test_a_single_tasks_episodes_depend_on_the_seed_alone():
     env = offline_data.make_env("antmaze-medium-navigate-singletask-task2-v0")
     np.random.seed(0)

@@ -266,7 +266,7 @@ def test_a_finished_run_says_so_and_stops(finished, arguments, capsys):
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_bad_settings_name_the_flag(arguments, tmp_path, capsys):
+def test_bad_settings_name_the_flag(arguments, tmp_path, capsys, monkeypatch):
     choices = {"q_normalization": "batch", "td_actor": "target", "sinkhorn_backend": "exact", "blur_relative": "spread"}
     choices["w2_noise"] = "debiased"
     for name, choice in choices.items():
@@ -278,6 +278,9 @@ def test_bad_settings_name_the_flag(arguments, tmp_path, capsys):
     assert "--sinkhorn_K 11: --sinkhorn_backend exact takes at most 10" in line
     if importlib.util.find_spec("pykeops") is None:
         assert "needs pykeops" in exits(capsys, *arguments(tmp_path / "run"), "--sinkhorn_backend", "online")
+    monkeypatch.setattr(chain.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "needs a C++ compiler" in exits(capsys, *arguments(tmp_path / "run"), "--sinkhorn_backend", "online")
     assert "did you mean 'hopper-medium-v2'" in exits(capsys, *arguments(tmp_path / "run"), "--env", "hoper-medium-v2")
     assert not (tmp_path / "run").exists()
 

@@ -200,6 +200,13 @@ def test_ctrl_c_says_what_is_kept(files, words, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"interrupted: {words}")
 
 
+def test_an_unknown_flag_that_resembles_none_gets_no_nearest():
+    with pytest.raises(UserError, match="unknown flag --zzz; see --help"):
+        parse_config(SmallConfig, ["--zzz", "3"])
+    with pytest.raises(UserError, match="unknown flag --lrr; the nearest one is --lr"):
+        parse_config(SmallConfig, ["--lrr", "3"])
+
+
 def test_run_cli_reports_a_finished_run_and_keeps_tracebacks_of_defects(capsys):
     with pytest.raises(SystemExit) as caught:
         run_cli(raising(RunFinished("logs/a: finished")))
