@@ -543,14 +543,14 @@ class InverseDynamics(nn.Module):
 class StateMetric(nn.Module):
     """An embedding of states in which squared distance counts steps. Normalised states [..., D] -> [..., dim].
 
-    `steps_per_square` is what a squared distance of 1 is worth, as `OnlineAgent.fit_metric` measures it.
-    """
+    `steps_per_square`, a squared distance's worth, and `aim_steps`, how far an aim lies, are measured on the data."""
 
     def __init__(self, observation_dim: int, hidden_dim: int, dim: int):
         super().__init__()
         self.net = MLP(observation_dim, hidden_dim, dim)
         self.log_scale = nn.Parameter(torch.zeros(()))  # the temperature of its InfoNCE
         self.register_buffer("steps_per_square", torch.ones(()))
+        self.register_buffer("aim_steps", torch.ones(()))
 
     def forward(self, states: Tensor) -> Tensor:
         return self.net(states) * self.log_scale.exp()

@@ -24,7 +24,8 @@ Deviations from the original OPSO code, each with its reason (docs/notebook_opso
   1 the other losses shape the codes alone. The EMA rate is 0.02 (original: 0.005).
 - `p_self` goals are the state that the transition arrives at, s_{t+1}: they are the share of certain positives. A
   goal equal to s_t is never reached by its own transition.
-- The proposer predicts a step from z, not the code itself.
+- The proposer predicts a step from z, not the code itself, and learns most from the trajectories that get nearer to the
+  goal (`state_temperature`): else it goes where the data goes.
 - The learning rate decays to 0 (`lr_decay`): V's order of far goals jitters otherwise, and the last checkpoint counts.
 - InfoNCE takes `nce_positions` transitions a window, evenly spaced from a random offset: neighbours in a window
   are nearly the same state, so more of them add cost and false negatives, not contrast.
@@ -44,6 +45,7 @@ from model import MambaEncoder, OfflineModel
 from model_kernels import kernels_of, run_bank_logsumexp
 from utils import BelowOne, Count, Fraction, NonNegative, Positive, PositiveFraction, Whole, expectile_loss
 
+LEAST_VALUE = 1e-3  # values are clipped here before their logarithm is taken
 ABSENT = -1e4  # added to a logit that must not count; finite, so that no gradient becomes nan
 
 
@@ -74,6 +76,8 @@ class OfflineAgentConfig:
     nce_positions: Count = 8  # transitions a window that InfoNCE contrasts
     focal_gamma: NonNegative = 0.0  # focal exponent of the reward loss; 0 is plain cross-entropy
     max_pos_weight: Positive = 100.0  # cap of the reward loss's running positive weight
+    state_temperature: NonNegative = 0.3  # state loss weights are exp(temperature x steps saved over the target's span)
+    max_weight: Positive = 20.0  # cap of these weights
     beta_critic: NonNegative = 20.0  # weight of the critic loss; its errors are squares of numbers below 1
     beta_v: NonNegative = 100.0  # weight of the V loss
     beta_s: NonNegative = 1.0  # weight of the state loss
@@ -245,11 +249,32 @@ class OfflineAgent:
         advantage = masked_mean(target - v, codes["valid"])
         return loss, {"v_mean": masked_mean(v, codes["valid"]), "advantage_mean": advantage}
 
-    def state_loss(self, codes) -> tuple[Tensor, dict]:
-        """MSE of the proposed next code to the target encoder's z'."""
+    def state_loss(self, codes, batch) -> tuple[Tensor, dict]:
+        """MSE of the proposed next code to the target encoder's z': a mean weighted by what the trajectory saves."""
+        weight = self.state_weight(codes, batch)
         proposal = self.model.next_state(codes["z"], codes["z_goal"])
         error = (proposal - codes["target_z"][:, 1:]).square().mean(-1)
-        return masked_mean(error, codes["valid"]), {}
+        mean_weight = masked_mean(weight, codes["valid"])
+        return masked_mean(weight * error, codes["valid"]) / mean_weight.clamp(min=1e-6), {"state_weight": mean_weight}
+
+    @torch.no_grad()
+    def state_weight(self, codes, batch) -> Tensor:
+        """Capped exp(temperature * advantage) [B, L]; ones where temperature 0 or discount 1 counts no steps.
+
+        The advantage: the steps to the goal that V counts at z_t, less those n steps later (none where the goal comes
+        first), less the steps taken.
+        """
+        if self.config.state_temperature == 0 or self.config.discount == 1:
+            return torch.ones_like(codes["valid"])
+        v, goal, n, steps = self.target.v, codes["target_goal"], codes["n"], batch["steps_to_goal"]
+        left = torch.where(steps <= n, 0.0, self.steps_left(v(codes["target_ahead"], goal)))
+        saved = self.steps_left(v(codes["target_z"][:, :-1], goal)) - left
+        advantage = saved - torch.minimum(n, steps)
+        return torch.exp(self.config.state_temperature * advantage).clamp(max=self.config.max_weight)
+
+    def steps_left(self, value: Tensor) -> Tensor:
+        """Steps to the goal by a value: it is discount^(k-1) where k remain. At least 1."""
+        return 1 + value.clamp(LEAST_VALUE, 1).log() / math.log(self.config.discount)
 
     def reward_loss(self, codes, batch, held_out: bool = False) -> tuple[Tensor, dict]:
         """Binary cross-entropy of the logit reward(z', z_g) with a running positive weight; focal if focal_gamma > 0.
@@ -310,7 +335,7 @@ class OfflineAgent:
         terms = {
             "critic": (c.beta_critic, *self.critic_loss(codes, batch)),
             "v": (c.beta_v, *self.v_loss(codes, batch)),
-            "state": (c.beta_s, *self.state_loss(codes)),
+            "state": (c.beta_s, *self.state_loss(codes, batch)),
             "reward": (c.beta_r, *self.reward_loss(codes, batch, held_out)),
             "infonce": (c.beta_nce, *self.nce_loss(codes, batch, held_out)),
             "alignment": (c.beta_a, *self.alignment_loss(codes)),

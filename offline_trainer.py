@@ -236,7 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     with OfflineRun(config) as run:
         metrics = run.train()
         run.plot()
-    summary = {key: metrics[key] for key in ("value_distance_spearman", "code_std", "code_rank", "val_loss")}
+    names = ("value_distance_spearman", "proposer_cosine", "code_std", "code_rank", "val_loss")
+    summary = {name: metrics[name] for name in names}
     mark_finished(run.run_dir, {**summary, "updates": run.agent.step, "dataset": config.dataset})
     print(f"{config.dataset}, seed {config.seed}, update {run.agent.step}, last checkpoint:")
     for name, value in summary.items():

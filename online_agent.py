@@ -19,9 +19,10 @@ Deviations from the original OPSO code, each with its reason (docs/notebook_opso
   does, and takes the dataset state whose code is nearest.
 - The graph's links are short by a metric that InfoNCE trains on states a few steps apart. V is vague there: it takes
   states on both sides of a corner for near.
-- The proposer is fitted by advantage-weighted regression to codes subgoal_steps ahead (HIQL; Park et al., 2023), and
-  the policy by a capped exp(advantage) of its step towards z', which `action_temperature` 0, the default, turns off.
-  Advantages are counted in steps saved.
+- The proposer learns the graph's ways to `route_goals` of its nodes, and V their lengths beside its own targets
+  (opso/routes.py): acting then needs no search. Without them the proposer is fitted by advantage-weighted regression to
+  codes subgoal_steps ahead (HIQL; Park et al., 2023). Advantages are counted in steps saved.
+- The policy's loss can be weighted by a capped exp(advantage) of its step towards z' (`action_temperature`; 0 is off).
 - Targets of Q and V span many steps, as offline.
 - Without the dataset's actions, the inverse dynamics model learns from the agent's own transitions, random ones at
   first, and infers the action between two states of the dataset; the policy then learns from those as from known ones
@@ -54,13 +55,16 @@ class OnlineAgentConfig:
     subgoal_steps: Count | None = None  # steps that z' lies ahead; default 10, ant and humanoid 25; the original has 1
     state_temperature: NonNegative = 0.3  # proposer loss weights are exp(temperature x steps that the subgoal saves)
     action_temperature: NonNegative = 0.0  # policy loss weights are exp(temperature x steps that the action saves)
+    route_goals: Whole = 400  # goals from all of the data whose ways along the graph V and the proposer learn
+    route_value: bool = True  # V also learns how long these ways are
+    route_state: bool = True  # the proposer learns where these ways lead, not where the data went
     max_weight: Positive = 20.0  # cap of the weights in the proposer's and the policy's loss
     acting: Literal["search", "proposer"] = "search"  # z' comes from search among dataset states or from next_state
     graph_nodes: Annotated[int, Range(2, 10**6)] = 20_000  # dataset states in the graph, evenly spaced in time
     num_links: Count = 10  # nearest states by the metric that each state is linked to
     link_cost: NonNegative = 3.0  # steps that a link costs beside its length, for changing the trajectory
     trusted_steps: Positive = 8.0  # length in steps at which a link costs twice its length
-    aim_steps: Positive = 15.0  # how many steps ahead on the path z' is taken
+    aim_steps: Positive | None = None  # steps ahead on the path that z' is taken; default: what gets 12 steps away
     replan_every: Count = 5  # environment steps between two choices of z'
     patience: Count = 30  # environment steps without progress after which an edge is blocked for the episode
     block_radius: NonNegative = 20.0  # edges between nodes this many steps around a blocked edge's ends are blocked too
@@ -184,6 +188,11 @@ class OnlineAgent:
         """Points of states: [..., d_model + D] -> [..., metric_dim]."""
         return self.metric(self.state(features))
 
+    @property
+    def aim_steps(self) -> float:
+        """How many steps ahead z' is taken: as set, or as the data says."""
+        return self.config.aim_steps or self.metric.aim_steps.item()
+
     @torch.no_grad()
     def metric_steps(self, points: Tensor, others: Tensor) -> Tensor:
         """Steps by the metric between all points: [m, metric_dim] and [k, metric_dim] -> [m, k]."""
@@ -261,6 +270,18 @@ class OnlineAgent:
         error = (proposal - batch["z_far"]).square().mean(-1)
         return (weight * error).mean(), {"state_weight": weight.mean()}
 
+    def route_value_loss(self, route: dict[str, Tensor]) -> tuple[Tensor, dict]:
+        """Squared error of V(z, z_g) to discount^(k-1), where k steps remain on the way along the graph."""
+        v = self.heads["v"](self.code(route["x"]), self.code(route["x_goal"]))
+        return F.mse_loss(v, self.discount ** (route["steps"].clamp(min=1) - 1)), {}
+
+    def route_state_loss(self, route: dict[str, Tensor]) -> tuple[Tensor, dict]:
+        """Squared error of next_state(z, z_g) to the code aim_steps ahead on the way along the graph."""
+        proposal = self.heads["next_state"](self.code(route["x"]), self.code(route["x_goal"]))
+        error = (proposal - self.code(route["x_aim"])).square().mean(-1)
+        known = route["steps"].isfinite()
+        return (error * known).sum() / known.sum().clamp(min=1), {}
+
     def action_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """Squared error of the inverse dynamics where the action is known, weighted by the step's advantage to z'."""
         weight = self.action_weight(batch) * batch["acted"]
@@ -293,23 +314,29 @@ class OnlineAgent:
 
     # -- update ---------------------------------------------------------------------------------------------------
 
-    def update(self, batch: dict[str, Tensor], lr_scale: float = 1.0) -> dict[str, Tensor]:
+    def update(
+        self, batch: dict[str, Tensor], lr_scale: float = 1.0, route: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """One optimizer step on a batch of codes, then the EMA targets. Returns 0-d tensors, without a host sync.
 
         batch: z, z_next, z_before, z_ahead, z_sub, z_far, z_goal [n, d_model] (z_{t+n-1}, z_{t+n}, the codes the
         inverse dynamics and the proposer aim at), features x, x_sub, x_goal [n, d_model + D], actions [n, A], acted [n]
-        0/1 where the action is known, steps_to_goal, n, sub_steps, far_steps [n] int64.
+        0/1 where the action is known, steps_to_goal, n, sub_steps, far_steps [n] int64. route: `Routes.sample`'s, or
+        None, and the proposer learns where the data went.
         """
         for group in self.optimizer.param_groups:
             group["lr"].fill_(self.config.lr * lr_scale)
         self.optimizer.zero_grad(set_to_none=True)
+        ways = route is not None and self.config.route_state
         terms = {
             "critic": self.critic_loss(batch),
             "v": self.v_loss(batch),
-            "state": self.state_loss(batch),
+            "state": self.route_state_loss(route) if ways else self.state_loss(batch),
             "train": self.action_loss(batch),
         }
-        # No weights: the four losses share no parameter, as the encoder is frozen, and Adam ignores their scales.
+        if route is not None and self.config.route_value:
+            terms["route_v"] = self.route_value_loss(route)
+        # No weights: but for V's two, no losses share a parameter, as the encoder is frozen; Adam ignores their scales.
         sum(loss for loss, _ in terms.values()).backward()
         self.optimizer.step()
         with torch.no_grad():

@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import shlex
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +22,9 @@ import numpy as np
 import torch
 
 from benchmark_data.local import generate_if_missing
-from model import OfflineModel
 from ogbench_utils import max_episode_steps, parse_dataset_id
 from online_agent import OnlineAgent, OnlineAgentConfig
-from opso.batches import CodeSet, sample_batch, sample_pairs
+from opso.batches import CodeSet, sample_batch, sample_pairs, steps_to_travel
 from opso.episodes import (
     EVAL_ENVS,
     TRAIN_SEED_OFFSET,
@@ -37,10 +35,12 @@ from opso.episodes import (
     episode_code,
     rollout,
 )
-from opso.policy import MazePolicy, build_model
+from opso.policy import MazePolicy
+from opso.pretrained import load_pretrained
+from opso.routes import Routes
 from opso.search import Planner, StateGraph, spaced_rows
 from runs.cli import parse_config, run_cli
-from runs.directory import load_checkpoint, mark_finished, save_checkpoint
+from runs.directory import mark_finished, save_checkpoint
 from runs.evaluation import Evaluator, num_workers
 from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_online_curves
@@ -136,43 +136,6 @@ def offline_command(config: OnlineTrainerConfig, folder: str | None = None) -> s
     return "python offline_trainer.py" + "".join(flags)
 
 
-def load_pretrained(config: OnlineTrainerConfig) -> tuple[OfflineModel, dict[str, Any]]:
-    """The EMA model of a run of offline_trainer.py, and that run's settings.
-
-    Raises UserError, naming the command that makes the right one, where there is none, where it is another dataset's
-    or not a model of ours, and where it lacks its normaliser.
-    """
-    folder = Path(config.offline_run_dir or Path("logs") / "offline" / config.dataset / f"seed_{config.seed}")
-    path = folder / ("checkpoints/last.pth" if config.offline_checkpoint == "last" else "best_model.pth")
-    remedy = f"make it with `{offline_command(config, config.offline_run_dir)}`"
-    if not path.exists():
-        raise UserError(f"{path}: no pretrained model; {remedy}")
-    state = load_checkpoint(path)
-    if state.get("dataset") != config.dataset:
-        other = "" if config.offline_run_dir is None else ", and leave --offline_run_dir out"
-        raise UserError(
-            f"{path}: pretrained on {state.get('dataset')}, not on {config.dataset}; make it with "
-            f"`{offline_command(config)}`{other}"
-        )
-    try:
-        weights = state["agent"]["target"] if config.offline_checkpoint == "last" else state["target"]
-        settings = state["config"]
-        model = build_model(state["observation_dim"], settings)
-        absent = [f"encoder.{name}" for name in ("mean", "std") if f"encoder.{name}" not in weights]
-        if absent:
-            raise UserError(f"{path}: holds no normaliser ({', '.join(absent)} absent); {remedy}")
-        model.load_state_dict(weights)
-        settings["discount"], settings["hidden_dim"], settings["max_trajectories"]  # noqa: B018  the run needs them
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a model of offline_trainer.py ({reason}); {remedy}") from None
-    if not 0 < settings["discount"] < 1:
-        raise UserError(f"{path}: pretrained with --discount {settings['discount']}, which counts no steps; {remedy}")
-    if not (folder / "finished.json").exists():
-        print(f"{folder}: this pretraining is not finished; what it has learned so far is used", file=sys.stderr)
-    return model, settings
-
-
 class OnlineRun(Run):
     """One run: the pretrained model, the data, the agent, its environments, its random streams and its directory."""
 
@@ -181,7 +144,12 @@ class OnlineRun(Run):
     def __init__(self, config: OnlineTrainerConfig):
         check(config)
         config = resolve(config)
-        self.model, self.pretrained = load_pretrained(config)
+        folder = config.offline_run_dir
+        commands = (offline_command(config), offline_command(config, folder))
+        usual = Path("logs") / "offline" / config.dataset / f"seed_{config.seed}"
+        self.model, self.pretrained = load_pretrained(
+            Path(folder or usual), config.offline_checkpoint, config.dataset, *commands
+        )
         trajectories = config.max_trajectories or self.pretrained["max_trajectories"]
         super().__init__(replace(config, max_trajectories=trajectories))
 
@@ -223,7 +191,8 @@ class OnlineRun(Run):
         self.codes = CodeSet.from_dataset(self.data, self.agent, actions)
         if not known:
             self.agent.scale_idm(*self.neighbours(self.codes, self.codes.transitions))
-        self.node_rows = spaced_rows(self.data.episode_end, config.graph_nodes, config.aim_steps)
+        self.agent.metric.aim_steps.fill_(steps_to_travel(self.data.observations[:, :2], self.data.episode_end))
+        self.node_rows = spaced_rows(self.data.episode_end, config.graph_nodes, self.agent.aim_steps)
         kept = min(config.replay_episodes, max(config.max_episodes, 1))
         sizes = (max_episode_steps(config.dataset), self.codes.states.shape[1], self.data.action_dim)
         self.replay = EpisodeReplay(kept, *sizes, self.device)
@@ -253,7 +222,8 @@ class OnlineRun(Run):
                 parts.append(sample_batch(self.replay, self.agent, count, own, self.streams.sampling))
             batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             scale = 0.55 + 0.45 * math.cos(math.pi * number / updates) if anneal else 1.0
-            means.add(self.agent.update(batch, scale))
+            route = self.routes and self.routes.sample(count, self.streams.sampling)
+            means.add(self.agent.update(batch, scale, route))
         return self.finite(means.take(), "--lr")
 
     def finite(self, losses: dict[str, float], flag: str) -> dict[str, float]:
@@ -271,6 +241,13 @@ class OnlineRun(Run):
         """The dataset's states, joined by the metric as it stands at first use: after it is fitted."""
         rows = self.node_rows
         return StateGraph(self.agent, self.codes.states[rows], rows, self.codes.episode_end[rows])
+
+    @functools.cached_property
+    def routes(self) -> Routes | None:
+        """Ways along the graph, for V and the proposer to learn."""
+        config = self.config
+        wanted = config.route_goals > 0 and (config.route_value or config.route_state)
+        return Routes(self.graph, config.route_goals) if wanted else None
 
     def fit_metric(self) -> dict[str, float]:
         """What comes first: the metric."""

@@ -194,7 +194,7 @@ def _chain(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _opso(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Online: success in all tasks and in each. Offline: each figure of the held-out states, which has no episodes."""
     if "eval/success_rate" not in summary:
-        for name in ("value_distance_spearman", "code_rank", "code_std"):
+        for name in ("value_distance_spearman", "proposer_cosine", "code_rank", "code_std"):
             value = {"mean": float(summary[name]), "score": float(summary[name])}
             yield {"task": name, "updates": summary["updates"], "environment_steps": 0, **value}
         return

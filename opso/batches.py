@@ -8,6 +8,10 @@ from ogbench_utils import TrajectoryDataset, hindsight_goals
 from online_agent import OnlineAgent
 from utils import EpisodeReplay
 
+TRAVELLED = 12  # single steps that an aim is away, chosen on medium-navigate
+MOST_TRAVEL_STEPS = 100
+TRAVEL_ROWS = 20_000  # rows that are looked at
+
 
 @dataclass
 class CodeSet:
@@ -60,6 +64,27 @@ def sample_batch(
     actions = source.actions[rows] if acted else torch.zeros_like(source.actions[rows])
     known = torch.full((count,), float(acted), device=device)
     return batch | {"actions": actions, "acted": known}
+
+
+def steps_to_travel(positions: torch.Tensor, episode_end: torch.Tensor) -> int:
+    """The fewest steps that take a trajectory as far as TRAVELLED single steps straight on would.
+
+    Judged by the upper quartile of distances, as some stand still. positions [N, 2]; episode_end [N] int64. Where none
+    gets so far: MOST_TRAVEL_STEPS, or as many as the longest has.
+    """
+    rows = torch.arange(len(positions), device=positions.device)
+    rows = rows[:: max(len(rows) // TRAVEL_ROWS, 1)]
+    steps, single = 0, None
+    while steps < MOST_TRAVEL_STEPS:
+        rows = rows[rows + steps < episode_end[rows]]
+        if len(rows) == 0:
+            break
+        steps += 1
+        far = torch.quantile((positions[rows + steps] - positions[rows]).norm(dim=-1), 0.75)
+        single = far if single is None else single
+        if far >= TRAVELLED * single:
+            break
+    return max(steps, 1)
 
 
 def sample_pairs(

@@ -9,6 +9,7 @@ from opso.maze import Maze, Task, distances
 
 PROPOSALS = 20  # made one after the other; one alone is a single step, less than the codes resolve
 NEIGHBOURS = 5  # held-out states whose mean position an arrow leads to
+WAY_GOALS = 8  # held-out goals that proposer_cosine looks at
 
 
 class HeldOut:
@@ -28,7 +29,9 @@ class HeldOut:
         self.states = self.observations.gather(1, last).squeeze(1)  # [states, D]
         rows = torch.randint(len(val.observations), (goals,), generator=generator, device=val.device)
         self.goals = val.observations[rows]  # [goals, D]
-        self.distance = distances(maze, self.goals[:, :2].cpu().numpy(), self.states[:, :2].cpu().numpy())
+        xy, goals_xy = (each[:, :2].cpu().numpy() for each in (self.states, self.goals))
+        self.distance = distances(maze, goals_xy, xy)
+        self.way = way(maze, goals_xy[:WAY_GOALS], xy)
 
     def evaluate(self, agent: OfflineAgent) -> dict[str, float]:
         """`value_distance_spearman` over all pairs, and the collapse diagnostics of the codes."""
@@ -38,9 +41,16 @@ class HeldOut:
         return {
             "value_distance_spearman": spearman(value, -self.distance),
             "value_distance_spearman_far": spearman(value[far], -self.distance[far]),
+            "proposer_cosine": self.proposer_cosine(agent),
             "code_std": float(z.std(0).mean()),
             "code_rank": float(effective_rank(z)),
         }
+
+    def proposer_cosine(self, agent: OfflineAgent) -> float:
+        """Mean cosine of the proposer's arrows (see `value_map`) with the way, over all states and some goals."""
+        z, xy = agent.encode_states(self.states), self.states[:, :2]
+        arrows = [arrived(agent, z, z, xy, goal) - xy for goal in self.goals[:WAY_GOALS]]
+        return mean_cosine(torch.stack(arrows).cpu().numpy(), self.way)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -52,6 +62,42 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(spearmanr(a.ravel(), b.ravel()).statistic)
 
 
+def way(maze: Maze, goals_xy: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Unit vectors [G, P, 2] along the shortest path from each point [P, 2] to each goal [G, 2].
+
+    Zeros within a cell's side of the goal and where no path leads.
+    """
+    step = maze.unit / 50
+    moves = step * np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (0, 0)])
+    moved = distances(maze, goals_xy, (xy + moves[:, None]).reshape(-1, 2)).reshape(len(goals_xy), len(moves), -1)
+    moved = np.where(np.isfinite(moved), moved, 0)
+    downhill = np.stack([moved[:, 1] - moved[:, 0], moved[:, 3] - moved[:, 2]], axis=-1)
+    length = np.linalg.norm(downhill, axis=-1, keepdims=True)
+    known = (length > step / 2) & (moved[:, 4, :, None] > maze.unit)
+    return np.where(known, downhill / np.maximum(length, 1e-12), 0)
+
+
+def mean_cosine(arrows: np.ndarray, ways: np.ndarray) -> float:
+    """Mean cosine of vectors [..., 2] with unit vectors, where these are not zero; 0 for an arrow of no length."""
+    known = np.linalg.norm(ways, axis=-1) > 0
+    length = np.linalg.norm(arrows, axis=-1)
+    cosine = (arrows * ways).sum(-1) / np.maximum(length, 1e-12)
+    return float(cosine[known].mean()) if known.any() else 0.0
+
+
+def arrived(
+    agent: OfflineAgent, z: torch.Tensor, others: torch.Tensor, xy: torch.Tensor, goal: torch.Tensor
+) -> torch.Tensor:
+    """Mean positions [n, 2] of the states whose codes are nearest to where PROPOSALS proposals lead.
+
+    z [n, d_model] begin; others [m, d_model] and xy [m, 2]: the codes and positions of the states to arrive at.
+    """
+    for _ in range(PROPOSALS):
+        z = agent.propose(z, goal)
+    nearest = torch.cdist(z, others).topk(NEIGHBOURS, largest=False).indices
+    return xy[nearest].mean(1)
+
+
 def value_map(agent: OfflineAgent, states: torch.Tensor, task: Task, reach: float) -> dict:
     """What `plot_value_maps` draws for one goal, at single states [n, D].
 
@@ -59,11 +105,8 @@ def value_map(agent: OfflineAgent, states: torch.Tensor, task: Task, reach: floa
     the code lies that PROPOSALS proposals, one after the other, arrive at: to the states whose codes are nearest.
     """
     z, goal = agent.encode_states(states), torch.as_tensor(task.goal_observation, device=states.device)
-    value, xy, ahead = agent.value(z, goal), states[:, :2], z
-    for _ in range(PROPOSALS):
-        ahead = agent.propose(ahead, goal)
+    value, xy = agent.value(z, goal), states[:, :2]
     some = slice(None, None, 4)  # a quarter of the states to lead to: all would take gigabytes
-    nearest = torch.cdist(ahead, z[some]).topk(NEIGHBOURS, largest=False).indices
     best = torch.where(torch.cdist(xy, xy[some]) <= reach, value[some], -torch.inf).topk(NEIGHBOURS).indices
     return {
         "name": f"task {task.task_id}",
@@ -71,5 +114,5 @@ def value_map(agent: OfflineAgent, states: torch.Tensor, task: Task, reach: floa
         "goal_xy": task.goal_xy,
         "value": value.cpu().numpy(),
         "uphill": (xy[some][best].mean(1) - xy).cpu().numpy(),
-        "proposals": (xy[some][nearest].mean(1) - xy).cpu().numpy(),
+        "proposals": (arrived(agent, z, z[some], xy[some], goal) - xy).cpu().numpy(),
     }

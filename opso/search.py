@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import dijkstra
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from online_agent import OnlineAgent
 
+KEPT_GOALS = 128  # whose paths are kept: an evaluation asks for the same 100 each time
 NODES_PER_AIM = 2  # nodes of the graph that aim_steps span at least
 
 
@@ -35,43 +37,42 @@ class StateGraph:
     def __init__(self, agent: OnlineAgent, features: Tensor, rows: Tensor, episode_end: Tensor):
         self.agent, self.features = agent, features
         self.points = agent.embed(features).detach()
+        self.tree = cKDTree(self.points.cpu().numpy())
         here, there, cost = self._nearest()
         rows, end = rows.cpu().numpy(), episode_end.cpu().numpy()
         first = np.flatnonzero(end[:-1] == end[1:])
         here, there = np.concatenate([here, there, first]), np.concatenate([there, here, first + 1])
         cost = np.concatenate([cost, cost, (rows[first + 1] - rows[first]).astype(np.float64)])
-        # The cheapest of parallel edges: a sparse matrix would add them up.
-        order = np.lexsort((cost, there, here))
+        # The cheapest of parallel edges. Those that lead to one node lie together: rows of a sparse matrix.
+        order = np.lexsort((cost, here, there))
         here, there, cost = here[order], there[order], cost[order]
         keep = np.append(True, (here[1:] != here[:-1]) | (there[1:] != there[:-1]))
         self.here, self.there, self.cost = here[keep], there[keep], cost[keep]
+        self.row_ends = np.searchsorted(self.there, np.arange(len(self) + 1))  # where the edges to each node begin
+        self._paths: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return len(self.points)
 
-    def link_cost(self, steps: Tensor) -> Tensor:
+    def link_cost(self, steps: np.ndarray) -> np.ndarray:
         """Cost of a link of so many steps by the metric."""
         return self.agent.config.link_cost + steps * (1 + steps / self.agent.config.trusted_steps)
 
-    def _nearest(self, block: int = 512) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _nearest(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Links from each node to the num_links nearest others: from, to, cost."""
-        there, cost = [], []
-        for start in range(0, len(self), block):
-            steps = self.agent.metric_steps(self.points[start : start + block], self.points)
-            steps.diagonal(start).fill_(math.inf)
-            near, price = self._cheapest(steps, len(self) - 1)
-            there.append(near)
-            cost.append(price)
-        here = np.repeat(np.arange(len(self)), there[0].shape[1])
-        return here, np.concatenate(there).ravel(), np.concatenate(cost).ravel()
+        nodes, costs = self._near(self.points, self.agent.config.num_links + 1)
+        other = nodes != np.arange(len(self))[:, None]
+        other[other.all(1), -1] = False  # so many lie in the same place that the node is not among them
+        here = np.repeat(np.arange(len(self)), other.sum(1))
+        return here, nodes[other], costs[other]
 
     def links(self, points: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Links between points [m, metric_dim] and their nearest nodes: nodes [m, L] int and their costs [m, L]."""
-        return self._cheapest(self.agent.metric_steps(points, self.points), len(self))
+        return self._near(points, self.agent.config.num_links)
 
-    def _cheapest(self, steps: Tensor, most: int) -> tuple[np.ndarray, np.ndarray]:
-        near = steps.topk(min(self.agent.config.num_links, most), largest=False)
-        return near.indices.cpu().numpy(), self.link_cost(near.values).double().cpu().numpy()
+    def _near(self, points: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+        distance, nodes = self.tree.query(points.detach().cpu().numpy(), np.arange(1, min(count, len(self)) + 1))
+        return nodes, self.link_cost(self.agent.metric.steps_per_square.item() * distance**2)
 
     def around(self, point: Tensor, node: int) -> tuple[np.ndarray, np.ndarray]:
         """Nodes within block_radius of a point and of a node, each counted to the nearer one: [n] bool twice."""
@@ -84,6 +85,15 @@ class StateGraph:
         """The node whose code is nearest to each code [m, d_model]: [m] int."""
         return torch.cdist(codes, self.agent.code(self.features)).argmin(1).cpu().numpy()
 
+    def paths_to(self, last: np.ndarray, last_cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`shortest_paths` with nothing blocked, worked out once for the episodes that ask for the same goal."""
+        key = last.tobytes() + last_cost.tobytes()
+        if key not in self._paths:
+            while len(self._paths) >= KEPT_GOALS:
+                self._paths.pop(next(iter(self._paths)))
+            self._paths[key] = self.shortest_paths(last, last_cost)
+        return self._paths[key]
+
     def shortest_paths(
         self, last: np.ndarray, last_cost: np.ndarray, blocked: Sequence[tuple[np.ndarray, np.ndarray]] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -93,14 +103,13 @@ class StateGraph:
         edge from the first set to the second is taken. Returns the steps [n], inf where no path leads, and the next
         node on it [n]: n for the goal, or a negative number.
         """
-        n = len(self)
-        here, there = np.append(self.here, last), np.append(self.there, np.full(len(last), n))
-        cost = np.append(self.cost, last_cost)
-        keep = np.ones(len(cost), dtype=bool)
+        n, cost = len(self), np.concatenate([self.cost, last_cost])
         for start, end in blocked:
-            keep &= ~(np.append(start, False)[here] & np.append(end, False)[there])
-        backwards = csr_matrix((cost[keep], (there[keep], here[keep])), shape=(n + 1, n + 1))
+            cost[: len(self.cost)][start[self.here] & end[self.there]] = np.inf
+        here, row_ends = np.concatenate([self.here, last]), np.append(self.row_ends, len(cost))
+        backwards = csr_matrix((cost, here, row_ends), shape=(n + 1, n + 1))  # from the goal, its last row
         steps, next_node = dijkstra(backwards, indices=n, return_predecessors=True)
+        next_node[np.isinf(steps)] = -1
         return steps[:n], next_node[:n]
 
 
@@ -153,15 +162,15 @@ class Planner:
         self.choices = self.explorations = 0  # how often z' was chosen, and how often by exploring
         self.subgoals = self.goals.clone()  # [E, d_model + D]: z' and its state
         self.chosen = np.full(count, len(graph))  # the node that z' is; n for the goal
+        self.nearest = np.full(count, np.inf)  # fewest steps to the goal so far
+        self.nearest_at = np.zeros(count, dtype=int)  # when that was
+        self.escape_left = np.zeros(count, dtype=int)  # steps left of the random escape
+        self.escape_actions = torch.zeros(count, agent.action_dim)
+        self.goal_points = agent.embed(self.goals)
         if agent.config.acting == "search":
-            self.nearest = np.full(count, np.inf)  # fewest steps to the goal so far
-            self.nearest_at = np.zeros(count, dtype=int)  # when that was
-            self.escape_left = np.zeros(count, dtype=int)  # steps left of the random escape
-            self.escape_actions = torch.zeros(count, agent.action_dim)
-            self.goal_points = agent.embed(self.goals)
             self.last = list(zip(*graph.links(self.goal_points), strict=True))  # nodes linked to the goals, and costs
             self.blocked: list[list] = [[] for _ in range(count)]  # pairs of sets of nodes, see shortest_paths
-            self.paths = [graph.shortest_paths(*last) for last in self.last]
+            self.paths = [graph.paths_to(*last) for last in self.last]
 
     @torch.no_grad()
     def act(self, observations: np.ndarray, live: np.ndarray) -> np.ndarray:
@@ -174,10 +183,9 @@ class Planner:
         if self.action_noise > 0:
             noise = [torch.randn(agent.action_dim, generator=self.generators[env]) for env in live]
             actions = actions + self.action_noise * torch.stack(noise)
-        if agent.config.acting == "search":
-            stuck = self.escape_left[live] > 0
-            actions[torch.from_numpy(stuck)] = self.escape_actions[live[stuck]]
-            self.escape_left[live[stuck]] -= 1
+        stuck = self.escape_left[live] > 0
+        actions[torch.from_numpy(stuck)] = self.escape_actions[live[stuck]]
+        self.escape_left[live[stuck]] -= 1
         return actions.clamp(-1, 1).numpy()
 
     def features(self, observations: np.ndarray, live: np.ndarray) -> Tensor:
@@ -190,15 +198,14 @@ class Planner:
 
     def choose(self, x: Tensor, live: np.ndarray) -> None:
         """Choose z' anew for the environments `live`, whose states have features x [m, d_model + D]."""
+        points = self.agent.embed(x)
+        to_goal = self.agent.metric_steps(points, self.goal_points).cpu().numpy()[np.arange(len(live)), live]
         if self.agent.config.acting == "search":
-            points = self.agent.embed(x)
             nodes, costs = self.graph.links(points)
-            to_goal = self.agent.metric_steps(points, self.goal_points).cpu().numpy()
             for row, env in enumerate(live):
-                self._follow(env, points[row], nodes[row], costs[row], float(to_goal[row, env]))
+                self._follow(env, points[row], nodes[row], costs[row], float(to_goal[row]))
         else:
-            proposal = self.agent.propose(self.agent.code(x), self.agent.code(self.goals[live]))
-            self.chosen[live] = self.graph.nearest_codes(proposal)
+            self._propose(x, live, to_goal)
         own = np.flatnonzero(self.chosen[live] < len(self.graph))
         self.subgoals[live] = self.goals[live]
         self.subgoals[live[own]] = self.graph.features[self.chosen[live[own]]]
@@ -211,12 +218,38 @@ class Planner:
             self.subgoals[live] = torch.where(explores, ahead, self.subgoals[live])
             self.explorations += int(explores.sum())
 
+    def _propose(self, x: Tensor, live: np.ndarray, to_goal: np.ndarray) -> None:
+        """Choose z' for `live`: the goal where it is near, else the node whose code is nearest to the proposal.
+
+        to_goal: [m] steps to the goals by the metric.
+        """
+        z, z_goal = self.agent.code(x), self.agent.code(self.goals[live])
+        nodes = self.graph.nearest_codes(self.agent.propose(z, z_goal))
+        near = to_goal <= self.agent.aim_steps
+        self.chosen[live] = np.where(near, len(self.graph), nodes)
+        left = np.where(near, to_goal, self.agent.steps_between(z, z_goal).cpu().numpy())
+        for env, steps in zip(live, left, strict=True):
+            if not self._progresses(env, steps):
+                self._escape(env)
+
+    def _progresses(self, env: int, left: float) -> bool:
+        """Whether the fewest steps to the goal so far are not older than `patience`, now that `left` remain."""
+        if left < self.nearest[env] - 1:
+            self.nearest[env], self.nearest_at[env] = left, self.clock
+        return self.clock - self.nearest_at[env] < self.agent.config.patience
+
+    def _escape(self, env: int) -> None:
+        """Hold one random action for a while, and count progress anew."""
+        self.nearest[env], self.nearest_at[env] = np.inf, self.clock
+        self.escape_left[env] = self.agent.config.escape_steps
+        self.escape_actions[env] = 2 * torch.rand(self.agent.action_dim, generator=self.generators[env]) - 1
+
     def _follow(self, env: int, point: Tensor, nodes: np.ndarray, costs: np.ndarray, to_goal: float) -> None:
         """Choose one environment's z': the goal if it is near, else the node `aim_steps` ahead on the shortest path.
 
         nodes, costs: [L] the links of the state it is in.
         """
-        ahead, count = self.agent.config.aim_steps, len(self.graph)
+        ahead, count = self.agent.aim_steps, len(self.graph)
         steps, next_node = self.paths[env]
         total = costs + steps[nodes]
         for here, there in self.blocked[env]:
@@ -225,7 +258,7 @@ class Planner:
         if self.blocked[env] and not np.isfinite(total).any():  # no path is left: begin anew
             self.blocked[env].clear()
             self.nearest[env] = np.inf
-            steps, next_node = self.paths[env] = self.graph.shortest_paths(*self.last[env])
+            steps, next_node = self.paths[env] = self.graph.paths_to(*self.last[env])
             total = costs + steps[nodes]
         best = int(total.argmin())
         if to_goal <= ahead or not np.isfinite(total[best]):
@@ -234,17 +267,13 @@ class Planner:
             node, left = int(nodes[best]), total[best]
             while node < count and left - steps[node] < ahead:
                 node = int(next_node[node])
-        if left < self.nearest[env] - 1:
-            self.nearest[env], self.nearest_at[env] = left, self.clock
-        elif self.clock - self.nearest_at[env] >= self.agent.config.patience:
+        if not self._progresses(env, left):
             self._block(env, point, node)
         self.chosen[env] = node
 
     def _block(self, env: int, point: Tensor, node: int) -> None:
         """Going from here to `node` failed: block these edges for the rest of the episode, and escape at random."""
-        self.nearest[env], self.nearest_at[env] = np.inf, self.clock
-        self.escape_left[env] = self.agent.config.escape_steps
-        self.escape_actions[env] = 2 * torch.rand(self.agent.action_dim, generator=self.generators[env]) - 1
+        self._escape(env)
         if node < len(self.graph):
             self.blocked[env].append(self.graph.around(point, node))
             self.paths[env] = self.graph.shortest_paths(*self.last[env], self.blocked[env])

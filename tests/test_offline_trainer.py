@@ -17,7 +17,7 @@ from running import digest, error_line
 import make_dataset
 import offline_trainer
 from ogbench_utils import make_env, parse_dataset_id
-from opso.diagnostics import HeldOut, value_map
+from opso.diagnostics import HeldOut, mean_cosine, value_map, way
 from opso.maze import Maze, distances, evaluation_tasks
 from runs.cli import run_cli
 from runs.directory import hold_run, load_checkpoint, prepare_run
@@ -72,7 +72,8 @@ def test_metrics_hold_what_the_readme_names(finished):
     for name in ("critic", "v", "state", "reward", "infonce", "alignment"):
         for column in (f"{name}_loss", f"val_{name}_loss"):
             assert np.isfinite(metrics[column]).all(), column
-    assert -1 <= metrics["value_distance_spearman"][-1] <= 1
+    for figure in ("value_distance_spearman", "proposer_cosine"):
+        assert -1 <= metrics[figure][-1] <= 1, figure
     assert metrics["code_rank"][-1] > 1 and metrics["code_std"][-1] > 0
 
 
@@ -261,16 +262,39 @@ def test_held_out_distances_are_the_mazes(dataset_dir):
             last = [observations[i, n - 1] for i, n in enumerate(lengths.tolist())]
             return torch.stack(last)  # the "code" is the state itself, so V sees what it is handed
 
+        def encode_states(self, observations):
+            return observations
+
+        def propose(self, z, goal):
+            return z + self.sign * 0.1 * torch.from_numpy(way(maze, goal[None].numpy(), z.numpy())[0]).float()
+
         def value(self, z, goals):
             distance = distances(maze, goals[:, 0, :2].numpy(), z[0, :, :2].numpy())
             return torch.from_numpy(self.sign * -distance)
 
     oracle = Oracle()
-    assert held_out.evaluate(oracle)["value_distance_spearman"] == pytest.approx(1)
+    found = held_out.evaluate(oracle)
+    assert found["value_distance_spearman"] == pytest.approx(1) and found["proposer_cosine"] > 0.6
     oracle.sign = -1
-    assert held_out.evaluate(oracle)["value_distance_spearman"] == pytest.approx(-1)
+    found = held_out.evaluate(oracle)
+    assert found["value_distance_spearman"] == pytest.approx(-1) and found["proposer_cosine"] < -0.2
     oracle.sign = 0
     assert held_out.evaluate(oracle)["value_distance_spearman"] == 0
+
+
+def test_the_way_is_the_shortest_paths_direction_and_the_cosine_a_mean_over_it():
+    """Round the wall of the medium maze's first corner, and straight where nothing is between."""
+    maze = Maze.from_env(make_env(DATASET))
+    goal, straight, round_it = np.array([[0.0, 0.0]]), np.array([5.0, 1.0]), np.array([8.0, 8.0])
+    assert maze.is_free(np.stack([goal[0], straight, round_it])).all()
+    found = way(maze, goal, np.stack([straight, round_it, [0.5, 0.5]]))
+    ahead = distances(maze, goal, np.stack([straight, round_it]) + 0.5 * found[0, :2])
+    assert distances(maze, goal, np.stack([straight, round_it])) - ahead == pytest.approx(0.5, abs=0.03)
+    assert np.linalg.norm(found[0, :2], axis=1) == pytest.approx(1) and (found[0, 2] == 0).all()
+    across = np.stack([-found[0, :, 1], found[0, :, 0]], axis=1)
+    assert mean_cosine(3 * found, found) == pytest.approx(1) and mean_cosine(across[None], found) == pytest.approx(0)
+    half = np.where(np.arange(3)[:, None] == 0, -found[0], 0 * found[0])  # one leads away, one nowhere
+    assert mean_cosine(half[None], found) == pytest.approx(-0.5) and mean_cosine(found, 0 * found) == 0
 
 
 def test_the_maps_arrows_follow_the_proposals(dataset_dir):

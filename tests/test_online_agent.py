@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from model import OfflineModel
 from ogbench_utils import NEVER
 from online_agent import OnlineAgent, OnlineAgentConfig
-from opso.batches import CodeSet, sample_batch, sample_pairs
-from opso.search import Planner, StateGraph
+from opso.batches import MOST_TRAVEL_STEPS, CodeSet, sample_batch, sample_pairs, steps_to_travel
+from opso.search import KEPT_GOALS, Planner, StateGraph
 from runs.directory import load_checkpoint, save_checkpoint
 from utils import EpisodeReplay
 
@@ -313,7 +313,8 @@ def test_fitting_the_metric_changes_nothing_else_and_leaves_it_frozen():
     assert all(torch.equal(value, after[part][name]) for part in names[:3] for name, value in before[part].items())
     assert str(before["optimizer"]) == str(after["optimizer"]) and after["step"] == 0
     changed = {name for name, value in before["metric"].items() if not torch.equal(value, after["metric"][name])}
-    assert changed >= set(before["metric"]) - {"net.4.bias"} and "steps_per_square" in changed  # a shift is no distance
+    still = {"net.4.bias", "aim_steps"}  # a shift is no distance; the aim is measured apart
+    assert changed >= set(before["metric"]) - still and "steps_per_square" in changed
     assert not any(p.requires_grad for p in agent.metric.parameters())
     assert all(p.requires_grad for p in agent.heads.parameters())
     assert not agent.embed(random_codes().states).requires_grad
@@ -524,6 +525,30 @@ def test_the_replay_keeps_the_last_episodes_and_its_state_round_trips(count, tmp
         assert_holds(ring, kept | {count % 3: episodes[count]}, 7)
 
 
+def straight(count: int, step: float) -> torch.Tensor:
+    return torch.stack([step * torch.arange(count), torch.zeros(count)], dim=1)
+
+
+def test_the_aim_is_as_far_ahead_as_a_trajectory_takes_to_get_away():
+    """Straight on, 12 steps; back with every third, 10 times 3 and 2; some of it standing still, no more than 12."""
+    end = torch.full((400,), 399)
+    assert steps_to_travel(straight(400, 0.25), end) == 12
+    dithering = torch.tensor([1.0, 1.0, -1.0]).repeat(134)[:400].cumsum(0)
+    assert steps_to_travel(torch.stack([dithering, torch.zeros(400)], dim=1), end) == 32
+    still = torch.cat([straight(250, 0.25), straight(1, 0).expand(150, -1)])
+    assert steps_to_travel(still, end) == 12
+
+
+def test_the_aim_looks_at_no_other_episode_and_ends_somewhere():
+    short = torch.cat([straight(9, 1.0), 100 + straight(5, 1.0)])
+    assert steps_to_travel(short, torch.tensor([8] * 9 + [13] * 5)) == 8
+    round_and_round = torch.stack([torch.arange(500.0).cos(), torch.arange(500.0).sin()], dim=1)
+    assert steps_to_travel(round_and_round, torch.full((500,), 499)) == MOST_TRAVEL_STEPS
+    agent = make_agent(aim_steps=None)
+    agent.metric.aim_steps.fill_(26)
+    assert agent.aim_steps == 26 and make_agent(aim_steps=4.5).aim_steps == 4.5
+
+
 # -- the graph --------------------------------------------------------------------------------------------------------
 
 
@@ -596,9 +621,26 @@ def test_links_lead_both_ways_to_the_nearest(settings):
     assert set(found) == set(expected) and all((b, a) in found for a, b in found)
     assert all(found[pair] == pytest.approx(cost, rel=1e-3, abs=1e-4) for pair, cost in expected.items())
     assert all(a != b for a, b in found)
-    here, there, cost = graph._nearest(block=7)
-    for ours, whole in zip((here, there, cost), graph._nearest(), strict=True):
-        assert np.allclose(ours, whole, rtol=1e-4)
+
+
+def test_no_node_is_linked_to_itself_however_many_lie_in_its_place():
+    agent = place_agent(num_links=2)
+    found = edges(join(agent, *[[(1, 1)]] * 7, [(5, 1)]))
+    assert all(a != b for a, b in found) and {a for a, _ in found} == set(range(8))
+    assert all(sum(a == node for a, _ in found) >= 2 for node in range(8))
+
+
+def test_paths_to_a_goal_are_worked_out_once():
+    agent = place_agent(num_links=1)
+    graph, _, rows, _ = random_graph(agent, 0)
+    n = len(rows)
+    asked = [(np.array([node % n]), np.array([0.5 * (node // n)])) for node in range(KEPT_GOALS + 3)]
+    kept = [graph.paths_to(*goal) for goal in asked]
+    for goal, (steps, following) in zip(asked, kept, strict=True):
+        again = graph.shortest_paths(*goal)
+        assert np.array_equal(steps, again[0]) and np.array_equal(following, again[1])
+    assert all(graph.paths_to(*goal) is ways for goal, ways in zip(asked[3:], kept[3:], strict=True))
+    assert graph.paths_to(*asked[0]) is not kept[0] and len(graph._paths) == KEPT_GOALS
 
 
 @pytest.mark.parametrize("bars", [0, 1, 3])
@@ -922,6 +964,7 @@ def test_environments_act_each_for_itself(acting):
 
 def test_the_proposer_takes_the_node_of_the_nearest_code_every_replan_every_steps():
     agent = make_agent(acting="proposer", replan_every=3)
+    agent.metric.steps_per_square.fill_(1e6)  # every goal is far
     torch.manual_seed(1)
     goals, seen, graph = torch.randn(2, 2), torch.randn(7, 2, 2), random_states(agent)
     planner, x_goal, chosen = plan(agent, graph, *goals.numpy()), agent.encode(goals), set()

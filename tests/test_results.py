@@ -221,6 +221,7 @@ def test_rows_of_the_maze_stages(tmp_path):
     run = only_run(tmp_path, {"method": "all losses", "command": "offline_trainer", "flags": flags})
     summary = {
         "value_distance_spearman": 0.95,
+        "proposer_cosine": 0.9,
         "code_std": 0.6,
         "code_rank": 45.0,
         "updates": 420,
@@ -228,7 +229,8 @@ def test_rows_of_the_maze_stages(tmp_path):
     }
     record(run, tmp_path, summary, {})
     found = {row["task"]: (row["score"], row["episodes"]) for row in rows.rows_of(run, tmp_path, str(tmp_path))}
-    assert found == {"value_distance_spearman": ("0.95", ""), "code_rank": ("45", ""), "code_std": ("0.6", "")}
+    figures = {"value_distance_spearman": "0.95", "proposer_cosine": "0.9", "code_rank": "45", "code_std": "0.6"}
+    assert found == {name: (value, "") for name, value in figures.items()}
 
     run = only_run(tmp_path, {"method": "strict", "command": "online_trainer", "flags": flags | {"eval_episodes": 20}})
     success = {f"eval/success_task{task}": 1.0 for task in range(1, 5)} | {"eval/success_task5": 0.5}

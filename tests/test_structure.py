@@ -57,7 +57,6 @@ MAX_UNTURNED_SETTINGS = 12  # names of settings that no page, YAML, test or benc
 # Source files that are longer; a length may only shrink.
 LONG_FILES = {
     "model.py": 666,
-    "online_trainer.py": 505,
 }
 UNRESTRICTED = {"tests", "benchmarks"}
 ONLY_PACKAGES = {
