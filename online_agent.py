@@ -60,7 +60,7 @@ class OnlineAgentConfig:
     route_state: bool = True  # the proposer learns where these ways lead, not where the data went
     max_weight: Positive = 20.0  # cap of the weights in the proposer's and the policy's loss
     acting: Literal["search", "proposer"] = "search"  # z' comes from search among dataset states or from next_state
-    graph_nodes: Annotated[int, Range(2, 10**6)] = 20_000  # dataset states in the graph, evenly spaced in time
+    graph_nodes: Annotated[int, Range(2, 10**6)] = 150_000  # most dataset states in the graph, evenly spaced in time
     num_links: Count = 10  # nearest states by the metric that each state is linked to
     link_cost: NonNegative = 3.0  # steps that a link costs beside its length, for changing the trajectory
     trusted_steps: Positive = 8.0  # length in steps at which a link costs twice its length

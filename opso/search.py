@@ -17,6 +17,7 @@ from torch import Tensor
 from online_agent import OnlineAgent
 
 KEPT_GOALS = 128  # whose paths are kept: an evaluation asks for the same 100 each time
+ENOUGH_NODES = 20_000  # more come from more data alone, not from less time between two; codes are compared with so many
 NODES_PER_AIM = 2  # nodes of the graph that aim_steps span at least
 
 
@@ -82,8 +83,10 @@ class StateGraph:
         return near[0] & first, near[1] & ~first
 
     def nearest_codes(self, codes: Tensor) -> np.ndarray:
-        """The node whose code is nearest to each code [m, d_model]: [m] int."""
-        return torch.cdist(codes, self.agent.code(self.features)).argmin(1).cpu().numpy()
+        """The node whose code is nearest to each code [m, d_model], among ENOUGH_NODES of them at most: [m] int."""
+        every = math.ceil(len(self) / ENOUGH_NODES)
+        nearest = torch.cdist(codes, self.agent.code(self.features[::every])).argmin(1)
+        return every * nearest.cpu().numpy()
 
     def paths_to(self, last: np.ndarray, last_cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`shortest_paths` with nothing blocked, worked out once for the episodes that ask for the same goal."""
@@ -114,13 +117,13 @@ class StateGraph:
 
 
 def spaced_rows(episode_end: torch.Tensor, most: int, aim_steps: float) -> torch.Tensor:
-    """Rows for at most so many nodes: evenly spaced in time, but never farther than half of aim_steps.
+    """Rows for nodes: evenly spaced in time, ENOUGH_NODES of them, or more where these are half of aim_steps apart.
 
-    Where all rows would be too many at that spacing, whole episodes are left out, evenly; where one episode alone has
-    too many, it is farther after all. episode_end [N] int64, the last row of each row's episode; returns [n] int64.
+    Where these are more than `most`, whole episodes are left out, evenly; where one episode alone has more, they are
+    farther apart after all. episode_end [N] int64, the last row of each row's episode; returns [n] int64.
     """
     rows = torch.arange(len(episode_end), device=episode_end.device)
-    spacing = min(math.ceil(len(rows) / most), max(int(aim_steps) // NODES_PER_AIM, 1))
+    spacing = min(math.ceil(len(rows) / min(most, ENOUGH_NODES)), max(int(aim_steps) // NODES_PER_AIM, 1))
     rows = rows[::spacing]
     ends, lengths = torch.unique_consecutive(episode_end[rows], return_counts=True)
     number = torch.arange(len(ends), device=rows.device)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from model import OfflineModel
 from ogbench_utils import NEVER
 from online_agent import OnlineAgent, OnlineAgentConfig
+from opso import search
 from opso.batches import MOST_TRAVEL_STEPS, CodeSet, sample_batch, sample_pairs, steps_to_travel
 from opso.search import KEPT_GOALS, Planner, StateGraph
 from runs.directory import load_checkpoint, save_checkpoint
@@ -706,6 +707,10 @@ def test_links_from_outside_the_ends_of_a_way_and_the_nearest_code():
     own = agent.code(graph.features).tolist()
     expected = [min(range(n), key=lambda k: math.dist(own[k], code)) for code in codes.tolist()]
     assert graph.nearest_codes(codes).tolist() == expected and len(set(expected)) > 1
+    with pytest.MonkeyPatch.context() as patch:  # of 24 nodes every third
+        patch.setattr(search, "ENOUGH_NODES", 8)
+        expected = [min(range(0, n, 3), key=lambda k: math.dist(own[k], code)) for code in codes.tolist()]
+        assert graph.nearest_codes(codes).tolist() == expected and len(set(expected)) > 1
 
 
 ROUND = [(x, 0) for x in range(21)] + [(20, 1), (20, 2)] + [(x, 3) for x in range(20, -1, -1)]

@@ -372,6 +372,15 @@ def test_whole_episodes_are_left_out_where_nodes_would_lie_too_far_apart():
     assert kept(10) == list(range(0, 1000, 100))  # not even one at that spacing
 
 
+def test_more_data_gives_more_nodes_and_less_time_between_them_does_not():
+    """Episodes of 1000 rows, aim 15: 7 rows apart at most, so that a million rows need 143,000 nodes."""
+    for episodes, spacing in ((15, 1), (40, 2), (100, 5), (1000, 7)):
+        end = (torch.arange(episodes * 1000) // 1000 + 1) * 1000 - 1
+        rows = spaced_rows(end, 150_000, 15.0)
+        assert torch.equal(rows, torch.arange(0, len(end), spacing)), episodes
+    assert len(spaced_rows(end, 100_000, 15.0)) < 80_000  # half of the episodes
+
+
 def test_as_many_trajectories_as_the_pretraining_unless_told_otherwise(arguments, tmp_path):
     for given, expected in (({}, 6), ({"max_trajectories": "null"}, 7)):
         run = open_run(arguments(tmp_path / str(expected), **given))
