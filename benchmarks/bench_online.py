@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     envs = [make_env(DATASET) for _ in range(config.num_envs)]
     dim, actions = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
-    agent = OnlineAgent(OnlineAgentConfig(), OfflineModel(dim), actions, hidden_dim=256, discount=0.99)
+    agent = OnlineAgent(OnlineAgentConfig(aim_steps=15.0), OfflineModel(dim), actions, hidden_dim=256, discount=0.99)
     agent.metric.steps_per_square.fill_(FAR)
     rows = torch.arange(config.graph_nodes)
     graph = StateGraph(agent, agent.encode(torch.randn(len(rows), dim)), rows, rows // 1001 * 1001 + 1000)
