@@ -55,7 +55,9 @@ def dataset_chart(groups: list) -> str:
             axis.set_yscale(scale)
             axis.grid(alpha=0.3)
             if not any_line:
-                axis.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axis.transAxes, color="0.5")
+                logged = any(column.format(0) in result.metrics for result in group.results)
+                words = "0 for every actor" if logged else "not logged"
+                axis.text(0.5, 0.5, words, ha="center", va="center", transform=axis.transAxes, color="0.5")
             elif name == "score":
                 data = group.mean(lambda result: result.summary["data_score"])
                 axis.axhline(data, color="0.4", linestyle="--", linewidth=1)

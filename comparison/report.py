@@ -342,7 +342,8 @@ HOW_TO_READ = (
 )
 CURVES = (
     "Means over seeds; bands are 95% bootstrap intervals, of two seeds their range. Dashed: the data's own episodes. "
-    "Energy above 0 was won by the step. Dotted: the floor of a distance."
+    "Energy above 0 was won by the step; actor 0's is from the data itself, below whose energy a narrower policy does "
+    "not get. Dotted: the floor of a distance."
 )
 
 

@@ -324,7 +324,7 @@ class ChainRun(Run):
 
     def plot(self) -> None:
         """training_curves.png."""
-        title = str(self.run_name(self.config)).replace("_", " ")
+        title = str(self.run_name(self.config))
         metrics, path = read_metrics(self.run_dir / "training"), self.run_dir / "training_curves.png"
         plot_chain_curves(metrics, path, title, len(self.acting()), self.data_score())
 

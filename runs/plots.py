@@ -185,7 +185,7 @@ def plot_online_curves(metrics: dict[str, list[float]], path: str | Path, title:
             evaluated = metrics.get("eval/success_rate", [])
             _curve(axis, steps, evaluated, color="tab:green", marker="o", label="evaluation, five tasks")
             axis.set_ylim(-0.02, 1.02)
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="center right")  # away from 0 and 1, where the points lie
         axis.set_title(name)
         axis.set_xlabel("environment steps")
         axis.grid(alpha=0.3)
@@ -235,8 +235,10 @@ def plot_chain_curves(
     figure.suptitle(title)
     axes = figure.subplots(2, 3).ravel()
     steps, colours = np.asarray(metrics["step"], dtype=float), [f"C{number % 10}" for number in range(actors)]
+    energy = "chain/actor_0/energy" in metrics  # of pogo_main.py's chains
     for number, colour in enumerate(colours):
         chain, name = f"chain/actor_{number}", f"actor {number}"
+        promised = metrics.get(f"{chain}/q_gain", [])
         for mode, style in (("deterministic", "-"), ("stochastic", ":")):
             values = metrics.get(f"eval/actor_{number}/{mode}/score", [])
             _curve(axes[0], steps, values, color=colour, linestyle=style, marker=".", label=f"{name}, {mode}")
@@ -245,25 +247,55 @@ def plot_chain_curves(
         if number > 0:  # the data has no floor
             floor = metrics.get(f"{chain}/floor", [])
             _curve(axes[2], steps, floor, color=colour, linestyle=":", label=f"{name}, floor")
-        gain = np.subtract(metrics.get(f"{chain}/energy_before", []), metrics.get(f"{chain}/energy", []))
+        gain = np.subtract(metrics[f"{chain}/energy_before"], metrics[f"{chain}/energy"]) if energy else promised
         _curve(axes[3], steps, gain, color=colour, label=name)
         _curve(axes[4], steps, metrics.get(f"{chain}/spread", []), color=colour, label=name)
     axes[0].axhline(data_score, color="black", linestyle="--", linewidth=1, label="the data's episodes")
     axes[3].axhline(0, color="black", linewidth=1)
     _curve(axes[5], steps, metrics.get("critic_loss", []), color="black", label="both critics")
-    names = (
-        "D4RL score",
-        "Q of each actor",
-        "Distance to the one before",
-        "Energy saved by the step (above 0: it pays)",
-        "Spread of samples",
-    )
-    for axis, name in zip(axes, (*names, "Critic loss"), strict=True):
+    step = "Energy saved by the step (above 0: it pays)" if energy else "Q gained by the step"
+    names = ("D4RL score", "Q of each actor", "Distance to the one before", step, "Spread of samples", "Critic loss")
+    for axis, name in zip(axes, names, strict=True):
         axis.set_title(name)
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:  # not every chain logs an energy
+        if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
+    if energy:
+        axes[3].set_xlabel(
+            "update; actor 0's step is from the data itself,\nbelow whose energy a narrower policy does not get"
+        )
     for axis in (axes[2], axes[5]):
         axis.set_yscale("log")
+    _save(figure, path)
+
+
+def plot_study_curves(
+    metrics: dict[str, list[float]], path: str | Path, title: str, data_returns: dict[str, float]
+) -> None:
+    """A walker run's returns in each task, and what else it logs, against updates.
+
+    Args:
+        metrics, path, title: as in `plot_training_curves`.
+        data_returns: task -> mean return of the data's episodes, dashed lines.
+    """
+    others = [name for name in metrics if name != "step" and not name.startswith("eval/")][:7]
+    rows, columns = math.ceil((len(others) + 1) / 4), min(len(others) + 1, 4)
+    figure = _new_figure(3.5 * columns, 3.2 * rows)
+    figure.suptitle(title)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    steps = np.asarray(metrics["step"], dtype=float)
+    for number, (task, mean) in enumerate(data_returns.items()):
+        colour = f"C{number}"
+        _curve(axes[0], steps, metrics.get(f"eval/{task}/return", []), color=colour, marker=".", label=task)
+        axes[0].axhline(mean, color=colour, linestyle="--", linewidth=1, label=f"the data's, {task}")
+    axes[0].legend(fontsize=8)
+    for axis, name in zip(axes[1:], others, strict=False):
+        _curve(axis, steps, metrics[name], color="black")
+    for axis, name in zip(axes, ("Return, agent in training", *others), strict=False):
+        axis.set_title(name)
+        axis.set_xlabel("update")
+        axis.grid(alpha=0.3)
+    for axis in axes[len(others) + 1 :]:
+        axis.axis("off")
     _save(figure, path)

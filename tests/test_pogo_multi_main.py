@@ -15,7 +15,7 @@ from algorithms.offline import make_configs, pogo_multi_main
 from algorithms.offline.pogo_multi_main import ALGORITHMS, MultiRun, find_config
 from offline_data import load_transitions
 from policy import Policy
-from runs import chain
+from runs import chain, plots
 from runs import policy as chain_policy
 from runs.directory import load_checkpoint
 from runs.metrics import read_episodes, read_metrics
@@ -132,6 +132,16 @@ def test_a_file_is_evaluated_as_its_run_evaluated_it(algorithm, finished, capsys
     assert "none.pth" in exits(capsys, "--evaluate", tmp_path / "none.pth")
     torch.save({"config": {"algorithm": "iql"}}, tmp_path / "bad.pth")
     assert "not a checkpoint of pogo_multi_main.py" in exits(capsys, "--evaluate", tmp_path / "bad.pth")
+
+
+def test_no_panel_of_the_curves_is_empty(finished, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    metrics = read_metrics(finished / "iql" / "training")
+    plots.plot_chain_curves(metrics, tmp_path / "curves.png", "iql", 2, 50.0)
+    (figure,) = drawn
+    assert all(len(axis.get_lines()) > 1 or "Critic" in axis.get_title() for axis in figure.axes)
+    assert all(len(axis.get_lines()) > 0 for axis in figure.axes) and len(figure.axes) == 6
 
 
 @pytest.mark.parametrize("algorithm", ["td3_bc", "sac_n"])

@@ -178,6 +178,7 @@ def test_a_run_writes_its_outputs(method, finished):
     run_dir = finished / method
     summary = json.loads((run_dir / "finished.json").read_text())
     assert summary["steps"] == 6 and summary["datasets"] == parse_datasets(TINY["USE_DATASET_STR"])
+    assert (run_dir / "training_curves.png").stat().st_size > 10_000
     with open(run_dir / "evaluation.csv") as file:
         rows = list(csv.DictReader(file))
     played = ["walk"] if method == "cds" else TASKS

@@ -8,6 +8,7 @@ its standardisation, the loop, evaluation in both tasks, and the run's directory
     checkpoints/last.pth            all that the next update depends on, and the agent
     checkpoints/best.pth            the agent that scored highest in training, on episodes that no report uses
     evaluation.csv, finished.json   at the end: every episode of both agents, and the means
+    training_curves.png             returns and losses
 
 Agents are played in the tasks that the data is of.
 """
@@ -29,7 +30,8 @@ from dmc_utils import ALL_DATASETS, DATASETS, TASKS, load_study_data, parse_data
 from runs.cli import parse_config
 from runs.directory import expecting, load_checkpoint, mark_finished, save_checkpoint
 from runs.evaluation import episode_seeds, num_workers
-from runs.metrics import RunningMeans
+from runs.metrics import RunningMeans, read_metrics
+from runs.plots import plot_study_curves
 from runs.run import DeviceRunConfig, Run, part_of
 from utils import (
     Basic,
@@ -184,10 +186,17 @@ class StudyRun(Run):
             summary |= {f"data/{task}/return": float(found.mean()) for task, found in self.data_returns.items()}
             summary |= {"best_step": self.best["step"], "steps": self.step, "seed": config.seed}
             summary |= {"method": self.method, "datasets": list(self.ids)}
+            self.plot()
             mark_finished(self.run_dir, summary)
         seconds = time.perf_counter() - began
         print(f"{part_of(self.step, self.step - before)} updates in {seconds:.0f} seconds; outputs in {self.run_dir}")
         return summary
+
+    def plot(self) -> None:
+        """training_curves.png."""
+        means = {task: float(found.mean()) for task, found in self.data_returns.items() if task in self.trained_tasks()}
+        title, path = f"{self.method}: {', '.join(self.ids)}; seed {self.config.seed}", "training_curves.png"
+        plot_study_curves(read_metrics(self.run_dir), self.run_dir / path, title, means)
 
     def describe(self) -> str:
         """What is trained on, in one line."""
