@@ -23,6 +23,9 @@ Choices where the sources differ or are silent:
 - All actors begin as copies of the first, and before its own gradient step an actor takes over the change of weights
   that the one before it has just made (`follow`), as a step of the scheme begins where the one before it stands.
   Without that an actor spends the run on coming near the one before, and never gets to its step.
+- The critics begin at the data's mean discounted return (`q_start`), not at 0: Q has to climb to the level of returns
+  before its slopes mean anything, one target average at a time, and while it climbs it runs away where actions leave
+  the data (docs/notebook_pogo.md).
 - The actors' learning rate falls to 0 over the run (`lr_decay`): an actor follows one that moves at every step, and
   lags behind by more than the step it is to make (docs/notebook_pogo.md).
 - K samples a state and policy; the distance takes all of them, Q the first: fewer passes through the critic, and no
@@ -59,6 +62,7 @@ class POGOConfig(DistanceConfig):
     noise_clip: NonNegative = 0.5  # largest such noise, in units of max_action
     policy_freq: Count = 1  # updates of the critics for each update of the actors and target networks
     q_normalization: Literal["batch", "none"] = "batch"  # batch divides Q by its mean size in the batch
+    q_start: Literal["data", "zero"] = "data"  # critics begin at the data's mean discounted return, or at 0
     td_actor: Literal["online", "target"] = "online"  # critics bootstrap from actor 0 or its target copy
     hidden_dim: Count = 256  # width of the two hidden layers of every network
 
@@ -72,6 +76,7 @@ class POGOAgent:
         max_action: actions lie in [-max_action, max_action].
         generator: of all noise, on the device.
         device: where everything lives.
+        data_value: mean discounted return of the data, at which critics begin (`q_start`).
     """
 
     def __init__(
@@ -82,11 +87,15 @@ class POGOAgent:
         max_action: float,
         generator: torch.Generator,
         device: str | torch.device = "cpu",
+        data_value: float = 0.0,
     ):
         self.config, self.max_action, self.action_dim = config, max_action, action_dim
         self.generator, self.device = generator, torch.device(device)
         sizes = (observation_dim, action_dim)
         self.critic = EnsembleCritic(*sizes, config.hidden_dim).to(self.device)
+        if config.q_start == "data":
+            with torch.no_grad():
+                self.critic.net.layers()[-1][1].add_(data_value)  # the bias of the output
         actors = [TransportActor(*sizes, max_action, config.hidden_dim) for _ in config.w2_weights]
         self.actors = nn.ModuleList(actors).to(self.device)
         for actor in self.actors[1:]:

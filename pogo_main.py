@@ -28,6 +28,7 @@ from runs.chain import (
 )
 from runs.cli import parse_config, run_cli
 from runs.policy import ChainPolicy, evaluate_again
+from runs.run import data_values
 from runs.seeds import run_seeds
 from utils import Number, UserError, resolve_device, warn
 
@@ -70,8 +71,14 @@ class POGORun(ChainRun):
         return load_transitions(config.env, config.dataset_dir, config.antmaze_reward_shift)
 
     def make_agent(self, observation_dim: int, action_dim: int, max_action: float) -> POGOAgent:
-        sizes = (observation_dim, action_dim, max_action)
-        return POGOAgent(self.config, *sizes, self.streams.policy, self.device)
+        sizes, data = (observation_dim, action_dim, max_action), self.data
+        values = data_values(data.rewards, data.terminated, data.truncated, self.config.discount)
+        self.mean_value, self.best_value = float(values.mean()), float(values.max())
+        return POGOAgent(self.config, *sizes, self.streams.policy, self.device, self.mean_value)
+
+    def describe(self) -> str:
+        """As every chain, and what Q has to compare with."""
+        return f"{super().describe()}; discounted returns {self.mean_value:.4g}, at most {self.best_value:.4g}"
 
     def acting(self) -> list[Act]:
         return list(self.agent.actors)

@@ -23,7 +23,7 @@ from runs.directory import (
     telling_what_is_kept,
 )
 from runs.metrics import MetricLogger
-from utils import MAY_CHANGE, Basic, MayChange, RandomStreams, UserError, Whole, resolve_device, write_text_atomic
+from utils import MAY_CHANGE, Basic, MayChange, RandomStreams, UserError, Whole, resolve_device, warn, write_text_atomic
 
 FAILURE = "failure.txt"  # why a run stopped before its end, in its directory
 
@@ -60,6 +60,8 @@ class Run(abc.ABC):
 
     step: int  # updates, or what else rows of metrics.csv count
     q_bound = math.inf  # mean Q beyond this, either way, has diverged: see `largest_q`
+    best_value = math.inf  # mean Q of the data's actions above this overrates them: largest of `data_values`
+    prefix = ""  # of what the run prints
 
     def __init__(self, config: RunConfig):
         self.preflight(config)  # before the data is made or loaded
@@ -178,7 +180,16 @@ class Run(abc.ABC):
             self.load_state(path, state)
 
     def check_metrics(self, metrics: dict[str, float], remedy: str = "lower the learning rates") -> None:
-        """UserError where the run has diverged, whose text stays in the directory as failure.txt."""
+        """UserError where the run has diverged, whose text stays in the directory as failure.txt.
+
+        A word, once, where the mean Q of the data's actions has passed every return that the data hold.
+        """
+        if metrics.get("q_data", -math.inf) > self.best_value:
+            warn(
+                f"{self.prefix}Q of the data's actions is {metrics['q_data']:.4g} at update {self.step}, and no return "
+                f"of the data is above {self.best_value:.4g}: actor 0 is not to be trusted, its weight is too small"
+            )
+            self.best_value = math.inf
         for name, value in metrics.items():
             finite, is_q = math.isfinite(value), name == "q_data" or name.endswith(("/q", "_q"))
             if finite and not (is_q and abs(value) > self.q_bound):
@@ -199,3 +210,24 @@ def part_of(total: int, done: int) -> str:
 def largest_q(rewards: np.ndarray, discount: float, limit: float = 10.0) -> float:
     """`limit` times the largest discounted return, either way, that rewards like these [N] allow."""
     return limit * float(np.abs(rewards).max()) / (1 - discount)
+
+
+def data_values(rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, discount: float) -> np.ndarray:
+    """Discounted return that each row's own episode had from there on, [N] float64, of rows in order.
+
+    An episode that was cut, as the last one is, goes on for ever with its mean reward.
+
+    Args:
+        rewards, terminated, truncated: [N].
+        discount: below 1.
+    """
+    values, rows = np.empty(len(rewards)), rewards.tolist()
+    ends = np.flatnonzero(terminated | truncated).tolist()
+    start = 0
+    for end in ends if ends and ends[-1] == len(rows) - 1 else [*ends, len(rows) - 1]:
+        value = 0.0 if terminated[end] else float(np.mean(rows[start : end + 1])) / (1 - discount)
+        for row in range(end, start - 1, -1):
+            value = rows[row] + discount * value
+            values[row] = value
+        start = end + 1
+    return values

@@ -41,6 +41,19 @@ def test_actors_begin_as_copies_of_the_first_and_apart_in_memory():
     assert not any(same(first, other) for other in others) and not same(*others)
 
 
+def test_the_critics_begin_at_the_value_of_the_data():
+    batch = make_batch()
+    inputs, levels = (batch["observations"], batch["actions"]), []
+    for settings, value in (({}, 0.0), ({}, 50.0), ({"q_start": "zero"}, 50.0)):
+        torch.manual_seed(0)
+        config = POGOConfig(hidden_dim=16, w2_weights=(0.4,), **settings)
+        agent = POGOAgent(config, D, A, 1.0, torch.Generator().manual_seed(0), data_value=value)
+        q, slow = agent.critic(*inputs).detach(), agent.critic_target(*inputs)
+        assert torch.equal(q, slow)
+        levels.append(q)
+    assert torch.allclose(levels[1], levels[0] + 50, atol=1e-4) and torch.equal(levels[2], levels[0])
+
+
 def make_batch(seed=0, dtype=torch.float32, max_action=1.0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {

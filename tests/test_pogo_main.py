@@ -23,6 +23,7 @@ from runs.cli import parse_config, run_cli
 from runs.directory import hold_run, load_checkpoint, save_checkpoint
 from runs.evaluation import episode_seeds, report_steps
 from runs.metrics import read_episodes, read_metrics
+from runs.run import data_values
 from utils import RunFinished, UserError
 
 DATASET = "local/hopper-medium-v2"
@@ -576,6 +577,28 @@ def test_a_wide_blur_of_any_seed_is_told_once(arguments, tmp_path, monkeypatch, 
     capsys.readouterr()
     train(flags)
     assert capsys.readouterr().err.count("warning: the blur is") == 1
+
+
+def test_a_q_above_every_return_of_the_data_is_told_once(arguments, tmp_path, monkeypatch, capsys):
+    train(arguments(tmp_path / "run"))
+    told = capsys.readouterr()
+    assert "actor 0 is not to be trusted" not in told.err and "; discounted returns " in told.out
+    monkeypatch.setattr(pogo_main, "data_values", lambda rewards, *_: np.full(len(rewards), -9.0))
+    train(arguments(tmp_path / "small", "--q_start", "zero"))
+    told = capsys.readouterr()
+    assert "discounted returns -9, at most -9" in told.out
+    told = told.err
+    assert told.count("no return of the data is above -9: actor 0 is not to be trusted") == 1 and "update 3" in told
+
+
+def test_the_datas_values_equal_sums_over_its_episodes():
+    rewards, zeros = np.array([1.0, 2.0, 3.0, 4.0, 6.0]), np.zeros(5, bool)
+    terminated, truncated = zeros.copy(), zeros.copy()
+    terminated[1], truncated[3] = True, True
+    found = data_values(rewards, terminated, truncated, 0.5)
+    # The second episode goes on with 3.5 for ever, which is worth 7, the cut third one with 6.
+    assert found.tolist() == [1 + 0.5 * 2, 2, 3 + 0.5 * (4 + 0.5 * 7), 4 + 0.5 * 7, 6 + 0.5 * 12]
+    assert data_values(rewards, zeros, zeros, 0.5)[-1] == 6 + 0.5 * rewards.mean() / 0.5
 
 
 def test_a_diverging_run_stops_and_says_why(arguments, tmp_path, capsys):

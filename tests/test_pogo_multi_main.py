@@ -1,5 +1,6 @@
 """The command that trains a chain over any offline algorithm: outputs, settings, resume, bad input."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -234,8 +235,23 @@ def test_the_shipped_files_are_those_that_the_table_writes(tmp_path):
         assert path.read_text() == text, f"{path}: run python -m algorithms.offline.make_configs"
         config = parse(["--config_path", str(path)])
         pogo_multi_main.check(config)
+        own = make_configs.CONFIGS[config.algorithm]
+        assert {field.name for field in dataclasses.fields(own)} <= set(yaml.safe_load(text))
         expected = f"{path.parent.name}-{path.name.partition('_v2_')[0].replace('_', '-')}-v2"
         assert config.env == expected and path.stem.endswith(f"_{config.algorithm}")
+
+
+@pytest.mark.parametrize(
+    "algorithm, robot, data, expected",
+    [
+        ("awac", "walker2d", "medium", 0.8 / 6 * 268),
+        ("iql", "hopper", "medium", 0.8 / 3 * 245 * 1000 / 2569),  # normalize_reward
+        ("td3_bc", "hopper", "medium", 0.8 / 3 * 2.5),
+    ],
+)
+def test_the_files_weights_are_by_the_rule(algorithm, robot, data, expected):
+    first, *others = make_configs.weights(algorithm, robot, data)
+    assert first == 0 and others == [pytest.approx(expected, rel=0.05)] * 2
 
 
 # CORL's own, and what they build.
