@@ -244,9 +244,9 @@ def test_the_shipped_files_are_those_that_the_table_writes(tmp_path):
 @pytest.mark.parametrize(
     "algorithm, robot, data, expected",
     [
-        ("awac", "walker2d", "medium", 0.8 / 6 * 268),
-        ("iql", "hopper", "medium", 0.8 / 3 * 245 * 1000 / 2569),  # normalize_reward
-        ("td3_bc", "hopper", "medium", 0.8 / 3 * 2.5),
+        ("awac", "walker2d", "medium", 1.6 / 6 * 268),
+        ("iql", "hopper", "medium", 1.6 / 3 * 245 * 1000 / 2569),  # normalize_reward
+        ("td3_bc", "hopper", "medium", 1.6 / 3 * 2.5),
     ],
 )
 def test_the_files_weights_are_by_the_rule(algorithm, robot, data, expected):

@@ -6,9 +6,9 @@ What is here once would otherwise stand in ninety files: each holds the algorith
 every parameter of the algorithm, with what CORL sets differently there. A test says when the files are not those that
 this writes.
 
-Weights are by the rule of docs/pogo_multi.md: none for actor 0, which so is the algorithm itself; for later ones 0.8 / A
-times the size of Q, A numbers being in an action, where the algorithm does not normalise Q. On antmazes the original's
-10 is about what the rule gives for rewards of -1 a step, and stays.
+Weights are by the rule of docs/pogo_multi.md: none for actor 0, which so is the algorithm itself; for later ones 1.6 by
+A times the size of Q, A numbers being in an action, where the algorithm does not normalise Q. On antmazes the
+original's 10 is near what the rule gives for rewards of -1 a step, and stays, untried.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ def weights(algorithm: str, robot: str, data: str) -> list[float]:
     if DIFFERENCES[algorithm](robot, data).get("normalize_reward"):
         value *= 1000 / RANGES[robot][level]
     unit = TD3BCConfig.alpha if algorithm == "td3_bc" else value  # td3_bc's Q has the size alpha in its loss
-    weight = float(f"{0.8 / ACTION_DIM[robot] * unit:.2g}")
+    weight = float(f"{1.6 / ACTION_DIM[robot] * unit:.2g}")
     return [0.0, weight, weight]
 
 
