@@ -224,8 +224,8 @@ def test_the_shipped_comparison_expands(tmp_path):
     assert {run.config.lr for run in runs if "antmaze" in run.config.env} == {1e-4}
     assert {run.config.lr for run in runs if "antmaze" not in run.config.env} == {3e-4}
     first = [(run.config.w2_weights, run.variant, run.config.seed) for run in runs[:9]]
-    assert first == [((0.4, 0.5, w), n, seed) for n, w in enumerate((0.25, 0.5, 1.0)) for seed in (0, 1, 2)]
-    assert runs[0].run_dir == tmp_path / "halfcheetah-medium-v2" / "w2_0.4_0.5_0.25" / "seed_0"
+    assert first == [((0.4, 0.27, w), n, seed) for n, w in enumerate((0.13, 0.27, 0.5)) for seed in (0, 1, 2)]
+    assert runs[0].run_dir == tmp_path / "halfcheetah-medium-v2" / "w2_0.4_0.27_0.13" / "seed_0"
     assert runs[0].config.max_timesteps == 1_000_000 and runs[0].config.sinkhorn_blur == 0.05
 
 
