@@ -428,7 +428,12 @@ class MLP(nn.Module):
         return self._run(self.theta, self.size, inputs)
 
     def frozen(self, *inputs: Tensor, members: int | None = None) -> Tensor:
-        """`forward` of the first `members` alone, with a gradient to the last input and none to the weights."""
+        """`forward` of the first `members` alone, with a gradient to the last input and none to the weights.
+
+        Raises ValueError where the network is not an ensemble of one output without tanh, or inputs are not [n, ...].
+        """
+        if self.size is None or (self.output_dim, self.squash) != (1, False) or inputs[0].dim() != 2:
+            raise ValueError("a frozen network is an ensemble of one output without tanh, its inputs [n, ...]")
         members = members or self.size
         if kernels_of(inputs[0]) != "plain":
             return run_frozen(self, members, inputs)
@@ -439,8 +444,11 @@ class MLP(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(y - target)^2 for one output y: mean over rows, sum over the networks, 0-d; and y [..., n] without gradient.
 
-        With an expectile, outputs above their target [n] weigh 1 - expectile in the error, others expectile.
+        With an expectile, outputs above their target [n] weigh 1 - expectile in the error, others expectile. The
+        gradient is the weights' alone. Raises ValueError where the network has several outputs or a tanh.
         """
+        if (self.output_dim, self.squash) != (1, False):
+            raise ValueError("a squared error is of one output without tanh")
         if kernels_of(target) != "plain":
             loss, y = run_regression(self, inputs, target, expectile)
             return loss, y.view(*(self.size,) if self.size else (), -1)
@@ -460,11 +468,12 @@ class MLP(nn.Module):
             for weight, bias in hidden:
                 h = F.relu(torch.addmm(bias, h, weight))
             y = torch.addmm(last[1], h, last[0])
-            return torch.tanh(y) if self.squash else y
-        h = h.expand(members, -1, -1)
-        for weight, bias in hidden:
-            h = F.relu(torch.baddbmm(bias[:members], h, weight[:members]))
-        return torch.baddbmm(last[1][:members], h, last[0][:members])
+        else:
+            h = h.expand(members, -1, -1)
+            for weight, bias in hidden:
+                h = F.relu(torch.baddbmm(bias[:members], h, weight[:members]))
+            y = torch.baddbmm(last[1][:members], h, last[0][:members])
+        return torch.tanh(y) if self.squash else y
 
     def with_gradients(self, inputs: Sequence[Tensor], columns: int) -> tuple[Tensor, Tensor]:
         """Outputs [size, n, 1] and their gradients by the last columns of the input [size, n, columns].

@@ -237,7 +237,7 @@ class Policy:
         """Actions in [-1, 1], float32: [action_dim] for [observation_dim], [n, action_dim] for [n, observation_dim].
 
         The mean's when `rng` is None, else a sample. Computed in float64: how a product is rounded depends on the
-        processor, and what is left of that after the rounding to float32 changes a bit in about one of 10^8 actions.
+        processor, and what is left of that after the rounding to float32 changes a bit in about one of 10^7 actions.
         """
         layers, mean, log_std, activation = self._network
         hidden = np.asarray(observation, dtype=np.float32).astype(float)

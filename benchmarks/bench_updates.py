@@ -1,4 +1,4 @@
-"""Updates a second of OPSO's two stages and of the walker's Decision Transformer, against another checkout.
+"""Updates a second of four algorithms, OPSO's stages and the Decision Transformer, against another checkout.
 
     python benchmarks/bench_updates.py
     git worktree add ../before 7e105a0

@@ -30,8 +30,9 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from model_kernels.choice import fastest_kernels, processor
 from runs.cli import parse_config, run_cli
-from utils import Count, UserError, one_line, write_text_atomic
+from utils import Count, UserError, one_line, processor_name, write_text_atomic
 
 # name: ours 12.3 (eager), peer 4.5 ms, ratio 2.73
 CLAIM = re.compile(r"^(\S+): ours ([\d.]+.*?), peer ([\d.]+.*?), ratio ([\d.]+)(.*)$", re.MULTILINE)
@@ -47,7 +48,7 @@ class RunAllConfig:
     device: Literal["cpu", "cuda"] = "cpu"  # where everything is measured
     output: str | None = None  # file of the table, Markdown
     quick: bool = False  # tiny sizes, to try the command
-    only: tuple[str, ...] = ()  # names of the parts to run; default: all
+    only: tuple[str, ...] = ()  # parts to run, by the names that the output shows; default: all
     limit: Count | None = None  # seconds that everything may take; default: 470 on a GPU, else none
     corl: str | None = None  # a clone of CORL
     jax_corl: str | None = None  # a clone of JAX-CORL
@@ -174,7 +175,8 @@ def machine(device: str) -> str:
     done = subprocess.run([sys.executable, "-c", code, device], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"--device {device}: PyTorch finds none ({one_line(done.stderr)[-200:]})")
-    return f"PyTorch {done.stdout.strip()} on {device}"
+    cpu = f"{processor_name()} (family {processor()[1]}, {fastest_kernels()})"
+    return f"PyTorch {done.stdout.strip()} on {device}; {cpu}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ took, or what went wrong. Imports are those of CHECKOUT, inside the functions: n
 set.
 """
 
+import functools
 import json
 import sys
 import time
@@ -70,7 +71,22 @@ def decision_transformer_update(device: torch.device, small: bool) -> Callable[[
     return lambda: learner.update(batch)
 
 
+def chain_update(name: str, device: torch.device, small: bool) -> Callable[[], object]:
+    """An algorithm of algorithms/offline/, with its one actor."""
+    from algorithms.offline.pogo_multi import ChainConfig, MultiActor
+    from algorithms.offline.pogo_multi_main import ALGORITHMS
+
+    (algorithm, settings), n = ALGORITHMS[name], 16 if small else 256
+    noise, sizes = torch.Generator(device).manual_seed(0), (OBSERVATION_DIM, ACTION_DIM, 1.0)
+    agent = MultiActor(algorithm, settings(), ChainConfig(w2_weights=(10.0,)), sizes, noise, device)
+    shapes = {"observations": (n, OBSERVATION_DIM), "next_observations": (n, OBSERVATION_DIM), "rewards": (n,)}
+    batch = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    batch |= {"actions": 2 * torch.rand(n, ACTION_DIM, device=device) - 1, "terminated": torch.zeros(n, device=device)}
+    return lambda: agent.update(batch)
+
+
 UPDATES = {
+    **{f"{name}_update": functools.partial(chain_update, name) for name in ("td3_bc", "iql", "awac", "sac_n")},
     "opso_offline_update": offline_update,
     "opso_online_update": online_update,
     "decision_transformer_update": decision_transformer_update,

@@ -126,7 +126,7 @@ def caption(table: Table, found: list[tuple[Run, Row]]) -> str:
     words += ["[standard deviation over episodes]"] if table.layout.get("spread") else []
     commits = sorted({row["commit"][:7] for row in rows} - {""})
     words += [f"commit {', '.join(commits)}"] if commits else []
-    words.append(", ".join(sorted({f"{row['processor']} {row['precision']}".strip() for row in rows})))
+    words.append(", ".join(sorted({f"{row['processor']} ({row['precision'] or 'float32'})" for row in rows})))
     return "; ".join(words) + "."
 
 

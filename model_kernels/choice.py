@@ -7,7 +7,8 @@ So a machine gives the same bits every time. `--kernels`:
               its AVX2 code; where the processor multiplies 512 bits at once (Zen 5), oneDNN is twice as fast
     plain     model.py's own forms, differentiated by autograd, as on a GPU
 
-`--precision bf16` has the products between hidden layers in bfloat16, and all else in float32.
+`--precision bf16` has the products of float32 networks in bfloat16, but for the last layer of an MLP, and all else in
+float32. The Mamba-2 block has its fast forms on a GPU too.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class KernelConfig:
 def use_kernels(config: KernelConfig, device: torch.device) -> None:
     """`choose_kernels` by a command's settings; UserError where they cannot be met."""
     if config.precision == "bf16" and (device.type != "cpu" or config.kernels == "plain"):
-        raise UserError("--precision bf16: for a CPU and its fast kernels alone; use --device cpu, or float32")
+        raise UserError("--precision bf16: for --device cpu and other --kernels than plain alone")
     if config.precision == "bf16" and not has_bf16():
         raise UserError("--precision bf16: this processor has no such products, and would take many times as long")
     try:
@@ -141,8 +142,8 @@ def cache_bytes() -> int:
 @functools.cache
 def has_bf16() -> bool:
     """Whether the processor multiplies bfloat16 itself. Elsewhere PyTorch does it by a loop, a hundred times slower."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return bool(supported and supported()) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # oneDNN's own answer is yes without them too
+    return bool(supported and supported()) and torch.backends.mkldnn.is_available()
 
 
 def chosen_kernels() -> str:

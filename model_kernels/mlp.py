@@ -25,7 +25,7 @@ def differentiable_once(backward: Callable) -> Callable:
     @functools.wraps(backward)
     def refusing(ctx, *gradients):
         if torch.is_grad_enabled():  # create_graph
-            raise RuntimeError("a fast form on a CPU is differentiable once: a second derivative needs kernels plain")
+            raise RuntimeError("a fast form is differentiable once: a second derivative needs kernels plain")
         return backward(ctx, *gradients)
 
     return refusing
@@ -68,7 +68,7 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What `F.linear` gives: x [..., in], weight [out, in], bias [out] or none -> [..., out]; differentiable once."""
     kernels = kernels_of(x)
-    if kernels != "plain" and uses_bf16():
+    if kernels != "plain" and uses_bf16() and x.dtype == torch.float32:
         return F.linear(x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()).to(x.dtype)
     if kernels != "onednn" or len(weight) == 1:
         return F.linear(x, weight, bias)
@@ -119,7 +119,7 @@ def block_rows(width: int) -> int:
 
 def _library(x: Tensor) -> str:
     """What multiplies between hidden layers: torch, onednn, or bf16, whose products PyTorch gives to oneDNN itself."""
-    return "bf16" if uses_bf16() else kernels_of(x)
+    return "bf16" if uses_bf16() and x.dtype == torch.float32 else kernels_of(x)
 
 
 def _passes(net, members: int, *tensors: Tensor) -> Iterator[tuple[int, bool, Sequence[Tensor]]]:

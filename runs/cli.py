@@ -50,6 +50,9 @@ def run_cli(main: Callable[[list[str] | None], None]) -> None:
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {interrupt.args[0] if interrupt.args else 'nothing was saved'}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter's last flush, too, has somewhere to go
+        sys.exit(141)
     except OSError as error:
         if error.errno not in DISK_FULL:
             if error.filename is None:  # not about a file that the user chose: a defect
