@@ -428,13 +428,8 @@ class MLP(nn.Module):
         return self._run(self.theta, self.size, inputs)
 
     def frozen(self, *inputs: Tensor, members: int | None = None) -> Tensor:
-        """`forward` of the first `members` alone, with a gradient to the last input and none to the weights.
-
-        Raises ValueError where the network is not an ensemble of one output without tanh, or inputs are not [n, ...].
-        """
-        if self.size is None or (self.output_dim, self.squash) != (1, False) or inputs[0].dim() != 2:
-            raise ValueError("a frozen network is an ensemble of one output without tanh, its inputs [n, ...]")
-        members = members or self.size
+        """`forward` of the first `members` alone, with a gradient to the last input and none to the weights."""
+        members = members or self.shape.size
         if kernels_of(inputs[0]) != "plain":
             return run_frozen(self, members, inputs)
         return self._run(self.theta.detach(), members, [each.detach() for each in inputs[:-1]] + [inputs[-1]])
@@ -444,11 +439,8 @@ class MLP(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(y - target)^2 for one output y: mean over rows, sum over the networks, 0-d; and y [..., n] without gradient.
 
-        With an expectile, outputs above their target [n] weigh 1 - expectile in the error, others expectile. The
-        gradient is the weights' alone. Raises ValueError where the network has several outputs or a tanh.
+        With an expectile, outputs above their target [n] weigh 1 - expectile in the error, others expectile.
         """
-        if (self.output_dim, self.squash) != (1, False):
-            raise ValueError("a squared error is of one output without tanh")
         if kernels_of(target) != "plain":
             loss, y = run_regression(self, inputs, target, expectile)
             return loss, y.view(*(self.size,) if self.size else (), -1)
@@ -462,8 +454,7 @@ class MLP(nn.Module):
         """Inputs [n, ...] or one of [members, n, in] -> [members, n, out]."""
         if kernels_of(inputs[0]) != "plain":
             return run_mlp(self, theta, members, inputs, self.squash)
-        h = torch.cat(list(inputs), dim=-1)
-        *hidden, last = self.layers(theta)
+        h, (*hidden, last) = torch.cat(list(inputs), dim=-1), self.layers(theta)
         if self.size is None:
             for weight, bias in hidden:
                 h = F.relu(torch.addmm(bias, h, weight))

@@ -291,19 +291,30 @@ def test_the_original_texts_file_of_settings_runs(tmp_path, monkeypatch, capsys)
     assert Path("logs/local/hopper-medium-v2/iql_w2_10_10_10/seed_0/finished.json").exists()
 
 
+SIZES = {"maze": (2, 2), "chain": (11, 3), "walker": (24, 6)}  # of an observation, of an action
+
+
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     """The block as it stands, after tiny runs in the places that it names."""
     monkeypatch.chdir(tmp_path)
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    maze, chain, walker = map(Path, re.findall(r'"(logs/.+?)"', block))
+    maze, chain, over_iql, walker = re.findall(r'"(logs/.+?)"', block)
     make_dataset.generate(DATASET, size=2, dataset_dir="datasets", progress=False)
     offline_trainer.main(shlex.split(f"{OFFLINE} --run_dir pretrained --no_plot_maps"))
     online_trainer.main(shlex.split(f"{SMALLER['online_trainer.py'][0]} --run_dir {maze}"))
     pogo_main.main(shlex.split(f"{SMALLER['pogo_main.py'][0]} --w2_weights 1 1 --run_dir {chain}"))
+    words = f"--algorithm iql {SMALLER['-m algorithms.offline.pogo_multi_main'][0]}"
+    pogo_multi_main.main(shlex.split(f"{words} --run_dir {over_iql}"))
     make_dataset.generate("local/walker_walk-td3-medium", size=1, dataset_dir="made", progress=False)
     words = f"train {SMALLER['-m walker.train_il train'][0]} --USE_DATASET_STR local/walk_m"
-    train_il.main(shlex.split(f"{words} --run_dir {walker.parent.parent}"))
-    names = {"maze_state": np.zeros(2), "goal": np.ones(2)}
-    exec(block, names | {"hopper_state": np.zeros(11), "walker_state": np.zeros(24)}, names)
-    assert names["maze"].act(names["maze_state"], names["goal"]).shape == (2,) and np.isfinite(names["value"])
-    assert names["chain"].act(np.zeros(11)).shape == (3,) and names["action"].shape == (6,)
+    train_il.main(shlex.split(f"{words} --run_dir {walker}"))
+    names = {"goal": np.ones(2)}
+    for line in block.splitlines():
+        size, actions = next((n for who, n in SIZES.items() if who in line), (0, 0))
+        names["observation"] = np.zeros(size)
+        exec(line, names)
+        if line.startswith("action"):
+            assert names["action"].shape == (actions,)
+    assert names["over_iql"].act(np.zeros(11)).shape == (3,) and np.isfinite(
+        names["maze"].value(np.zeros(2), np.ones(2))
+    )

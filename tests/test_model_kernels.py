@@ -580,7 +580,7 @@ def test_rows_of_another_number_of_networks_are_refused(kernels):
         MLP(5, 8, 1, size=2).squared_error([torch.zeros(6, 5)], torch.zeros(2, 6))
 
 
-@pytest.mark.parametrize("kernels", ["torch", pytest.param("onednn", marks=needs_onednn), "plain"])
+@fast
 def test_forms_refuse_what_they_would_compute_wrongly(kernels):
     choose_kernels(kernels)
     x, target = torch.zeros(6, 5), torch.zeros(6)
