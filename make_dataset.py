@@ -50,7 +50,7 @@ class MakeDatasetConfig:
     num_episodes: Count | None = None  # episodes of a maze (a tenth more to validate) or walker dataset
     num_transitions: Count | None = None  # transitions of a D4RL dataset; default: 100,000
     official_size: bool = False  # as many episodes as a maze's official file has, which can take hours
-    seed: Whole = 0  # on one machine the files depend on the id, the size, the policies and this alone
+    seed: Whole = 0  # the files depend on the id, the size, the policies and this alone
     dataset_dir: str | None = None  # folder of the datasets; default: the folder that --list shows
     experts_dir: str | None = None  # folder of policies that benchmark_data.train_expert wrote; else datasets/experts/
     jobs: Count = 1  # processes that make episodes side by side; changes no byte of the files

@@ -53,7 +53,7 @@ class OnlineAgentConfig:
     expectile: Fraction = 0.9  # weight of V errors whose target lies above V
     horizon: Count = 50  # targets of Q and V span 1..horizon steps, sampled for each transition
     subgoal_steps: Count | None = None  # steps that z' lies ahead; default 10, ant and humanoid 25; the original has 1
-    state_temperature: NonNegative = 0.3  # proposer loss weights are exp(temperature x steps that the subgoal saves)
+    state_temperature: NonNegative = 0.3  # with --no_route_state: proposer loss weights exp(temperature x steps saved)
     action_temperature: NonNegative = 0.0  # policy loss weights are exp(temperature x steps that the action saves)
     route_goals: Whole = 400  # goals from all of the data whose ways along the graph V and the proposer learn
     route_value: bool = True  # V also learns how long these ways are

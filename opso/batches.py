@@ -74,15 +74,15 @@ def steps_to_travel(positions: torch.Tensor, episode_end: torch.Tensor) -> int:
     """
     rows = torch.arange(len(positions), device=positions.device)
     rows = rows[:: max(len(rows) // TRAVEL_ROWS, 1)]
-    steps, single = 0, None
+    steps, single = 0, 0.0
     while steps < MOST_TRAVEL_STEPS:
         rows = rows[rows + steps < episode_end[rows]]
         if len(rows) == 0:
             break
         steps += 1
         far = torch.quantile((positions[rows + steps] - positions[rows]).norm(dim=-1), 0.75)
-        single = far if single is None else single
-        if far >= TRAVELLED * single:
+        single = single or far  # while most stand still, the first distance is yet to come
+        if far > 0 and far >= TRAVELLED * single:
             break
     return max(steps, 1)
 

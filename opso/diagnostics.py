@@ -94,7 +94,7 @@ def arrived(
     """
     for _ in range(PROPOSALS):
         z = agent.propose(z, goal)
-    nearest = torch.cdist(z, others).topk(NEIGHBOURS, largest=False).indices
+    nearest = torch.cdist(z, others).topk(min(NEIGHBOURS, len(others)), largest=False).indices
     return xy[nearest].mean(1)
 
 

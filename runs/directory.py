@@ -220,7 +220,7 @@ def telling_what_is_kept(run_dir: str | Path, checkpoint: str | Path) -> Iterato
     except KeyboardInterrupt as interrupt:
         saved = Path(checkpoint).exists()
         if (Path(run_dir) / "finished.json").exists():
-            interrupt.args = (f"the run was finished, see {run_dir}",)
+            interrupt.args = interrupt.args or (f"the run was finished, see {run_dir}",)
         elif saved or not interrupt.args:
             words = "the last checkpoint is kept; the same command with --resume continues from it"
             interrupt.args = (words if saved else "nothing was saved yet; the same command starts again",)

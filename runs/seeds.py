@@ -1,4 +1,4 @@
-"""Several seeds of a chain at once, each in a directory of its own and bit for bit what it would have been alone.
+"""Several seeds of a chain at once, each in its own directory and, on a CPU, bit for bit what it would be alone.
 
 On a GPU the updates of all are branches of one captured graph, so that the small kernels of one run fill the gaps of
 another. Runs that were cut at different updates come together first.
