@@ -35,7 +35,7 @@ class Policy:
         actor: which one of a chain acts; -1 is the last.
         task: walk or run, of an agent of the walker study.
 
-    Raises UserError for a file that none of the systems has written, and ValueError for another task.
+    Raises UserError for a file that none of the systems has written, and ValueError for a task it was not trained in.
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu", actor: int = -1, task: str = "walk"):
@@ -44,6 +44,8 @@ class Policy:
         if "acting" in state:
             self.trained: Agent | ChainPolicy | MazePolicy = Agent(device=device)
             self.trained.load(self.path)
+            if task not in (known := state.get("tasks", [task])):
+                raise ValueError(f"task {task!r}: this agent was trained to {' and '.join(known)} alone")
             self.trained.set_task(task)
         elif "algorithm" in state.get("config", {}):
             self.trained = pogo_multi_main.load_policy(self.path, device)

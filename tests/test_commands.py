@@ -305,8 +305,8 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     pogo_main.main(shlex.split(f"{SMALLER['pogo_main.py'][0]} --w2_weights 1 1 --run_dir {chain}"))
     words = f"--algorithm iql {SMALLER['-m algorithms.offline.pogo_multi_main'][0]}"
     pogo_multi_main.main(shlex.split(f"{words} --run_dir {over_iql}"))
-    make_dataset.generate("local/walker_walk-td3-medium", size=1, dataset_dir="made", progress=False)
-    words = f"train {SMALLER['-m walker.train_il train'][0]} --USE_DATASET_STR local/walk_m"
+    make_dataset.generate("local/walker_run-td3-medium", size=1, dataset_dir="made", progress=False)
+    words = f"train {SMALLER['-m walker.train_il train'][0]} --USE_DATASET_STR local/run_m"
     train_il.main(shlex.split(f"{words} --run_dir {walker}"))
     names = {"goal": np.ones(2)}
     for line in block.splitlines():
