@@ -18,8 +18,9 @@ import torch
 
 import pogo_main
 from algorithms.offline import pogo_multi_main
+from dmc_utils import TASKS
 from opso.policy import MazePolicy
-from runs.directory import checkpoint_file, load_checkpoint
+from runs.directory import checkpoint_file, expecting, load_checkpoint
 from runs.policy import ChainPolicy
 from utils import UserError
 from walker.agent import Agent
@@ -35,24 +36,32 @@ class Policy:
         actor: which one of a chain acts; -1 is the last.
         task: walk or run, of an agent of the walker study.
 
-    Raises UserError for a file that none of the systems has written, and ValueError for a task it was not trained in.
+    Raises UserError for a file that none of the systems has written, and ValueError for an actor that the chain does
+    not have or a task that the agent was not trained in.
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu", actor: int = -1, task: str = "walk"):
         self.path, self.actor = checkpoint_file(path), actor
-        state = load_checkpoint(self.path)
+        self.trained: Agent | ChainPolicy | MazePolicy
+        state = load_checkpoint(self.path, device)
+        over_algorithm = "algorithm" in state.get("config", {})
         if "acting" in state:
-            self.trained: Agent | ChainPolicy | MazePolicy = Agent(device=device)
-            self.trained.load(self.path)
-            if task not in (known := state.get("tasks", [task])):
+            if task not in (known := state.get("tasks", TASKS)):
                 raise ValueError(f"task {task!r}: this agent was trained to {' and '.join(known)} alone")
+            self.trained = Agent(device=device)
+            with expecting(self.path, "a file of the walker study's agents"):
+                self.trained.load_acting(state["acting"])
             self.trained.set_task(task)
-        elif "algorithm" in state.get("config", {}):
-            self.trained = pogo_multi_main.load_policy(self.path, device)
-        elif "env" in state:
-            self.trained = pogo_main.load_policy(self.path, device)
+        elif over_algorithm or "env" in state:
+            command = pogo_multi_main if over_algorithm else pogo_main
+            self.trained = ChainPolicy(
+                self.path, command.trained_actors, f"{command.__name__.rpartition('.')[2]}.py", device, state
+            )
+            count = len(self.trained.actors)
+            if not -count <= actor < count:
+                raise ValueError(f"actor {actor}: the chain has actors 0 to {count - 1}")
         else:
-            self.trained = MazePolicy(self.path, device)
+            self.trained = MazePolicy(self.path, device, state)
 
     def act(self, observation: np.ndarray, goal: np.ndarray | None = None, deterministic: bool = True) -> np.ndarray:
         """Actions [A] or [n, A] float32 of raw observations [D] or [n, D], of one environment or of n.
@@ -61,7 +70,7 @@ class Policy:
         deterministic: without the noise of a chain's actors, or of OPSO's last round. The study's agents have none.
 
         OPSO's and the walker study's policies remember what they have done: call at every step, `reset` between
-        episodes. Raises UserError for a run of offline_trainer.py, ValueError for another size, actor or no goal.
+        episodes. Raises UserError for a run of offline_trainer.py, ValueError for another size or no goal.
         """
         if isinstance(self.trained, Agent):
             if not deterministic:

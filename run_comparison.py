@@ -17,6 +17,11 @@ A file that names commands (`runs:`) is a table of results instead: see docs/res
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from runs import tell_ctrl_c
+
+    tell_ctrl_c()
+
 import collections
 import dataclasses
 import functools
@@ -50,10 +55,12 @@ from runs.cli import check_ranges, check_values, load_yaml, parse_config, run_cl
 from runs.directory import check_run, plain_config
 from utils import RunFinished, UserError, warn
 
+ROOT = Path(__file__).resolve().parent
+
 
 @dataclass
 class RunComparisonConfig:
-    config: str = "config.yaml"  # read the comparison from this YAML file, which docs/comparison.md explains
+    config: str = str(ROOT / "config.yaml")  # read the comparison from this YAML file, see docs/comparison.md
     log_dir: str = "logs"  # keep every run in a directory of its own in this folder
     output: str = "results"  # write results.csv, results.md and report.html to this folder
     only: str | None = None  # take only the runs whose name, as --dry_run shows it, holds this text
@@ -447,7 +454,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(RunComparisonConfig, argv, __doc__, config_flag="--settings")
     check(config)
     if config.tables:
-        return tables.rewrite_pages(Path(__file__).resolve().parent)
+        return tables.rewrite_pages(ROOT)
     if is_table(load_yaml(Path(config.config))):
         if train_table(config):
             sys.exit(1)

@@ -27,6 +27,7 @@ class MazePolicy:
     """What a run of online_trainer.py or offline_trainer.py has learned, from one file.
 
     path: a run's directory, whose checkpoints/last.pth is taken, or a checkpoint: that file or best_model.pth.
+    state: its content, where it is read already.
 
         policy = MazePolicy("logs/online/local/pointmaze-medium-navigate-v0/online/seed_0")
         observation, info = env.reset()
@@ -35,12 +36,12 @@ class MazePolicy:
     Raises UserError for a file that is no model of either.
     """
 
-    def __init__(self, path: str | Path, device: str | torch.device = "cpu"):
+    def __init__(self, path: str | Path, device: str | torch.device = "cpu", state: dict[str, Any] | None = None):
         self.path = checkpoint_file(path)
         self.device, self.planner = torch.device(device), None
         self.agent: OnlineAgent | None = None  # of the online stage
         self.graph: StateGraph | None = None
-        self.state = state = load_checkpoint(self.path, device)
+        self.state = state = load_checkpoint(self.path, device) if state is None else state
         try:
             self.dataset, self.config = state["dataset"], state["config"]
             if "pretrained" in state:

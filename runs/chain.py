@@ -248,10 +248,10 @@ class ChainRun(Run):
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
-    def play(self, seeds: list[int], noise_seed: int, desc: str) -> Episodes:
+    def rollout(self, seeds: list[int], noise_seed: int, desc: str) -> Episodes:
         """Every actor, deterministic and stochastic, one episode a seed; policies in the order of `policy_names`."""
         normalizer = [torch.from_numpy(values).to(self.device) for values in (self.mean, self.std)]
-        return play(self.evaluator, self.acting(), self.data.action_dim, *normalizer, seeds, noise_seed, desc)
+        return rollout(self.evaluator, self.acting(), self.data.action_dim, *normalizer, seeds, noise_seed, desc)
 
     def score(self, returns: np.ndarray) -> np.ndarray:
         """Normalised scores of returns, of any shape."""
@@ -264,7 +264,7 @@ class ChainRun(Run):
     def evaluate(self) -> dict[str, float]:
         """Score every actor on the run's evaluation episodes, print the block, keep every episode."""
         seeds = episode_seeds(self.streams.evaluation_seed, self.config.eval_episodes)
-        played = self.play(seeds, self.streams.evaluation_seed, "evaluate")
+        played = self.rollout(seeds, self.streams.evaluation_seed, "evaluate")
         names = policy_names(len(self.acting()))
         self.episodes.add(self.step, names, played.returns, played.lengths, self.score(played.returns))
         figures, lines = {}, [f"{self.prefix}Update {self.step:,}.", f"Evaluation over {len(seeds)} episodes:"]
@@ -282,7 +282,7 @@ class ChainRun(Run):
         """`final_runs` evaluations on seeds of their own: mean score of each actor, and the spread over the runs."""
         title, runs = f"{self.prefix}Final evaluation, last checkpoint", self.config.final_runs
         first, seeds = final_seeds(self.streams, runs * self.config.eval_episodes)
-        played = self.play(seeds, first, "final evaluation")
+        played = self.rollout(seeds, first, "final evaluation")
         scores = self.score(played.returns)
         names = policy_names(len(self.acting()))
         self.episodes.add(self.step, names, played.returns, played.lengths, scores, "final")
@@ -382,11 +382,11 @@ def train(run: ChainRun) -> None:
 
 
 def policy_names(actors: int) -> list[tuple[int, str]]:
-    """Actor and mode of each policy that `play` plays."""
+    """Actor and mode of each policy that `rollout` plays."""
     return [(number, mode) for number in range(actors) for mode in MODES]
 
 
-def play(
+def rollout(
     evaluator: Evaluator,
     actors: Sequence[Act],
     action_dim: int,

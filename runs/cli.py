@@ -167,7 +167,7 @@ def _read_flags(
     """Values of the fields that the command line sets, and the file that it names with config_flag."""
     hints = {config_flag.removeprefix("--"): str} | hints
     groups: dict[str, list[str]] = {}
-    name = None
+    name, unknown = None, []
     for word in words:
         if not _is_flag(word):
             if name is None:
@@ -179,13 +179,14 @@ def _read_flags(
         negated = name.startswith("no_") and hints.get(name[3:]) is bool
         name = name[3:] if negated else aliases.get(name, name)
         if name not in hints or not flag.startswith("--"):
-            near = nearest(name, hints, "--{}", "see --help")
-            raise UserError(f"unknown flag {flag}; {REPLACED.get(name, near)}")
+            unknown.append(f"unknown flag {flag}; {REPLACED.get(name) or nearest(name, hints, '--{}', 'see --help')}")
         groups[name] = [value] if equals else []
-        if hints[name] is bool:
+        if hints.get(name) is bool:
             if equals and value.lower() not in ("true", "false"):
                 raise UserError(f"{flag} takes no value, or =true or =false, got {value!r}")
             groups[name] = ["no" if (value.lower() == "false") != negated else "yes"]
+    if unknown:
+        raise UserError("; ".join(unknown))
     values = {}
     for name, given in groups.items():
         if not given:

@@ -145,6 +145,7 @@ def check_run(run_dir: str | Path, config: Any, may_change: Iterable[str] = (), 
     run_dir, checkpoint = Path(run_dir), Path(run_dir) / checkpoint
     resume, overwrite = getattr(config, "resume", False), getattr(config, "overwrite", False)
     finished, started = (run_dir / "finished.json").exists(), checkpoint.exists()
+    saved = started or (run_dir / LAST).exists()  # the run's own link leads to another --checkpoint_dir
     if resume and overwrite:
         raise UserError("--resume --overwrite", "one continues the run, the other replaces it", "give one of them")
     if started and not (run_dir / "config.yaml").exists():
@@ -156,7 +157,7 @@ def check_run(run_dir: str | Path, config: Any, may_change: Iterable[str] = (), 
     if overwrite:
         return
     replacing = ", or replace it with --overwrite" if hasattr(config, "overwrite") else ""
-    if finished or (resume and (run_dir / "config.yaml").exists()):
+    if finished or (resume and saved):
         _check_same_config(run_dir, _stored_config(config), ALWAYS_MAY_CHANGE | set(may_change))
     if finished:
         figures = _last_figures(run_dir)

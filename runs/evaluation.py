@@ -113,7 +113,6 @@ class _Share:
 
 def _work(connection: Any, make_env: Callable, buffers: dict[str, Any], sizes: tuple[int, int, int], mine: range):
     """A worker's life: reset and step its share when told to, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which closes the pipe
     share = _Share(make_env, _Shared(buffers, *sizes), mine)
     try:
         while True:
@@ -176,6 +175,7 @@ class Evaluator:
 
     def _start_workers(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks that torch may hold
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as workers inherit it: they leave Ctrl-C to this one
         for number in range(1, self.num_workers + 1):
             connection, other = context.Pipe()
             arguments = (other, self._make_env, self._buffers, self._shared.sizes, self._share_of(number))
@@ -184,6 +184,7 @@ class Evaluator:
             other.close()  # or the pipe would stay open when the worker dies
             self._processes.append(process)
             self._connections.append(connection)
+        signal.signal(signal.SIGINT, handler)
 
     def _stop_workers(self) -> None:
         for connection in self._connections:
@@ -219,14 +220,14 @@ class Evaluator:
         with progress(num_policies * len(seeds), desc or "", unit="episode", leave=False, disable=desc is None) as bar:
             try:
                 for start in range(0, len(seeds), width):
-                    rounds.append(self._play(policies, num_policies, seeds[start : start + width], bar))
+                    rounds.append(self._rollout(policies, num_policies, seeds[start : start + width], bar))
             except BaseException:
                 self._stop_workers()  # they may be in the middle of a step; the next evaluation starts new ones
                 raise
         returns, lengths, success, last = (np.concatenate(parts, axis=1) for parts in zip(*rounds, strict=True))
         return Episodes(returns, lengths, None if (success < 0).any() else success > 0, last)
 
-    def _play(self, policies: Policies, num_policies: int, seeds: Sequence[int], bar: Any) -> tuple[np.ndarray, ...]:
+    def _rollout(self, policies: Policies, num_policies: int, seeds: Sequence[int], bar: Any) -> tuple[np.ndarray, ...]:
         """One round: returns, lengths, successes (-1: not told) and last observations, [P, len(seeds), ...] each."""
         shape = (num_policies, len(seeds))
         count = math.prod(shape)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,24 +16,28 @@ from utils import write_bytes_atomic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OFFLINE_LOSSES = {  # column of metrics.csv -> name of the curve
-    "critic_loss": "Critic",
-    "v_loss": "V",
-    "state_loss": "State",
-    "reward_loss": "Reward",
-    "infonce_loss": "InfoNCE",
-    "alignment_loss": "Alignment",
-}
-WHY_IT_RISES = {  # under the curves that do not fall
-    "infonce_loss": "train rises while the bank of negatives fills",
-    "alignment_loss": "rises: it weighs 0.1 and yields to the others (--beta_a)",
-}
+Metrics = dict[str, list[float]]  # columns of metrics.csv, nan where a row has no value (`runs.metrics.read_metrics`)
 
 
-def _new_figure(width: float, height: float) -> Figure:
+@dataclass
+class Panel:
+    """Curves over the rows of a metrics.csv, each with its matplotlib style, and horizontal lines."""
+
+    title: str
+    ylabel: str
+    curves: Sequence[tuple[Sequence[float], dict]]
+    levels: Sequence[tuple[float, dict]] = ()
+    log: bool = False
+    ylim: tuple[float, float] | None = None
+    note: str = ""  # under the x axis
+
+
+def _new_figure(width: float, height: float, title: str) -> Figure:
     from matplotlib.figure import Figure  # late, since most that a command does draws nothing
 
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title)
+    return figure
 
 
 def _save(figure: Figure, path: str | Path) -> None:
@@ -42,52 +48,73 @@ def _save(figure: Figure, path: str | Path) -> None:
     write_bytes_atomic(path, buffer.getvalue())
 
 
-def _curve(axis, steps: np.ndarray, values: list[float], **style) -> None:
-    values = np.asarray(values, dtype=float)
-    known = np.isfinite(values)
-    if known.any():
-        axis.plot(steps[known], values[known], **style)
+def _plot_panels(
+    path: str | Path, title: str, panels: Sequence[Panel], x: Sequence[float], xlabel: str, columns: int = 4
+) -> None:
+    """A picture of panels, at most so many in a row, over the same x."""
+    columns, x = min(columns, len(panels)), np.asarray(x, dtype=float)
+    rows = math.ceil(len(panels) / columns)
+    figure = _new_figure(min(14, 4.4 * columns), 3.2 * rows, title)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    for axis, panel in zip(axes, panels, strict=False):
+        for values, style in panel.curves:
+            known = np.isfinite(values)
+            if np.any(known):
+                axis.plot(x[known], np.asarray(values)[known], **style)
+        for level, style in panel.levels:
+            axis.axhline(level, linewidth=1, **style)
+        axis.set(title=panel.title, ylabel=panel.ylabel, xlabel=f"{xlabel}{panel.note}")
+        axis.set(yscale="log" if panel.log else "linear", ylim=panel.ylim)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
+    _save(figure, path)
 
 
-def plot_training_curves(metrics: dict[str, list[float]], path: str | Path, title: str) -> None:
-    """The six losses, train and validation, and the two diagnostics, against updates.
+LOSS_NAMES = {  # column of metrics.csv -> name of the loss
+    "critic_loss": "Critic",
+    "v_loss": "V",
+    "state_loss": "State",
+    "reward_loss": "Reward",
+    "infonce_loss": "InfoNCE",
+    "alignment_loss": "Alignment",
+}
+WHY_IT_RISES = {  # under the curves that do not fall
+    "infonce_loss": "\ntrain rises while the bank of negatives fills",
+    "alignment_loss": "\nrises: it weighs 0.1 and yields to the others (--beta_a)",
+}
+
+
+def plot_training_curves(metrics: Metrics, path: str | Path, title: str) -> None:
+    """OPSO's pretraining: the six losses, train and validation, and the two diagnostics, against updates.
 
     Args:
-        metrics: columns of metrics.csv, nan where a row has no value (`runs.metrics.read_metrics`).
+        metrics: of the run.
         path: the PNG to write.
         title: the dataset id and seed; it stands on the picture, so that it cannot be taken for another's.
     """
-    figure = _new_figure(14, 6.4)
-    figure.suptitle(title)
-    axes = figure.subplots(2, 4).ravel()
-    steps = np.asarray(metrics["step"], dtype=float)
-    for axis, (column, name) in zip(axes, OFFLINE_LOSSES.items(), strict=False):
-        _curve(axis, steps, metrics.get(column, []), label="train", color="tab:blue", linewidth=1)
-        _curve(axis, steps, metrics.get(f"val_{column}", []), label="validation", color="tab:orange", marker=".")
-        axis.set_title(f"{name} loss")
-        axis.legend(fontsize=8)
-    _curve(axes[6], steps, metrics.get("value_distance_spearman", []), label="all pairs", color="tab:green", marker=".")
-    _curve(
-        axes[6], steps, metrics.get("value_distance_spearman_far", []), label="far half", color="tab:olive", marker="."
-    )
-    axes[6].set_title("Spearman of V with -distance")
-    axes[6].set_ylim(-0.1, 1.02)
-    axes[6].legend(fontsize=8)
-    _curve(axes[7], steps, metrics.get("code_rank", []), label="effective rank", color="tab:red", marker=".")
-    axes[7].set_title("Codes: rank, 100 x std")
-    _curve(
-        axes[7],
-        steps,
-        [100 * v for v in metrics.get("code_std", [])],
-        label="100 x std",
-        color="tab:purple",
-        marker=".",
-    )
-    axes[7].legend(fontsize=8)
-    for axis, column in zip(axes, [*OFFLINE_LOSSES, "", ""], strict=True):
-        axis.set_xlabel(f"update\n{WHY_IT_RISES[column]}" if column in WHY_IT_RISES else "update")
-        axis.grid(alpha=0.3)
-    _save(figure, path)
+
+    def curve(column: str, label: str, colour: str, **style) -> tuple[Sequence[float], dict]:
+        return metrics.get(column, []), {"label": label, "color": f"tab:{colour}"} | style
+
+    panels = [
+        Panel(
+            *(f"{name} loss", "loss"),
+            [curve(column, "train", "blue"), curve(f"val_{column}", "validation", "orange", marker=".")],
+            note=WHY_IT_RISES.get(column, ""),
+        )
+        for column, name in LOSS_NAMES.items()
+    ]
+    spearman = [curve("value_distance_spearman", "all pairs", "green", marker=".")]
+    spearman += [curve("value_distance_spearman_far", "far half", "olive", marker=".")]
+    panels.append(Panel("V with -distance", "Spearman's correlation", spearman, ylim=(-0.1, 1.02)))
+    deviation = 100 * np.asarray(metrics.get("code_std", []))
+    codes = [curve("code_rank", "effective rank", "red", marker=".")]
+    codes += [(deviation, {"label": "100 x std", "color": "tab:purple", "marker": "."})]
+    panels.append(Panel("Codes", "effective rank, 100 x std", codes))
+    _plot_panels(path, title, panels, metrics["step"], "update")
 
 
 def _binned(xy: np.ndarray, values: np.ndarray, extent: tuple, size: float) -> np.ndarray:
@@ -120,8 +147,7 @@ def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, ti
         path, title: as in `plot_training_curves`.
     """
     rows = -(-len(maps) // 3)
-    figure = _new_figure(14, 4.6 * rows)
-    figure.suptitle(title)
+    figure = _new_figure(14, 4.6 * rows, title)
     left, right, bottom, top = extent = maze.extent
     axes = figure.subplots(rows, 3).ravel()
     for axis in axes[len(maps) :]:
@@ -153,43 +179,35 @@ def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, ti
     _save(figure, path)
 
 
-ONLINE_CURVES = {  # column of metrics.csv -> name of the curve
-    "train_loss": "Train loss (inverse dynamics)",
-    "success_rate": "Success rate",
-    "episode_reward": "Episode reward",
-    "epsilon": "Epsilon",
-    "action_noise": "Action noise",
-    "goal_biased_share": "Goal-biased exploration",
-    "v_loss": "V loss",
-    "critic_loss": "Critic loss",
+ONLINE_CURVES = {  # column of metrics.csv -> title and y label
+    "train_loss": ("Inverse dynamics model", "training loss"),
+    "success_rate": ("Success", "success rate"),
+    "episode_reward": ("Reward", "reward of an episode"),
+    "epsilon": ("Exploration", "probability (epsilon)"),
+    "action_noise": ("Action noise", "standard deviation"),
+    "goal_biased_share": ("Goal-biased exploration", "part of the exploration"),
+    "v_loss": ("V", "loss"),
+    "critic_loss": ("Critic", "loss"),
 }
 
 
-def plot_online_curves(metrics: dict[str, list[float]], path: str | Path, title: str) -> None:
+def plot_online_curves(metrics: Metrics, path: str | Path, title: str) -> None:
     """What the online stage logs, against environment steps; the evaluated success beside that of the acting episodes.
 
     Args: as in `plot_training_curves`.
     """
-    # Without episodes of its own, half of the curves have no point.
-    found = {"success_rate"} | {column for column in metrics if np.isfinite(metrics[column]).any()}
-    shown = [(column, name) for column, name in ONLINE_CURVES.items() if column in found]
-    rows = math.ceil(len(shown) / 4)
-    figure = _new_figure(14, 3.2 * rows)
-    figure.suptitle(title)
-    steps = np.asarray(metrics["env_steps"], dtype=float)
-    for axis, (column, name) in zip(
-        figure.subplots(rows, min(len(shown), 4), squeeze=False).ravel(), shown, strict=False
-    ):
-        _curve(axis, steps, metrics.get(column, []), color="tab:blue", marker=".", label="acting, with exploration")
+    panels = []
+    for column, names in ONLINE_CURVES.items():
+        values = metrics.get(column, [])
+        acting = (values, {"color": "tab:blue", "marker": ".", "label": "acting, with exploration"})
         if column == "success_rate":
-            evaluated = metrics.get("eval/success_rate", [])
-            _curve(axis, steps, evaluated, color="tab:green", marker="o", label="evaluation, five tasks")
-            axis.set_ylim(-0.02, 1.02)
-            axis.legend(fontsize=8, loc="center right")  # away from 0 and 1, where the points lie
-        axis.set_title(name)
-        axis.set_xlabel("environment steps")
-        axis.grid(alpha=0.3)
-    _save(figure, path)
+            style = {"color": "tab:green", "marker": "o", "label": "evaluation, five tasks"}
+            curves = [acting, (metrics.get("eval/success_rate", []), style)]
+            panels.append(Panel(*names, curves, ylim=(-0.02, 1.4)))  # the legend has its room above 1
+        elif np.isfinite(values).any():  # without episodes of its own, half of the curves have no point
+            del acting[1]["label"]
+            panels.append(Panel(*names, [acting]))
+    _plot_panels(path, title, panels, metrics["env_steps"], "environment steps")
 
 
 def plot_paths(maze, panels: list[dict], path: str | Path, title: str) -> None:
@@ -200,8 +218,7 @@ def plot_paths(maze, panels: list[dict], path: str | Path, title: str) -> None:
         panels: for each task `name`, `paths` (of [T, 2] positions), `success` (of bool), `goal_xy`, `subgoals` [S, 2].
         path, title: as in `plot_training_curves`.
     """
-    figure = _new_figure(14, 9.2)
-    figure.suptitle(title)
+    figure = _new_figure(14, 9.2, title)
     axes = figure.subplots(2, 3).ravel()
     axes[-1].axis("off")
     walls = np.where(maze.maze_map == 1, 1.0, np.nan)
@@ -221,9 +238,7 @@ def plot_paths(maze, panels: list[dict], path: str | Path, title: str) -> None:
     _save(figure, path)
 
 
-def plot_chain_curves(
-    metrics: dict[str, list[float]], path: str | Path, title: str, actors: int, data_score: float
-) -> None:
+def plot_chain_curves(metrics: Metrics, path: str | Path, title: str, actors: int, data_score: float) -> None:
     """A chain's scores and diagnostics against updates, one colour an actor.
 
     Args:
@@ -231,71 +246,57 @@ def plot_chain_curves(
         actors: how many the chain has.
         data_score: mean score of the dataset's own episodes, a dashed line.
     """
-    figure = _new_figure(14, 6.4)
-    figure.suptitle(title)
-    axes = figure.subplots(2, 3).ravel()
-    steps, colours = np.asarray(metrics["step"], dtype=float), [f"C{number % 10}" for number in range(actors)]
-    energy = "chain/actor_0/energy" in metrics  # of pogo_main.py's chains
-    for number, colour in enumerate(colours):
-        chain, name = f"chain/actor_{number}", f"actor {number}"
-        promised = metrics.get(f"{chain}/q_gain", [])
-        for mode, style in (("deterministic", "-"), ("stochastic", ":")):
-            values = metrics.get(f"eval/actor_{number}/{mode}/score", [])
-            _curve(axes[0], steps, values, color=colour, linestyle=style, marker=".", label=f"{name}, {mode}")
-        _curve(axes[1], steps, metrics.get(f"{chain}/q", []), color=colour, label=name)
-        _curve(axes[2], steps, metrics.get(f"{chain}/distance", []), color=colour, label=name)
-        if number > 0:  # the data has no floor
-            floor = metrics.get(f"{chain}/floor", [])
-            _curve(axes[2], steps, floor, color=colour, linestyle=":", label=f"{name}, floor")
-        gain = np.subtract(metrics[f"{chain}/energy_before"], metrics[f"{chain}/energy"]) if energy else promised
-        _curve(axes[3], steps, gain, color=colour, label=name)
-        _curve(axes[4], steps, metrics.get(f"{chain}/spread", []), color=colour, label=name)
-    axes[0].axhline(data_score, color="black", linestyle="--", linewidth=1, label="the data's episodes")
-    axes[3].axhline(0, color="black", linewidth=1)
-    _curve(axes[5], steps, metrics.get("critic_loss", []), color="black", label="both critics")
-    step = "Energy saved by the step (above 0: it pays)" if energy else "Q gained by the step"
-    names = ("D4RL score", "Q of each actor", "Distance to the one before", step, "Spread of samples", "Critic loss")
-    for axis, name in zip(axes, names, strict=True):
-        axis.set_title(name)
-        axis.set_xlabel("update")
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-    if energy:
-        axes[3].set_xlabel(
-            "update; actor 0's step is from the data itself,\nbelow whose energy a narrower policy does not get"
-        )
-    for axis in (axes[2], axes[5]):
-        axis.set_yscale("log")
-    _save(figure, path)
+
+    def curves(column: str, first: int = 0, words: str = "", line: str = "-", **style) -> list[tuple[list, dict]]:
+        """A column's curve of every actor from `first` on; words stand behind the actor in the legend."""
+        return [
+            (
+                metrics.get(column.format(number), []),
+                {"color": f"C{number % 10}", "linestyle": line, "label": f"actor {number}{words}"} | style,
+            )
+            for number in range(first, actors)
+        ]
+
+    scores = curves("eval/actor_{}/deterministic/score", words=", deterministic", marker=".")
+    scores += curves("eval/actor_{}/stochastic/score", words=", stochastic", line=":", marker=".")
+    data = {"color": "black", "linestyle": "--", "label": "the data's episodes"}
+    distances = curves("chain/actor_{}/distance")
+    distances += curves("chain/actor_{}/floor", 1, ", floor", ":")  # the data has none
+    zero = [(0.0, {"color": "black"})]
+    if "chain/actor_0/energy" in metrics:  # of pogo_main.py's chains
+        before, after = curves("chain/actor_{}/energy_before"), curves("chain/actor_{}/energy")
+        saved = [(np.subtract(b, a), style) for (b, _), (a, style) in zip(before, after, strict=True)]
+        note = "\nactor 0's step is from the data itself,\nbelow whose energy a narrower policy does not get"
+        step = Panel("Energy saved by the step", "energy (above 0: it pays)", saved, zero, note=note)
+    else:
+        step = Panel("Q gained by the step", "Q", curves("chain/actor_{}/q_gain"), zero)
+    critics = [(metrics.get("critic_loss", []), {"color": "black", "label": "all critics"})]
+    panels = [
+        Panel("Score", "D4RL score", scores, [(data_score, data)]),
+        Panel("Q of each actor", "Q", curves("chain/actor_{}/q")),
+        Panel("Distance to the one before", "distance", distances, log=True),
+        step,
+        Panel("Spread of samples", "standard deviation", curves("chain/actor_{}/spread")),
+        Panel("Critics", "loss", critics, log=True),
+    ]
+    _plot_panels(path, title, panels, metrics["step"], "update", columns=3)
 
 
-def plot_study_curves(
-    metrics: dict[str, list[float]], path: str | Path, title: str, data_returns: dict[str, float]
-) -> None:
+def plot_study_curves(metrics: Metrics, path: str | Path, title: str, data_returns: dict[str, float]) -> None:
     """A walker run's returns in each task, and what else it logs, against updates.
 
     Args:
         metrics, path, title: as in `plot_training_curves`.
         data_returns: task -> mean return of the data's episodes, dashed lines.
     """
-    others = [name for name in metrics if name != "step" and not name.startswith("eval/")][:7]
-    rows, columns = math.ceil((len(others) + 1) / 4), min(len(others) + 1, 4)
-    figure = _new_figure(3.5 * columns, 3.2 * rows)
-    figure.suptitle(title)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    steps = np.asarray(metrics["step"], dtype=float)
+    curves, levels = [], []
     for number, (task, mean) in enumerate(data_returns.items()):
-        colour = f"C{number}"
-        _curve(axes[0], steps, metrics.get(f"eval/{task}/return", []), color=colour, marker=".", label=task)
-        axes[0].axhline(mean, color=colour, linestyle="--", linewidth=1, label=f"the data's, {task}")
-    axes[0].legend(fontsize=8)
-    for axis, name in zip(axes[1:], others, strict=False):
-        _curve(axis, steps, metrics[name], color="black")
-    for axis, name in zip(axes, ("Return, agent in training", *others), strict=False):
-        axis.set_title(name)
-        axis.set_xlabel("update")
-        axis.grid(alpha=0.3)
-    for axis in axes[len(others) + 1 :]:
-        axis.axis("off")
-    _save(figure, path)
+        colour = {"color": f"C{number}"}
+        curves.append((metrics.get(f"eval/{task}/return", []), colour | {"marker": ".", "label": task}))
+        levels.append((mean, colour | {"linestyle": "--", "label": f"the data's, {task}"}))
+    others = [name for name in metrics if name != "step" and not name.startswith("eval/")][:7]
+    panels = [Panel("Agent in training", "return", curves, levels)]
+    panels += [
+        Panel(name, "loss" if "loss" in name else "mean", [(metrics[name], {"color": "black"})]) for name in others
+    ]
+    _plot_panels(path, title, panels, metrics["step"], "update")

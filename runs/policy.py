@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from offline_data import make_env, normalized_score
-from runs.chain import Act, ChainRunConfig, final_seeds, play, report_final
+from runs.chain import Act, ChainRunConfig, final_seeds, report_final, rollout
 from runs.directory import checkpoint_file, expecting, load_checkpoint
 from runs.evaluation import Evaluator, num_workers
 from utils import RandomStreams
@@ -23,6 +23,7 @@ class ChainPolicy:
         make_actors: of a checkpoint's content and a device, the actors in the order of the chain.
         command: writes such checkpoints; named where the file is none.
         device: where the actors compute.
+        state: the file's content, where it is read already.
 
     Attributes: path, env (dataset id), config (the run's settings), step, actors, action_dim, mean and std [D].
     Raises UserError for a file that is no such checkpoint.
@@ -34,9 +35,10 @@ class ChainPolicy:
         make_actors: Callable[[dict[str, Any], torch.device], Sequence[Act]],
         command: str,
         device: str | torch.device = "cpu",
+        state: dict[str, Any] | None = None,
     ):
         self.path, device = checkpoint_file(path), torch.device(device)
-        state = load_checkpoint(self.path, device)
+        state = load_checkpoint(self.path, device) if state is None else state
         with expecting(self.path, f"a checkpoint of {command}", "give the last.pth of one of its runs"):
             self.env, self.config, self.step = state["env"], state["config"], state["step"]
             [self.config[name] for name in ("seed", "eval_episodes", "final_runs")]  # an evaluation needs them
@@ -47,12 +49,10 @@ class ChainPolicy:
     def act(self, observation: np.ndarray, actor: int = -1, deterministic: bool = True) -> np.ndarray:
         """Actions [..., A] of raw observations [..., D]; with noise z ~ N(0, I) where not deterministic, else z = 0.
 
-        Raises ValueError for observations of another size and for an actor that the chain does not have.
+        Raises ValueError for observations of another size.
         """
         if np.shape(observation)[-1:] != self.mean.shape:
             raise ValueError(f"observations have the shape {np.shape(observation)}, not [..., {len(self.mean)}]")
-        if not -len(self.actors) <= actor < len(self.actors):
-            raise ValueError(f"actor {actor}: the chain has actors 0 to {len(self.actors) - 1}")
         states = torch.as_tensor(observation, dtype=torch.float32, device=self.mean.device)
         z = states.new_zeros(*states.shape[:-1], self.action_dim)
         actions = self.actors[actor]((states - self.mean) / self.std, z if deterministic else z.normal_())
@@ -73,7 +73,7 @@ def evaluate_again(config: ChainRunConfig, policy: ChainPolicy) -> dict[str, flo
     environment = functools.partial(make_env, policy.env, config.dataset_dir)
     acting = (policy.actors, policy.action_dim, policy.mean, policy.std)
     with Evaluator(environment, 2 * len(policy.actors) * at_once, num_workers(config.eval_workers)) as evaluator:
-        played = play(evaluator, *acting, seeds, first, "evaluate")
+        played = rollout(evaluator, *acting, seeds, first, "evaluate")
     chain = ", ".join(filter(None, (policy.env, policy.config.get("algorithm"))))
     scores = normalized_score(policy.env, played.returns, config.dataset_dir)
     return report_final(f"{chain}, update {policy.step} of {policy.path}", played, scores, runs)

@@ -71,7 +71,13 @@ class Run(abc.ABC):
         self.resources.enter_context(telling_what_is_kept(self.run_dir, self.checkpoint))
         with contextlib.ExitStack() as opening:
             opening.push(self)  # closes it, unless all went well
-            self.load_data()
+            try:
+                self.load_data()
+            except KeyboardInterrupt as interrupt:
+                interrupt.args = (
+                    "nothing was saved, and data that was being made is lost; the same command starts again",
+                )
+                raise
             self.open()
             opening.pop_all()
 

@@ -30,7 +30,7 @@ def run_seeds(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, An
         return run_chain(run_class, config)
     if config.run_dir is not None:
         raise UserError(f"--run_dir {config.run_dir}: is one run's; leave it out, or --num_seeds {config.num_seeds}")
-    left, summaries = _ask_seeds(run_class, config)
+    left, summaries = _preflight_seeds(run_class, config)
     failed: list[ChainRun] = []
     with contextlib.ExitStack() as open_runs:
         runs: list[ChainRun] = []
@@ -49,7 +49,7 @@ def run_seeds(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, An
     return summaries
 
 
-def _ask_seeds(
+def _preflight_seeds(
     run_class: type[ChainRun], config: ChainRunConfig
 ) -> tuple[list[ChainRunConfig], dict[str, dict[str, Any]]]:
     """Settings of the seeds that are left, and `seed_k` -> finished.json of the others, before anything is written."""
@@ -91,7 +91,7 @@ def _train_to_the_end(runs: Sequence[ChainRun], failed: list[ChainRun]) -> dict[
     train(runs, failed)
     summaries = {}
     for run in runs:
-        with _others_go_on(run, failed):
+        with _mark_failed(run, failed):
             if run not in failed:
                 summaries[f"seed_{run.config.seed}"] = run.finish()
     updates, seconds = sum(run.step for run in runs), time.perf_counter() - began
@@ -102,8 +102,8 @@ def _train_to_the_end(runs: Sequence[ChainRun], failed: list[ChainRun]) -> dict[
 
 
 @contextlib.contextmanager
-def _others_go_on(run: ChainRun, failed: list[ChainRun]) -> Iterator[None]:
-    """A run that cannot go on is told now, and is left where it is."""
+def _mark_failed(run: ChainRun, failed: list[ChainRun]) -> Iterator[None]:
+    """Mark a run that cannot go on as failed and warn; the other seeds keep training."""
     try:
         yield
     except UserError as error:
@@ -124,7 +124,7 @@ def train(runs: Sequence[ChainRun], failed: list[ChainRun]) -> None:
                 for run in group:
                     run.agent.anneal(run.step / total)
                 for run, info in zip(group, update(), strict=True):
-                    with _others_go_on(run, failed):
+                    with _mark_failed(run, failed):
                         run.record(info, bar)
                 bar.update()
 

@@ -14,11 +14,13 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def error_line(main: Callable, capsys: pytest.CaptureFixture, *flags: object, code: int = 2) -> str:
+def error_line(
+    main: Callable, capsys: pytest.CaptureFixture, *flags: object, code: int = 2, starts: str = "error"
+) -> str:
     """Run a command's `main` in this process; it must exit with `code` and one line on stderr, which is returned."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run_cli(lambda _: main(list(map(str, flags))))
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith((starts, "Traceback"))]
     assert stop.value.code == code and len(lines) == 1, lines
     return lines[0]

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -177,7 +178,7 @@ def test_the_evaluation_block_is_printed(arguments, tmp_path, capsys):
 def test_evaluation_equals_stepping_one_environment_by_hand(arguments, tmp_path, dataset_dir):
     run = POGORun(parse_config(POGOTrainerConfig, [*arguments(tmp_path / "run"), "--no_tensorboard"]))
     seeds = episode_seeds(5, 2)
-    played = run.play(seeds, 7, "evaluate")
+    played = run.rollout(seeds, 7, "evaluate")
     env = chain.make_env(DATASET)
     for actor in (0, 1):
         for episode, seed in enumerate(seeds):
@@ -213,6 +214,9 @@ def test_directories_carry_env_weights_and_seed(arguments, tmp_path, monkeypatch
 
 def test_ctrl_c_says_what_is_kept_and_the_last_line_what_was_done_since(arguments, tmp_path, capsys):
     run_dir = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pogo_main, "generate_if_missing", lambda *_: signal.raise_signal(signal.SIGINT))
+        exits(capsys, *arguments(run_dir), code=130, starts="interrupted: nothing was saved, and data that was being")
     assert "nothing was saved yet" in train_until(3, arguments(run_dir))
     assert "--resume continues from it" in train_until(8, arguments(run_dir))
     train(arguments(run_dir, "--resume"))
@@ -358,7 +362,7 @@ def test_a_file_is_evaluated_as_its_run_evaluated_it(finished, arguments, tmp_pa
     assert "not a checkpoint of pogo_main.py" in exits(capsys, *flags)
 
 
-def test_a_policy_acts_from_its_file_alone_as_in_training(finished, arguments):
+def test_a_policy_acts_from_its_file_alone_as_in_training(finished, arguments, monkeypatch):
     run = POGORun(parse_config(POGOTrainerConfig, arguments(finished.parent / "like", "--no_tensorboard")))
     run.load(finished / "checkpoints/last.pth")
     rows, raw = torch.from_numpy(run.data.observations[:5]), run.data.observations[:5] * run.std + run.mean
@@ -368,12 +372,13 @@ def test_a_policy_acts_from_its_file_alone_as_in_training(finished, arguments):
             Policy(finished / "checkpoints/last.pth", actor=number).act(raw), expected, atol=1e-4
         )
     run.close()
+    monkeypatch.setattr(chain_policy, "load_checkpoint", None)  # the file is read once
     policy = Policy(finished)  # a run's directory will do
     np.testing.assert_array_equal(policy.act(raw), Policy(finished, actor=1).act(raw))
     np.testing.assert_allclose(policy.act(raw[0]), policy.act(raw)[0], atol=1e-5)  # one observation, or many
     assert not np.array_equal(policy.act(raw, deterministic=False), policy.act(raw)) and policy.trained.env == DATASET
     with pytest.raises(ValueError, match="actor 2: the chain has actors 0 to 1"):
-        Policy(finished, actor=2).act(raw)
+        Policy(finished, actor=2)
     with pytest.raises(ValueError, match=r"shape \(5, 10\), not \[..., 11\]"):
         policy.act(raw[:, 1:])
     with pytest.raises(UserError, match="OPSO alone has a code"):

@@ -216,8 +216,9 @@ def settings(path: Path, *more: str) -> run_comparison.RunComparisonConfig:
     return parse_config(run_comparison.RunComparisonConfig, ["--config", str(path), *more], config_flag="--settings")
 
 
-def test_the_shipped_comparison_expands(tmp_path):
-    runs = expand(settings(ROOT / "config.yaml", "--log_dir", str(tmp_path)))
+def test_the_shipped_comparison_expands_wherever_the_command_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = expand(parse_config(run_comparison.RunComparisonConfig, ["--log_dir", "."], config_flag="--settings"))
     datasets = list(dict.fromkeys(run.config.env for run in runs))
     assert len(runs) == 15 * 3 * 3 and len(datasets) == 15
     assert datasets[0] == "halfcheetah-medium-v2" and datasets[-1] == "antmaze-large-diverse-v2"

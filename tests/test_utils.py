@@ -3,10 +3,12 @@
 import errno
 import io
 import os
+import subprocess
 import sys
 import types
 import typing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -19,7 +21,7 @@ from algorithms.offline.pogo_multi_main import EDACRunConfig
 from offline_trainer import OfflineTrainerConfig
 from online_trainer import OnlineTrainerConfig
 from pogo_main import POGOTrainerConfig
-from runs import cli
+from runs import cli, plots
 from runs.cli import parse_config, run_cli
 from runs.directory import (
     expecting,
@@ -33,6 +35,8 @@ from runs.directory import (
 from runs.metrics import MetricLogger, RunningMeans, read_metrics
 from utils import RandomStreams, ReplayBuffer, RunFinished, RunHeld, UserError
 from walker.train_morel import MORELConfig
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -89,6 +93,10 @@ def test_yaml_lies_between_defaults_and_flags(tmp_path):
     ("argv", "words"),
     [
         (["--sed", "1"], ["--sed", "--seed"]),
+        (
+            ["--sed", "1", "--lrr=2", "--seed", "x"],
+            ["unknown flag --sed; the nearest one is --seed; unknown flag --lrr"],
+        ),
         (["--seed", "1.5"], ["--seed", "an integer"]),
         (["--seed"], ["--seed", "value"]),
         (["--seed", "1", "2"], ["--seed", "1 2"]),
@@ -198,6 +206,12 @@ def test_ctrl_c_says_what_is_kept(files, words, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_cli(main)
     assert capsys.readouterr().err.startswith(f"interrupted: {words}")
+
+
+def test_ctrl_c_in_the_imports_of_a_command_is_one_line():
+    code = "from runs import tell_ctrl_c; tell_ctrl_c(); raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted: nothing was saved\n")
 
 
 def test_an_unknown_flag_that_resembles_none_gets_no_nearest():
@@ -524,6 +538,25 @@ def test_a_failing_tracker_never_stops_a_run(tmp_path, monkeypatch, capsys, mome
         assert received[0][2]["group"] == "g" and received[0][2]["name"].endswith(tmp_path.name)
 
 
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_every_panel_has_a_y_label_and_no_legend_covers_the_success(tmp_path, monkeypatch):
+    figures, rows = [], {"step": [1, 2], "env_steps": [1, 2]}
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    plots.plot_training_curves(rows | {"critic_loss": [2.0, 1.0]}, tmp_path, "a")
+    success = {"success_rate": [0.0, 1.0], "eval/success_rate": [1.0, 1.0], "epsilon": [1.0, float("nan")]}
+    plots.plot_online_curves(rows | success, tmp_path, "b")
+    plots.plot_chain_curves(rows | {"chain/actor_0/q": [1.0, 2.0]}, tmp_path, "c", 1, 50.0)
+    plots.plot_study_curves(rows | {"eval/run/return": [1.0, 2.0]}, tmp_path, "d", {"run": 3.0})
+    assert [len(figure.axes) for figure in figures] == [8, 2, 6, 2]
+    assert all(axis.get_ylabel() and axis.get_xlabel() for figure in figures for axis in figure.axes)
+    axis = figures[1].axes[0]
+    figures[1].canvas.draw()
+    lowest = axis.get_legend().get_window_extent().transformed(axis.transData.inverted()).y0
+    assert axis.get_title() == "Success" and lowest > 1
+
+
 # --- run directories -------------------------------------------------------------------------------------------------
 
 
@@ -540,7 +573,8 @@ def test_new_run_writes_config_and_versions(tmp_path):
 def test_resume_needs_the_flag_and_the_same_settings(tmp_path, capsys):
     config = SmallConfig()
     goes_on = replace(config, resume=True)
-    assert prepare_run(tmp_path, goes_on) is None
+    assert prepare_run(tmp_path, replace(goes_on, seed=9)) is None
+    assert prepare_run(tmp_path, goes_on) is None  # nothing was saved that other settings could spoil
     assert "starting anew" in capsys.readouterr().err
     checkpoint = tmp_path / "checkpoints" / "last.pth"
     save_checkpoint(checkpoint, {"step": 1})
