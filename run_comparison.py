@@ -29,13 +29,12 @@ import importlib
 import os
 import shutil
 import sys
-import tempfile
 import time
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -53,7 +52,7 @@ from pogo_main import POGORun, POGOTrainerConfig
 from runs.chain import ChainRun, ChainRunConfig
 from runs.cli import check_ranges, check_values, load_yaml, parse_config, run_cli
 from runs.directory import check_run, plain_config
-from utils import RunFinished, UserError, warn
+from utils import Count, Range, RunFinished, UserError, Whole, warn
 
 ROOT = Path(__file__).resolve().parent
 
@@ -67,14 +66,22 @@ class RunComparisonConfig:
     dry_run: bool = False  # list the runs, say what data, time and disk space those that are left need, and stop
     report_only: bool = False  # train nothing, only write the results of the runs that are finished
     tables: bool = False  # train nothing, only rewrite the tables of README.md and docs/ from results/*.csv
-    jobs: int | None = None  # train this many runs at once; default: 1, on Ray as many as the cluster has room for
-    threads: int | None = None  # give a run this many CPU threads; default: its share of the cores, at most 4; on Ray 1
-    retries: int = 2  # start a crashed run again up to this many times, but never one that diverged or has bad settings
+    jobs: Count | None = None  # train this many runs at once; default: 1, on Ray as many as the cluster has room for
+    threads: Count | None = (
+        None  # give a run this many CPU threads; default: its share of the cores, at most 4; on Ray 1
+    )
+    retries: Whole = (
+        2  # start a crashed run again up to this many times, but never one that diverged or has bad settings
+    )
     backend: Literal["local", "ray"] = "local"  # train on this machine (local) or on the Ray cluster at --address (ray)
     address: str | None = None  # connect to this Ray cluster: host:port, ray://host:port, or auto for this machine's
-    gpus_per_run: float | None = None  # give each run on Ray this share of a GPU; default: 0.25 if there are GPUs
+    gpus_per_run: Annotated[float, Range(0, 64)] | None = (
+        None  # give each run on Ray this share of a GPU; default: 0.25 if there are GPUs
+    )
     dataset_dir: str | None = None  # read the data from this folder, whatever the comparison's file says
-    max_timesteps: int | None = None  # train every run for this many updates, apart from the runs of the file's number
+    max_timesteps: Count | None = (
+        None  # train every run for this many updates, apart from the runs of the file's number
+    )
     seeds: tuple[int, ...] | None = None  # train every chain with these seeds, whatever the comparison's file says
 
     def apart(self, folder: str) -> Path:
@@ -416,26 +423,11 @@ def open_pool(config: RunComparisonConfig, devices_named: bool = False) -> Pool:
 
 def check(config: RunComparisonConfig) -> None:
     """One line for a flag that cannot work."""
-    for name in ("jobs", "threads", "max_timesteps"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: at least 1 is needed")
-    if config.retries < 0:
-        raise UserError(f"--retries {config.retries}: at least 0 is needed")
     check_gpus(config.gpus_per_run)
     if config.address and config.backend != "ray":
         raise UserError(f"--address {config.address}: is of a Ray cluster; add --backend ray")
     if config.backend == "ray" and not config.address:
         raise UserError("--backend ray: needs --address host:port of the cluster, or auto for this machine's")
-
-
-def check_output(output: Path) -> None:
-    """UserError where the results cannot be written, before hours of training."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot write there ({error.strerror}); choose another") from None
 
 
 def train_table(config: RunComparisonConfig) -> int:
@@ -467,7 +459,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"--log_dir {config.log_dir}: none of the runs asked for is there; give the folder that has some"
         )
-    check_output(output)
+    output.mkdir(parents=True, exist_ok=True)  # it fails before hours of training, not after them
     print(f"{len(runs)} runs, {len(comparison.finished)} finished; {runs[0].name} is the first")
     if not config.report_only:
         importlib.import_module("matplotlib.backends.backend_agg")  # whole: Ctrl-C in its import spoils the last report
