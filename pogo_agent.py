@@ -67,7 +67,60 @@ class POGOConfig(DistanceConfig):
     hidden_dim: Count = 256  # width of the two hidden layers of every network
 
 
-class POGOAgent:
+class ActorChain:
+    """Actors in order, each a step from the one before it, whatever algorithm they are of.
+
+    That has `device`, `actor_loss(number, batch) -> (loss, info)`, `diagnose_actor(number, batch)`, and
+
+        actors, actor_optimizers    an Adam each
+        follows                     whether an actor repeats the steps of the one before, whose networks it has
+        noise_owner                 whose `generator` all noise is drawn from
+    """
+
+    def update_actors(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A step of each actor, in order."""
+        info: dict[str, Tensor] = {}
+        change: list[Tensor] = []
+        for number, actor in enumerate(self.actors):
+            parameters = [parameter.detach() for parameter in actor.parameters()]
+            before = [parameter.clone() for parameter in parameters]
+            if self.follows[number]:
+                torch._foreach_add_(parameters, change)
+            loss, more = self.actor_loss(number, batch)
+            self.actor_optimizers[number].minimise(loss)
+            change = torch._foreach_sub(parameters, before)
+            info |= more
+        return info
+
+    def diagnose(self, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        """What each step of the chain did, on one batch: `step_metrics` and more, 0-d, as chain/actor_i/...
+
+        Changes nothing: it draws from a generator of its own.
+        """
+        owner = self.noise_owner
+        kept, owner.generator = owner.generator, torch.Generator(self.device).manual_seed(seed)
+        try:
+            found = [self.diagnose_actor(number, batch) for number in range(len(self.actors))]
+        finally:
+            owner.generator = kept
+        return {f"chain/actor_{i}/{name}": value for i, metrics in enumerate(found) for name, value in metrics.items()}
+
+
+def step_metrics(
+    samples: Tensor, before: Tensor, q: Tensor, stayed: Tensor, distance: Tensor, floor: Tensor
+) -> dict[str, Tensor]:
+    """What every chain says of a step, 0-d each, from actions [n, K, A] of an actor and of the one before it.
+
+    `q` is the actor's value and `q_gain` what that gains on the one before, `moved` the root mean square distance
+    between the actions of both at the same noise, `floor` the distance of the one before to itself, which only
+    independent noise puts above 0, `spread` the deviation of an actor's samples.
+    """
+    moved = (samples - before).square().sum(-1).mean().sqrt()
+    metrics = {"q": q, "q_gain": q - stayed, "moved": moved, "distance": distance, "floor": floor}
+    return metrics | {"spread": cloud_spread(samples)}
+
+
+class POGOAgent(ActorChain):
     """Twin critics, a chain of actors, target networks, an Adam each.
 
     Args:
@@ -90,7 +143,7 @@ class POGOAgent:
         data_value: float = 0.0,
     ):
         self.config, self.max_action, self.action_dim = config, max_action, action_dim
-        self.generator, self.device = generator, torch.device(device)
+        self.generator, self.noise_owner, self.device = generator, self, torch.device(device)
         sizes = (observation_dim, action_dim)
         self.critic = EnsembleCritic(*sizes, config.hidden_dim).to(self.device)
         if config.q_start == "data":
@@ -104,6 +157,7 @@ class POGOAgent:
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.actor_target = TransportActor(*sizes, max_action, config.hidden_dim).to(self.device).requires_grad_(False)
         self.actor_target.load_state_dict(self.actors[0].state_dict())
+        self.follows = [config.follow and number > 0 for number in range(len(self.actors))]
         # Tensors, so that a captured update reads them anew.
         self.actor_lr = torch.tensor(config.lr, device=self.device)
         self.critic_optimizer = Adam(self.critic.parameters(), torch.tensor(config.lr, device=self.device))
@@ -176,19 +230,7 @@ class POGOAgent:
         loss, info = self.critic_loss(batch)
         self.critic_optimizer.minimise(loss)
         if self.step % self.config.policy_freq == 0:
-            change: list[Tensor] = []
-            for number, optimizer in enumerate(self.actor_optimizers):
-                parameters = list(self.actors[number].parameters())
-                followed = self.config.follow and number + 1 < len(self.actors)
-                before = [parameter.detach().clone() for parameter in parameters] if followed else []
-                if number > 0 and self.config.follow:
-                    with torch.no_grad():
-                        torch._foreach_add_(parameters, change)
-                loss, more = self.actor_loss(number, batch)
-                optimizer.minimise(loss)
-                if followed:
-                    change = torch._foreach_sub([parameter.detach() for parameter in parameters], before)
-                info |= more
+            info |= self.update_actors(batch)
             with torch.no_grad():
                 torch._foreach_lerp_(self.target_parameters, self.online_parameters, self.config.tau)
         self.step += 1
@@ -201,26 +243,12 @@ class POGOAgent:
 
     # -- diagnostics of the chain -----------------------------------------------------------------------------------
 
-    def diagnose(self, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-        """What each step of the chain did, on one batch; changes nothing, draws from a generator of its own.
+    def diagnose_actor(self, number: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As every chain, with mean Q1 over all samples, and beside that:
 
-        For actor i: mean Q1 over its K samples, the mean norm of its gradient by the action, the distance and its floor
-        (of the reference to itself, which only independent noise puts above 0), the spread, the energy L_i, and what
-        L_i would be had the actor stayed where the chain stood before it: an energy below that says the step moved and
-        helped. `moved` is the root mean square distance between the actions of actor and reference at the same noise,
-        `q_gain` what Q1 promises for it. 0-d tensors.
+        The mean norm of Q1's gradient by the action, the energy L_i, and what L_i would be had the actor stayed where
+        the chain stood before it: an energy below that says the step moved and helped.
         """
-        kept, self.generator = self.generator, torch.Generator(self.device).manual_seed(seed)
-        try:
-            found: dict[str, Tensor] = {}
-            for number in range(len(self.actors)):
-                metrics = self._diagnose_actor(number, batch)
-                found |= {f"chain/actor_{number}/{name}": value for name, value in metrics.items()}
-            return found
-        finally:
-            self.generator = kept
-
-    def _diagnose_actor(self, number: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         config, observations = self.config, batch["observations"]
         z = self.noise(len(observations), config.sinkhorn_K)
         with torch.no_grad():
@@ -234,14 +262,8 @@ class POGOAgent:
                 floor = self.distance(number - 1, number - 1, observations, z, before)
         (q, slope), (stayed, _) = (self._q_and_slope(observations, actions) for actions in (samples, before))
         scale, weight = self.q_scale(q), config.w2_weights[number]
-        metrics = {
-            "q": q.mean(),
+        metrics = step_metrics(samples, before, q.mean(), stayed.mean(), distance, floor) | {
             "q_gradient": slope,
-            "q_gain": q.mean() - stayed.mean(),
-            "moved": (samples - before).square().sum(-1).mean().sqrt(),
-            "distance": distance,
-            "floor": floor,
-            "spread": cloud_spread(samples),
             "energy": weight * distance - scale * q.mean(),
             "energy_before": weight * floor - scale * stayed.mean(),
         }

@@ -174,7 +174,7 @@ def test_policies_of_one_class_that_are_built_differently_are_not_copies():
         own = algorithm(config, SIZES, torch.Generator()).make_actor
         makers = [own, own, POLICIES[other], POLICIES[other]]
         chain = MultiActor(algorithm, config, ChainConfig((1.0,) * 4), SIZES, torch.Generator(), policies=makers)
-        assert chain.is_copy == [False, True, False, True]
+        assert chain.follows == [False, True, False, True]
         chain.update(make_batch())
 
 

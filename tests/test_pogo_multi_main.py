@@ -281,7 +281,7 @@ def test_a_shipped_file_has_corls_settings_and_builds_its_policies(name):
 def test_an_algorithms_own_policy_can_be_asked_for(algorithm, layers, arguments, tmp_path):
     config = parse(arguments(algorithm, tmp_path / "run", "--actor_configs", "own", "own"))
     agent = pogo_multi_main.build(config, (11, 3, 1.0), torch.Generator(), torch.device("cpu"))
-    assert agent.is_copy == [False, True]
+    assert agent.follows == [False, True]
     for actor in agent.actors:
         assert type(actor).__name__ == "GaussianMLP"
         assert len(actor.net.layers()) == layers

@@ -41,7 +41,8 @@ from algorithms.offline.pogo_policies import (
     StochasticMLP,
     TanhGaussianMLP,
 )
-from transport import DistanceConfig, cloud_spread, gaussian_w2, policy_distance
+from pogo_agent import ActorChain, step_metrics
+from transport import DistanceConfig, gaussian_w2, policy_distance
 from utils import Basic
 
 POLICIES = {
@@ -58,7 +59,7 @@ class ChainConfig(DistanceConfig):
     follow: bool = True  # an actor first repeats the change of weights that the actor before it has just made
 
 
-class MultiActor:
+class MultiActor(ActorChain):
     """An algorithm with a chain of actors in the place of its one.
 
     Args:
@@ -81,40 +82,27 @@ class MultiActor:
         policies: Sequence[Callable[..., nn.Module] | None] | None = None,
     ):
         self.algorithm = algorithm(config, sizes, generator, device, policies[0] if policies else None)
-        self.chain, self.actors = chain, [self.algorithm.actor]
+        self.chain, self.actors, self.noise_owner = chain, [self.algorithm.actor], self.algorithm
+        self.device = self.algorithm.device
         given = policies or [None] * len(chain.w2_weights)
         own = self.algorithm.make_actor if given[0] is None else self.algorithm.default_actor()
         makers = [make or own for make in given]
         if len(makers) != len(chain.w2_weights):
             raise ValueError(f"{len(makers)} policies for {len(chain.w2_weights)} weights")
         # Of the same maker, not of the same class: one class may hold differently built policies.
-        self.is_copy = [number > 0 and make is makers[number - 1] for number, make in enumerate(makers)]
+        is_copy = [number > 0 and make is makers[number - 1] for number, make in enumerate(makers)]
         for number, make in enumerate(makers[1:], 1):
             actor = make(*sizes, config.hidden_dim)
-            if self.is_copy[number]:
+            if is_copy[number]:
                 actor.load_state_dict(self.actors[-1].state_dict())
             self.actors.append(self.algorithm.add(f"actor_{number}", actor, self.algorithm.actor_lr))
+        names = ["actor", *(f"actor_{number}" for number in range(1, len(makers)))]
+        self.actor_optimizers = [self.algorithm.optimizers[name] for name in names]
+        self.follows = [chain.follow and copied for copied in is_copy]
 
     def update(self, batch: Batch) -> Info:
         """One step of the algorithm, with all actors in the place of its one."""
         return self.algorithm.update(batch, self.update_actors)
-
-    def update_actors(self, batch: Batch) -> Info:
-        """A step of each actor, in order."""
-        info: Info = {}
-        change: list[Tensor] = []
-        follows = [self.chain.follow and is_copy for is_copy in self.is_copy]
-        for number, (actor, followed) in enumerate(zip(self.actors, [*follows[1:], False], strict=True)):
-            parameters = [parameter.detach() for parameter in actor.parameters()]
-            before = [parameter.clone() for parameter in parameters] if followed else []
-            if follows[number]:
-                torch._foreach_add_(parameters, change)
-            loss, more = self.actor_loss(number, batch)
-            self.algorithm.minimise("actor" if number == 0 else f"actor_{number}", loss)
-            if followed:
-                change = torch._foreach_sub(parameters, before)
-            info |= more
-        return info
 
     def actor_loss(self, number: int, batch: Batch) -> tuple[Tensor, Info]:
         """Loss of one actor with its distance to what it follows."""
@@ -155,23 +143,9 @@ class MultiActor:
     def step(self, value: int) -> None:
         self.algorithm.step = value
 
-    def diagnose(self, batch: Batch, seed: int) -> Info:
-        """What each step of the chain did, on one batch; changes nothing, draws from a generator of its own.
-
-        For actor i: mean of the lesser Q at a draw, and what that gains on the one before; the root mean square
-        distance `moved` between the actions of both at the same noise; their distance D and its floor (of the one
-        before to itself, which only independent noise puts above 0), and the spread of its draws. 0-d tensors.
-        """
-        kept = self.algorithm.generator
-        self.algorithm.generator = torch.Generator(self.algorithm.device).manual_seed(seed)
-        try:
-            with torch.no_grad():
-                figures = [self._diagnose_actor(number, batch) for number in range(len(self.actors))]
-        finally:
-            self.algorithm.generator = kept
-        return {f"chain/actor_{i}/{name}": value for i, found in enumerate(figures) for name, value in found.items()}
-
-    def _diagnose_actor(self, number: int, batch: Batch) -> Info:
+    @torch.no_grad()
+    def diagnose_actor(self, number: int, batch: Batch) -> Info:
+        """As every chain; `q` is the mean of the lesser Q at one draw a state."""
         observations, policy = batch["observations"], self.actors[number](batch["observations"])
         z = self.algorithm.noise(len(observations), self.chain.sinkhorn_K)
         draw = policy.draw(z)
@@ -184,9 +158,7 @@ class MultiActor:
             distance = self.distance(policy, reference, z, draw.actions)
             floor = self.distance(reference, reference, z, before)
         q, stayed = (self.algorithm.critic(observations, a[:, 0]).amin(0).mean() for a in (draw.actions, before))
-        moved = (draw.actions - before).square().sum(-1).mean().sqrt()
-        metrics = {"q": q, "q_gain": q - stayed, "moved": moved, "distance": distance, "floor": floor}
-        return metrics | {"spread": cloud_spread(draw.actions)}
+        return step_metrics(draw.actions, before, q, stayed, distance, floor)
 
     def anneal(self, share: float) -> None:
         """Set the actors' learning rate for a share of the run behind, 0 to 1, where the algorithm lets it fall."""
