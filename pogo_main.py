@@ -77,8 +77,11 @@ class POGORun(ChainRun):
 
     def make_agent(self, observation_dim: int, action_dim: int, max_action: float) -> POGOAgent:
         sizes, data = (observation_dim, action_dim, max_action), self.data
-        values = data_values(data.rewards, data.terminated, data.truncated, self.config.discount)
-        self.mean_value, self.best_value = float(values.mean()), float(values.max())
+        if self.beside is None:
+            self.values = data_values(data.rewards, data.terminated, data.truncated, self.config.discount)
+        else:
+            self.values = self.beside.values
+        self.mean_value, self.best_value = self.values
         return POGOAgent(self.config, *sizes, self.streams.policy, self.device, self.mean_value)
 
     def describe(self) -> str:

@@ -60,7 +60,7 @@ class Run(abc.ABC):
 
     step: int  # updates, or what else rows of metrics.csv count
     q_bound = math.inf  # mean Q beyond this, either way, has diverged: see `largest_q`
-    best_value = math.inf  # mean Q of the data's actions above this overrates them: largest of `data_values`
+    best_value = math.inf  # mean Q of the data's actions above this overrates them: see `data_values`
     prefix = ""  # of what the run prints
 
     def __init__(self, config: RunConfig):
@@ -218,22 +218,26 @@ def largest_q(rewards: np.ndarray, discount: float, limit: float = 10.0) -> floa
     return limit * float(np.abs(rewards).max()) / (1 - discount)
 
 
-def data_values(rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, discount: float) -> np.ndarray:
-    """Discounted return that each row's own episode had from there on, [N] float64, of rows in order.
+def data_values(
+    rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, discount: float
+) -> tuple[float, float]:
+    """Mean and largest discounted return that a row's own episode had from there on, of rows in order.
 
-    An episode that was cut, as the last one is, goes on for ever with its mean reward.
+    An episode that was cut, as the last one is, goes on for ever with its mean reward. One of fewer than 1 / (1 -
+    discount) rows, as the file's end may leave, says too little for the largest, where there are others.
 
     Args:
         rewards, terminated, truncated: [N].
         discount: below 1.
     """
-    values, rows = np.empty(len(rewards)), rewards.tolist()
+    values, rows, telling = np.empty(len(rewards)), rewards.tolist(), np.ones(len(rewards), bool)
     ends = np.flatnonzero(terminated | truncated).tolist()
     start = 0
     for end in ends if ends and ends[-1] == len(rows) - 1 else [*ends, len(rows) - 1]:
         value = 0.0 if terminated[end] else float(np.mean(rows[start : end + 1])) / (1 - discount)
+        telling[start : end + 1] = terminated[end] or (end + 1 - start) * (1 - discount) >= 1
         for row in range(end, start - 1, -1):
             value = rows[row] + discount * value
             values[row] = value
         start = end + 1
-    return values
+    return float(values.mean()), float(values[telling if telling.any() else slice(None)].max())

@@ -588,7 +588,7 @@ def test_a_q_above_every_return_of_the_data_is_told_once(arguments, tmp_path, mo
     train(arguments(tmp_path / "run"))
     told = capsys.readouterr()
     assert "actor 0 is not to be trusted" not in told.err and "; discounted returns " in told.out
-    monkeypatch.setattr(pogo_main, "data_values", lambda rewards, *_: np.full(len(rewards), -9.0))
+    monkeypatch.setattr(pogo_main, "data_values", lambda *_: (-9.0, -9.0))
     train(arguments(tmp_path / "small", "--q_start", "zero"))
     told = capsys.readouterr()
     assert "discounted returns -9, at most -9" in told.out
@@ -600,10 +600,21 @@ def test_the_datas_values_equal_sums_over_its_episodes():
     rewards, zeros = np.array([1.0, 2.0, 3.0, 4.0, 6.0]), np.zeros(5, bool)
     terminated, truncated = zeros.copy(), zeros.copy()
     terminated[1], truncated[3] = True, True
-    found = data_values(rewards, terminated, truncated, 0.5)
     # The second episode goes on with 3.5 for ever, which is worth 7, the cut third one with 6.
-    assert found.tolist() == [1 + 0.5 * 2, 2, 3 + 0.5 * (4 + 0.5 * 7), 4 + 0.5 * 7, 6 + 0.5 * 12]
-    assert data_values(rewards, zeros, zeros, 0.5)[-1] == 6 + 0.5 * rewards.mean() / 0.5
+    values = [1 + 0.5 * 2, 2, 3 + 0.5 * (4 + 0.5 * 7), 4 + 0.5 * 7, 6 + 0.5 * 12]
+    # The last one is shorter than 1 / (1 - 0.5) rows, so that it is not the largest unless that is its end.
+    assert data_values(rewards, terminated, truncated, 0.5) == (np.mean(values), 4 + 0.5 * 7)
+    terminated[4] = True
+    assert data_values(rewards, terminated, truncated, 0.5) == ((sum(values) - 6) / 5, 4 + 0.5 * 7)
+    assert data_values(rewards[3:], zeros[3:], zeros[3:], 0.5) == (10.25, 11)
+    assert data_values(rewards[:1], zeros[:1], zeros[:1], 0.5) == (2, 2)
+
+
+def test_seeds_side_by_side_value_the_data_once(arguments, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(pogo_main, "data_values", lambda *own: counted.append(1) or data_values(*own))
+    train(several(arguments, tmp_path, monkeypatch))
+    assert counted == [1]
 
 
 def test_a_diverging_run_stops_and_says_why(arguments, tmp_path, capsys):
