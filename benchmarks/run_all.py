@@ -2,6 +2,7 @@
 
     python benchmarks/run_all.py --output speed.md
     python benchmarks/run_all.py --device cuda --output speed.md
+    python benchmarks/run_all.py --precision bf16 --only pogo algorithms
     python benchmarks/run_all.py --quick
 
 On a CPU: POGO, the six algorithms, the Mamba-2 block, OPSO's two stages, Sinkhorn, evaluation, acting. On a GPU, in
@@ -30,7 +31,7 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model_kernels.choice import fastest_kernels, processor
+from model_kernels.choice import Precision, fastest_kernels, processor
 from runs.cli import parse_config, run_cli
 from utils import Count, UserError, one_line, processor_name, write_text_atomic
 
@@ -47,6 +48,7 @@ PART_LIMIT = 160  # seconds of one script, where there is a limit: none may take
 class RunAllConfig:
     device: Literal["cpu", "cuda"] = "cpu"  # where everything is measured
     output: str | None = None  # file of the table, Markdown
+    precision: Precision = "float32"  # precision of hidden layers, of POGO and the six algorithms
     quick: bool = False  # tiny sizes, to try the command
     only: tuple[str, ...] = ()  # parts to run, by the names that the output shows; default: all
     limit: Count | None = None  # seconds that everything may take; default: 470 on a GPU, else none
@@ -125,6 +127,7 @@ def command_of(name: str, config: RunAllConfig) -> list[str] | None:
     command += own.split() + (part.quick.split() if config.quick else [])
     for flag in part.peers:
         command += [f"--{flag}", vars(config)[flag]] if vars(config)[flag] else []
+    command += ["--precision", config.precision] if name in ("pogo", "algorithms") else []
     if name == "pogo":
         command += ["--path", config.agent] if config.agent else []
         command += ["--jax"] if config.device == "cpu" and importlib.util.find_spec("jax") and not config.quick else []
@@ -189,7 +192,8 @@ def main(argv: list[str] | None = None) -> None:
         if path and not Path(path).exists():
             raise UserError(f"--{name} {path}: not there")
     config = dataclasses.replace(config, **{name: path and str(Path(path).resolve()) for name, path in paths.items()})
-    title, rows, began = machine(config.device) + (", tiny sizes" if config.quick else ""), [], time.perf_counter()
+    title = f"{machine(config.device)}, {config.precision}" + (", tiny sizes" if config.quick else "")
+    rows, began = [], time.perf_counter()
     for name in config.only or PARTS:
         command = command_of(name, config)
         if command is None:

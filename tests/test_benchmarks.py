@@ -152,6 +152,13 @@ def test_every_part_of_the_whole_run_takes_its_flags_on_a_gpu():
     assert (settings.device, settings.corl, settings.unifloral) == ("cuda", "there", "there")
 
 
+@pytest.mark.parametrize("part, config", [("pogo", "BenchPOGOConfig"), ("algorithms", "BenchAlgorithmsConfig")])
+def test_the_precision_of_the_whole_run_reaches_what_has_one(part, config):
+    command = run_all.command_of(part, run_all.RunAllConfig(precision="bf16"))
+    module = importlib.import_module(f"benchmarks.{Path(command[1]).stem}")
+    assert parse_config(getattr(module, config), command[2:]).precision == "bf16"
+
+
 def test_a_part_that_fails_or_takes_too_long_is_a_line_of_the_table(tmp_path, monkeypatch, capsys):
     scripts = {
         "good": "print('a_b: ours 1.5 ms (x), peer 3.0 ms, ratio 2.00 (y)')",
