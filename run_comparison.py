@@ -36,15 +36,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-
 import pogo_main
 from algorithms.offline import make_configs, pogo_multi_main
-from comparison import estimate, queue, tables
+from comparison import estimate, tables
 from comparison.groups import POGO, ComparedRun
-from comparison.jobs import Job, LocalPool, Pool, describe_state, seconds_spent, updates_done
-from comparison.ray import RayPool, check_gpus
-from comparison.registry import as_flags, check_keys, is_table, read_table
+from comparison.jobs import Job, Pool, describe_state, seconds_spent, updates_done
+from comparison.queue import Queue, TableQueue, make_job, only_named
+from comparison.ray import check_gpus
+from comparison.registry import as_flags, check_keys, is_table
 from comparison.report import write_report
 from offline_data import is_minari, normalized_score
 from pogo_agent import POGOAgent
@@ -57,6 +56,11 @@ from utils import Count, Range, RunFinished, UserError, Whole, warn
 ROOT = Path(__file__).resolve().parent
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass
 class RunComparisonConfig:
     config: str = str(ROOT / "config.yaml")  # read the comparison from this YAML file, see docs/comparison.md
@@ -67,26 +71,33 @@ class RunComparisonConfig:
     report_only: bool = False  # train nothing, only write the results of the runs that are finished
     tables: bool = False  # train nothing, only rewrite the tables of README.md and docs/ from results/*.csv
     jobs: Count | None = None  # train this many runs at once; default: 1, on Ray as many as the cluster has room for
-    threads: Count | None = (
-        None  # give a run this many CPU threads; default: its share of the cores, at most 4; on Ray 1
-    )
-    retries: Whole = (
-        2  # start a crashed run again up to this many times, but never one that diverged or has bad settings
-    )
+    threads: Count | None = None  # CPU threads of a run; default: its share of the cores, at most 4; on Ray 1
+    retries: Whole = 2  # start a crashed run again up to this many times; never one that diverged or has bad settings
     backend: Literal["local", "ray"] = "local"  # train on this machine (local) or on the Ray cluster at --address (ray)
     address: str | None = None  # connect to this Ray cluster: host:port, ray://host:port, or auto for this machine's
-    gpus_per_run: Annotated[float, Range(0, 64)] | None = (
-        None  # give each run on Ray this share of a GPU; default: 0.25 if there are GPUs
-    )
+    gpus_per_run: Annotated[float, Range(0, 64)] | None = None  # of a GPU, on Ray; default: 0.25 if there are GPUs
     dataset_dir: str | None = None  # read the data from this folder, whatever the comparison's file says
-    max_timesteps: Count | None = (
-        None  # train every run for this many updates, apart from the runs of the file's number
-    )
+    max_timesteps: Count | None = None  # train runs for this many updates, apart from those of the file's number
     seeds: tuple[int, ...] | None = None  # train every chain with these seeds, whatever the comparison's file says
 
     def apart(self, folder: str) -> Path:
         """The folder, or with --max_timesteps one in it."""
         return Path(folder) / (f"updates_{self.max_timesteps}" if self.max_timesteps else "")
+
+    @property
+    def run_cores(self) -> int:
+        """Cores of a run."""
+        return self.threads or (1 if self.backend == "ray" else max(usable_cores() // (self.jobs or 1), 1))
+
+    @property
+    def run_threads(self) -> int:
+        """CPU threads of a run. Networks of this size gain nothing from more than four unless that is asked for."""
+        return self.threads or min(self.run_cores, 4)
+
+    @property
+    def eval_workers(self) -> int:
+        """Processes that step the environments of a run's evaluations beside its own."""
+        return min(self.run_cores - 1, 7)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -106,11 +117,10 @@ DECIDED_HERE |= {"name", "evaluate", "evaluate_episodes", "evaluate_seed", *SINK
 
 @dataclass(frozen=True)
 class System:
-    """An algorithm that config.yaml can name: its settings, run class, check of settings and agent."""
+    """An algorithm that config.yaml can name."""
 
     config_class: type[ChainRunConfig]
     run_class: type[ChainRun]
-    check: Callable[[Any], None]  # of settings
     make_agent: Callable[..., Any]  # of settings, sizes of observation, action and largest action, generator, device
 
     @functools.cached_property
@@ -119,55 +129,41 @@ class System:
         types = typing.get_type_hints(self.config_class)
         return {field.name: types[field.name] for field in dataclasses.fields(self.config_class)}
 
+    @property
+    def own_hints(self) -> dict[str, Any]:
+        """Those that a file may set by their names."""
+        return {name: hint for name, hint in self.hints.items() if name not in DECIDED_HERE}
 
-def make_pogo(
-    config: POGOTrainerConfig, sizes: tuple[int, int, float], generator: torch.Generator, device: torch.device
-) -> POGOAgent:
-    return POGOAgent(config, *sizes, generator, device)
+    @property
+    def sinkhorn_hints(self) -> dict[str, Any]:
+        """Those of a section `sinkhorn`, which has names of its own."""
+        return {name: self.hints[name] for name in SINKHORN.values() if name in self.hints}
 
 
-SYSTEMS = {POGO: System(POGOTrainerConfig, POGORun, pogo_main.check, make_pogo)} | {
-    name: System(config_class, pogo_multi_main.MultiRun, pogo_multi_main.check, pogo_multi_main.build)
+SYSTEMS = {POGO: System(POGOTrainerConfig, POGORun, lambda config, sizes, *more: POGOAgent(config, *sizes, *more))}
+SYSTEMS |= {
+    name: System(config_class, pogo_multi_main.MultiRun, pogo_multi_main.build)
     for name, (_, config_class) in pogo_multi_main.ALGORITHMS.items()
 }
 ALGORITHM = {"algorithm": Literal[tuple(SYSTEMS)]}
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
+@dataclass(eq=False)
+class Run(ComparedRun):
     """One run of the comparison."""
 
-    config: Any  # all of its settings, run_dir included
-    variant: int  # which of its dataset's weights: 0, 1, ...
-    algorithm: str = POGO  # of SYSTEMS
+    config: Any = None  # all of its settings, run_dir included
 
     @property
     def system(self) -> System:
         return SYSTEMS[self.algorithm]
 
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.config.run_dir)
 
-    @property
-    def name(self) -> str:
-        weights = " ".join(f"{weight:g}" for weight in self.config.w2_weights)
-        algorithm = "" if self.algorithm == POGO else f" {self.algorithm}"
-        return f"{self.config.env}{algorithm} w2 {weights} seed {self.config.seed}"
-
-
-def read(where: str, values: Any, hints: dict[str, Any]) -> dict[str, Any]:
+def read(where: str, values: Any, hints: dict[str, Any], aliases: dict[str, str] | None = None) -> dict[str, Any]:
     """Settings of a section by field, typed as in a run's own YAML file. Raises UserError that names file and key."""
     check_keys(where, values, values)
-    aliases = {key: field for key, field in {"learning_rate": "lr"}.items() if field in hints}
+    aliases = aliases or ({"learning_rate": "lr"} if "lr" in hints else {})
     return check_values(where, values, hints, aliases, {"actor_configs": pogo_multi_main.read_actor_configs})
-
-
-def read_sinkhorn(where: str, values: Any, hints: dict[str, Any]) -> dict[str, Any]:
-    """The same for a section `sinkhorn`, which has names of its own."""
-    check_keys(where, values, values)
-    found = check_values(where, values, {key: hints[name] for key, name in SINKHORN.items() if name in hints})
-    return {SINKHORN[key]: value for key, value in found.items()}
 
 
 def read_entries(path: Path, environments: Any, usual: str) -> Iterator[tuple[str, str, dict, str]]:
@@ -176,11 +172,7 @@ def read_entries(path: Path, environments: Any, usual: str) -> Iterator[tuple[st
     for environment, datasets in environments.items():
         where = f"{path}: environments.{environment}"
         check_keys(where, datasets, datasets)
-        if not datasets:
-            raise UserError(f"{where} is empty; it names datasets, see docs/comparison.md")
         for dataset, found in datasets.items():
-            if found == []:
-                raise UserError(f"{where}.{dataset} is an empty list; give an entry, or leave it out")
             for number, entry in enumerate(found if isinstance(found, list) else [found]):
                 place = f"{where}.{dataset}" + (f"[{number}]" if isinstance(found, list) else "")
                 check_keys(place, entry, entry)
@@ -189,25 +181,13 @@ def read_entries(path: Path, environments: Any, usual: str) -> Iterator[tuple[st
                 yield place, f"{environment}-{dataset}-v2", rest, algorithm["algorithm"]
 
 
-def read_shared(path: Path, sections: dict[str, Any], used: set[str]) -> dict[str, Any]:
-    """Settings of `common` and `sinkhorn`, and `seeds`; each must be one of an algorithm in use."""
-    hints = {
-        name: hint for algorithm in SYSTEMS if algorithm in used for name, hint in SYSTEMS[algorithm].hints.items()
-    }
-    own = {name: hint for name, hint in hints.items() if name not in DECIDED_HERE}
-    common = read(f"{path}: common", sections["common"], own | ALGORITHM | {"seeds": tuple[int, ...]})
-    return common | read_sinkhorn(f"{path}: sinkhorn", sections["sinkhorn"], hints)
-
-
 def read_entry(where: str, dataset_id: str, entry: dict, algorithm: str, shared: dict) -> tuple[dict, list[tuple]]:
     """Settings of an entry's runs but seed, and lists of weights. The lowest layer is what CORL sets for the data."""
-    hints = SYSTEMS[algorithm].hints
-    own = {name: hint for name, hint in hints.items() if name not in DECIDED_HERE or name == "env"}
-    settings = shipped_settings(algorithm, entry.get("env", dataset_id))
-    settings |= {name: value for name, value in shared.items() if name in hints and name != "algorithm"}
-    rest = {key: value for key, value in entry.items() if key != "sinkhorn"}
-    settings |= read(where, rest, own | WEIGHTS)
-    settings |= read_sinkhorn(f"{where}.sinkhorn", entry.get("sinkhorn", {}), hints)
+    system, sinkhorn = SYSTEMS[algorithm], entry.pop("sinkhorn", {})
+    settings = {"env": dataset_id} | shipped_settings(algorithm, entry.get("env", dataset_id))
+    settings |= {name: value for name, value in shared.items() if name in system.hints and name != "algorithm"}
+    settings |= read(where, entry, system.own_hints | WEIGHTS | {"env": str})
+    settings |= read(f"{where}.sinkhorn", sinkhorn, system.sinkhorn_hints, SINKHORN)
     weights = {name: settings.pop(name) for name in WEIGHTS if name in settings}
     if weights.keys() == {"w2_weights"}:
         lists = [weights["w2_weights"]]
@@ -218,7 +198,7 @@ def read_entry(where: str, dataset_id: str, entry: dict, algorithm: str, shared:
             f"{where} needs w2_weights, or both w2_weights_base and w2_weights_third; "
             f"it has {' and '.join(weights) or 'none'}"
         )
-    return {"env": dataset_id} | settings, lists
+    return settings, lists
 
 
 def shipped_settings(algorithm: str, dataset_id: Any) -> dict[str, Any]:
@@ -235,14 +215,17 @@ def expand(config: RunComparisonConfig) -> list[Run]:
     path = Path(config.config)
     sections = load_yaml(path)
     check_keys(f"{path}", sections, SECTIONS)
-    sections = {name: sections.get(name) or {} for name in SECTIONS}
-    if not sections["environments"]:
-        raise UserError(f"{path}: environments is missing or empty; it names the datasets, see docs/comparison.md")
-    usual = sections["common"].get("algorithm", POGO) if isinstance(sections["common"], dict) else POGO
-    entries = list(read_entries(path, sections["environments"], usual))
-    shared = read_shared(path, sections, {algorithm for *_, algorithm in entries})
-    seeds = config.seeds or shared.pop("seeds", (0,))
-    shared.pop("seeds", None)
+    common, sinkhorn, environments = (sections.get(name) or {} for name in SECTIONS)
+    check_keys(f"{path}: common", common, common)
+    entries = list(read_entries(path, environments, common.get("algorithm", POGO)))
+    if not entries:
+        raise UserError(f"{path}: environments names no datasets; see docs/comparison.md")
+    used = [SYSTEMS[name] for name in SYSTEMS if name in {algorithm for *_, algorithm in entries}]
+    hints = {name: hint for system in used for name, hint in system.own_hints.items()}
+    shared = read(f"{path}: common", common, hints | ALGORITHM | {"seeds": tuple[int, ...]})
+    hints = {name: hint for system in used for name, hint in system.sinkhorn_hints.items()}
+    shared |= read(f"{path}: sinkhorn", sinkhorn, hints, SINKHORN)
+    seeds = config.seeds or shared.get("seeds", (0,))
     if len(set(seeds)) != len(seeds):
         source = "--seeds" if config.seeds else f"{path}: common.seeds:"
         raise UserError(f"{source} {' '.join(map(str, seeds))}: holds a seed twice; give each once")
@@ -250,21 +233,22 @@ def expand(config: RunComparisonConfig) -> list[Run]:
     variants: collections.Counter[tuple[str, str]] = collections.Counter()  # a dataset's lists of weights so far
     for where, dataset_id, entry, algorithm in entries:
         settings, lists = read_entry(where, dataset_id, entry, algorithm, shared)
-        place = (settings["env"], algorithm)
-        for variant, weights in enumerate(lists, variants[place]):
+        for weights in lists:
+            place = (settings["env"], algorithm)
             for seed in seeds:
-                run = make_run(where, config, settings | {"w2_weights": weights, "seed": seed}, variant, algorithm)
+                own = settings | {"w2_weights": weights, "seed": seed}
+                run = make_run(where, config, own, variants[place], algorithm)
                 if run.run_dir in runs:
                     raise UserError(f"{where}: {run.run_dir} belongs to an earlier entry; leave one out")
                 runs[run.run_dir] = run
-        variants[place] += len(lists)
-    return queue.only_named(config.only, list(runs.values()))
+            variants[place] += 1
+    return only_named(config.only, list(runs.values()))
 
 
 def make_run(where: str, config: RunComparisonConfig, settings: dict, variant: int, algorithm: str) -> Run:
     """One run, its settings checked as its command checks them; UserError in one line."""
     overrides = {name: getattr(config, name) for name in ("dataset_dir", "max_timesteps")}
-    settings = {"eval_workers": eval_workers(config)} | settings
+    settings = {"eval_workers": config.eval_workers} | settings
     settings |= {name: value for name, value in overrides.items() if value is not None}
     for name in ("dataset_dir", "checkpoint_dir", "load_model"):
         if settings.get(name):
@@ -274,34 +258,15 @@ def make_run(where: str, config: RunComparisonConfig, settings: dict, variant: i
     system = SYSTEMS[algorithm]
     try:
         trainer = system.config_class(**settings, resume=True)
-        trainer.run_dir = str(config.apart(config.log_dir).resolve() / system.run_class.run_name(trainer))
+        run_dir = config.apart(config.log_dir).resolve() / system.run_class.run_name(trainer)
+        trainer.run_dir = str(run_dir)
         check_ranges(trainer)
-        system.check(trainer)
+        system.run_class.check(trainer)
         if not is_minari(trainer.env):  # whose ids only Minari knows
             normalized_score(trainer.env, 0.0)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return Run(trainer, variant, algorithm)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cores_of(config: RunComparisonConfig) -> int:
-    """Cores of a run."""
-    return config.threads or (1 if config.backend == "ray" else max(cores() // (config.jobs or 1), 1))
-
-
-def eval_workers(config: RunComparisonConfig) -> int:
-    """Processes that step the environments of a run's evaluations beside its own."""
-    return min(cores_of(config) - 1, 7)
-
-
-def threads_of(config: RunComparisonConfig) -> int:
-    """CPU threads of a run. Networks of this size gain nothing from more than four unless that is asked for."""
-    return config.threads or min(cores_of(config), 4)
+    return Run(trainer.env, trainer.w2_weights, variant, trainer.seed, run_dir, algorithm=algorithm, config=trainer)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -309,53 +274,66 @@ def threads_of(config: RunComparisonConfig) -> int:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def is_finished(run: Run) -> bool:
-    """Whether a run of these very settings is finished. Raises UserError where its directory holds another run."""
-    checkpoint = str(run.system.run_class.checkpoint_path(run.config))
-    may_change = run.system.run_class.may_change(run.config) - {"dataset_dir"}  # a result is one of its data
-    try:
-        check_run(run.run_dir, run.config, may_change, checkpoint)
-        return False
-    except RunFinished:
-        return True
-    except UserError as error:
-        raise UserError(error.where, error.fault, "choose another --log_dir, or give the old settings") from None
-
-
-class Comparison(queue.Queue):
+class Comparison(Queue):
     """The runs of a comparison's file."""
 
     noun, scale = "update", True
 
-    def __init__(self, config: RunComparisonConfig, runs: list[Run]):
-        self.finished = {run for run in runs if is_finished(run)}
-        super().__init__([run for run in runs if run not in self.finished], config.retries)
-        self.config, self.runs, self.looked, self.updates = config, runs, 0.0, 0
+    def __init__(self, config: RunComparisonConfig):
+        super().__init__(config, "comparison")
+        self.runs = expand(config)
+        for run in self.runs:
+            run.finished = self.is_finished(run)
+        self.left = [run for run in self.runs if not run.finished]
+        self.names_devices = any(":" in run.config.device for run in self.runs)
+        self.output, self.looked, self.updates = config.apart(config.output), 0.0, 0
         self.charts: dict[tuple, str] = {}  # of the report
-
-    def open_pool(self) -> Pool:
-        """Where the runs train. Raises UserError."""
-        return open_pool(self.config, any(":" in run.config.device for run in self.runs))  # the file says which device
 
     def run_dir(self, run: Run) -> Path:
         return run.run_dir
 
     def is_finished(self, run: Run) -> bool:
-        return is_finished(run)
+        """Whether a run of these very settings is finished. Raises UserError where its directory holds another run."""
+        run_class = run.system.run_class
+        may_change = run_class.may_change(run.config) - {"dataset_dir"}  # a result is one of its data
+        try:
+            check_run(run.run_dir, run.config, may_change, run_class.checkpoint_path(run.config))
+            return False
+        except RunFinished:
+            return True
+        except UserError as error:
+            raise UserError(error.where, error.fault, "choose another --log_dir, or give the old settings") from None
 
-    def data(self, run: Run) -> tuple[list[str], str | None]:
+    def datasets(self, run: Run) -> tuple[list[str], str | None]:
         return [run.config.env], run.config.dataset_dir
 
     def job(self, run: Run) -> Job:
         """Every setting is a flag, so that no file left by an earlier start decides one."""
         flags = [word for name, value in plain_config(run.config).items() for word in as_flags(name, value)]
         module = (pogo_main if run.algorithm == POGO else pogo_multi_main).__name__
-        return queue.make_job(run.run_dir, module, flags, threads_of(self.config))
+        return make_job(run.run_dir, module, flags, self.config.run_threads)
+
+    def settle(self) -> None:
+        """Say what there is, and try what would else fail after hours of training."""
+        if self.config.report_only and not any(run.run_dir.exists() for run in self.runs):
+            raise UserError(
+                f"--log_dir {self.config.log_dir}: none of the runs asked for is there; give the folder that has some"
+            )
+        self.output.mkdir(parents=True, exist_ok=True)
+        print(f"{len(self.runs)} runs, {len(self.runs) - len(self.left)} finished; {self.runs[0].name} is the first")
+
+    def train(self) -> None:
+        importlib.import_module("matplotlib.backends.backend_agg")  # whole: Ctrl-C in its import spoils the last report
+        try:
+            super().train()
+        except KeyboardInterrupt:
+            self.write()
+            raise
 
     def done(self, run: Run) -> None:
-        self.finished.add(run)
+        run.finished = True
         try:
-            self.report()
+            self.write()
         except (UserError, OSError) as error:  # no reason to stop what trains; told again at the end
             warn(f"the results were not written: {error}")
 
@@ -367,32 +345,32 @@ class Comparison(queue.Queue):
 
     def updates_of(self, run: Run) -> int:
         most = run.config.max_timesteps
-        return most if run in self.finished else min(updates_done(run.run_dir), most)
+        return most if run.finished else min(updates_done(run.run_dir), most)
 
-    def report(self) -> str:
+    def write(self) -> str:
         """Write the results of what is finished; returns a summary of them for the terminal."""
-        compared = []
         for run in self.runs:
             # Settings were compared at the start, so that what another process has finished since is a run of these.
-            finished = run in self.finished or (run.run_dir / "finished.json").exists()
-            note = "" if finished else self.failed.get(run) or describe_state(run.run_dir, False)
-            identity = (run.config.env, run.config.w2_weights, run.variant, run.config.seed, run.run_dir)
-            seconds = seconds_spent(run.run_dir) if finished else None
-            compared.append(ComparedRun(*identity, finished, note, seconds, run.algorithm))
-        output, source = self.config.apart(self.config.output), Path(self.config.config).name
-        return write_report(compared, output, source, self.charts)
+            run.finished = run.finished or (run.run_dir / "finished.json").exists()
+            run.note = "" if run.finished else self.failed.get(run) or describe_state(run.run_dir, False)
+            run.seconds = seconds_spent(run.run_dir) if run.finished else None
+        return write_report(self.runs, self.output, Path(self.config.config).name, self.charts)
+
+    def report(self) -> str:
+        written = f"report.html, results.md and results.csv in {self.output.resolve()}"
+        return f"\n{self.write()}\n\nAll tables, curves and scores: {written}"
 
     def describe(self) -> None:
         """`--dry_run`: say what would run, and what it will take. Raises UserError where the disk is too small."""
         for run in self.runs:
-            print(f"{run.name}: {describe_state(run.run_dir, run in self.finished)}")
+            print(f"{run.name}: {describe_state(run.run_dir, run.finished)}")
         cut = sum(updates_done(run.run_dir) > 0 for run in self.left)
-        counts = f"{len(self.finished)} finished, {cut} cut, {len(self.left) - cut} not started"
+        counts = f"{len(self.runs) - len(self.left)} finished, {cut} cut, {len(self.left) - cut} not started"
         print(f"{len(self.runs)} runs: {counts}")
         if not self.left:
             return
         self.describe_data(self.left)
-        guess, seconds, size = estimate.Estimate(list(self.finished)), 0.0, 0
+        guess, seconds, size = estimate.Estimate([run for run in self.runs if run.finished]), 0.0, 0
         for run in self.left:
             whole, taken = guess.of(run)
             seconds += whole * (1 - self.updates_of(run) / run.config.max_timesteps)
@@ -409,18 +387,6 @@ class Comparison(queue.Queue):
             raise UserError(f"--log_dir {self.config.log_dir}: {needed} are needed and {there} are free")
 
 
-def open_pool(config: RunComparisonConfig, devices_named: bool = False) -> Pool:
-    """Where runs train: this machine, whose GPUs they get in turn unless their settings name one, or Ray's cluster.
-
-    Raises UserError.
-    """
-    if config.backend == "ray":
-        return RayPool(config.address, config.jobs, threads_of(config), config.gpus_per_run)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    return LocalPool(config.jobs or 1, [] if devices_named else devices)
-
-
 def check(config: RunComparisonConfig) -> None:
     """One line for a flag that cannot work."""
     check_gpus(config.gpus_per_run)
@@ -430,48 +396,21 @@ def check(config: RunComparisonConfig) -> None:
         raise UserError("--backend ray: needs --address host:port of the cluster, or auto for this machine's")
 
 
-def train_table(config: RunComparisonConfig) -> int:
-    """A file of commands, whose scores go to the CSV beside it; how many runs failed."""
-    for name in ("max_timesteps", "output"):
-        if getattr(config, name) != getattr(RunComparisonConfig, name):
-            raise UserError(f"--{name} {getattr(config, name)}: does nothing for {config.config}; leave it out")
-    more = (config.log_dir, config.dataset_dir, config.only, config.seeds, config.retries, threads_of(config))
-    options = queue.Options(*more, config.jobs or 1, eval_workers(config))
-    action = "list" if config.dry_run else "report" if config.report_only else "train"
-    return queue.run_table(read_table(config.config), options, action, functools.partial(open_pool, config))
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the comparison; exits 1 where runs failed."""
     config = parse_config(RunComparisonConfig, argv, __doc__, config_flag="--settings")
     check(config)
     if config.tables:
         return tables.rewrite_pages(ROOT)
-    if is_table(load_yaml(Path(config.config))):
-        if train_table(config):
-            sys.exit(1)
-        return
-    comparison = Comparison(config, expand(config))
+    queue = TableQueue(config) if is_table(load_yaml(Path(config.config))) else Comparison(config)
     if config.dry_run:
-        return comparison.describe()
-    runs, output = comparison.runs, config.apart(config.output)
-    if config.report_only and not any(run.run_dir.exists() for run in runs):
-        raise UserError(
-            f"--log_dir {config.log_dir}: none of the runs asked for is there; give the folder that has some"
-        )
-    output.mkdir(parents=True, exist_ok=True)  # it fails before hours of training, not after them
-    print(f"{len(runs)} runs, {len(comparison.finished)} finished; {runs[0].name} is the first")
+        return queue.describe()
+    queue.settle()
     if not config.report_only:
-        importlib.import_module("matplotlib.backends.backend_agg")  # whole: Ctrl-C in its import spoils the last report
-        try:
-            comparison.train(comparison.open_pool)
-        except KeyboardInterrupt:
-            comparison.report()
-            raise
-    print(f"\n{comparison.report()}\n")
-    print(f"All tables, curves and scores: report.html, results.md and results.csv in {output.resolve()}")
-    if comparison.failed:
-        print(f"{len(comparison.failed)} runs failed; the same command tries them again", file=sys.stderr)
+        queue.train()
+    print(queue.report())
+    if queue.failed:
+        print(f"{len(queue.failed)} runs failed; the same command tries them again", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""What runs of a comparison will take: by finished ones of the same kind, else by a short trial on this machine."""
+"""What runs of a comparison will take: by finished ones of the same settings, else by a short trial on this machine."""
 
 from __future__ import annotations
 
@@ -18,24 +18,22 @@ from utils import resolve_device
 
 # Settings that do not decide how long an update takes.
 OTHERS = {"env", "seed", "run_dir", "w2_weights", "max_timesteps", "resume", "dataset_dir", "lr"}
+MORE_BYTES = 2_000_000  # of a run beside its checkpoint: metrics, episodes, curves
 
 
-def typical_seconds(work: Callable[[], Any], seconds: float, warm_up: int = 10, least: int = 5) -> float:
-    """Median seconds of a call, after a warm-up: what stops the process for a while moves it little."""
-    for _ in range(warm_up):
-        work()
-    taken: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(taken) < least or time.perf_counter() < until:
+def typical_seconds(work: Callable[[], Any], calls: int) -> float:
+    """Median seconds of a call after five others: what stops the process for a while moves it little."""
+    taken = []
+    for _ in range(5 + calls):
         began = time.perf_counter()
         work()
         taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+    return statistics.median(taken[5:])
 
 
 @functools.cache
-def sizes(env: str, dataset_dir: str | None) -> tuple[int, int, float, int, float]:
-    """Numbers of an environment: observation and action size, largest action, steps of an episode, seconds a step."""
+def measure_env(env: str, dataset_dir: str | None) -> tuple[tuple[int, int, float], float]:
+    """Sizes of observation and action with the largest action, and seconds of an episode at full length."""
     environment = make_env(env, dataset_dir)
 
     def step() -> None:
@@ -44,33 +42,31 @@ def sizes(env: str, dataset_dir: str | None) -> tuple[int, int, float, int, floa
             environment.reset(seed=0)
 
     try:
-        observation_dim, (action_dim,) = environment.observation_space.shape[0], environment.action_space.shape
+        space, (action_dim,) = environment.action_space, environment.action_space.shape
         environment.reset(seed=0)
-        seconds = typical_seconds(step, 0.1, least=50)
         limit = getattr(environment.spec, "max_episode_steps", None) or 1000
-        return observation_dim, action_dim, float(environment.action_space.high.max()), limit, seconds
+        sizes = (environment.observation_space.shape[0], action_dim, float(space.high.max()))
+        return sizes, limit * typical_seconds(step, 50)
     finally:
         environment.close()
 
 
-def trial(run: Any, seconds: float = 1.0) -> tuple[float, int]:
+def trial(run: Any, sizes: tuple[int, int, float]) -> tuple[float, int]:
     """Measured seconds of one update on made-up transitions, and bytes of a checkpoint.
 
     On one thread: several wait for each other wherever other processes keep the cores busy, and add little elsewhere.
     """
-    config = run.config
-    observation_dim, action_dim, max_action, *_ = sizes(config.env, config.dataset_dir)
-    device, before = resolve_device(config.device), torch.get_num_threads()
-    generator, n = torch.Generator(device).manual_seed(0), config.batch_size
-    agent = run.system.make_agent(config, (observation_dim, action_dim, max_action), generator, device)
+    config, (observation_dim, action_dim, _) = run.config, sizes
+    device, threads, n = resolve_device(config.device), torch.get_num_threads(), config.batch_size
+    agent = run.system.make_agent(config, sizes, torch.Generator(device).manual_seed(0), device)
     shapes = {"observations": (n, observation_dim), "next_observations": (n, observation_dim), "rewards": (n,)}
     batch = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
     batch |= {"actions": torch.rand(n, action_dim, device=device), "terminated": torch.zeros(n, device=device)}
     try:
         torch.set_num_threads(1)
-        taken = typical_seconds(lambda: float(agent.update(batch)["critic_loss"]), seconds)  # waits for the device
+        taken = typical_seconds(lambda: float(agent.update(batch)["critic_loss"]), 15)  # waits for the device
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
     buffer = io.BytesIO()
     torch.save(agent.state_dict(), buffer)
     return taken, buffer.tell()
@@ -86,33 +82,28 @@ class Estimate:
     """Seconds and bytes of runs."""
 
     def __init__(self, finished: list):
-        self.trials: dict[Any, tuple[float, int]] = {}
         self.guessed = 0  # runs
-        self.known: dict[Any, list[tuple[float, int]]] = collections.defaultdict(list)
+        self.trials: dict[Any, tuple[float, int]] = {}
+        self.known: dict[str, list[tuple[float, int]]] = collections.defaultdict(list)  # of an update, of a run
         for run in finished:
             if seconds := seconds_spent(run.run_dir):
                 size = sum(path.stat().st_size for path in run.run_dir.rglob("*") if path.is_file())
-                for key in ((run.config.env, kind_of(run)), kind_of(run)):
-                    self.known[key].append((seconds / run.config.max_timesteps, size))
+                self.known[kind_of(run)].append((seconds / run.config.max_timesteps, size))
 
     def of(self, run: Any) -> tuple[float, int]:
         """Seconds of the whole run, and its bytes."""
-        config, actors, kind = run.config, len(run.config.w2_weights), kind_of(run)
-        pairs = self.known.get((config.env, kind)) or self.known.get(kind)
-        if pairs:
+        config, kind = run.config, kind_of(run)
+        if pairs := self.known.get(kind):
             rates, files = zip(*pairs, strict=True)
             return config.max_timesteps * sum(rates) / len(rates), sum(files) // len(files)
         self.guessed += 1
-        *shape, limit, step = sizes(config.env, config.dataset_dir)
-        key = (*shape, kind)
-        if key not in self.trials:
-            self.trials[key] = trial(run)
-        update, checkpoint = self.trials[key]
-        evaluations = config.max_timesteps // config.eval_freq
-        episodes = 2 * actors * config.eval_episodes * (evaluations + config.final_runs)
-        rows = config.max_timesteps // config.log_freq + evaluations
-        size = checkpoint + 400_000 + 2 * rows * (12 * actors + 20) * 20 + episodes * 70
-        return config.max_timesteps * update + episodes * limit * step, size
+        sizes, episode = measure_env(config.env, config.dataset_dir)
+        if (sizes, kind) not in self.trials:
+            self.trials[sizes, kind] = trial(run, sizes)
+        update, checkpoint = self.trials[sizes, kind]
+        evaluations = config.max_timesteps // config.eval_freq + config.final_runs
+        episodes = 2 * len(config.w2_weights) * config.eval_episodes * evaluations
+        return config.max_timesteps * update + episodes * episode, checkpoint + MORE_BYTES
 
     def source(self, runs: int) -> str:
         """What the figures of so many runs come from."""

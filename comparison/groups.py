@@ -20,19 +20,24 @@ POGO = "pogo"  # the chain with critics of its own, which is not named in labels
 MODES = ("deterministic", "stochastic")
 
 
-@dataclass
+@dataclass(eq=False)
 class ComparedRun:
     """A run of the comparison, finished or not."""
 
     dataset: str
     weights: tuple[float, ...]
-    variant: int  # which of its dataset's weights
+    variant: int  # which of its dataset's weights: 0, 1, ...
     seed: int
     run_dir: Path
-    finished: bool
+    finished: bool = False
     note: str = ""  # why it is not finished
     seconds: float | None = None  # that its processes took, where they are known
     algorithm: str = POGO  # whose critics the chain has
+
+    @property
+    def name(self) -> str:
+        weights = " ".join(f"{weight:g}" for weight in self.weights)
+        return f"{self.dataset}{'' if self.algorithm == POGO else f' {self.algorithm}'} w2 {weights} seed {self.seed}"
 
 
 @dataclass

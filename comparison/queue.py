@@ -6,19 +6,19 @@ rows are appended in one step, and whatever lies between is made up for at the n
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comparison.jobs import BAD_INPUT, HELD, Job, Outcome, Pool, describe_state, is_held
-from comparison.registry import Run, Table, as_flags, check_flags, settings_of
+from comparison.jobs import BAD_INPUT, HELD, Job, LocalPool, Outcome, Pool, describe_state, is_held
+from comparison.ray import RayPool
+from comparison.registry import Run, Table, as_flags, check_flags, read_table, settings_of
 from comparison.rows import Scores, append_csv, is_finished, read_csv, relabelled, rows_of
 from offline_data import find_dataset
-from utils import UserError, one_line, progress, warn
+from utils import UserError, one_line, progress, torch, warn
 
 # A module of this checkout as a command: -m alone would look for it in the current folder first.
 RUN_MODULE = (
@@ -56,25 +56,38 @@ def only_named(only: str | None, runs: list) -> list:
 class Queue:
     """Runs that are left, where they train, and what came of them.
 
-    A subclass says what a run is: `run_dir`, `job` and `data` of one, `is_finished`, and `done` for one that has just
-    finished. A run has a `name`, and may need another one (`needs`).
+    A subclass says what a run is, by `run_dir`, `job`, `datasets` and `is_finished` of one, and by `done` what to do
+    with one that has just finished. A run has a `name`, and may need another one (`needs`).
+
+    Args:
+        config: the settings of run_comparison.py.
+        name: of the progress bar.
     """
 
-    name = "comparison"
     noun, scale = "run", False  # of the progress bar
+    names_devices = False  # whether the runs' settings say which GPU they train on
 
-    def __init__(self, runs: list, retries: int):
-        self.left, self.retries = list(runs), retries
+    def __init__(self, config: Any, name: str):
+        self.config, self.name = config, name
+        self.left: list = []
         self.failed: dict[Any, str] = {}
         self.starts: Counter = Counter()
         self.waiting = 0  # runs that another process trains
-        self.there: set[str] = set()  # datasets that were found
 
-    def train(self, open_pool: Callable[[], Pool]) -> None:
+    def open_pool(self) -> Pool:
+        """Where the runs train: this machine, whose GPUs they get in turn, or Ray's cluster. Raises UserError."""
+        config = self.config
+        if config.backend == "ray":
+            return RayPool(config.address, config.jobs, config.run_threads, config.gpus_per_run)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+        return LocalPool(config.jobs or 1, [] if self.names_devices else devices)
+
+    def train(self) -> None:
         """Train what is left; Ctrl-C stops the processes and keeps what they saved."""
         if not self.left:
             return
-        pool = open_pool()
+        pool = self.open_pool()
         total, done = self.amount(pool)
         try:
             with progress(total, self.name, initial=done, unit=self.noun, unit_scale=self.scale) as bar:
@@ -83,9 +96,8 @@ class Queue:
                     for run, outcome in pool.poll():
                         self.take(run, outcome)
                     counts = {pool.verb: len(pool.running), "failed": len(self.failed)}
-                    bar.set_postfix(
-                        counts | ({"trained by others": self.waiting} if self.waiting else {}), refresh=False
-                    )
+                    counts |= {"trained by others": self.waiting} if self.waiting else {}
+                    bar.set_postfix(counts, refresh=False)
                     bar.update(max(self.amount(pool)[1] - bar.n, 0))
                     time.sleep(POLL_SECONDS)
         except KeyboardInterrupt as interrupt:
@@ -96,23 +108,17 @@ class Queue:
             pool.stop()
 
     def start_some(self, pool: Pool) -> None:
-        """Start runs in their order while there is room; one that waits for another run or for data is passed over."""
+        """Start runs in their order while there is room; one that waits for another run is passed over."""
         self.waiting = 0
-        fetched = {name for run in pool.running.values() for name in self.lacks(run)}  # each by one run alone
         for run in list(self.left):
             if not pool.room():
                 return
-            if run not in self.left:  # it has failed with another one
-                continue
             needed = getattr(run, "needs", None)
             if needed in self.failed:
                 self.left.remove(run)
                 self.fail(run, f"it needs {needed.name}, which failed")
             elif needed is None or self.is_finished(needed):
-                lacking = self.lacks(run).keys()
-                if not fetched & lacking:
-                    self.start(run, pool)
-                    fetched |= lacking
+                self.start(run, pool)
 
     def start(self, run: Any, pool: Pool) -> None:
         """Start one run, unless another process has it or has finished it."""
@@ -139,7 +145,7 @@ class Queue:
             self.done(run)
         else:
             words = f"exit code {outcome.code}: {outcome.line}" if outcome.code is not None else outcome.line
-            if outcome.code != BAD_INPUT and self.starts[run] <= self.retries:
+            if outcome.code != BAD_INPUT and self.starts[run] <= self.config.retries:
                 warn(f"{run.name}: {words}; starting it again")
                 self.left.insert(0, run)
                 return
@@ -153,7 +159,7 @@ class Queue:
     def fail_others(self, run: Any, words: str) -> None:
         """Runs of the data that a failed one could not get: the next try would fail as it did."""
         lost = self.lacks(run).keys()
-        others = [other for other in self.left if lost & self.lacks(other).keys()]
+        others = [other for other in self.left if lost & self.lacks(other).keys()] if lost else []
         if others:
             warn(f"{len(others)} other runs of {', '.join(sorted(lost))} fail with it")
             self.failed |= dict.fromkeys(others, words)
@@ -161,16 +167,14 @@ class Queue:
 
     def lacks(self, run: Any) -> dict[str, str]:
         """A run's datasets that are not there, and how they come about."""
-        ids, folder = self.data(run)
-        found = {name: missing(name, folder) for name in ids if name not in self.there}
-        self.there |= {name for name, how in found.items() if how is None}
-        return {name: how for name, how in found.items() if how is not None}
+        ids, folder = self.datasets(run)
+        return {name: how for name in ids if (how := missing(name, folder)) is not None}
 
     def describe_data(self, runs: list) -> None:
         """`--dry_run`: the datasets that are missing, and how they come about."""
-        places: dict[str, list[str]] = {}
-        for name, how in {name: how for run in runs for name, how in self.lacks(run).items()}.items():
-            places.setdefault(how, []).append(name)
+        places: dict[str, dict[str, None]] = {}
+        for name, how in [pair for run in runs for pair in self.lacks(run).items()]:
+            places.setdefault(how, {})[name] = None
         for how, names in places.items():
             print(f"Data: {len(names)} missing, will be {how}: {', '.join(names)}")
 
@@ -185,36 +189,26 @@ class Queue:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where and how runs train, from the command line of run_comparison.py."""
-
-    log_dir: str
-    dataset_dir: str | None
-    only: str | None
-    seeds: tuple[int, ...] | None
-    retries: int
-    threads: int  # of a run
-    jobs: int  # runs at once, for estimates
-    eval_workers: int  # more processes that step a run's environments in evaluations
-
-
-def choose(table: Table, options: Options) -> list[Run]:
+def choose(table: Table, only: str | None, seeds: tuple[int, ...] | None) -> list[Run]:
     """The runs asked for. Raises UserError where there is none."""
-    runs = [run for run in table.runs if options.seeds is None or run.seed in options.seeds]
+    runs = [run for run in table.runs if seeds is None or run.seed in seeds]
     if not runs:
         known = sorted({run.seed for run in table.runs})
-        raise UserError(f"--seeds {' '.join(map(str, options.seeds))}: {table.path} has {' '.join(map(str, known))}")
-    return only_named(options.only, runs)
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: {table.path} has {' '.join(map(str, known))}")
+    return only_named(only, runs)
 
 
 class TableQueue(Queue):
     """The runs of a table that have no rows yet."""
 
-    def __init__(self, table: Table, options: Options):
-        super().__init__([], options.retries)
-        self.table, self.options, self.name = table, options, table.name
-        self.chosen = choose(table, options)
+    def __init__(self, config: Any):
+        self.table = read_table(config.config)
+        super().__init__(config, self.table.name)
+        check_flags(self.table)
+        for name, usual in (("max_timesteps", None), ("output", "results")):
+            if getattr(config, name) != usual:
+                raise UserError(f"--{name} {getattr(config, name)}: does nothing for {config.config}; leave it out")
+        self.chosen = choose(self.table, config.only, config.seeds)
 
     def settle(self) -> None:
         """Append what is finished, and queue the rest; of a run that other runs need, only where they are left."""
@@ -232,27 +226,27 @@ class TableQueue(Queue):
                     self.left.append(run)
 
     def run_dir(self, run: Run) -> Path:
-        return run.run_dir(self.options.log_dir)
+        return run.run_dir(self.config.log_dir)
 
     def is_finished(self, run: Run) -> bool:
         return is_finished(self.run_dir(run))
 
-    def data(self, run: Run) -> tuple[list[str], str | None]:
-        return run.datasets, self.options.dataset_dir
+    def datasets(self, run: Run) -> tuple[list[str], str | None]:
+        return run.datasets, self.config.dataset_dir
 
     def job(self, run: Run) -> Job:
-        arguments = run.arguments(self.options.log_dir, self.options.dataset_dir)
+        arguments = run.arguments(self.config.log_dir, self.config.dataset_dir)
         known = vars(settings_of(run.command, arguments))
-        machine = {"eval_workers": self.options.eval_workers, "tensorboard": False, "resume": True}
+        machine = {"eval_workers": self.config.eval_workers, "tensorboard": False, "resume": True}
         arguments += [word for name, value in machine.items() if name in known for word in as_flags(name, value)]
-        return make_job(self.run_dir(run), run.command, arguments, self.options.threads)
+        return make_job(self.run_dir(run), run.command, arguments, self.config.run_threads)
 
     def append(self, run: Run) -> bool:
         """Append the rows of a finished run; False where it is not finished, or its directory cannot be used."""
         if not self.is_finished(run):
             return False
         try:
-            append_csv(self.table.csv, rows_of(run, self.options.log_dir, self.options.dataset_dir))
+            append_csv(self.table.csv, rows_of(run, self.config.log_dir, self.config.dataset_dir))
             return True
         except (UserError, OSError) as error:  # the other runs go on; the next start appends it
             self.fail(run, one_line(error))
@@ -266,38 +260,20 @@ class TableQueue(Queue):
 
     def describe(self) -> None:
         """`--dry_run`: every run with its state, the data that is missing, and the hours of the runs that are left."""
-        options, scores, hours, unknown, left = self.options, Scores([read_csv(self.table.csv)]), 0.0, 0, []
+        scores, left = Scores([read_csv(self.table.csv)]), []
         for run in dict.fromkeys(part for one in self.chosen for part in (one.needs, one) if part is not None):
             found = "has its rows" if scores.of(run) else describe_state(self.run_dir(run), self.is_finished(run))
             print(f"{run.name}: {found}")
-            if found not in ("has its rows", "finished"):
-                left.append(run)
-                hours, unknown = hours + (run.hours or 0.0), unknown + (run.hours is None)
+            left += [run] if found not in ("has its rows", "finished") else []
         self.describe_data(left)
-        guess = f"Time: about {hours / options.jobs:.1f} hours, with {options.jobs} at once, by the guesses of the file"
-        print(f"{guess}; without {unknown} runs that it has no guess for" if unknown else guess)
+        jobs, unknown = self.config.jobs or 1, sum(run.hours is None for run in left)
+        hours = sum(run.hours or 0.0 for run in left) / jobs
+        without = f"; without {unknown} runs that it has no guess for" if unknown else ""
+        print(f"Time: about {hours:.1f} hours, with {jobs} at once, by the guesses of the file{without}")
 
-
-def run_table(table: Table, options: Options, action: str, open_pool: Callable[[], Pool]) -> int:
-    """Train a table's runs; how many failed.
-
-    Args:
-        table: from `read_table`.
-        options: the command line.
-        action: train; report, to append what is finished and train nothing; or list, to say what would run.
-        open_pool: makes a LocalPool or RayPool.
-    """
-    check_flags(table)
-    queue = TableQueue(table, options)
-    if action == "list":
-        queue.describe()
-        return 0
-    queue.settle()
-    if action == "train":
-        queue.train(open_pool)
-    scores = Scores([read_csv(table.csv)])
-    there = sum(bool(scores.of(run)) for run in table.runs)
-    print(f"{table.name}: {there} of {len(table.runs)} runs are in {table.csv}; {len(queue.failed)} failed")
-    if there:
-        print("python run_comparison.py --tables puts them into README and docs")
-    return len(queue.failed)
+    def report(self) -> str:
+        """What the table's CSV has now."""
+        scores = Scores([read_csv(self.table.csv)])
+        there, all_runs = sum(bool(scores.of(run)) for run in self.table.runs), len(self.table.runs)
+        words = f"{self.name}: {there} of {all_runs} runs are in {self.table.csv}; {len(self.failed)} failed"
+        return f"{words}\npython run_comparison.py --tables puts them into README and docs" if there else words

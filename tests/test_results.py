@@ -78,13 +78,13 @@ class Place:
         self.script, self.seconds = folder / "trainer.py", 0.0
         self.script.write_text(TRAINER)
         self.table = folder / "results" / "first.yaml"
-        monkeypatch.setattr(queue.TableQueue, "job", lambda table_queue, run: self.job(run, table_queue.options))
-        monkeypatch.setattr(queue.TableQueue, "data", lambda table_queue, run: ([], None))
+        monkeypatch.setattr(queue.TableQueue, "job", lambda table_queue, run: self.job(run, table_queue.config))
+        monkeypatch.setattr(queue.TableQueue, "datasets", lambda table_queue, run: ([], None))
         monkeypatch.setattr(queue, "POLL_SECONDS", 0.01)
 
-    def job(self, run, options) -> Job:
-        words = [str(self.ledger), str(self.seconds), stored_settings(run, options.log_dir)]
-        run_dir = str(run.run_dir(options.log_dir))
+    def job(self, run, config) -> Job:
+        words = [str(self.ledger), str(self.seconds), stored_settings(run, config.log_dir)]
+        run_dir = str(run.run_dir(config.log_dir))
         return Job(run_dir, [str(self.script), run_dir, *words], {})
 
     def flags(self, *more: str) -> list[str]:
