@@ -67,7 +67,7 @@ def dataset_chart(groups: list) -> str:
                 axis.axhline(0, color="0.4", linewidth=1)
         row[0].set_ylabel(name)
     for axis, group in zip(axes[0], groups, strict=True):
-        axis.set_title(f"w2_weights {group.label}", fontsize=10)
+        axis.set_title(f"w2_weights {group.run.label}", fontsize=10)
     for axis in axes[-1]:
         axis.set_xlabel("updates")
         axis.xaxis.set_major_locator(MaxNLocator(4))
@@ -80,6 +80,6 @@ def dataset_chart(groups: list) -> str:
     figure.legend(handles=keys, loc="outside upper left", ncols=min(len(keys), 2 + 3 * (len(groups) > 1)), fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, transparent=True)
-    words, width = html.escape(f"curves of {groups[0].dataset}"), round(96 * figure.get_figwidth())
+    words, width = html.escape(f"curves of {groups[0].run.dataset}"), round(96 * figure.get_figwidth())
     picture = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{words}" width="{width}" src="data:image/png;base64,{picture}">'

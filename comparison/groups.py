@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,12 @@ class ComparedRun:
     algorithm: str = POGO  # whose critics the chain has
 
     @property
+    def label(self) -> str:
+        """`0.4 0.5`, or `iql 0.4 0.5`."""
+        words = [] if self.algorithm == POGO else [self.algorithm]
+        return " ".join([*words, *(f"{weight:g}" for weight in self.weights)])
+
+    @property
     def name(self) -> str:
         weights = " ".join(f"{weight:g}" for weight in self.weights)
         return f"{self.dataset}{'' if self.algorithm == POGO else f' {self.algorithm}'} w2 {weights} seed {self.seed}"
@@ -50,51 +56,38 @@ class Result:
     best: dict[tuple[int, str], tuple[float, int]]  # highest mean score of an evaluation in training, and its update
     metrics: dict[str, list[float]]  # training/metrics.csv
 
-    def score(self, actor: int, mode: str = MODES[0]) -> float:
-        return float(self.final[actor, mode].mean())
-
 
 @dataclass
 class Group:
     """The finished runs of one dataset, algorithm and list of weights: they differ in their seeds."""
 
-    dataset: str
-    weights: tuple[float, ...]
-    variant: int
-    algorithm: str = POGO
-    results: list[Result] = field(default_factory=list)
+    results: list[Result]
 
     @property
-    def label(self) -> str:
-        """Weights, after the algorithm's name."""
-        return label(self.algorithm, self.weights)
+    def run(self) -> ComparedRun:
+        """The first one, whose dataset, algorithm and weights are those of all."""
+        return self.results[0].run
 
     @property
     def name(self) -> str:
         """The dataset; one that has an official file's name and cannot be it says so."""
-        other = is_official(self.dataset, self.results[0].summary["transitions"]) is False
-        return f"{self.dataset} (not the official file)" if other else self.dataset
+        other = is_official(self.run.dataset, self.results[0].summary["transitions"]) is False
+        return f"{self.run.dataset} (not the official file)" if other else self.run.dataset
 
     @property
     def actors(self) -> int:
-        return len(self.weights)
+        return len(self.run.weights)
 
     def scores(self, actor: int, mode: str = MODES[0]) -> np.ndarray:
         """Mean scores of the last checkpoint, [seeds]."""
-        return np.array([result.score(actor, mode) for result in self.results])
+        return np.array([result.final[actor, mode].mean() for result in self.results])
 
     def mean(self, value: Callable[[Result], float]) -> float:
         return float(np.mean([value(result) for result in self.results]))
 
     @property
     def official(self) -> bool:
-        return all(is_official(self.dataset, result.summary["transitions"]) is True for result in self.results)
-
-
-def label(algorithm: str, weights: tuple[float, ...]) -> str:
-    """`0.4 0.5`, or `iql 0.4 0.5`."""
-    words = [] if algorithm == POGO else [algorithm]
-    return " ".join([*words, *(f"{weight:g}" for weight in weights)])
+        return all(is_official(self.run.dataset, result.summary["transitions"]) is True for result in self.results)
 
 
 def load_result(run: ComparedRun) -> Result:
@@ -109,15 +102,16 @@ def load_result(run: ComparedRun) -> Result:
     expected = {(actor, mode) for actor in range(len(run.weights)) for mode in MODES}
     if final.keys() != expected or training.keys() != expected:
         raise UserError(f"{folder / 'evaluations.csv'}: lacks evaluations of some actor; train the run anew")
-    best = {
-        key: max((float(np.mean(scores)), -step) for step, scores in steps.items()) for key, steps in training.items()
-    }
-    scores = {key: np.array([row["score"] for row in rows]) for key, rows in final.items()}
-    best = {key: (score, -step) for key, (score, step) in best.items()}
+    best = {}
+    for key, evaluations in training.items():
+        means = {step: float(np.mean(scores)) for step, scores in evaluations.items()}
+        step = max(means, key=means.get)
+        best[key] = (means[step], step)
     metrics = read_metrics(folder)
     for actor in range(len(run.weights)):
         before, after = (metrics.get(f"chain/actor_{actor}/{name}", []) for name in ("energy_before", "energy"))
         metrics[f"chain/actor_{actor}/energy_won"] = [b - a for b, a in zip(before, after, strict=True)]
+    scores = {key: np.array([row["score"] for row in rows]) for key, rows in final.items()}
     return Result(run, summary, scores, best, metrics)
 
 
@@ -132,15 +126,13 @@ def collect(runs: list[ComparedRun]) -> list[Group]:
         except UserError as error:
             run.finished, run.note = False, one_line(error)
             continue
-        identity = (run.dataset, run.algorithm, run.weights)
-        group = Group(run.dataset, run.weights, run.variant, run.algorithm)
-        results = groups.setdefault(identity, group).results
-        results.append(result)
+        group = groups.setdefault((run.dataset, run.algorithm, run.weights), Group([]))
+        group.results.append(result)
         for key in ("transitions", "data_score"):
-            if result.summary[key] != results[0].summary[key]:
+            if result.summary[key] != group.results[0].summary[key]:
                 raise UserError(
-                    f"{run.run_dir}: trained on other data than {results[0].run.run_dir} ({key} {result.summary[key]} "
-                    f"and {results[0].summary[key]}); train both on the same, in another --log_dir"
+                    f"{run.run_dir}: trained on other data than {group.run.run_dir} ({key} {result.summary[key]} "
+                    f"and {group.results[0].summary[key]}); train both on the same, in another --log_dir"
                 )
     return list(groups.values())
 
@@ -154,17 +146,15 @@ CSV_COLUMNS = (
 def csv_text(groups: list[Group]) -> str:
     """results.csv: a row for each finished run, actor and mode."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
     for group in groups:
         for result in group.results:
+            run, summary = result.run, result.summary
+            weights, seconds = " ".join(f"{weight:g}" for weight in run.weights), run.seconds
             for (actor, mode), scores in sorted(result.final.items()):
-                best, best_step = result.best[actor, mode]
-                weights = label(POGO, group.weights)
-                cells = (group.dataset, group.official, group.algorithm, weights)
-                cells += (result.run.seed, actor, group.actors, mode)
-                cells += (result.summary["steps"], float(scores.mean()), len(scores), best, best_step)
-                cells += (result.summary["data_score"], result.summary["transitions"])
-                cells += ("" if result.run.seconds is None else round(result.run.seconds, 1), result.run.run_dir)
-                writer.writerow(dict(zip(CSV_COLUMNS, cells, strict=True)))
+                cells = (run.dataset, group.official, run.algorithm, weights, run.seed, actor, group.actors, mode)
+                cells += (summary["steps"], float(scores.mean()), len(scores), *result.best[actor, mode])
+                cells += (summary["data_score"], summary["transitions"])
+                writer.writerow((*cells, "" if seconds is None else round(seconds, 1), run.run_dir))
     return file.getvalue()

@@ -12,7 +12,7 @@ import html
 import math
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 
 from comparison.charts import dataset_chart
-from comparison.groups import MODES, POGO, ComparedRun, Group, Result, collect, csv_text, label
+from comparison.groups import MODES, POGO, ComparedRun, Group, Result, collect, csv_text
 from comparison.statistics import (
     IQM_SEEDS,
     LEAST_SEEDS,
@@ -50,6 +50,11 @@ class Table:
     wide: int  # leading columns that hold words rather than figures
     soft: int = 0  # trailing columns that are no result
 
+    def pick(self, names: Sequence[str]) -> Table:
+        """These columns alone, in this order."""
+        places = [self.header.index(name) for name in names]
+        return Table(tuple(names), [tuple(row[place] for place in places) for row in self.rows], self.wide)
+
     def text(self) -> str:
         """Aligned columns for a terminal."""
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
@@ -72,7 +77,8 @@ class Table:
             return f"<tr>{words}</tr>"
 
         body = "\n".join(row(cells, "td") for cells in self.rows)
-        return f'<div class="scroll"><table>{row(self.header, "th")}\n{body}</table></div>'
+        words = " words" * (self.wide == len(self.header))  # sentences, which may go on in another line
+        return f'<div class="scroll{words}"><table>{row(self.header, "th")}\n{body}</table></div>'
 
 
 def _figure(value: float, digits: int = 1) -> str:
@@ -94,22 +100,10 @@ def _statistic(strata: list[np.ndarray], what: Callable[[np.ndarray], np.ndarray
     return _with_ends(value, bootstrap_interval(strata, what))
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """The columns of a mean, and of an IQM where some dataset has the seeds that tell the two apart."""
-
-    both: bool
-
-    @property
-    def header(self) -> tuple[str, ...]:
-        return ("mean [95%]", "IQM [95%]") if self.both else ("mean [95%]",)
-
-    def of(self, strata: list[np.ndarray]) -> tuple[str, ...]:
-        return tuple(_statistic(strata, what) for what in ((mean, iqm) if self.both else (mean,)))
-
-
-def statistics_of(groups: list[Group]) -> Statistics:
-    return Statistics(any(len(group.results) >= IQM_SEEDS for group in groups))
+def statistics_of(groups: list[Group]) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Columns of a table: a mean, and an IQM where some dataset has the seeds that tell the two apart."""
+    found: dict[str, Callable] = {"mean [95%]": mean}
+    return found | ({"IQM [95%]": iqm} if any(len(group.results) >= IQM_SEEDS for group in groups) else {})
 
 
 BEST = "highest in training (no result)"
@@ -128,7 +122,7 @@ def published_cells(members: list[Group]) -> tuple[str, ...]:
     No cells where none of the data is official, and dashes for what is not known.
     """
     methods, scores = published()
-    rows = [scores.get(group.dataset, []) if group.official else [] for group in members]
+    rows = [scores.get(group.run.dataset, []) if group.official else [] for group in members]
     if not all(rows):
         return ("–",) * len(methods)
     if len(rows) == 1:
@@ -141,29 +135,18 @@ def published_cells(members: list[Group]) -> tuple[str, ...]:
 
 
 def last_actor_table(groups: list[Group]) -> Table:
-    """The chain's last actor, deterministic, beside the published figures; a row a group, then a row a suite."""
+    """The chain's last actor, deterministic, beside the published scores; a row a group, then a row a suite."""
     rows, statistics = [], statistics_of(groups)
     methods = published()[0] if any(group.official for group in groups) else []
-    for name, weights, members in pools(groups):
-        last = members[0].actors - 1
-        cells = (name, weights, *statistics.of([group.scores(last) for group in members]))
-        cells += (str(len(members[0].results)), _episodes(members, last), _data_score(members), _minutes(members))
+    for name, weights, members in [(group.name, group.run.label, [group]) for group in groups] + suites(groups):
+        actors = [[group.scores(actor) for group in members] for actor in range(members[0].actors)]
+        best = int(np.argmax([mean(np.concatenate(strata)) for strata in actors]))
+        cells = (name, weights, *(_statistic(actors[-1], what) for what in statistics.values()), str(best))
+        cells += (str(len(members[0].results)), _episodes(members, len(actors) - 1))
+        cells += (_data_score(members), _minutes(members))
         rows.append(cells + (published_cells(members) if methods else ()))
-    header = ("dataset", "w2_weights", *statistics.header, "seeds", "episodes", "data", "minutes", *methods)
+    header = ("dataset", "w2_weights", *statistics, "best", "seeds", "episodes", "data", "minutes", *methods)
     return Table(header, rows, 2)
-
-
-def terminal_table(groups: list[Group]) -> Table:
-    """What of the last actors fits a terminal, and which actor has the highest mean."""
-    rows, what, word = [], mean, "mean [95%]"
-    if statistics_of(groups).both:
-        what, word = iqm, "IQM [95%]"
-    for name, weights, members in pools(groups):
-        strata = [[group.scores(actor) for group in members] for actor in range(members[0].actors)]
-        means = [float(mean(np.concatenate(scores))) for scores in strata]
-        cells = (name, weights, str(len(members[0].results)), _data_score(members), _statistic(strata[-1], what))
-        rows.append((*cells, str(int(np.argmax(means)))))
-    return Table(("dataset", "w2_weights", "seeds", "data", word, "best"), rows, 2)
 
 
 def _episodes(groups: list[Group], actor: int) -> str:
@@ -182,11 +165,6 @@ def _minutes(members: list[Group]) -> str:
     return _figure(float(np.mean([np.mean(seconds) for seconds in known])) / 60) if all(known) else "–"
 
 
-def pools(groups: list[Group]) -> list[tuple[str, str, list[Group]]]:
-    """What the rows of a table are over, with name and weights: each group by itself, then the groups of each suite."""
-    return [(group.name, group.label, [group]) for group in groups] + suites(groups)
-
-
 def suites(groups: list[Group]) -> list[tuple[str, str, list[Group]]]:
     """Groups of the same benchmark and place in their dataset's list of weights, two datasets at least.
 
@@ -194,16 +172,16 @@ def suites(groups: list[Group]) -> list[tuple[str, str, list[Group]]]:
     """
     found: dict[tuple, list[Group]] = {}
     for group in groups:
-        match = re.match(r"(local/)?(halfcheetah|hopper|walker2d|antmaze)-", group.dataset)
+        match = re.match(r"(local/)?(halfcheetah|hopper|walker2d|antmaze)-", group.run.dataset)
         if match:
             name = (match[1] or "") + ("antmaze" if match[2] == "antmaze" else "MuJoCo")
-            found.setdefault((name, group.algorithm, group.variant, group.actors), []).append(group)
+            found.setdefault((name, group.run.algorithm, group.run.variant, group.actors), []).append(group)
     complete = []
     for (name, algorithm, variant, _), members in found.items():
         seeds = max(len(group.results) for group in members)
         members = [group for group in members if len(group.results) == seeds]
         if len(members) > 1:
-            labels, own = {group.label for group in members}, "" if algorithm == POGO else f"{algorithm} "
+            labels, own = {group.run.label for group in members}, "" if algorithm == POGO else f"{algorithm} "
             weights = labels.pop() if len(labels) == 1 else f"{own}list {variant + 1} of each"
             complete.append((f"{len(members)} {name} datasets", weights, members))
     return complete
@@ -213,13 +191,12 @@ def actor_table(groups: list[Group]) -> Table:
     """Every actor in both modes; the highest evaluation of training stands last and is marked as no result."""
     rows, statistics = [], statistics_of(groups)
     for group in groups:
-        for actor in range(group.actors):
-            for mode in MODES:
-                scores = group.scores(actor, mode)
-                best = group.mean(lambda result, key=(actor, mode): result.best[key][0])
-                cells = (group.name, group.label, f"{actor}", mode, *statistics.of([scores]), str(len(scores)))
-                rows.append((*cells, _episodes([group], actor), _figure(best)))
-    header = ("dataset", "w2_weights", "actor", "mode", *statistics.header, "seeds", "episodes", BEST)
+        for key in [(actor, mode) for actor in range(group.actors) for mode in MODES]:
+            scores, best = group.scores(*key), group.mean(lambda result, key=key: result.best[key][0])
+            cells = (group.name, group.run.label, *map(str, key))
+            cells += (*(_statistic([scores], what) for what in statistics.values()), str(len(scores)))
+            rows.append((*cells, _episodes([group], key[0]), _figure(best)))
+    header = ("dataset", "w2_weights", "actor", "mode", *statistics, "seeds", "episodes", BEST)
     return Table(header, rows, 4, soft=1)
 
 
@@ -231,7 +208,7 @@ def unfinished_table(runs: list[ComparedRun]) -> Table:
             found.setdefault((run.dataset, run.note or "not started"), []).append(run)
     rows = []
     for (dataset, note), members in found.items():
-        first = f"w2 {label(members[0].algorithm, members[0].weights)} seed {members[0].seed}"
+        first = f"w2 {members[0].label} seed {members[0].seed}"
         rows.append((dataset, first if len(members) == 1 else f"{len(members)} runs", note))
     return Table(("dataset", "runs", "state"), rows, 3)
 
@@ -278,7 +255,7 @@ def diagnostics_table(groups: list[Group]) -> Table:
             own = np.array([result.summary["data_score"] for result in group.results])
             gains = group.scores(actor) - (group.scores(actor - 1) if actor else own)
             distance, floor, blur = at_end("distance"), at_end("floor"), at_end("blur_to_spread")
-            cells = (group.name, group.label, f"{actor}", verdict(actor, distance, floor, gains))
+            cells = (group.name, group.run.label, f"{actor}", verdict(actor, distance, floor, gains))
             cells += (_with_ends(gains.mean(), paired_interval(gains), "+.1f"),)
             cells += (_figure(at_end("energy_before"), 3), _figure(at_end("energy"), 3))
             cells += (_figure(100 * at_end("energy_fell"), 0), f"{distance:.2g}", f"{floor:.2g}" if actor else "–")
@@ -307,27 +284,22 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2em; } p, ul { max
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.75rem; overflow-wrap: normal; }
 th, td { padding: 4px; border-bottom: 1px solid #dde2e6; text-align: left; vertical-align: bottom; }
 th, td { white-space: nowrap; } .n { text-align: right; } th { color: #5b6670; }
-.notes td { white-space: normal; overflow-wrap: anywhere; }
+.words td { white-space: normal; overflow-wrap: anywhere; }
 @media (max-width: 600px) { td.w:first-child { white-space: normal; min-width: 9em; } }
 """
 
-SCORES = (
+NOTES = (
     "Scores are D4RL's: 0 is a random policy, 100 its expert. Each run's last checkpoint counts, acting with z = 0 "
-    "unless a row says stochastic. A run's score is the mean over its final episodes."
-)
-BRACKETS = (
+    "unless a row says stochastic. A run's score is the mean over its final episodes.",
     "Square brackets hold 95% of 10,000 bootstrap draws of seeds, each dataset drawn by itself. Of three seeds they "
     "reach from the lowest score to the highest, which is too narrow. Round brackets are the range of two seeds. One "
-    "seed has none."
+    "seed has none. IQM, shown from four seeds on, is the mean without the lowest and highest quarter.",
+    "“Best” is the number of the actor with the highest mean, “data” the mean score of the dataset's own episodes, "
+    "“minutes” the wall time of one run. Scores of other methods are published ones for D4RL's official files.",
+    "A name before the weights says whose critics and losses the chain has (docs/pogo_multi.md). POGO's own chain "
+    "differs from the paper's in its defaults: an actor takes over the change of the one before it (follow), the "
+    "actors' learning rate falls to 0 (lr_decay), and Q is divided by its size (q_normalization batch).",
 )
-MIDDLE_HALF = "IQM is the mean without the lowest and highest quarter; with fewer than four seeds it is the mean."
-DATA = "“Data” is the mean score of the dataset's own episodes, “minutes” the wall time of one run."
-OUR_CHAIN = (
-    "The chain differs from the paper's in its defaults: an actor takes over the change of the one before it (follow), "
-    "the actors' learning rate falls to 0 (lr_decay), and Q is divided by its size (q_normalization batch)."
-)
-ITS_CRITICS = "A name before the weights says whose critics and losses the chain has (docs/pogo_multi.md)."
-PUBLISHED_FOR = "Scores of other methods are published ones for D4RL's official files."
 NO_RESULT = (
     "The last column is the highest of many evaluations in training, chosen after the fact: it is no result. The "
     "scores to quote are the others, of the last checkpoint."
@@ -347,41 +319,37 @@ CURVES = (
 )
 
 
-def notes(groups: list[Group]) -> list[str]:
-    """What the figures of the first table are, a sentence or two each."""
-    kinds = {group.algorithm == POGO for group in groups}
-    found = [SCORES, BRACKETS, *[MIDDLE_HALF] * statistics_of(groups).both, DATA]
-    found += [OUR_CHAIN] * (True in kinds) + [ITS_CRITICS] * (False in kinds)
-    return found + [PUBLISHED_FOR] * any(group.official for group in groups)
+def sections_of(runs: list[ComparedRun], groups: list[Group]) -> list[tuple[str, Table, tuple[str, ...]]]:
+    """Title, table and notes of each part of a report."""
+    unfinished = unfinished_table(runs)
+    found = [("Failed and unfinished runs", unfinished, ())] if unfinished.rows else []
+    if groups:
+        found.insert(0, ("The last actor of each chain", last_actor_table(groups), NOTES))
+        found.append(("Actor by actor", actor_table(groups), (NO_RESULT,)))
+        found.append(("What each step of the chain did", diagnostics_table(groups), (HOW_TO_READ,)))
+    return found
 
 
 def page(runs: list[ComparedRun], groups: list[Group], source: str, charts: dict[tuple, str]) -> str:
     """report.html: self-contained, without scripts. Charts that are in `charts` are not drawn anew."""
-    unfinished = unfinished_table(runs)
     steps = sorted({result.summary["steps"] for group in groups for result in group.results})
-    facts = f"{sum(run.finished for run in runs)} of {len(runs)} runs finished"
-    facts += f", {' and '.join(f'{count:,}' for count in steps)} updates each" if steps else ""
-    facts += f"; seeds {', '.join(map(str, sorted({run.seed for run in runs})))}"
-    now = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
-    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes(groups))
+    metadata = f"{sum(run.finished for run in runs)} of {len(runs)} runs finished"
+    metadata += f", {' and '.join(f'{count:,}' for count in steps)} updates each" if steps else ""
+    metadata += f"; seeds {', '.join(map(str, sorted({run.seed for run in runs})))}"
     parts = [
-        f"<h1>Comparison: {html.escape(source)}</h1><p class='soft'>{facts}. Written {now}.</p>",
-        "<h2>The last actor of each chain</h2>",
-        last_actor_table(groups).html() + f"<ul class='soft'>{listed}</ul>" if groups else "No run is finished yet.",
+        f"<h1>Comparison: {html.escape(source)}</h1>"
+        f"<p class='soft'>{metadata}. Written {datetime.datetime.now():%Y-%m-%d %H:%M}.</p>"
     ]
-    if unfinished.rows:
-        parts.append(f"<h2>Failed and unfinished runs</h2><div class='notes'>{unfinished.html()}</div>")
-    if groups:
-        parts.append(f"<h2>Curves</h2><p class='soft'>{CURVES}</p>")
-    for dataset in dict.fromkeys(group.dataset for group in groups):
-        own = [group for group in groups if group.dataset == dataset]
+    parts += [] if groups else ["No run is finished yet."]
+    for title, table, words in sections_of(runs, groups):
+        listed = "".join(f"<li>{html.escape(note)}</li>" for note in words)
+        parts.append(f"<h2>{title}</h2>{table.html()}<ul class='soft'>{listed}</ul>")
+    parts += [f"<h2>Curves</h2><p class='soft'>{CURVES}</p>"] if groups else []
+    for dataset in dict.fromkeys(group.run.dataset for group in groups):
+        own = [group for group in groups if group.run.dataset == dataset]
         key = tuple(result.run.run_dir for group in own for result in group.results)
         charts[key] = charts.get(key) or dataset_chart(own)
         parts.append(f'<h3>{html.escape(own[0].name)}</h3><div class="scroll">{charts[key]}</div>')
-    if groups:
-        parts.append(f"<h2>Actor by actor</h2><p class='soft'>{NO_RESULT}</p>{actor_table(groups).html()}")
-        parts.append(f"<h2>What each step of the chain did</h2><p class='soft'>{HOW_TO_READ}</p>")
-        parts.append(diagnostics_table(groups).html())
     body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -394,7 +362,9 @@ def terminal_text(runs: list[ComparedRun], groups: list[Group]) -> str:
     """What the command prints: the last actors, and the runs without a result with their whole reasons."""
     words = "No run is finished yet."
     if groups:
-        words = f"{terminal_table(groups).text()}\n\nScores of the last actor; best: the actor with the highest mean."
+        shown = ("dataset", "w2_weights", "seeds", "data", list(statistics_of(groups))[-1], "best")
+        words = last_actor_table(groups).pick(shown).text()
+        words += "\n\nScores of the last actor; best: the actor with the highest mean."
         words += " Round brackets: the range of two seeds." * any(len(group.results) == 2 for group in groups)
     rows = unfinished_table(runs).rows
     lines = [textwrap.fill(f"{d}, {count}: {state}", COLUMNS, subsequent_indent="  ") for d, count, state in rows]
@@ -411,13 +381,10 @@ def write_report(runs: list[ComparedRun], output: Path, source: str, charts: dic
     that cannot be written.
     """
     groups = collect(runs)
-    listed = "\n".join(f"- {note}" for note in notes(groups))
-    sections = [f"## The last actor of each chain\n\n{last_actor_table(groups).markdown()}"]
-    unfinished = unfinished_table(runs)
-    sections += [f"Without a result:\n\n{unfinished.markdown()}"] if unfinished.rows else []
-    sections += [listed, f"## Actor by actor\n\n{actor_table(groups).markdown()}", NO_RESULT]
-    sections += [f"## What each step of the chain did\n\n{diagnostics_table(groups).markdown()}", HOW_TO_READ]
+    parts = [f"# Comparison: {source}"]
+    for title, table, words in sections_of(runs, groups):
+        parts += [f"## {title}", table.markdown(), *(["\n".join(f"- {note}" for note in words)] if words else [])]
     write_text_atomic(output / "results.csv", csv_text(groups))
-    write_text_atomic(output / "results.md", "\n\n".join([f"# Comparison: {source}", *sections]) + "\n")
+    write_text_atomic(output / "results.md", "\n\n".join(parts) + "\n")
     write_text_atomic(output / "report.html", page(runs, groups, source, {} if charts is None else charts))
     return terminal_text(runs, groups)

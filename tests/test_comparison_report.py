@@ -237,7 +237,7 @@ def test_a_suite_pools_datasets_of_the_same_place_and_seeds(comparison, tmp_path
     groups = collect(comparison)
     ((name, weights, members),) = report.suites(groups)
     assert (name, weights) == ("2 MuJoCo datasets", "0.4 1 2")
-    assert [group.dataset for group in members] == ["hopper-medium-v2", "walker2d-medium-v2"]
+    assert [group.run.dataset for group in members] == ["hopper-medium-v2", "walker2d-medium-v2"]
     table = report.last_actor_table(groups)
     (row,) = (row for row in table.rows if row[0] == name)
     cells = dict(zip(table.header, row, strict=True))
@@ -253,11 +253,10 @@ def test_algorithms_are_pooled_apart(tmp_path):
             run.algorithm = algorithm
             runs.append(run)
     groups = collect(runs)
-    assert [group.label for group in groups] == ["0.4 1", "td3_bc 0.4 1"] * 2
+    assert [group.run.label for group in groups] == ["0.4 1", "td3_bc 0.4 1"] * 2
     assert [weights for _, weights, _ in report.suites(groups)] == ["0.4 1", "td3_bc 0.4 1"]
     means = [row[2] for row in report.last_actor_table(groups).rows]
     assert means == ["52.0", "62.0", "52.0", "62.0", "52.0", "62.0"]
-    assert report.OUR_CHAIN in report.notes(groups) and report.ITS_CRITICS not in report.notes(groups[::2])
 
 
 def test_the_highest_of_training_cannot_be_taken_for_the_result(comparison, tmp_path):
@@ -358,7 +357,7 @@ def test_the_page_fetches_nothing_and_has_a_chart_a_dataset(comparison, tmp_path
 def test_a_chart_that_is_there_is_not_drawn_again(comparison, tmp_path, monkeypatch):
     kept, drawn = {}, []
     draw = report.dataset_chart
-    monkeypatch.setattr(report, "dataset_chart", lambda groups: drawn.append(groups[0].dataset) or draw(groups))
+    monkeypatch.setattr(report, "dataset_chart", lambda groups: drawn.append(groups[0].run.dataset) or draw(groups))
     write_report(comparison[1:], tmp_path, "c.yaml", kept)
     write_report(comparison, tmp_path, "c.yaml", kept)
     assert drawn == ["hopper-medium-v2", "walker2d-medium-v2", "local/hopper-medium-v2", "hopper-medium-v2"]
