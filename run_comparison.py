@@ -161,7 +161,6 @@ class Run(ComparedRun):
 
 def read(where: str, values: Any, hints: dict[str, Any], aliases: dict[str, str] | None = None) -> dict[str, Any]:
     """Settings of a section by field, typed as in a run's own YAML file. Raises UserError that names file and key."""
-    check_keys(where, values, values)
     aliases = aliases or ({"learning_rate": "lr"} if "lr" in hints else {})
     return check_values(where, values, hints, aliases, {"actor_configs": pogo_multi_main.read_actor_configs})
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import dmc_utils
-from runs.cli import load_yaml, nearest, parse_config
+from runs.cli import check_values, load_yaml, nearest, parse_config
 from runs.directory import plain_config
 from utils import UserError
 
@@ -50,8 +50,9 @@ RESERVED = {"seed", "num_seeds", "run_dir", "resume", "overwrite", "evaluate"}
 RESERVED |= {"offline_run_dir", "dataset_dir", "data_dir"}
 # Settings that say on which machine and how watched a run is trained, and not what it is.
 MACHINE = {"device", "eval_workers", "tensorboard", "cuda_graph", "kernels", "wandb_project"}
-FILE_KEYS = ("title", "seeds", "runs", "layout")
-RUN_KEYS = ("method", "command", "flags", "each", "seeds", "row", "column", "needs", "hours")
+FILE_KEYS = {"title": str, "seeds": tuple[int, ...], "runs": list, "layout": dict}
+RUN_KEYS = {"method": str, "command": str, "flags": dict, "each": dict, "seeds": tuple[int, ...], "needs": dict}
+RUN_KEYS |= {"row": tuple[str, ...], "column": str, "hours": float}
 LAYOUT_KEYS = ("header", "columns", "where", "digits", "spread", "data_row", "data_column")
 
 
@@ -161,56 +162,42 @@ def is_table(sections: dict[str, Any]) -> bool:
 def read_table(path: str | Path) -> Table:
     """A file's runs and layout. Raises UserError that names the file and the key."""
     path = Path(path)
-    sections = load_yaml(path)
-    check_keys(f"{path}", sections, FILE_KEYS)
-    if not isinstance(sections.get("runs"), list) or not sections["runs"]:
-        raise UserError(f"{path}: runs must be a list of commands, see docs/results.md")
-    layout = sections.get("layout") or {}
-    check_keys(f"{path}: layout", layout, LAYOUT_KEYS)
-    seeds, runs = _seeds(path, "seeds", sections.get("seeds", [0])), []
+    usual = {"title": path.stem, "seeds": (0,), "layout": {}}
+    sections = usual | check_values(path, load_yaml(path), FILE_KEYS)
+    check_keys(f"{path}: layout", sections["layout"], LAYOUT_KEYS)
+    runs: list[Run] = []
     for number, entry in enumerate(sections["runs"]):
-        where = f"runs[{number}]"
-        check_keys(f"{path}: {where}", entry, RUN_KEYS)
-        runs += _entry_runs(path, where, entry, seeds)
+        runs += _entry_runs(path, f"runs[{number}]", entry, sections["seeds"])
+    if not runs:
+        raise UserError(f"{path}: runs must be a list of commands, see docs/results.md")
     texts = [run.text for run in runs]
-    for run in runs:
-        if texts.count(run.text) > 1:
-            raise UserError(f"{path}: two entries name the same run, {run.text}; leave one out")
+    for text in texts:
+        if texts.count(text) > 1:
+            raise UserError(f"{path}: two entries name the same run, {text}; leave one out")
     runs.sort(key=lambda run: run.seed)  # stable: within a seed in the order of the file
-    return Table(path.stem, path, str(sections.get("title", path.stem)), runs, layout)
+    return Table(path.stem, path, sections["title"], runs, sections["layout"])
 
 
-def _seeds(path: Path, where: str, values: Any) -> list[int]:
-    if not isinstance(values, list) or not values or any(type(value) is not int or value < 0 for value in values):
-        raise UserError(f"{path}: {where} must be a list of integers, as in [0, 1, 2], not {values!r}")
-    return values
-
-
-def _entry_runs(path: Path, where: str, entry: dict[str, Any], seeds: list[int]) -> Iterator[Run]:
+def _entry_runs(path: Path, where: str, entry: Any, seeds: tuple[int, ...]) -> Iterator[Run]:
     """Every seed of every combination of the values in `each`."""
-    for key in ("method", "command"):
-        if not isinstance(entry.get(key), str):
-            raise UserError(f"{path}: {where}.{key}: must be given, as text")
-    seeds = _seeds(path, f"{where}.seeds", entry.get("seeds", seeds))
-    each, needs = entry.get("each") or {}, entry.get("needs")
-    check_keys(f"{path}: {where}.each", each, each)
-    for name, values in each.items():
-        if not isinstance(values, list) or not values:
-            raise UserError(f"{path}: {where}.each.{name}: must be a list of values, not {values!r}")
+    usual = {"flags": {}, "each": {}, "seeds": seeds, "column": "{task}", "needs": None, "hours": None}
+    entry = usual | check_values(f"{path}: {where}", entry, RUN_KEYS)
+    for key in {"method", "command"} - entry.keys():
+        raise UserError(f"{path}: {where}.{key}: must be given")
+    each, needs = entry["each"], entry["needs"]
     for values in itertools.product(*each.values()):
         chosen = dict(zip(each, values, strict=True))
-        flags, dataset = _flags(path, where, entry["command"], {**(entry.get("flags") or {}), **chosen})
-        row = tuple(fill(path, f"{where}.row", label, chosen) for label in entry.get("row") or [entry["method"]])
-        method, column = fill(path, f"{where}.method", entry["method"], chosen), str(entry.get("column", "{task}"))
-        for seed in seeds:
+        flags, dataset = _flags(path, where, entry["command"], entry["flags"] | chosen)
+        row = tuple(fill(path, f"{where}.row", label, chosen) for label in entry.get("row", [entry["method"]]))
+        method = fill(path, f"{where}.method", entry["method"], chosen)
+        for seed in entry["seeds"]:
             before = None
             if needs is not None:
                 check_keys(f"{path}: {where}.needs", needs, ("command", "flags"))
-                name = str(needs.get("command"))
-                more = {"dataset": dataset, **(needs.get("flags") or {})}
+                name, more = str(needs.get("command")), {"dataset": dataset, **needs.get("flags", {})}
                 words, _ = _flags(path, f"{where}.needs", name, more)
                 before = Run(path.stem, f"{method}, pretraining", name, words, dataset, seed)
-            own = (flags, dataset, seed, row, column, before, entry.get("hours"), tuple(map(str, chosen.values())))
+            own = (flags, dataset, seed, row, entry["column"], before, entry["hours"], tuple(map(str, chosen.values())))
             yield Run(path.stem, method, entry["command"], *own)
 
 
@@ -218,7 +205,6 @@ def _flags(path: Path, where: str, command: str, flags: Any) -> tuple[tuple[str,
     """Flags in the order of their names, and the dataset that they name."""
     if command not in COMMANDS:
         raise UserError(f"{path}: {where}.command: must be one of {', '.join(COMMANDS)}, not {command!r}")
-    check_keys(f"{path}: {where}.flags", flags, flags)
     for name in RESERVED & flags.keys():
         raise UserError(f"{path}: {where}.flags.{name}: is set by run_comparison.py; leave it out")
     data = COMMANDS[command].data

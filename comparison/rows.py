@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from comparison.jobs import read_attempts, seconds_spent
 from comparison.registry import MACHINE, RESERVED, Run, settings_digest, settings_of
 from offline_data import find_dataset
@@ -40,17 +42,13 @@ def read_csv(path: Path) -> list[Row]:
 
     Raises UserError for a file with other columns.
     """
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it from git") from None
-    known = {*COLUMNS} >= {*(reader.fieldnames or ())} >= {"command", "score"}
-    if not known or any(None in row.values() or None in row for row in rows):
-        raise UserError(f"{path}: has other columns than {', '.join(COLUMNS)}; restore it from git")
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        if not {*COLUMNS} >= row.keys() >= {"command", "score"} or None in row.values():
+            raise UserError(f"{path}: has other columns than {', '.join(COLUMNS)}; restore it from git")
     return [dict.fromkeys(COLUMNS, "") | row for row in rows]
 
 
@@ -115,21 +113,28 @@ def rows_of(run: Run, log_dir: str | Path, dataset_dir: str | None) -> list[Row]
     run_dir = run.run_dir(log_dir)
     try:
         check_settings(run, log_dir, dataset_dir)
-        summary = json.loads((run_dir / "finished.json").read_text())
-        reader = {"walker": _walker, "opso": _opso}.get(run.system, _chain)
-        scores = list(reader(run_dir, summary))
+        summary, versions = (json.loads((run_dir / name).read_text()) for name in ("finished.json", "versions.json"))
+        scores = list({"walker": _walker, "opso": _opso}.get(run.system, _chain)(run_dir, summary))
         if not scores:
             raise ValueError("no score of a last checkpoint")
-        count, digest = data_facts(_dataset_ids(summary), dataset_dir)
-        versions = json.loads((run_dir / "versions.json").read_text())
+        ids = summary.get("datasets") or ([summary["dataset"]] if "dataset" in summary else [])
+        count, digest = data_facts(ids, dataset_dir)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{run_dir}: its scores cannot be read ({error!r}); remove it to train it again") from None
     attempts, seconds = read_attempts(run_dir), seconds_spent(run_dir)
     shared = {
-        **{"table": run.table, "system": run.system, "method": run.method, "dataset": run.dataset, "seed": run.seed},
-        **{"rows": count, "data_sha256": digest, "precision": _stored(run_dir).get("precision", "float32")},
-        **{"seconds": "" if seconds is None else round(seconds), "commit": (versions.get("commit") or "")[:12]},
-        **{"processor": attempts[-1].get("processor", "") if attempts else "", "command": run.text},
+        "table": run.table,
+        "system": run.system,
+        "method": run.method,
+        "dataset": run.dataset,
+        "rows": count,
+        "data_sha256": digest,
+        "seed": run.seed,
+        "seconds": "" if seconds is None else round(seconds),
+        "processor": attempts[-1].get("processor", "") if attempts else "",
+        "precision": load_yaml(run_dir / "config.yaml").get("precision", "float32"),
+        "commit": (versions.get("commit") or "")[:12],
+        "command": run.text,
         "settings": settings_digest(run),
     }
     return [{name: _text((shared | row).get(name, "")) for name in COLUMNS} for row in scores]
@@ -139,18 +144,14 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _stored(run_dir: Path) -> dict[str, Any]:
-    """The run's config.yaml."""
-    return load_yaml(run_dir / "config.yaml")
-
-
 def check_settings(run: Run, log_dir: str | Path, dataset_dir: str | None) -> None:
     """Raise UserError where a finished run was trained with other settings than its command has now.
 
     A default may have changed since. What None stands for is filled in by the command.
     """
     run_dir = run.run_dir(log_dir)
-    stored, now = _stored(run_dir), plain_config(settings_of(run.command, run.arguments(log_dir, dataset_dir)))
+    stored = load_yaml(run_dir / "config.yaml")
+    now = plain_config(settings_of(run.command, run.arguments(log_dir, dataset_dir)))
     for name in sorted(now.keys() - MACHINE - RESERVED):
         if now[name] is not None and stored.get(name) != now[name]:
             raise UserError(
@@ -165,17 +166,15 @@ def _walker(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
     with open(run_dir / "evaluation.csv", newline="") as file:
         for row in csv.DictReader(file):
             returns.setdefault((row["agent"], row["task"]), []).append(float(row["return"]))
-    for (agent, task), found in returns.items():
-        if agent == "last":
-            best = returns.get(("best", task))
-            yield {
-                **{"task": task, "updates": summary.get("steps", 0), "environment_steps": 0, "episodes": len(found)},
-                **{"mean": _mean(found), "std": _std(found), "score": _mean(found)},
-                **{
-                    "best_in_training": _mean(best) if best else "",
-                    "data_score": summary.get(f"data/{task}/return", ""),
-                },
-            }
+    for task, found in [(task, found) for (agent, task), found in returns.items() if agent == "last"]:
+        best = returns.get(("best", task))
+        yield {
+            **{"task": task, "updates": summary.get("steps", 0), "environment_steps": 0},
+            **_episodes(found),
+            "score": float(np.mean(found)),
+            "best_in_training": float(np.mean(best)) if best else "",
+            "data_score": summary.get(f"data/{task}/return", ""),
+        }
 
 
 def _chain(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -185,8 +184,9 @@ def _chain(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
         returns, scores = ([row[name] for row in rows] for name in ("return", "score"))
         yield {
             **{"actor": actor, "mode": mode, "updates": summary["steps"], "environment_steps": 0},
-            **{"episodes": len(rows), "mean": _mean(returns), "std": _std(returns), "score": _mean(scores)},
-            "best_in_training": max(map(_mean, training[actor, mode].values())),
+            **_episodes(returns),
+            "score": float(np.mean(scores)),
+            "best_in_training": max(float(np.mean(found)) for found in training[actor, mode].values()),
             "data_score": summary["data_score"],
         }
 
@@ -198,7 +198,7 @@ def _opso(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
             value = {"mean": float(summary[name]), "score": float(summary[name])}
             yield {"task": name, "updates": summary["updates"], "environment_steps": 0, **value}
         return
-    metrics, episodes = read_metrics(run_dir), int(_stored(run_dir)["eval_episodes"])
+    metrics, episodes = read_metrics(run_dir), int(load_yaml(run_dir / "config.yaml")["eval_episodes"])
     names = ["eval/success_rate", *sorted(name for name in summary if name.startswith("eval/success_task"))]
     for name in names:
         success, best = float(summary[name]), [value for value in metrics.get(name, []) if math.isfinite(value)]
@@ -210,19 +210,9 @@ def _opso(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _std(values: list[float]) -> float:
-    """Standard deviation over episodes, as the runs report it: divided by their number."""
-    center = _mean(values)
-    return math.sqrt(_mean([(value - center) ** 2 for value in values]))
-
-
-def _dataset_ids(summary: dict[str, Any]) -> list[str]:
-    """Full ids of the data that a run's finished.json names."""
-    return summary.get("datasets") or ([summary["dataset"]] if "dataset" in summary else [])
+def _episodes(values: list[float]) -> dict[str, Any]:
+    """Columns of so many episodes; the standard deviation is over episodes, divided by their number."""
+    return {"episodes": len(values), "mean": float(np.mean(values)), "std": float(np.std(values))}
 
 
 def data_facts(ids: list[str], dataset_dir: str | None) -> tuple[int | str, str]:

@@ -84,9 +84,6 @@ def body_lines(table: Table, cells: dict[Key, dict[int, Row]], missing: set[str]
     """The Markdown table."""
     layout, digits = table.layout, table.layout.get("digits", 1)
     header, columns = [str(name) for name in layout.get("header", ["method"])], layout["columns"]
-    labels = list(dict.fromkeys(run.row for run in table.runs))
-    order = {run.text: number for number, run in enumerate(table.runs)}
-    labels.sort(key=lambda label: min(order[run.text] for run in table.runs if run.row == label))
     more = ["the data"] if layout.get("data_column") else []
     lines = ["| " + " | ".join([*header, *more, *columns]) + " |"]
     lines.append("|" + "---|" * len(header) + "---:|" * len(more + columns))
@@ -98,7 +95,7 @@ def body_lines(table: Table, cells: dict[Key, dict[int, Row]], missing: set[str]
         lines.append(
             "| " + " | ".join(["the data", *blank, *(text or (MISSING if missing else "") for text in own)]) + " |"
         )
-    for label in labels:
+    for label in dict.fromkeys(run.row for run in table.runs):
         runs = [run for run in table.runs if run.row == label]
         empty = MISSING if any(run.text in missing for run in runs) else ""
         planned = len({run.seed for run in runs})

@@ -138,6 +138,8 @@ def check_values(
         aliases, readers: as of `parse_config`.
     """
     aliases, readers, checked = aliases or {}, readers or {}, {}
+    if not isinstance(values, dict):
+        raise UserError(where, f"must hold `key: value` lines, not {values!r}")
     for spelled, value in values.items():
         key = aliases.get(spelled, spelled)
         if key in checked:
@@ -312,6 +314,7 @@ def _expected(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return f"a list, each item {_expected(typing.get_args(hint)[0])}"
     words = {float: "a number", int: "an integer", bool: "true or false", str: "text", type(None): "null"}
+    words |= {list: "a list", dict: "`key: value` lines"}
     return words.get(hint, str(hint))
 
 
