@@ -102,11 +102,7 @@ class OfflineData:
 
     def replay_buffer(self, device: str | torch.device = "cpu") -> ReplayBuffer:
         """A full buffer, without a copy: on the CPU it shares the large arrays, and writing into one changes both."""
-        buffer = ReplayBuffer(0, self.observation_dim, self.action_dim, device)
-        for name in ReplayBuffer.FIELDS:
-            setattr(buffer, name, torch.from_numpy(getattr(self, name)).to(device, torch.float32))
-        buffer.capacity = buffer.size = len(self)
-        return buffer
+        return ReplayBuffer(*(getattr(self, name) for name in ReplayBuffer.FIELDS), device)
 
 
 def load_transitions(

@@ -289,73 +289,30 @@ def exclusive_folder(folder: str | Path, wait: bool = True) -> Iterator[None]:
 
 
 class ReplayBuffer:
-    """A ring of transitions in float32 on one device; the oldest rows are overwritten.
+    """A dataset's transitions in float32 on one device, to draw batches from.
 
-    observations, next_observations [capacity, observation_dim]; actions [capacity, action_dim];
-    rewards, terminated, truncated [capacity]. The two ends are kept apart: bootstrap through `truncated` only.
+    observations, next_observations [N, observation_dim]; actions [N, action_dim]; rewards, terminated, truncated [N].
+    The two ends are kept apart: bootstrap through `truncated` only. An array that is float32 on the device already is
+    shared, so that writing into one changes both. Raises ValueError where the row counts differ.
     """
 
     FIELDS = ("observations", "actions", "rewards", "next_observations", "terminated", "truncated")
 
-    def __init__(self, capacity: int, observation_dim: int, action_dim: int, device: str | torch.device = "cpu"):
-        self.capacity, self.device = capacity, torch.device(device)
-        self.size, self.position = 0, 0
-        shapes = {"observations": (observation_dim,), "next_observations": (observation_dim,), "actions": (action_dim,)}
-        for name in self.FIELDS:
-            setattr(self, name, torch.zeros((capacity, *shapes.get(name, ())), device=self.device))
-
-    @classmethod
-    def from_arrays(
-        cls, observations, actions, rewards, next_observations, terminated, truncated, device="cpu"
-    ) -> ReplayBuffer:
-        """A full buffer of a whole dataset; arrays or tensors of n rows."""
-        buffer = cls(len(observations), observations.shape[1], actions.shape[1], device)
-        buffer.add(observations, actions, rewards, next_observations, terminated, truncated)
-        return buffer
+    def __init__(self, observations, actions, rewards, next_observations, terminated, truncated, device="cpu"):
+        self.device = torch.device(device)
+        values = (observations, actions, rewards, next_observations, terminated, truncated)
+        for name, value in zip(self.FIELDS, values, strict=True):
+            if len(value) != len(observations):
+                raise ValueError(f"{name} has {len(value)} rows, expected {len(observations)}")
+            setattr(self, name, torch.as_tensor(value, dtype=torch.float32, device=self.device))
 
     def __len__(self) -> int:
-        return self.size
-
-    def add(self, observations, actions, rewards, next_observations, terminated, truncated) -> None:
-        """Append n rows, arrays or tensors [n, ...]; raises ValueError where the row counts or shapes differ."""
-        values = (observations, actions, rewards, next_observations, terminated, truncated)
-        count = len(observations)
-        first = max(0, count - self.capacity)
-        rows = torch.arange(first, count, device=self.device)
-        slots = (self.position + rows) % self.capacity
-        tensors = []
-        for name, value in zip(self.FIELDS, values, strict=True):
-            if not isinstance(value, torch.Tensor):
-                value = torch.tensor(np.asarray(value), dtype=torch.float32)
-            expected = (count, *getattr(self, name).shape[1:])
-            if tuple(value.shape) != expected:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}")
-            tensors.append(value.to(self.device, torch.float32))
-        for name, tensor in zip(self.FIELDS, tensors, strict=True):
-            getattr(self, name)[slots] = tensor[first:]
-        self.position = (self.position + count) % self.capacity
-        self.size = min(self.capacity, self.size + count)
+        return len(self.observations)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Rows drawn with replacement by a generator on the buffer's device: field -> [batch_size, ...]."""
-        if self.size == 0:
-            raise ValueError("cannot sample from an empty replay buffer")
-        rows = torch.randint(self.size, (batch_size,), generator=generator, device=self.device)
+        rows = torch.randint(len(self), (batch_size,), generator=generator, device=self.device)
         return {name: getattr(self, name).index_select(0, rows) for name in self.FIELDS}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The filled rows and the ring's position."""
-        fields = {name: getattr(self, name)[: self.size] for name in self.FIELDS}
-        return {"capacity": self.capacity, "position": self.position, **fields}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore rows and position; raises ValueError for another capacity or other row shapes."""
-        size = len(state["observations"])
-        for name in self.FIELDS:
-            if state["capacity"] != self.capacity or state[name].shape[1:] != getattr(self, name).shape[1:]:
-                raise ValueError("the stored replay buffer has another capacity or other row shapes")
-            getattr(self, name)[:size] = state[name].to(self.device)
-        self.size, self.position = size, state["position"]
 
 
 class EpisodeReplay:

@@ -78,7 +78,7 @@ def make_ours(name: str, arrays: dict[str, np.ndarray], device: torch.device, gr
     noise, sampling = (torch.Generator(device).manual_seed(seed) for seed in (0, 1))
     agent = MultiActor(algorithm, config, ChainConfig(w2_weights=(10.0,)), (corl.D, corl.A, 1.0), noise, device)
     columns = [arrays[key] for key in ("observations", "actions", "rewards", "next_observations", "dones", "dones")]
-    buffer, means = ReplayBuffer.from_arrays(*columns, device), RunningMeans()
+    buffer, means = ReplayBuffer(*columns, device), RunningMeans()
 
     def update() -> dict[str, torch.Tensor]:
         return agent.update(buffer.sample(corl.BATCH, sampling))

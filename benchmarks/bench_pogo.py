@@ -155,7 +155,7 @@ def make_buffer(config: BenchPOGOConfig, device: torch.device) -> ReplayBuffer:
     n, d, a = config.transitions, config.observation_dim, config.action_dim
     states, following, actions = torch.randn(n, d), torch.randn(n, d), torch.rand(n, a) * 2 - 1
     rewards, ends = torch.rand(n), torch.zeros(n)
-    return ReplayBuffer.from_arrays(states, actions, rewards, following, ends, ends, device)
+    return ReplayBuffer(states, actions, rewards, following, ends, ends, device)
 
 
 def chain_settings(config: BenchPOGOConfig, actors: int) -> POGOConfig:

@@ -110,7 +110,7 @@ def last_error(log: Path, start: int = 0) -> str:
 
 
 def is_held(run_dir: str | Path) -> bool:
-    """Whether some process trains in a run's directory, which is made. Raises UserError where it cannot be."""
+    """Whether some process trains in a run's directory, which is made. Raises OSError where it cannot be."""
     try:
         with hold_run(run_dir):
             return False

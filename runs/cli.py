@@ -169,39 +169,38 @@ def _read_flags(
     """Values of the fields that the command line sets, and the file that it names with config_flag."""
     hints = {config_flag.removeprefix("--"): str} | hints
     groups: dict[str, list[str]] = {}
+    values: dict[str, Any] = {}
     name, unknown = None, []
     for word in words:
         if not _is_flag(word):
             if name is None:
                 raise UserError(f"unexpected argument {word!r}: every value follows a --flag")
+            if hints.get(name) is bool:
+                raise UserError(f"--{name} {word}: takes no value: write --{name} or --{name}=false")
             groups[name].append(word)
             continue
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         negated = name.startswith("no_") and hints.get(name[3:]) is bool
         name = name[3:] if negated else aliases.get(name, name)
+        groups[name] = [value] if equals else []
         if name not in hints or not flag.startswith("--"):
             unknown.append(f"unknown flag {flag}; {REPLACED.get(name) or nearest(name, hints, '--{}', 'see --help')}")
-        groups[name] = [value] if equals else []
-        if hints.get(name) is bool:
+        elif hints[name] is bool:
             if equals and value.lower() not in ("true", "false"):
                 raise UserError(f"{flag} takes no value, or =true or =false, got {value!r}")
-            groups[name] = ["no" if (value.lower() == "false") != negated else "yes"]
+            values[name] = (value.lower() != "false") != negated
     if unknown:
         raise UserError("; ".join(unknown))
-    values = {}
     for name, given in groups.items():
+        if hints[name] is bool:
+            continue
         if not given:
             raise UserError(f"--{name} needs a value")
         try:
             values[name] = _from_words(given, hints[name])
         except ValueError:
-            wrong = (
-                f"takes no value: write --{name} or --{name}=false"
-                if hints[name] is bool
-                else f"must be {_expected(hints[name])}"
-            )
-            raise UserError(f"--{name} {' '.join(given)}: {wrong}") from None
+            raise UserError(f"--{name} {' '.join(given)}: must be {_expected(hints[name])}") from None
     return values, values.pop(config_flag.removeprefix("--"), None)
 
 
@@ -215,22 +214,12 @@ def _is_flag(word: str) -> bool:
 
 def _from_words(words: list[str], hint: Any) -> Any:
     """The words of a flag as the field's type, or ValueError. A list is words, or one text with commas or brackets."""
-    for option in reversed(_alternatives(hint)):  # None first
-        with contextlib.suppress(ValueError, KeyError):
-            if typing.get_origin(option) is tuple:
-                text = " ".join(words)
-                items = text.strip("[]()").replace(",", " ").split() if "," in text or text[:1] in ("[", "(") else words
-                return tuple(_from_words([item], typing.get_args(option)[0]) for item in items)
-            (word,) = words
-            if typing.get_origin(option) is Literal:
-                return {str(choice): choice for choice in typing.get_args(option)}[word]
-            if option is type(None) and word.lower() in ("none", "null"):
-                return None
-            if option is bool:
-                return word == "yes"
-            if option in (int, float, str):
-                return option(word)
-    raise ValueError
+    with contextlib.suppress(ValueError):
+        (word,) = words
+        return _coerce(word, hint)
+    text = " ".join(words)
+    bracketed = "," in text or text[:1] in ("[", "(")
+    return _coerce(text.strip("[]()").replace(",", " ").split() if bracketed else words, hint)
 
 
 def nearest(name: str, known: Iterable[str], shown: str = "{!r}", otherwise: str = "") -> str:
@@ -280,27 +269,27 @@ def load_yaml(path: Path) -> dict:
 
 
 def _coerce(value: Any, hint: Any) -> Any:
-    """The value as the field's type, or ValueError. YAML 1.1 reads 3e-4 as text; a bool is not an int."""
-    options = _alternatives(hint)
+    """A value of a YAML file, or a word, as the field's type; ValueError where it is none. A bool is not an int.
+
+    Text may stand for a number: YAML 1.1 reads 3e-4 as text.
+    """
+    options, items = _alternatives(hint), typing.get_args(hint)
     if len(options) > 1:
-        for option in options:
+        for option in reversed(options):  # None first
             with contextlib.suppress(ValueError):
                 return _coerce(value, option)
-        raise ValueError
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        if any(value == choice and type(value) is type(choice) for choice in typing.get_args(hint)):
+    elif typing.get_origin(hint) is Literal:
+        if value in items:
             return value
-    elif origin is tuple:
-        items = typing.get_args(hint)
+    elif typing.get_origin(hint) is tuple:
         if isinstance(value, list | tuple):
             items = items[:1] * len(value) if items[1:] == (...,) else items
             return tuple(_coerce(item, kind) for item, kind in zip(value, items, strict=True))
-    elif hint is float:
-        if isinstance(value, int | float | str) and not isinstance(value, bool):
-            return float(value)
-    elif type(value) is hint or value is None and hint is type(None):
-        return value
+    elif hint is type(None):
+        if value in (None, "none", "null"):
+            return None
+    elif type(value) is hint or hint in (int, float) and type(value) is str or hint is float and type(value) is int:
+        return hint(value)
     raise ValueError
 
 

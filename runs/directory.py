@@ -21,7 +21,6 @@ import yaml
 
 from runs.cli import load_yaml
 from utils import (
-    DISK_FULL,
     RunExists,
     RunFinished,
     RunHeld,
@@ -119,12 +118,8 @@ def prepare_run(
     if getattr(config, "overwrite", False):
         _clear(run_dir, checkpoint)
     started = checkpoint.exists()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(_stored_config(config), sort_keys=False))
-        write_text_atomic(run_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
-    except OSError as error:
-        raise _no_run_dir(run_dir, error) from None
+    write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(_stored_config(config), sort_keys=False))
+    write_text_atomic(run_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
     if getattr(config, "resume", False) and not started:
         print(f"{run_dir}: nothing to resume, starting anew", file=sys.stderr)
     return checkpoint if started else None
@@ -145,7 +140,6 @@ def check_run(run_dir: str | Path, config: Any, may_change: Iterable[str] = (), 
     run_dir, checkpoint = Path(run_dir), Path(run_dir) / checkpoint
     resume, overwrite = getattr(config, "resume", False), getattr(config, "overwrite", False)
     finished, started = (run_dir / "finished.json").exists(), checkpoint.exists()
-    saved = started or (run_dir / LAST).exists()  # the run's own link leads to another --checkpoint_dir
     if resume and overwrite:
         raise UserError("--resume --overwrite", "one continues the run, the other replaces it", "give one of them")
     if started and not (run_dir / "config.yaml").exists():
@@ -157,12 +151,11 @@ def check_run(run_dir: str | Path, config: Any, may_change: Iterable[str] = (), 
     if overwrite:
         return
     replacing = ", or replace it with --overwrite" if hasattr(config, "overwrite") else ""
-    if finished or (resume and saved):
+    if finished or resume and (started or (run_dir / LAST).exists()):  # or the link to another --checkpoint_dir
         _check_same_config(run_dir, _stored_config(config), ALWAYS_MAY_CHANGE | set(may_change))
     if finished:
-        figures = _last_figures(run_dir)
         remedy = f"choose another --run_dir to train again{replacing}"
-        raise RunFinished(f"{run_dir}: this run is finished{figures}; {remedy}")
+        raise RunFinished(f"{run_dir}: this run is finished{_last_metrics(run_dir)}; {remedy}")
     if started and not resume:
         remedy = f"continue it with --resume, or choose another --run_dir{replacing}"
         raise RunExists(run_dir, "holds an unfinished run", remedy)
@@ -177,37 +170,26 @@ def _clear(run_dir: Path, checkpoint: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
-def _last_figures(run_dir: Path) -> str:
-    """` (name 0.123, ...)`: the first eight figures of finished.json, or nothing where it cannot be read."""
+def _last_metrics(run_dir: Path) -> str:
+    """` (name 0.123, ...)`: the first eight metrics of finished.json, or nothing where it cannot be read."""
     try:
         summary = json.loads((run_dir / "finished.json").read_text())
-        figures = [f"{name} {value:.3f}" for name, value in summary.items() if isinstance(value, float)]
-        figures = [figure for figure in figures if "/" in figure] or figures
+        found = [f"{name} {value:.3f}" for name, value in summary.items() if isinstance(value, float) and "/" in name]
     except (OSError, ValueError, AttributeError):
         return ""
-    return f" ({', '.join(figures[:8])})" if figures else ""
-
-
-def _no_run_dir(run_dir: Path, error: OSError) -> Exception:
-    """What to raise for a directory that cannot be written: a full disk is no reason to choose another name."""
-    if error.errno in DISK_FULL:
-        return error
-    return UserError(f"--run_dir {run_dir}: cannot write there ({error.strerror}); choose another")
+    return f" ({', '.join(found[:8])})" if found else ""
 
 
 @contextlib.contextmanager
 def hold_run(run_dir: str | Path) -> Iterator[None]:
     """Make a run's directory and keep it to one process.
 
-    Raises UserError where there can be no such directory and where another process trains in it.
+    Raises OSError where there can be no such directory, and RunHeld where another process trains in it.
     """
-    try:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _no_run_dir(Path(run_dir), error) from None
-    with contextlib.ExitStack() as held:
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as lock:
         try:
-            held.enter_context(exclusive_folder(run_dir, wait=False))
+            lock.enter_context(exclusive_folder(run_dir, wait=False))
         except BlockingIOError:
             raise RunHeld(run_dir, "another process is training there", "choose another --run_dir") from None
         yield

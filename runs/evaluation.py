@@ -3,9 +3,9 @@
     environment   policy 0: episode 0, 1, .. E-1   policy 1: episode 0, 1, .. E-1   ...
     process       0         1  0  1                0         1                          this one, and num_workers more
 
-Every policy meets the same reset seeds. An episode that is over is not stepped any more. What a process steps is a
-fixed share of the environments, and results do not depend on who steps what: same seeds, same bits, for any number of
-workers. Processes share arrays in memory and wake each other through pipes.
+Every policy meets the same reset seeds. An episode that is over is not stepped any more. Each process steps a fixed
+subset of the environments; results are bit-identical for any number of workers. Processes share arrays in memory and
+wake each other through pipes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from utils import ProcessDied, UserError, one_line, progress
 Policies = Callable[[np.ndarray, np.ndarray], "np.ndarray | torch.Tensor"]
 
 _RESET, _STEP = b"r", b"s"
-_USER_ERROR, _OTHER_ERROR = b"u", b"e"
+_CONTEXT = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks that torch may hold
 
 
 @dataclass(frozen=True)
@@ -55,55 +56,57 @@ def num_workers(eval_workers: int | None) -> int:
 
 
 class _Shared:
-    """The arrays that the processes share, over `n` environments."""
+    """The arrays that the processes share, over `n` environments.
 
-    def __init__(self, buffers: dict[str, Any], n: int, observation_dim: int, action_dim: int):
-        def view(name: str, dtype: type, *shape: int) -> np.ndarray:
-            return np.frombuffer(buffers[name], dtype=dtype).reshape(shape)
+    Args:
+        n, observation_dim, action_dim: sizes.
+        buffers: memory of each array that another process has made; None makes it. It is anonymous: nothing is left in
+            the file system, whoever is killed.
+    """
 
-        self.observations = view("observations", np.float32, n, observation_dim)
-        self.actions = view("actions", np.float32, n, action_dim)
-        self.rewards = view("rewards", np.float64, n)
-        self.seeds = view("seeds", np.int64, n)
-        self.alive = view("alive", np.bool_, n)  # written by the process that steps the environment
-        self.success = view("success", np.int8, n)  # -1: not told
-        self.sizes = (n, observation_dim, action_dim)
+    def __init__(self, n: int, observation_dim: int, action_dim: int, buffers: dict[str, Any] | None = None):
+        self.buffers = {} if buffers is None else buffers
 
-    @staticmethod
-    def sizes_in_bytes(n: int, observation_dim: int, action_dim: int) -> dict[str, int]:
-        words = {"observations": 4 * n * observation_dim, "actions": 4 * n * action_dim}
-        return words | {"rewards": 8 * n, "seeds": 8 * n, "alive": n, "success": n}
+        def array(name: str, dtype: type, *shape: int) -> np.ndarray:
+            if name not in self.buffers:
+                self.buffers[name] = _CONTEXT.RawArray("b", math.prod(shape) * np.dtype(dtype).itemsize)
+            return np.frombuffer(self.buffers[name], dtype=dtype).reshape(shape)
+
+        self.observations = array("observations", np.float32, n, observation_dim)
+        self.actions = array("actions", np.float32, n, action_dim)
+        self.rewards = array("rewards", np.float64, n)
+        self.seeds = array("seeds", np.int64, n)
+        self.alive = array("alive", np.bool_, n)  # written by the process that steps the environment
+        self.success = array("success", np.int8, n)  # -1: not told
+        self.arguments = (n, observation_dim, action_dim, self.buffers)
 
 
-class _Share:
+class _Subset:
     """The environments that one process steps; made when first reset, and kept."""
 
     def __init__(self, make_env: Callable[[], gymnasium.Env], shared: _Shared, mine: range):
         self.make_env, self.shared, self.mine = make_env, shared, mine
         self.envs: dict[int, gymnasium.Env] = {}
 
-    def reset(self) -> None:
-        """Begin the episodes that are alive, with their seeds."""
+    def run(self, message: bytes) -> None:
+        """Reset or step the episodes that are alive, as the message says; those that end are alive no more."""
         shared = self.shared
         for i in self.mine:
-            if shared.alive[i]:
+            if not shared.alive[i]:
+                continue
+            if message == _RESET:
                 if i not in self.envs:
                     self.envs[i] = self.make_env()
                 shared.observations[i] = self.envs[i].reset(seed=int(shared.seeds[i]))[0]
                 shared.success[i] = -1
-
-    def step(self) -> None:
-        """Step the episodes that are alive; those that end are alive no more."""
-        shared = self.shared
-        for i in self.mine:
-            if shared.alive[i]:
-                observation, reward, terminated, truncated, info = self.envs[i].step(shared.actions[i])
-                shared.observations[i] = observation
-                shared.rewards[i] = reward
-                if terminated or truncated:
-                    shared.alive[i] = False
-                if "success" in info:
-                    shared.success[i] = max(shared.success[i], int(bool(info["success"])))
+                continue
+            observation, reward, terminated, truncated, info = self.envs[i].step(shared.actions[i])
+            shared.observations[i] = observation
+            shared.rewards[i] = reward
+            if terminated or truncated:
+                shared.alive[i] = False
+            if "success" in info:
+                shared.success[i] = max(shared.success[i], int(bool(info["success"])))
 
     def close(self) -> None:
         for env in self.envs.values():
@@ -111,22 +114,21 @@ class _Share:
         self.envs.clear()
 
 
-def _work(connection: Any, make_env: Callable, buffers: dict[str, Any], sizes: tuple[int, int, int], mine: range):
-    """A worker's life: reset and step its share when told to, until the pipe closes."""
-    share = _Share(make_env, _Shared(buffers, *sizes), mine)
+def _work(connection: Any, make_env: Callable, arguments: tuple, mine: range) -> None:
+    """A worker's life: reset and step its subset when told to until the pipe closes. It answers b"", or an error."""
+    subset = _Subset(make_env, _Shared(*arguments), mine)
     try:
         while True:
-            message = connection.recv_bytes()
+            message, answer = connection.recv_bytes(), b""
             try:
-                share.reset() if message == _RESET else share.step()
-                answer = b""
+                subset.run(message)
             except UserError as error:
-                answer = _USER_ERROR + str(error).encode()
+                answer = pickle.dumps(error)
             except Exception:
-                answer = _OTHER_ERROR + traceback.format_exc().encode()
+                answer = pickle.dumps(RuntimeError(f"in evaluation worker:\n{traceback.format_exc()}"))
             connection.send_bytes(answer)
     except (EOFError, OSError):  # the parent closed its end, or is gone
-        share.close()
+        subset.close()
 
 
 class Evaluator:
@@ -136,7 +138,7 @@ class Evaluator:
         make_env: makes one environment with its time limit; picklable (a module's function or a functools.partial of
             one) where there are workers. Its `reset(seed=...)` must fix the episode.
         num_envs: environments stepped at once. Policies times episodes beyond it are evaluated in several rounds.
-        num_workers: processes beside this one, which steps a share too: cores - 1 is a good number. They start at once
+        num_workers: processes beside this one, which steps a subset too: cores - 1 is a good number. They start at once
             and import what make_env needs while this process goes on.
     """
 
@@ -148,14 +150,8 @@ class Evaluator:
         self._processes: list[Any] = []
         self._connections: list[Any] = []
         first = make_env()  # tells the sizes, and is this process's first environment
-        sizes = (num_envs, first.observation_space.shape[0], first.action_space.shape[0])
-        # Anonymous shared memory: nothing is left in the file system, whoever is killed.
-        self._buffers = {
-            name: multiprocessing.get_context("spawn").RawArray("b", count)
-            for name, count in _Shared.sizes_in_bytes(*sizes).items()
-        }
-        self._shared = _Shared(self._buffers, *sizes)
-        self._own = _Share(make_env, self._shared, self._share_of(0))
+        self._shared = _Shared(num_envs, first.observation_space.shape[0], first.action_space.shape[0])
+        self._own = _Subset(make_env, self._shared, self._subset_of(0))
         self._own.envs[0] = first
         self._start_workers()
 
@@ -170,16 +166,15 @@ class Evaluator:
         self._stop_workers()
         self._own.close()
 
-    def _share_of(self, process: int) -> range:
+    def _subset_of(self, process: int) -> range:
         return range(process, self.num_envs, self.num_workers + 1)
 
     def _start_workers(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks that torch may hold
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as workers inherit it: they leave Ctrl-C to this one
         for number in range(1, self.num_workers + 1):
-            connection, other = context.Pipe()
-            arguments = (other, self._make_env, self._buffers, self._shared.sizes, self._share_of(number))
-            process = context.Process(target=_work, args=arguments, daemon=True, name=f"evaluation-{number}")
+            connection, other = _CONTEXT.Pipe()
+            arguments = (other, self._make_env, self._shared.arguments, self._subset_of(number))
+            process = _CONTEXT.Process(target=_work, args=arguments, daemon=True, name=f"evaluation-{number}")
             process.start()
             other.close()  # or the pipe would stay open when the worker dies
             self._processes.append(process)
@@ -265,7 +260,7 @@ class Evaluator:
         return actions.reshape(-1, expected[-1])
 
     def _everywhere(self, message: bytes) -> None:
-        """Reset or step all shares that have a live episode, and wait for them."""
+        """Reset or step all subsets that have a live episode, and wait for them."""
         busy = [number for number in range(1, self.num_workers + 1) if self._has_live(number)]
         for number in busy:
             try:
@@ -273,15 +268,14 @@ class Evaluator:
             except OSError:
                 self._report_death(number)
         if self._has_live(0):
-            self._own.reset() if message == _RESET else self._own.step()
+            self._own.run(message)
         for number in busy:
             try:
                 answer = self._connections[number - 1].recv_bytes()
             except (EOFError, OSError):
                 self._report_death(number)
             if answer:
-                text = answer[1:].decode()
-                raise UserError(text) if answer[:1] == _USER_ERROR else RuntimeError(f"in evaluation worker:\n{text}")
+                raise pickle.loads(answer)
 
     def _has_live(self, process: int) -> bool:
         return bool(self._shared.alive[process :: self.num_workers + 1].any())

@@ -42,7 +42,7 @@ class MetricLogger:
                 self.columns = [name for name in rows[0] if any(row[name] for row in rows)]
         self._file: io.FileIO | None = None
         self._rewrite(rows)
-        self._trackers: dict[str, Any] = {}
+        self._trackers: dict[str, tuple[Callable, Callable]] = {}  # what logs a row, and what closes it
         if tensorboard:
             self._guard("TensorBoard", self._open_tensorboard, Path(run_dir), resume_step)
         if wandb_project:
@@ -59,16 +59,16 @@ class MetricLogger:
             self._rewrite(rows)
         row = {"step": str(int(step))} | {name: repr(value) for name, value in values.items()}
         self._write(_csv_line(row.get(name, "") for name in self.columns))
-        for name, tracker in list(self._trackers.items()):
-            self._guard(name, tracker.log, int(step), values)
+        for name, (log, _) in list(self._trackers.items()):
+            self._guard(name, log, int(step), values)
 
     def close(self) -> None:
         """Close the file and the trackers; closing twice is harmless."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        for name, tracker in list(self._trackers.items()):
-            self._guard(name, tracker.close)
+        for name, (_, close) in list(self._trackers.items()):
+            self._guard(name, close)
         self._trackers.clear()
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
@@ -94,7 +94,13 @@ class MetricLogger:
         if resume_step is None:  # a run that died before its first checkpoint left curves that are not this one's
             for stale in (run_dir / "tensorboard").glob("events.out.tfevents.*"):
                 stale.unlink()
-        self._trackers["TensorBoard"] = _TensorBoard(SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge))
+        writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+
+        def log(step: int, values: dict[str, float]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        self._trackers["TensorBoard"] = log, writer.close
 
     def _open_wandb(
         self, run_dir: Path, resume_step: int | None, project: str, config: Any, labels: dict[str, str]
@@ -112,7 +118,7 @@ class MetricLogger:
         identity = {"id": id_file.read_text().strip(), "resume": "allow"}
         # One process may train several runs, each with a page of its own.
         run = wandb.init(project=project, dir=str(run_dir), config=settings, reinit="create_new", **identity, **labels)
-        self._trackers["wandb"] = _Wandb(run)
+        self._trackers["wandb"] = (lambda step, values: run.log(values, step=step)), run.finish
 
     def _guard(self, name: str, action: Callable, *arguments: Any) -> None:
         """Call a tracker; whatever it raises costs that tracker and nothing else."""
@@ -121,29 +127,6 @@ class MetricLogger:
         except Exception as error:
             self._trackers.pop(name, None)
             warn(f"{name} is off for this run ({type(error).__name__}: {error}); metrics.csv goes on")
-
-
-class _TensorBoard:
-    def __init__(self, writer: Any):
-        self.writer = writer
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class _Wandb:
-    def __init__(self, run: Any):
-        self.run = run
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self.run.log(values, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
 
 
 class RunningMeans:
@@ -179,12 +162,9 @@ def _to_floats(metrics: dict[str, float | torch.Tensor]) -> dict[str, float]:
     for name in metrics:
         if name == "step" or any(character in name for character in ',"\r\n'):
             raise ValueError(f"a metric cannot be called {name!r}")
-    tensors = {name: value for name, value in metrics.items() if isinstance(value, torch.Tensor)}
-    moved: dict[str, float] = {}
-    if tensors:
-        stacked = torch.stack([value.detach().double() for value in tensors.values()])
-        moved = dict(zip(tensors, stacked.tolist(), strict=True))
-    return {name: moved[name] if name in moved else float(value) for name, value in metrics.items()}
+    tensors = {name: value.detach().double() for name, value in metrics.items() if isinstance(value, torch.Tensor)}
+    moved = torch.stack(list(tensors.values())).tolist() if tensors else []
+    return {name: float(value) for name, value in (metrics | dict(zip(tensors, moved, strict=True))).items()}
 
 
 def _csv_line(cells: Iterable[str]) -> str:

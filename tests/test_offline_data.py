@@ -42,7 +42,7 @@ def test_normalizer(monkeypatch):
 def test_tensors_and_buffer_hold_the_same_rows_without_a_copy(tmp_path):
     data = load_transitions(HOPPER, put(tmp_path / "data", many_columns()))
     buffer = data.replay_buffer()
-    assert len(buffer) == buffer.capacity == len(data)
+    assert len(buffer) == len(data)
     for name in buffer.FIELDS:
         np.testing.assert_array_equal(getattr(buffer, name).numpy(), getattr(data, name).astype(np.float32))
         assert getattr(buffer, name).dtype == torch.float32

@@ -378,54 +378,24 @@ def test_damaged_checkpoint_is_one_line_with_the_remedy(tmp_path, monkeypatch, k
 # --- replay ----------------------------------------------------------------------------------------------------------
 
 
-def transitions(start, count):
-    """Rows that carry their own number in every field."""
-    number = np.arange(start, start + count, dtype=np.float32)
-    wide = number[:, None]
-    return wide + [0, 0.5], wide, number, wide + [1, 1.5], number % 2, number % 3 == 0
-
-
-def test_replay_ring_keeps_the_newest_rows():
-    buffer = ReplayBuffer(5, 2, 1, "cpu")
-    written = []
-    for count in (2, 2, 3, 12, 1, 5):
-        buffer.add(*transitions(len(written), count))
-        written += range(len(written), len(written) + count)
-        assert sorted(buffer.rewards[: len(buffer)].tolist()) == written[-5:]
-        for name, values in zip(ReplayBuffer.FIELDS, transitions(0, len(written)), strict=True):
-            expected = torch.tensor(values, dtype=torch.float32)[buffer.rewards[: len(buffer)].long()]
-            assert torch.equal(getattr(buffer, name)[: len(buffer)], expected), name
-
-
-def test_replay_sample_follows_the_generator_and_stays_in_the_filled_part():
-    buffer = ReplayBuffer(100, 2, 1, "cpu")
-    buffer.add(*transitions(1, 10))
-    batch = buffer.sample(500, torch.Generator().manual_seed(0))
-    same = buffer.sample(500, torch.Generator().manual_seed(0))
-    assert set(batch["rewards"].tolist()) == set(range(1, 11))
-    assert batch["observations"].shape == (500, 2) and batch["terminated"].shape == (500,)
-    assert torch.equal(batch["next_observations"][:, 0], batch["rewards"] + 1)
-    assert all(torch.equal(batch[name], same[name]) and batch[name].dtype == torch.float32 for name in batch)
-    with pytest.raises(ValueError, match="empty"):
-        ReplayBuffer(3, 2, 1).sample(1, torch.Generator())
-
-
-def test_replay_from_arrays_and_state_round_trip(tmp_path):
-    arrays = transitions(0, 7)
-    arrays[0].setflags(write=False)
-    full = ReplayBuffer.from_arrays(*arrays)
-    assert len(full) == full.capacity == 7 and full.truncated.tolist() == [1, 0, 0, 1, 0, 0, 1]
-    ring, copy = ReplayBuffer(5, 2, 1), ReplayBuffer(5, 2, 1)
-    ring.add(*transitions(0, 8))
-    save_checkpoint(tmp_path / "a.pth", ring.state_dict())
-    copy.load_state_dict(load_checkpoint(tmp_path / "a.pth"))
-    for buffer in (ring, copy):
-        buffer.add(*transitions(8, 3))
-    assert all(torch.equal(getattr(ring, name), getattr(copy, name)) for name in ReplayBuffer.FIELDS)
-    with pytest.raises(ValueError, match="capacity"):
-        full.load_state_dict(ring.state_dict())
-    with pytest.raises(ValueError, match="rewards has shape"):
-        ring.add(*arrays[:2], arrays[2][:, None], *arrays[3:])
+def test_batches_are_rows_that_follow_the_generator():
+    number = np.arange(10, dtype=np.float32)
+    rows = (
+        number[:, None] + [0, 0.5],
+        number[:, None],
+        number,
+        number[:, None] + [1, 1.5],
+        number % 2,
+        number % 3 == 0,
+    )
+    buffer = ReplayBuffer(*rows)
+    batch, same = (buffer.sample(500, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert len(buffer) == 10 and set(batch["rewards"].tolist()) == set(range(10))
+    for name, values in zip(ReplayBuffer.FIELDS, rows, strict=True):
+        assert torch.equal(batch[name], torch.tensor(values, dtype=torch.float32)[batch["rewards"].long()]), name
+        assert torch.equal(batch[name], same[name])
+    with pytest.raises(ValueError, match="actions has 9 rows"):
+        ReplayBuffer(rows[0], rows[1][:9], *rows[2:])
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------

@@ -383,7 +383,7 @@ def test_an_imagined_episode_halts_where_members_disagree():
     batch, zeros = linear_system(100), torch.zeros(100)
     fields = (batch["observations"], batch["actions"], batch["rewards"], batch["next_observations"], zeros, zeros)
     model = MLPDynamics(4, 2, statistics(), 8, members=2)
-    learner = MORELLearner(config, model, ReplayBuffer.from_arrays(*fields), generator())
+    learner = MORELLearner(config, model, ReplayBuffer(*fields), generator())
     learner.ppo = PPO(config, 4, 2, 8, generator())
     learner.threshold = learner.find_threshold()
     distances = model.disagreement(batch["observations"], batch["actions"])

@@ -112,7 +112,7 @@ class StudyRun(Run):
         truncated = np.tile(np.arange(steps) == steps - 1, len(self.data.tasks))
         here, following = (self.inputs(part, bits) for part in (parts.observations, parts.next_observations))
         fields = (here, parts.actions, self.rewards(parts.rewards), following, parts.discounts == 0, truncated)
-        self.buffer = ReplayBuffer.from_arrays(*fields, self.device)
+        self.buffer = ReplayBuffer(*fields, self.device)
 
     def rewards(self, rewards: np.ndarray) -> np.ndarray:
         """Rewards as the method learns from them; the data's own by default."""

@@ -55,8 +55,8 @@ class CDSRun(CQLRun):
         super().prepare_data()
         fields = [getattr(self.buffer, name) for name in ReplayBuffer.FIELDS]
         chosen = torch.as_tensor(is_main, device=self.device)
-        self.buffer = ReplayBuffer.from_arrays(*(field[chosen] for field in fields), self.device)
-        self.others = ReplayBuffer.from_arrays(*(field[~chosen] for field in fields), self.device)
+        self.buffer = ReplayBuffer(*(field[chosen] for field in fields), self.device)
+        self.others = ReplayBuffer(*(field[~chosen] for field in fields), self.device)
 
     def relabelled(self, main: int) -> np.ndarray:
         """Rewards [E, T] in the main task: the data's own, and the simulator's for episodes of the other."""

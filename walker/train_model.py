@@ -147,7 +147,7 @@ class InModelRun(StudyRun, abc.ABC):
         held_out = np.arange(episodes) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         rows = torch.as_tensor(np.repeat(held_out, len(self.buffer) // episodes), device=self.device)
         fields = [getattr(self.buffer, name) for name in ReplayBuffer.FIELDS]
-        self.seen = ReplayBuffer.from_arrays(*(field[~rows] for field in fields), self.device)
+        self.seen = ReplayBuffer(*(field[~rows] for field in fields), self.device)
         self.held_out = {name: field[rows] for name, field in zip(ReplayBuffer.FIELDS, fields, strict=True)}
 
     def make_batch(self) -> dict[str, Tensor]:
