@@ -31,10 +31,8 @@ Deviations from the original OPSO code, each with its reason (docs/notebook_opso
   are nearly the same state, so more of them add cost and false negatives, not contrast.
 """
 
-import contextlib
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +41,21 @@ from torch import Tensor, nn
 
 from model import MambaEncoder, OfflineModel
 from model_kernels import kernels_of, run_bank_logsumexp
-from utils import BelowOne, Count, Fraction, NonNegative, Positive, PositiveFraction, Whole, expectile_loss
+from utils import (
+    BelowOne,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveBelowOne,
+    PositiveFraction,
+    Whole,
+    advantage_weight,
+    expectile_loss,
+    n_step_target,
+    steps_by_value,
+)
 
-LEAST_VALUE = 1e-3  # values are clipped here before their logarithm is taken
 ABSENT = -1e4  # added to a logit that must not count; finite, so that no gradient becomes nan
 
 
@@ -64,7 +74,7 @@ class OfflineAgentConfig:
     warmup_steps: Whole = 50  # updates of linear warm-up of the learning rate
     lr_decay: bool = True  # cosine decay of the learning rate to 0 over the run's updates
     grad_clip: Positive = 100.0  # largest norm of the gradient; the V and critic weights below make it tens
-    discount: PositiveFraction = 0.99  # discount factor of rewards
+    discount: PositiveBelowOne = 0.99  # discount factor of rewards
     tau: PositiveFraction = 0.02  # rate of the target networks' average
     expectile: Fraction = 0.9  # weight of V errors whose target lies above V
     horizon: Count = 50  # targets span 1..horizon steps, drawn for each position; 1 is the original
@@ -77,7 +87,6 @@ class OfflineAgentConfig:
     focal_gamma: NonNegative = 0.0  # focal exponent of the reward loss; 0 is plain cross-entropy
     max_pos_weight: Positive = 100.0  # cap of the reward loss's running positive weight
     state_temperature: NonNegative = 0.3  # state loss weights are exp(temperature x steps saved over the target's span)
-    max_weight: Positive = 20.0  # cap of these weights
     beta_critic: NonNegative = 20.0  # weight of the critic loss; its errors are squares of numbers below 1
     beta_v: NonNegative = 100.0  # weight of the V loss
     beta_s: NonNegative = 1.0  # weight of the state loss
@@ -119,6 +128,9 @@ class OfflineAgent:
         device: where everything lives.
         total_updates: the run's length, over which the learning rate decays; None leaves it constant.
     """
+
+    PARTS = ("model", "target", "optimizer")
+    REMEMBERED = ("bank", "bank_absent", "bank_next", "positive_rate")
 
     def __init__(
         self,
@@ -218,21 +230,18 @@ class OfflineAgent:
         """Target of Q(z_t, z_{t+1}, z_g) [B, L]: discount^(k-1) if the goal comes after k <= n steps, else
         discount^n V_target(z_{t+n}, z_g). Nothing crosses an episode's end or bootstraps through the goal.
         """
-        discount, steps, n = self.config.discount, batch["steps_to_goal"], codes["n"]
-        value = self.target.v(codes["target_ahead"], codes["target_goal"]).clamp(0, 1)
-        known = discount ** (steps.clamp(max=n.shape[1]) - 1).float()
-        return torch.where(steps <= n, known, discount**n * value)
+        value = self.target.v(codes["target_ahead"], codes["target_goal"])
+        return n_step_target(batch["steps_to_goal"], codes["n"], self.config.discount, value)
 
     @torch.no_grad()
     def v_target(self, codes: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
         """Target of V(z_t, z_g) [B, L]: discount^(k-1) if the goal comes after k < n steps, else
         discount^(n-1) min Q_target(z_{t+n-1}, z_{t+n}, z_g). With n = 1 it is min Q_target(z_t, z_{t+1}, z_g).
         """
-        discount, steps, n = self.config.discount, batch["steps_to_goal"], codes["n"]
-        z = self._along(codes["target_z"], n - 1)
-        value = self.target.q(z, codes["target_ahead"], codes["target_goal"]).amin(0).clamp(0, 1)
-        known = discount ** (steps.clamp(max=n.shape[1]) - 1).float()
-        return torch.where(steps < n, known, discount ** (n - 1) * value)
+        span = codes["n"] - 1
+        z = self._along(codes["target_z"], span)
+        value = self.target.q(z, codes["target_ahead"], codes["target_goal"]).amin(0)
+        return n_step_target(batch["steps_to_goal"], span, self.config.discount, value)
 
     def critic_loss(self, codes, batch) -> tuple[Tensor, dict]:
         """Smooth L1 of both Q(z, z', z_g) against their target."""
@@ -259,22 +268,15 @@ class OfflineAgent:
 
     @torch.no_grad()
     def state_weight(self, codes, batch) -> Tensor:
-        """Capped exp(temperature * advantage) [B, L]; ones where temperature 0 or discount 1 counts no steps.
+        """Capped exp(temperature * advantage) [B, L].
 
         The advantage: the steps to the goal that V counts at z_t, less those n steps later (none where the goal comes
         first), less the steps taken.
         """
-        if self.config.state_temperature == 0 or self.config.discount == 1:
-            return torch.ones_like(codes["valid"])
-        v, goal, n, steps = self.target.v, codes["target_goal"], codes["n"], batch["steps_to_goal"]
-        left = torch.where(steps <= n, 0.0, self.steps_left(v(codes["target_ahead"], goal)))
-        saved = self.steps_left(v(codes["target_z"][:, :-1], goal)) - left
-        advantage = saved - torch.minimum(n, steps)
-        return torch.exp(self.config.state_temperature * advantage).clamp(max=self.config.max_weight)
-
-    def steps_left(self, value: Tensor) -> Tensor:
-        """Steps to the goal by a value: it is discount^(k-1) where k remain. At least 1."""
-        return 1 + value.clamp(LEAST_VALUE, 1).log() / math.log(self.config.discount)
+        c, v, goal, n, steps = self.config, self.target.v, codes["target_goal"], codes["n"], batch["steps_to_goal"]
+        before = steps_by_value(v(codes["target_z"][:, :-1], goal), c.discount)
+        after = torch.where(steps <= n, 0.0, steps_by_value(v(codes["target_ahead"], goal), c.discount))
+        return advantage_weight(before - after - torch.minimum(n, steps), c.state_temperature)
 
     def reward_loss(self, codes, batch, held_out: bool = False) -> tuple[Tensor, dict]:
         """Binary cross-entropy of the logit reward(z', z_g) with a running positive weight; focal if focal_gamma > 0.
@@ -397,39 +399,25 @@ class OfflineAgent:
         figures do not depend on what training has seen so far. The targets of Q, V and the proposer are still the EMA
         network's, and move with it.
         """
-        with self._evaluating():
-            return self.total_loss(batch, held_out=True)[1]
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[OfflineModel]:
-        """The model without dropout, put back as it was found."""
-        was_training = self.model.training
-        try:
-            yield self.model.eval()
-        finally:
-            self.model.train(was_training)
+        self.model.eval()
+        return self.total_loss(batch, held_out=True)[1]
 
     # -- what the trained model answers -------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_windows(self, observations: Tensor, lengths: Tensor) -> Tensor:
         """Codes of right-padded histories. [n, L, D], lengths [n] -> [n, d_model]."""
-        with self._evaluating() as model:
-            return model.encoder.encode_last_valid(observations, lengths)
+        return self.model.eval().encoder.encode_last_valid(observations, lengths)
 
     @torch.no_grad()
     def encode_states(self, observations: Tensor) -> Tensor:
         """Codes of single states, as the target network's. [..., D] -> [..., d_model]."""
-        with self._evaluating() as model:
-            return model.encoder.encode_goal(observations)
+        return self.model.eval().encoder.encode_goal(observations)
 
     @torch.no_grad()
     def value(self, z: Tensor, goals: Tensor) -> Tensor:
         """V(z, f(goal)). z: [..., d_model], goals: [..., D], shapes that broadcast -> [...]."""
-        with self._evaluating() as model:
-            z_goal = model.encoder.encode_goal(goals)
-            shape = torch.broadcast_shapes(z.shape, z_goal.shape)
-            return model.v(z.expand(shape), z_goal.expand(shape))
+        return self.model.v(*torch.broadcast_tensors(z, self.encode_states(goals)))
 
     @torch.no_grad()
     def propose(self, z: Tensor, goals: Tensor) -> Tensor:
@@ -438,31 +426,19 @@ class OfflineAgent:
         This stands where other agents `act`: no action is read offline, and the online stage turns the proposal
         into one by inverse dynamics.
         """
-        with self._evaluating() as model:
-            z_goal = model.encoder.encode_goal(goals)
-            shape = torch.broadcast_shapes(z.shape, z_goal.shape)
-            return model.next_state(z.expand(shape), z_goal.expand(shape))
+        return self.model.next_state(*torch.broadcast_tensors(z, self.encode_states(goals)))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
         """Everything the next update depends on."""
-        return {
-            "model": self.model.state_dict(),
-            "target": self.target.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "bank": self.bank,
-            "bank_absent": self.bank_absent,
-            "bank_next": self.bank_next,
-            "positive_rate": self.positive_rate,
-        }
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return parts | {"step": self.step} | {name: getattr(self, name) for name in self.REMEMBERED}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises KeyError or RuntimeError where the state is another model's."""
-        self.model.load_state_dict(state["model"])
-        self.target.load_state_dict(state["target"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
         self.step = int(state["step"])
-        for name in ("bank", "bank_absent", "bank_next", "positive_rate"):
+        for name in self.REMEMBERED:
             getattr(self, name).copy_(state[name])

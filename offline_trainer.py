@@ -7,7 +7,7 @@ checkpoints/last.pth, training_curves.png and value_map.png.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,13 +24,14 @@ from runs.directory import mark_finished, save_checkpoint
 from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_training_curves, plot_value_maps
 from runs.run import DeviceRunConfig, Run
-from utils import Basic, Count, MayChange, Range, UserError, progress, resolve_device
+from utils import Basic, Count, MayChange, PositiveBelowOne, Range, UserError, progress, resolve_device
 
 
 @dataclass
 class OfflineTrainerConfig(DeviceRunConfig, OfflineAgentConfig):
     dataset: Basic[str] = "local/pointmaze-medium-navigate-v0"  # OGBench id, or local/<id> for one generated here
     dataset_dir: Basic[MayChange[str | None]] = None  # folder of the data; default: OGBENCH_DATASET_DIR, or datasets/
+    discount: PositiveBelowOne | None = None  # discount factor of rewards; default 0.99, giant and humanoid mazes 0.995
     max_trajectories: Count | None = 100  # train on the file's first so many episodes
     batch_size: Count = 16  # windows in an update
     num_epochs: Basic[MayChange[Count]] = 100  # passes of updates_per_epoch updates
@@ -43,13 +44,6 @@ class OfflineTrainerConfig(DeviceRunConfig, OfflineAgentConfig):
 
 
 MAP_WINDOWS = 128  # held-out windows whose states value_map.png shows
-
-
-def open_dataset(config: OfflineTrainerConfig, device: torch.device) -> tuple[TrajectoryDataset, TrajectoryDataset]:
-    """Training and validation episodes on the device; a local dataset that is missing is generated first."""
-    dataset = generate_if_missing(config.dataset, config.dataset_dir)
-    train = dataset.load("train", config.dataset_dir, config.max_trajectories, device)
-    return train, dataset.load("val", config.dataset_dir, None, device)
 
 
 def sample_batch(
@@ -72,19 +66,13 @@ def sample_batch(
     }
 
 
-def validate(agent: OfflineAgent, val: TrajectoryDataset, config: OfflineTrainerConfig, seed: int) -> dict[str, float]:
-    """Mean losses over the same held-out batches every time."""
-    generator = torch.Generator(val.device).manual_seed(seed)
-    means = RunningMeans()
-    for _ in range(config.eval_batches):
-        means.add(agent.evaluate_losses(sample_batch(val, config, config.batch_size, generator)))
-    return {f"val_{name}": value for name, value in means.take().items()}
-
-
 class OfflineRun(Run):
     """One run: the data, the agent, its held-out pairs, its random streams and its directory."""
 
     config: OfflineTrainerConfig
+
+    def __init__(self, config: OfflineTrainerConfig):
+        super().__init__(resolve(config))
 
     @property
     def step(self) -> int:
@@ -98,7 +86,19 @@ class OfflineRun(Run):
 
     @classmethod
     def check(cls, config: OfflineTrainerConfig) -> None:
-        check(config)
+        shares = config.p_self + config.p_future + config.p_random
+        if abs(shares - 1) > 1e-6:
+            raise UserError(f"--p_self, --p_future and --p_random sum to {shares:g}", "they must sum to 1")
+        inner = config.expand * config.d_model
+        if config.d_model % 2 or inner % min(64, inner):
+            must = "must be even, and expand * d_model below 64 or a multiple of 64"
+            raise UserError(f"--d_model {config.d_model}", must)
+        device = resolve_device(config.device)
+        try:
+            backend = resolve_backend(config.backend, device)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"--backend {config.backend}", str(error)) from None
+        print(f"{config.dataset}, seed {config.seed}, {device}, Mamba-2 backend {backend}")
 
     @classmethod
     def may_change(cls, config: OfflineTrainerConfig) -> set[str]:
@@ -106,7 +106,11 @@ class OfflineRun(Run):
         return super().may_change(config) - ({"num_epochs"} if config.lr_decay else set())
 
     def load_data(self) -> None:
-        self.train_data, self.val_data = open_dataset(self.config, self.device)
+        """Training and validation episodes; a local dataset that is missing is generated first."""
+        config, device = self.config, self.device
+        dataset = generate_if_missing(config.dataset, config.dataset_dir)
+        self.train_data = dataset.load("train", config.dataset_dir, config.max_trajectories, device)
+        self.val_data = dataset.load("val", config.dataset_dir, None, device)
 
     def build(self) -> None:
         """The agent, and the held-out pairs to judge it by."""
@@ -158,8 +162,12 @@ class OfflineRun(Run):
         return metrics
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out losses and diagnostics."""
-        losses = validate(self.agent, self.val_data, self.config, self.streams.evaluation_seed)
+        """Mean losses over the same held-out batches every time, and diagnostics."""
+        config, means = self.config, RunningMeans()
+        generator = torch.Generator(self.device).manual_seed(self.streams.evaluation_seed)
+        for _ in range(config.eval_batches):
+            means.add(self.agent.evaluate_losses(sample_batch(self.val_data, config, config.batch_size, generator)))
+        losses = {f"val_{name}": value for name, value in means.take().items()}
         return losses | self.held_out.evaluate(self.agent)
 
     def save(self, val_loss: float) -> None:
@@ -167,20 +175,16 @@ class OfflineRun(Run):
         if val_loss < self.best_loss:
             self.best_loss = val_loss
             save_checkpoint(self.run_dir / "best_model.pth", self.model_state() | {"val_loss": val_loss})
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         state = {
             "epoch": self.epoch,
             "best_loss": self.best_loss,
             "agent": self.agent.state_dict(),
             "streams": self.streams.state_dict(),
-            "torch_generators": self.global_generators(),
+            "torch_generators": [torch.get_rng_state(), *cuda],  # dropout draws from them
             **{key: self.model_state()[key] for key in ("dataset", "config", "observation_dim")},
         }
         save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state)
-
-    def global_generators(self) -> list[torch.Tensor]:
-        """States of the generators that dropout draws from."""
-        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return [torch.get_rng_state(), *cuda]
 
     def model_state(self) -> dict:
         """What the online stage and the plots need: the model with its normaliser, its sizes and its dataset."""
@@ -216,19 +220,11 @@ class OfflineRun(Run):
             plot_value_maps(self.maze, states[:, :2].cpu().numpy(), maps, self.run_dir / "value_map.png", title)
 
 
-def check(config: OfflineTrainerConfig) -> None:
-    """One line for a setting that cannot work, before anything is made or loaded."""
-    parse_dataset_id(config.dataset)
-    if abs(config.p_self + config.p_future + config.p_random - 1) > 1e-6:
-        raise UserError(f"--p_self {config.p_self} --p_future {config.p_future} --p_random {config.p_random}: sum to 1")
-    inner = config.expand * config.d_model
-    if config.d_model % 2 or inner % min(64, inner):
-        raise UserError(f"--d_model {config.d_model}: must be even, and expand * d_model below 64 or a multiple of 64")
-    try:
-        backend = resolve_backend(config.backend, resolve_device(config.device))
-    except (ValueError, ImportError) as error:
-        raise UserError(f"--backend {config.backend}: {error}") from None
-    print(f"{config.dataset}, seed {config.seed}, {resolve_device(config.device)}, Mamba-2 backend {backend}")
+def resolve(config: OfflineTrainerConfig) -> OfflineTrainerConfig:
+    """The settings with a discount whose values reach through the maze, as OGBench's hyperparameters have it."""
+    dataset = parse_dataset_id(config.dataset)
+    is_long = dataset.maze_size == "giant" or dataset.maze_env == "humanoidmaze"
+    return replace(config, discount=config.discount or (0.995 if is_long else 0.99))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,9 +20,10 @@ Deviations from the original OPSO code, each with its reason (docs/notebook_opso
 - The graph's links are short by a metric that InfoNCE trains on states a few steps apart. V is vague there: it takes
   states on both sides of a corner for near.
 - The proposer learns the graph's ways to `route_goals` of its nodes, and V their lengths beside its own targets
-  (opso/routes.py): acting then needs no search. Without them the proposer is fitted by advantage-weighted regression to
-  codes subgoal_steps ahead (HIQL; Park et al., 2023). Advantages are counted in steps saved.
-- The policy's loss can be weighted by a capped exp(advantage) of its step towards z' (`action_temperature`; 0 is off).
+  (opso/routes.py): acting then needs no search. Learning where the data went instead, weighted by the steps that V
+  says it saved (HIQL; Park et al., 2023), reached four goals of five on the point maze.
+- The policy's loss can be weighted by a capped exp(advantage) of its step towards z', counted in steps saved
+  (`action_temperature`; 0 is off).
 - Targets of Q and V span many steps, as offline.
 - Without the dataset's actions, the inverse dynamics model learns from the agent's own transitions, random ones at
   first, and infers the action between two states of the dataset; the policy then learns from those as from known ones
@@ -41,9 +42,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import InverseDynamics, InverseDynamicsModel, OfflineModel, StateMetric
-from utils import BelowOne, Count, Fraction, NonNegative, Positive, PositiveFraction, Range, Whole, expectile_loss
-
-LEAST_VALUE = 1e-3  # values are clipped here before their logarithm is taken
+from utils import (
+    BelowOne,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveFraction,
+    Range,
+    Whole,
+    advantage_weight,
+    expectile_loss,
+    n_step_target,
+    steps_by_value,
+)
 
 
 @dataclass
@@ -53,12 +65,8 @@ class OnlineAgentConfig:
     expectile: Fraction = 0.9  # weight of V errors whose target lies above V
     horizon: Count = 50  # targets of Q and V span 1..horizon steps, sampled for each transition
     subgoal_steps: Count | None = None  # steps that z' lies ahead; default 10, ant and humanoid 25; the original has 1
-    state_temperature: NonNegative = 0.3  # with --no_route_state: proposer loss weights exp(temperature x steps saved)
     action_temperature: NonNegative = 0.0  # policy loss weights are exp(temperature x steps that the action saves)
-    route_goals: Whole = 400  # goals from all of the data whose ways along the graph V and the proposer learn
-    route_value: bool = True  # V also learns how long these ways are
-    route_state: bool = True  # the proposer learns where these ways lead, not where the data went
-    max_weight: Positive = 20.0  # cap of the weights in the proposer's and the policy's loss
+    route_goals: Count = 400  # goals from all of the data whose ways along the graph V and the proposer learn
     acting: Literal["search", "proposer"] = "search"  # z' comes from search among dataset states or from next_state
     graph_nodes: Annotated[int, Range(2, 10**6)] = 150_000  # most dataset states in the graph, evenly spaced in time
     num_links: Count = 10  # nearest states by the metric that each state is linked to
@@ -235,19 +243,15 @@ class OnlineAgent:
     def critic_target(self, batch: dict[str, Tensor]) -> Tensor:
         """Target of Q(z, z', z_g) [n]: discount^(k-1) if the goal comes after k <= n steps, else
         discount^n V_target(z_{t+n}, z_g)."""
-        steps, n = batch["steps_to_goal"], batch["n"]
-        value = self.target["v"](batch["z_ahead"], batch["z_goal"]).clamp(0, 1)
-        known = self.discount ** (steps.clamp(max=self.config.horizon) - 1).float()
-        return torch.where(steps <= n, known, self.discount**n * value)
+        value = self.target["v"](batch["z_ahead"], batch["z_goal"])
+        return n_step_target(batch["steps_to_goal"], batch["n"], self.discount, value)
 
     @torch.no_grad()
     def v_target(self, batch: dict[str, Tensor]) -> Tensor:
         """Target of V(z, z_g) [n]: discount^(k-1) if the goal comes after k < n steps, else
         discount^(n-1) min Q_target(z_{t+n-1}, z_{t+n}, z_g)."""
-        steps, n = batch["steps_to_goal"], batch["n"]
-        value = self.target["q"](batch["z_before"], batch["z_ahead"], batch["z_goal"]).amin(0).clamp(0, 1)
-        known = self.discount ** (steps.clamp(max=self.config.horizon) - 1).float()
-        return torch.where(steps < n, known, self.discount ** (n - 1) * value)
+        value = self.target["q"](batch["z_before"], batch["z_ahead"], batch["z_goal"]).amin(0)
+        return n_step_target(batch["steps_to_goal"], batch["n"] - 1, self.discount, value)
 
     def critic_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """Smooth L1 of both Q(z, z', z_g) against their target."""
@@ -260,22 +264,12 @@ class OnlineAgent:
         v = self.heads["v"](batch["z"], batch["z_goal"])
         return expectile_loss(v, self.v_target(batch), self.config.expectile).mean(), {"v_mean": v.mean()}
 
-    def state_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        """Advantage-weighted regression of next_state(z, z_g) to the code subgoal_steps ahead, or the goal before."""
-        left = self.steps_between(batch["z_far"], batch["z_goal"])
-        left = torch.where(batch["far_steps"] == batch["steps_to_goal"], 0.0, left)  # it is the goal
-        saved = self.steps_between(batch["z"], batch["z_goal"]) - left
-        weight = self.weight(saved - batch["far_steps"], self.config.state_temperature)
-        proposal = self.heads["next_state"](batch["z"], batch["z_goal"])
-        error = (proposal - batch["z_far"]).square().mean(-1)
-        return (weight * error).mean(), {"state_weight": weight.mean()}
-
     def route_value_loss(self, route: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """Squared error of V(z, z_g) to discount^(k-1), where k steps remain on the way along the graph."""
         v = self.heads["v"](self.code(route["x"]), self.code(route["x_goal"]))
         return F.mse_loss(v, self.discount ** (route["steps"].clamp(min=1) - 1)), {}
 
-    def route_state_loss(self, route: dict[str, Tensor]) -> tuple[Tensor, dict]:
+    def state_loss(self, route: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """Squared error of next_state(z, z_g) to the code aim_steps ahead on the way along the graph."""
         proposal = self.heads["next_state"](self.code(route["x"]), self.code(route["x_goal"]))
         error = (proposal - self.code(route["x_aim"])).square().mean(-1)
@@ -296,46 +290,31 @@ class OnlineAgent:
         """Weight [n] of each action: by the steps towards z' that it saves, beyond the one it takes."""
         if self.config.action_temperature == 0:
             return torch.ones_like(batch["acted"])
-        left = self.steps_between(batch["z_next"], batch["z_sub"])
-        left = torch.where(batch["sub_steps"] == 1, 0.0, left)  # it is z'
-        saved = self.steps_between(batch["z"], batch["z_sub"]) - left
-        return self.weight(saved - 1, self.config.action_temperature)
-
-    @torch.no_grad()
-    def weight(self, advantage: Tensor, temperature: float) -> Tensor:
-        """Capped exp(temperature * advantage); advantage in steps, 0 where the data is as good as V expects."""
-        return torch.exp(temperature * advantage).clamp(max=self.config.max_weight)
-
-    @torch.no_grad()
-    def steps_between(self, z: Tensor, z_goal: Tensor) -> Tensor:
-        """Steps from z to z_goal by V: V = discount^(k-1) where k remain. [..., d_model] twice -> [...], at least 1."""
-        value = self.target["v"](z, z_goal).clamp(LEAST_VALUE, 1)
-        return 1 + value.log() / math.log(self.discount)
+        before, after = (
+            steps_by_value(self.target["v"](batch[name], batch["z_sub"]), self.discount) for name in ("z", "z_next")
+        )
+        after = torch.where(batch["sub_steps"] == 1, 0.0, after)  # it is z'
+        return advantage_weight(before - after - 1, self.config.action_temperature)
 
     # -- update ---------------------------------------------------------------------------------------------------
 
-    def update(
-        self, batch: dict[str, Tensor], lr_scale: float = 1.0, route: dict[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
+    def update(self, batch: dict[str, Tensor], route: dict[str, Tensor], lr_scale: float = 1.0) -> dict[str, Tensor]:
         """One optimizer step on a batch of codes, then the EMA targets. Returns 0-d tensors, without a host sync.
 
-        batch: z, z_next, z_before, z_ahead, z_sub, z_far, z_goal [n, d_model] (z_{t+n-1}, z_{t+n}, the codes the
-        inverse dynamics and the proposer aim at), features x, x_sub, x_goal [n, d_model + D], actions [n, A], acted [n]
-        0/1 where the action is known, steps_to_goal, n, sub_steps, far_steps [n] int64. route: `Routes.sample`'s, or
-        None, and the proposer learns where the data went.
+        batch: z, z_next, z_before, z_ahead, z_sub, z_goal [n, d_model] (z_{t+n-1}, z_{t+n}, the code the inverse
+        dynamics aims at), features x, x_sub, x_goal [n, d_model + D], actions [n, A], acted [n] 0/1 where the action is
+        known, steps_to_goal, n, sub_steps [n] int64. route: `Routes.sample`'s, for V and the proposer.
         """
         for group in self.optimizer.param_groups:
             group["lr"].fill_(self.config.lr * lr_scale)
         self.optimizer.zero_grad(set_to_none=True)
-        ways = route is not None and self.config.route_state
         terms = {
             "critic": self.critic_loss(batch),
             "v": self.v_loss(batch),
-            "state": self.route_state_loss(route) if ways else self.state_loss(batch),
+            "state": self.state_loss(route),
             "train": self.action_loss(batch),
+            "route_v": self.route_value_loss(route),
         }
-        if route is not None and self.config.route_value:
-            terms["route_v"] = self.route_value_loss(route)
         # No weights: but for V's two, no losses share a parameter, as the encoder is frozen; Adam ignores their scales.
         sum(loss for loss, _ in terms.values()).backward()
         self.optimizer.step()

@@ -68,7 +68,6 @@ class OnlineTrainerConfig(DeviceRunConfig, OnlineAgentConfig):
     dataset: Basic[str] = "local/pointmaze-medium-navigate-v0"  # OGBench id, or local/<id> for one generated here
     dataset_dir: Basic[MayChange[str | None]] = None  # folder of the data; default: OGBENCH_DATASET_DIR, or datasets/
     offline_run_dir: Basic[MayChange[str | None]] = None  # run of offline_trainer.py; default: in logs/offline/
-    offline_checkpoint: Literal["last", "best"] = "last"  # which of its models: last, or best (lowest validation loss)
     inverse_dynamics_data: Basic[Literal["online", "offline"]] = "online"  # actions to learn from: own alone, or all
     max_trajectories: Count | None = None  # use the dataset's first so many episodes; default: those of the pretraining
     max_episodes: Basic[Whole] = 64  # episodes to act in; 0 fits on the dataset and evaluates
@@ -127,12 +126,12 @@ def resolve(config: OnlineTrainerConfig) -> OnlineTrainerConfig:
 # -- the pretrained model ------------------------------------------------------------------------------------------
 
 
-def offline_command(config: OnlineTrainerConfig, folder: str | None = None) -> str:
-    """The command that makes the pretrained model this run asks for, in a folder other than the usual one if given."""
+def offline_command(config: OnlineTrainerConfig) -> str:
+    """The command that makes the pretrained model this run asks for."""
     flags = [f" --dataset {config.dataset}"] if config.dataset != OnlineTrainerConfig.dataset else []
     flags += [f" --dataset_dir {shlex.quote(config.dataset_dir)}"] if config.dataset_dir else []
     flags += [f" --seed {config.seed}"] if config.seed else []
-    flags += [f" --run_dir {shlex.quote(folder)}"] if folder else []
+    flags += [f" --run_dir {shlex.quote(config.offline_run_dir)}"] if config.offline_run_dir else []
     return "python offline_trainer.py" + "".join(flags)
 
 
@@ -145,11 +144,8 @@ class OnlineRun(Run):
         check(config)
         config = resolve(config)
         folder = config.offline_run_dir
-        commands = (offline_command(config), offline_command(config, folder))
         usual = Path("logs") / "offline" / config.dataset / f"seed_{config.seed}"
-        self.model, self.pretrained = load_pretrained(
-            Path(folder or usual), config.offline_checkpoint, config.dataset, *commands
-        )
+        self.model, self.pretrained = load_pretrained(Path(folder or usual), config.dataset, offline_command(config))
         trajectories = config.max_trajectories or self.pretrained["max_trajectories"]
         super().__init__(replace(config, max_trajectories=trajectories))
 
@@ -174,7 +170,7 @@ class OnlineRun(Run):
         if takes != has:
             raise UserError(
                 f"the pretrained model takes {takes} numbers a state, {config.dataset} has {has}; make the right one "
-                f"with `{offline_command(config, config.offline_run_dir)}`"
+                f"with `{offline_command(config)}`"
             )
 
     def build(self) -> None:
@@ -222,13 +218,9 @@ class OnlineRun(Run):
                 parts.append(sample_batch(self.replay, self.agent, count, own, self.streams.sampling))
             batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             scale = 0.55 + 0.45 * math.cos(math.pi * number / updates) if anneal else 1.0
-            route = self.routes and self.routes.sample(count, self.streams.sampling)
-            means.add(self.agent.update(batch, scale, route))
-        return self.finite(means.take(), "--lr")
-
-    def finite(self, losses: dict[str, float], flag: str) -> dict[str, float]:
-        """The losses, or UserError where one has diverged."""
-        self.check_metrics(losses, f"lower {flag}")
+            means.add(self.agent.update(batch, self.routes.sample(count, self.streams.sampling), scale))
+        losses = means.take()
+        self.check_metrics(losses, "lower --lr")
         return losses
 
     def schedule(self, start: float, end: float) -> float:
@@ -243,11 +235,9 @@ class OnlineRun(Run):
         return StateGraph(self.agent, self.codes.states[rows], rows, self.codes.episode_end[rows])
 
     @functools.cached_property
-    def routes(self) -> Routes | None:
+    def routes(self) -> Routes:
         """Ways along the graph, for V and the proposer to learn."""
-        config = self.config
-        wanted = config.route_goals > 0 and (config.route_value or config.route_state)
-        return Routes(self.graph, config.route_goals) if wanted else None
+        return Routes(self.graph, self.config.route_goals)
 
     def fit_metric(self) -> dict[str, float]:
         """What comes first: the metric."""
@@ -257,8 +247,9 @@ class OnlineRun(Run):
             return sample_pairs(self.codes, config.metric_steps, METRIC_PAIRS, self.streams.sampling)
 
         updates = progress(range(config.metric_updates), "fit the metric", unit="update", leave=False)
-        loss = self.agent.fit_metric(sample, updates, config.metric_updates)
-        return self.finite({"metric_loss": loss}, "--metric_lr")
+        losses = {"metric_loss": self.agent.fit_metric(sample, updates, config.metric_updates)}
+        self.check_metrics(losses, "lower --metric_lr")
+        return losses
 
     def neighbours(self, source: CodeSet | EpisodeReplay, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised states [n, D] of these rows, and the next ones."""
@@ -275,7 +266,8 @@ class OnlineRun(Run):
             return *self.neighbours(source, rows), source.actions[rows]
 
         bar = progress(range(updates), "fit the inverse dynamics model", unit="update", leave=False)
-        losses = self.finite({"idm_loss": self.agent.fit_idm(sample, bar, updates, lr)}, "--idm_lr")
+        losses = {"idm_loss": self.agent.fit_idm(sample, bar, updates, lr)}
+        self.check_metrics(losses, "lower --idm_lr")
         self.infer_actions()
         return losses
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import math
 import os
 import platform
 import sys
@@ -116,6 +117,7 @@ Number = Annotated[float, Range(-1e9, 1e9)]
 Fraction = Annotated[float, Range(0.0, 1.0)]
 PositiveFraction = Annotated[float, Range(1e-9, 1.0)]
 BelowOne = Annotated[float, Range(0.0, 1 - 1e-9, below=1)]
+PositiveBelowOne = Annotated[float, Range(1e-9, 1 - 1e-9, below=1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,3 +393,26 @@ def expectile_loss(prediction: torch.Tensor, target: torch.Tensor, expectile: fl
     """Squared error, weighted `expectile` where the target is above the prediction and 1 - expectile below."""
     error = target - prediction
     return torch.where(error > 0, expectile, 1 - expectile) * error.square()
+
+
+def n_step_target(steps: torch.Tensor, span: torch.Tensor, discount: float, value: torch.Tensor) -> torch.Tensor:
+    """discount^(k-1) where the goal comes after k <= span steps, else discount^span of the value there, cut to [0, 1].
+
+    steps to the goal, span [...] int64, value [...] of the states after span steps -> [...].
+    """
+    known = discount ** (torch.minimum(steps, span) - 1).float()
+    return torch.where(steps <= span, known, discount**span * value.clamp(0, 1))
+
+
+LEAST_VALUE = 1e-3  # V is too coarse below this to count steps: 688 of them at discount 0.99
+MAX_WEIGHT = 20.0
+
+
+def steps_by_value(value: torch.Tensor, discount: float) -> torch.Tensor:
+    """Steps to the goal by a value, which is discount^(k-1) where k remain: at least 1, at most LEAST_VALUE's."""
+    return 1 + value.clamp(LEAST_VALUE, 1).log() / math.log(discount)
+
+
+def advantage_weight(advantage: torch.Tensor, temperature: float) -> torch.Tensor:
+    """exp(temperature * advantage), capped: the weights of advantage-weighted regression (Peng et al., 2019)."""
+    return torch.exp(temperature * advantage).clamp(max=MAX_WEIGHT)

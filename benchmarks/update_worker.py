@@ -38,7 +38,7 @@ def offline_update(device: torch.device, small: bool) -> Callable[[], object]:
 
 
 def online_update(device: torch.device, small: bool) -> Callable[[], object]:
-    """OPSO's online stage: four losses on codes, one step of 1,024 transitions."""
+    """OPSO's online stage: five losses on codes, one step of 1,024 transitions."""
     from model import OfflineModel
     from online_agent import OnlineAgent, OnlineAgentConfig
 
@@ -54,7 +54,9 @@ def online_update(device: torch.device, small: bool) -> Callable[[], object]:
     steps = ("steps_to_goal", "n", "sub_steps", "far_steps")
     batch |= {name: torch.randint(1, 11, (n,), device=device) for name in steps}
     batch |= {"actions": 2 * torch.rand(n, ACTION_DIM, device=device) - 1, "acted": torch.ones(n, device=device)}
-    return lambda: agent.update(batch)
+    route = {name: features[end] for name, end in (("x", ""), ("x_goal", "_goal"), ("x_aim", "_sub"))}
+    route |= {"steps": 100 * torch.rand(n, device=device)}
+    return lambda: agent.update(batch, route=route)
 
 
 def decision_transformer_update(device: torch.device, small: bool) -> Callable[[], object]:

@@ -39,8 +39,8 @@ def sample_batch(
 ) -> dict[str, torch.Tensor]:
     """`count` transitions with hindsight goals, horizons and subgoals, as `OnlineAgent.update` takes them.
 
-    The policy aims 1..subgoal_steps ahead, sampled; the proposer exactly subgoal_steps, or at the goal where that comes
-    first. Nothing crosses an episode's end. `acted` says whether the actions may be read.
+    The policy aims 1..subgoal_steps ahead, sampled. Nothing crosses an episode's end. `acted` says whether the actions
+    may be read.
     """
     config, device = agent.config, source.states.device
 
@@ -54,13 +54,12 @@ def sample_batch(
     remaining = source.episode_end[rows] - rows
     n = torch.minimum(sample(1, config.horizon + 1), remaining)
     sub = torch.minimum(sample(1, config.subgoal_steps + 1), remaining)
-    far = torch.minimum(remaining, steps_to_goal).clamp(max=config.subgoal_steps)
-    at = torch.stack([rows, rows + 1, rows + n - 1, rows + n, rows + sub, rows + far, goals])
-    names = ("", "_next", "_before", "_ahead", "_sub", "_far", "_goal")
+    at = torch.stack([rows, rows + 1, rows + n - 1, rows + n, rows + sub, goals])
+    names = ("", "_next", "_before", "_ahead", "_sub", "_goal")
     features = dict(zip(names, source.states[at], strict=True))
     batch = {f"z{name}": agent.code(x) for name, x in features.items()}
     batch |= {f"x{name}": features[name] for name in ("", "_sub", "_goal")}
-    batch |= {"steps_to_goal": steps_to_goal, "n": n, "sub_steps": sub, "far_steps": far}
+    batch |= {"steps_to_goal": steps_to_goal, "n": n, "sub_steps": sub}
     actions = source.actions[rows] if acted else torch.zeros_like(source.actions[rows])
     known = torch.full((count,), float(acted), device=device)
     return batch | {"actions": actions, "acted": known}

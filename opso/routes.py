@@ -23,9 +23,9 @@ class Routes:
         goals = np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(np.int64))
         steps, aims = np.empty((len(goals), n), np.float32), np.empty((len(goals), n), np.int32)
         for number, goal in enumerate(progress(goals, "ways to goals", unit="goal", leave=False)):
-            left, following = graph.shortest_paths(np.array([goal]), np.zeros(1))
-            following[following == n] = goal  # the goal is a node
-            steps[number], aims[number] = left, ahead(left, following, graph.agent.aim_steps)
+            left, next_node = graph.shortest_paths([goal], [0.0])
+            next_node[next_node == n] = goal  # the goal is a node
+            steps[number], aims[number] = left, ahead(left, next_node, graph.agent.aim_steps)
         self.features, device = graph.features, graph.features.device
         self.goals, self.steps, self.aims = (torch.from_numpy(each).to(device) for each in (goals, steps, aims))
 
@@ -37,16 +37,16 @@ class Routes:
         return {"x": x, "x_goal": x_goal, "x_aim": x_aim, "steps": self.steps[goal, node]}
 
 
-def ahead(steps: np.ndarray, following: np.ndarray, most: float) -> np.ndarray:
-    """The first node on each node's way that is `most` steps ahead, or the way's end: [n] int.
+def ahead(steps: np.ndarray, next_node: np.ndarray, aim_steps: float) -> np.ndarray:
+    """The first node on each node's way that is `aim_steps` ahead, or the way's end: [n] int.
 
-    steps [n] to the goal, inf where no path leads; following [n]: the next node, the goal's own is itself, negative
-    where no path leads, whose answer is the node itself.
+    steps [n] to the goal, inf where no path leads; next_node [n]: the goal's is the goal itself. A node from which no
+    path leads is its own answer.
     """
     place = np.arange(len(steps))
-    moving = np.flatnonzero(np.isfinite(steps) & (following != place))
+    moving = np.flatnonzero(np.isfinite(steps) & (next_node != place))
     while len(moving):
-        place[moving] = following[place[moving]]
+        place[moving] = next_node[place[moving]]
         here = place[moving]
-        moving = moving[(steps[moving] - steps[here] < most) & (following[here] != here)]
+        moving = moving[(steps[moving] - steps[here] < aim_steps) & (next_node[here] != here)]
     return place

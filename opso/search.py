@@ -4,6 +4,7 @@ Search on the replay buffer (Eysenbach et al., 2019) in the manner of semi-param
 al., 2018). Edges that turn out not to lead anywhere are blocked for the rest of the episode.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from online_agent import OnlineAgent
 
-KEPT_GOALS = 128  # whose paths are kept: an evaluation asks for the same 100 each time
+KEPT_GOALS = 128  # goals whose paths are kept: each evaluation asks for the same 100
 ENOUGH_NODES = 20_000  # more come from more data alone, not from less time between two; codes are compared with so many
 NODES_PER_AIM = 2  # nodes of the graph that aim_steps span at least
 
@@ -39,7 +40,11 @@ class StateGraph:
         self.agent, self.features = agent, features
         self.points = agent.embed(features).detach()
         self.tree = cKDTree(self.points.cpu().numpy())
-        here, there, cost = self._nearest()
+        self.steps_per_square = agent.metric.steps_per_square.item()
+        nodes, costs = self.links(self.points, 1)  # one is the node itself
+        other = nodes != np.arange(len(self))[:, None]
+        other[other.all(1), -1] = False  # so many lie in the same place that the node is not among them
+        here, there, cost = np.repeat(np.arange(len(self)), other.sum(1)), nodes[other], costs[other]
         rows, end = rows.cpu().numpy(), episode_end.cpu().numpy()
         first = np.flatnonzero(end[:-1] == end[1:])
         here, there = np.concatenate([here, there, first]), np.concatenate([there, here, first + 1])
@@ -50,30 +55,18 @@ class StateGraph:
         keep = np.append(True, (here[1:] != here[:-1]) | (there[1:] != there[:-1]))
         self.here, self.there, self.cost = here[keep], there[keep], cost[keep]
         self.row_ends = np.searchsorted(self.there, np.arange(len(self) + 1))  # where the edges to each node begin
-        self._paths: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+        self.paths_to = functools.lru_cache(KEPT_GOALS)(self.shortest_paths)  # takes tuples
 
     def __len__(self) -> int:
         return len(self.points)
 
-    def link_cost(self, steps: np.ndarray) -> np.ndarray:
-        """Cost of a link of so many steps by the metric."""
-        return self.agent.config.link_cost + steps * (1 + steps / self.agent.config.trusted_steps)
-
-    def _nearest(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Links from each node to the num_links nearest others: from, to, cost."""
-        nodes, costs = self._near(self.points, self.agent.config.num_links + 1)
-        other = nodes != np.arange(len(self))[:, None]
-        other[other.all(1), -1] = False  # so many lie in the same place that the node is not among them
-        here = np.repeat(np.arange(len(self)), other.sum(1))
-        return here, nodes[other], costs[other]
-
-    def links(self, points: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Links between points [m, metric_dim] and their nearest nodes: nodes [m, L] int and their costs [m, L]."""
-        return self._near(points, self.agent.config.num_links)
-
-    def _near(self, points: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
-        distance, nodes = self.tree.query(points.detach().cpu().numpy(), np.arange(1, min(count, len(self)) + 1))
-        return nodes, self.link_cost(self.agent.metric.steps_per_square.item() * distance**2)
+    def links(self, points: Tensor, more: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Links of points [m, metric_dim] to their nearest nodes, num_links + more: nodes [m, L] int, costs [m, L]."""
+        config = self.agent.config
+        count = min(config.num_links + more, len(self))
+        distance, nodes = self.tree.query(points.detach().cpu().numpy(), np.arange(1, count + 1))
+        steps = self.steps_per_square * distance**2
+        return nodes, config.link_cost + steps * (1 + steps / config.trusted_steps)
 
     def around(self, point: Tensor, node: int) -> tuple[np.ndarray, np.ndarray]:
         """Nodes within block_radius of a point and of a node, each counted to the nearer one: [n] bool twice."""
@@ -88,17 +81,8 @@ class StateGraph:
         nearest = torch.cdist(codes, self.agent.code(self.features[::every])).argmin(1)
         return every * nearest.cpu().numpy()
 
-    def paths_to(self, last: np.ndarray, last_cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`shortest_paths` with nothing blocked, worked out once for the episodes that ask for the same goal."""
-        key = last.tobytes() + last_cost.tobytes()
-        if key not in self._paths:
-            while len(self._paths) >= KEPT_GOALS:
-                self._paths.pop(next(iter(self._paths)))
-            self._paths[key] = self.shortest_paths(last, last_cost)
-        return self._paths[key]
-
     def shortest_paths(
-        self, last: np.ndarray, last_cost: np.ndarray, blocked: Sequence[tuple[np.ndarray, np.ndarray]] = ()
+        self, last: Sequence[int], last_cost: Sequence[float], blocked: Sequence[tuple[np.ndarray, np.ndarray]] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
         """Shortest paths from all nodes to one goal.
 
@@ -119,19 +103,14 @@ class StateGraph:
 def spaced_rows(episode_end: torch.Tensor, most: int, aim_steps: float) -> torch.Tensor:
     """Rows for nodes: evenly spaced in time, ENOUGH_NODES of them, or more where these are half of aim_steps apart.
 
-    Where these are more than `most`, whole episodes are left out, evenly; where one episode alone has more, they are
-    farther apart after all. episode_end [N] int64, the last row of each row's episode; returns [n] int64.
+    Where these are more than `most`, whole episodes are left out, evenly. episode_end [N] int64, the last row of each
+    row's episode; returns [n] int64.
     """
     rows = torch.arange(len(episode_end), device=episode_end.device)
     spacing = min(math.ceil(len(rows) / min(most, ENOUGH_NODES)), max(int(aim_steps) // NODES_PER_AIM, 1))
     rows = rows[::spacing]
-    ends, lengths = torch.unique_consecutive(episode_end[rows], return_counts=True)
-    number = torch.arange(len(ends), device=rows.device)
-    # Of every `of` episodes one is kept, as many as it takes to come below the limit.
-    for of in range(math.ceil(len(rows) / most), len(ends) + 1):
-        if int(lengths[number % of == 0].sum()) <= most:
-            return rows[(number % of == 0).repeat_interleave(lengths)]
-    return torch.arange(0, len(episode_end), math.ceil(len(episode_end) / most), device=rows.device)
+    _, episode = torch.unique_consecutive(episode_end[rows], return_inverse=True)
+    return rows[episode % math.ceil(len(rows) / most) == 0][:most]
 
 
 class Planner:
@@ -165,13 +144,16 @@ class Planner:
         self.choices = self.explorations = 0  # how often z' was chosen, and how often by exploring
         self.subgoals = self.goals.clone()  # [E, d_model + D]: z' and its state
         self.chosen = np.full(count, len(graph))  # the node that z' is; n for the goal
-        self.nearest = np.full(count, np.inf)  # fewest steps to the goal so far
-        self.nearest_at = np.zeros(count, dtype=int)  # when that was
+        self.aim_steps = agent.aim_steps
+        self.nearest = np.full(count, np.inf)  # search: fewest steps to the goal so far
+        self.places: list[list[Tensor]] = [[] for _ in range(count)]  # proposer: where it was, aim_steps apart
+        self.progress_at = np.zeros(count, dtype=int)  # when it last got nearer to the goal, or to a new place
         self.escape_left = np.zeros(count, dtype=int)  # steps left of the random escape
         self.escape_actions = torch.zeros(count, agent.action_dim)
         self.goal_points = agent.embed(self.goals)
         if agent.config.acting == "search":
-            self.last = list(zip(*graph.links(self.goal_points), strict=True))  # nodes linked to the goals, and costs
+            links = zip(*graph.links(self.goal_points), strict=True)
+            self.last = [(tuple(nodes), tuple(costs)) for nodes, costs in links]  # nodes linked to the goals, and costs
             self.blocked: list[list] = [[] for _ in range(count)]  # pairs of sets of nodes, see shortest_paths
             self.paths = [graph.paths_to(*last) for last in self.last]
 
@@ -208,7 +190,7 @@ class Planner:
             for row, env in enumerate(live):
                 self._follow(env, points[row], nodes[row], costs[row], float(to_goal[row]))
         else:
-            self._propose(x, live, to_goal)
+            self._propose(x, points, live, to_goal)
         own = np.flatnonzero(self.chosen[live] < len(self.graph))
         self.subgoals[live] = self.goals[live]
         self.subgoals[live[own]] = self.graph.features[self.chosen[live[own]]]
@@ -221,29 +203,29 @@ class Planner:
             self.subgoals[live] = torch.where(explores, ahead, self.subgoals[live])
             self.explorations += int(explores.sum())
 
-    def _propose(self, x: Tensor, live: np.ndarray, to_goal: np.ndarray) -> None:
+    def _propose(self, x: Tensor, points: Tensor, live: np.ndarray, to_goal: np.ndarray) -> None:
         """Choose z' for `live`: the goal where it is near, else the node whose code is nearest to the proposal.
 
-        to_goal: [m] steps to the goals by the metric.
+        to_goal: [m] steps to the goals by the metric. Progress is to come to new places: V cannot tell it, as its
+        values are all near 0 where the goal is far.
         """
-        z, z_goal = self.agent.code(x), self.agent.code(self.goals[live])
-        nodes = self.graph.nearest_codes(self.agent.propose(z, z_goal))
-        near = to_goal <= self.agent.aim_steps
-        self.chosen[live] = np.where(near, len(self.graph), nodes)
-        left = np.where(near, to_goal, self.agent.steps_between(z, z_goal).cpu().numpy())
-        for env, steps in zip(live, left, strict=True):
-            if not self._progresses(env, steps):
+        proposals = self.agent.propose(self.agent.code(x), self.agent.code(self.goals[live]))
+        nodes = self.graph.nearest_codes(proposals)
+        self.chosen[live] = np.where(to_goal <= self.aim_steps, len(self.graph), nodes)
+        for env, point in zip(live, points, strict=True):
+            places = self.places[env]
+            if not places or self.agent.metric_steps(point[None], torch.stack(places)).min() > self.aim_steps:
+                places.append(point)
+                self.progress_at[env] = self.clock
+            if self._is_stuck(env):
                 self._escape(env)
 
-    def _progresses(self, env: int, left: float) -> bool:
-        """Whether the fewest steps to the goal so far are not older than `patience`, now that `left` remain."""
-        if left < self.nearest[env] - 1:
-            self.nearest[env], self.nearest_at[env] = left, self.clock
-        return self.clock - self.nearest_at[env] < self.agent.config.patience
+    def _is_stuck(self, env: int) -> bool:
+        return self.clock - self.progress_at[env] >= self.agent.config.patience
 
     def _escape(self, env: int) -> None:
         """Hold one random action for a while, and count progress anew."""
-        self.nearest[env], self.nearest_at[env] = np.inf, self.clock
+        self.nearest[env], self.places[env], self.progress_at[env] = np.inf, [], self.clock
         self.escape_left[env] = self.agent.config.escape_steps
         self.escape_actions[env] = 2 * torch.rand(self.agent.action_dim, generator=self.generators[env]) - 1
 
@@ -252,7 +234,7 @@ class Planner:
 
         nodes, costs: [L] the links of the state it is in.
         """
-        ahead, count = self.agent.aim_steps, len(self.graph)
+        ahead, count = self.aim_steps, len(self.graph)
         steps, next_node = self.paths[env]
         total = costs + steps[nodes]
         for here, there in self.blocked[env]:
@@ -270,7 +252,9 @@ class Planner:
             node, left = int(nodes[best]), total[best]
             while node < count and left - steps[node] < ahead:
                 node = int(next_node[node])
-        if not self._progresses(env, left):
+        if left < self.nearest[env] - 1:
+            self.nearest[env], self.progress_at[env] = left, self.clock
+        if self._is_stuck(env):
             self._block(env, point, node)
         self.chosen[env] = node
 

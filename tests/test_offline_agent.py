@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy.stats import spearmanr
 from model import MLP
 from model_kernels import choice
 from offline_agent import ABSENT, OfflineAgent, OfflineAgentConfig, bank_logsumexp, effective_rank
-from offline_trainer import sample_batch
+from offline_trainer import OfflineTrainerConfig, resolve, sample_batch
 from ogbench_utils import NEVER, TrajectoryDataset
 from utils import expectile_loss
 
@@ -229,10 +230,19 @@ def test_state_loss_equals_a_loop_and_weighs_what_gets_nearer():
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     assert info["state_weight"].item() == pytest.approx(np.mean(weights), rel=1e-4) and np.std(weights) > 0.1
     proposal = agent.model.next_state(codes["z"], codes["z_goal"])
-    for plain in ({"state_temperature": 0.0}, {"discount": 1.0}):
-        agent = make_agent(**plain)
-        unweighted = agent.state_loss(codes, batch)[0]
-        assert torch.allclose(unweighted, F.mse_loss(proposal, codes["target_z"][:, 1:]), atol=1e-6)
+    unweighted = make_agent(state_temperature=0.0).state_loss(codes, batch)[0]
+    assert torch.allclose(unweighted, F.mse_loss(proposal, codes["target_z"][:, 1:]), atol=1e-6)
+
+
+def test_the_weights_of_a_giant_maze_do_not_vanish_where_the_goal_is_far():
+    """A perfect V, 1,000 steps from the goal: who comes a step nearer in one step has weight 1."""
+    config = resolve(OfflineTrainerConfig(dataset="local/pointmaze-giant-navigate-v0"))
+    agent = make_agent(discount=config.discount)
+    agent.target = SimpleNamespace(v=lambda z, goal: config.discount ** (z[..., 0] - 1))
+    left = torch.tensor([1000.0, 999.0, 998.0]).view(1, 3, 1)
+    codes = {"target_z": left, "target_ahead": left[:, 1:], "target_goal": None, "n": torch.ones(1, 2)}
+    weight = agent.state_weight(codes, {"steps_to_goal": torch.full((1, 2), NEVER)})
+    assert torch.allclose(weight, torch.ones(1, 2), atol=1e-3)
 
 
 def test_the_proposer_goes_to_the_goal_though_the_data_goes_both_ways():

@@ -152,6 +152,14 @@ def test_a_finished_run_says_so_and_stops(finished, dataset_dir, capsys):
     assert digest(finished / "checkpoints/last.pth") == before
 
 
+def test_the_discount_reaches_through_the_maze():
+    for maze, expected in (("antmaze-large", 0.99), ("antmaze-giant", 0.995), ("humanoidmaze-medium", 0.995)):
+        own = offline_trainer.OfflineTrainerConfig(dataset=f"{maze}-navigate-v0")
+        assert offline_trainer.resolve(own).discount == expected
+        own.discount = 0.9
+        assert offline_trainer.resolve(own).discount == 0.9
+
+
 def test_bad_settings_name_the_flag(dataset_dir, tmp_path, capsys):
     run = tmp_path / "run"
     assert "--expectil" in exits(capsys, *arguments(dataset_dir, run, "--expectil", "0.9"))
