@@ -225,7 +225,7 @@ def test_a_corrupt_checkpoint_is_named(dataset_dir, tmp_path, capsys):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     config = offline_trainer.parse_config(offline_trainer.OfflineTrainerConfig, arguments(dataset_dir, run))
-    prepare_run(run, config)
+    prepare_run(run, offline_trainer.resolve(config))
     (run / "checkpoints/last.pth").write_bytes(b"not a checkpoint")
     assert str(run / "checkpoints/last.pth") in exits(capsys, *arguments(dataset_dir, run, "--resume"))
     assert "--resume" in exits(capsys, *arguments(dataset_dir, run))
