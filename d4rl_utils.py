@@ -39,7 +39,6 @@ from dataset_files import (
     Dataset,
     bad_file,
     check_arrays,
-    find,
     following_rows,
     jumps,
     official_ids,
@@ -78,7 +77,6 @@ REFERENCE_RETURNS = {
     "antmaze": (0.0, 1.0),
 }
 
-_STATES = ("infos/qpos", "infos/qvel")
 # Where a robot stands after a reset: height (what else a position holds is 0), and how far positions and velocities can
 # be from there and from 0. Gravity alone takes it out of this box within a step. halfcheetah's velocities are normal
 # with a deviation of 0.1.
@@ -113,15 +111,9 @@ class D4RLDataset(Dataset):
         return ENVIRONMENTS.get(self.robot) or f"antmaze-{self.level.split('-')[0]}"
 
     @property
-    def file_name(self) -> str:
-        """D4RL's name of the file, e.g. hopper_medium_replay-v2.hdf5."""
-        if self.robot == "antmaze":
-            return ANTMAZES[self.level]
-        return f"{self.robot}_{self.level.replace('-', '_')}-v2.hdf5"
-
-    @property
     def files(self) -> tuple[str, ...]:
-        return (self.file_name,)
+        """D4RL's name of the file, e.g. hopper_medium_replay-v2.hdf5."""
+        return (ANTMAZES.get(self.level, f"{self.robot}_{self.level.replace('-', '_')}-v2.hdf5"),)
 
     @property
     def url(self) -> str:
@@ -226,11 +218,6 @@ DATASETS = {
 }
 
 
-def parse_dataset_id(dataset_id: str) -> D4RLDataset:
-    """The dataset of an id; raises UserError, naming an id that is near where there is one."""
-    return find(dataset_id, DATASETS, "a D4RL MuJoCo or AntMaze dataset (see `python make_dataset.py --list`)")
-
-
 def is_official(dataset_id: str, transitions: int) -> bool | None:
     """Whether so many transitions can be D4RL's own file: at least nine tenths of its rows, whatever a file is called.
 
@@ -243,20 +230,18 @@ def is_official(dataset_id: str, transitions: int) -> bool | None:
     return transitions >= 0.9 * rows
 
 
-def load_arrays(
-    path: str | os.PathLike, states: bool = False, sizes: tuple[int, int] | None = None
-) -> dict[str, np.ndarray]:
+def load_arrays(path: str | os.PathLike, sizes: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
     """Read and check one D4RL file.
 
     Returns observations [N, obs_dim], actions [N, act_dim] and rewards [N] float32, terminals [N] bool, and, where the
     file has them, next_observations [N, obs_dim] float32 and timeouts [N] bool. A row is one transition; terminals says
-    that the state after it is absorbing, timeouts that the episode was cut there. `states` adds infos/qpos and
-    infos/qvel float64, the simulator's state before the step. metadata/ is not read.
+    that the state after it is absorbing, timeouts that the episode was cut there. infos/ and
+    metadata/ are not read.
 
     Raises UserError for a file that cannot be read and for the faults of `dataset_files.check_arrays`. The last row
     need not end an episode: in official files it often does not.
     """
-    path, needed = Path(path), ("observations", "actions", "rewards", "terminals", *(_STATES if states else ()))
+    path, needed = Path(path), ("observations", "actions", "rewards", "terminals")
     arrays = read_hdf5(path, needed, ("next_observations", "timeouts"))
     check_arrays(functools.partial(bad_file, path), arrays, sizes)
     return arrays
@@ -333,11 +318,8 @@ def _without_known_warnings() -> Iterator[None]:
 
 
 def make_env(dataset_id: str) -> gymnasium.Env:
-    """The environment of a dataset: float64 observations, actions in [-1, 1], cut after D4RL's number of steps.
-
-    Raises UserError for an unknown id.
-    """
-    dataset = parse_dataset_id(dataset_id)
+    """The environment of one of DATASETS: float64 observations, actions in [-1, 1], D4RL's time limit."""
+    dataset = DATASETS[dataset_id]
     if dataset.robot == "antmaze":
         env = AntMaze(dataset.env_id.removeprefix("antmaze-"))
         return gymnasium.wrappers.TimeLimit(env, dataset.max_episode_steps)

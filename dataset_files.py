@@ -1,19 +1,18 @@
 """Data files of every benchmark: dataset ids and where their files are, reading, checks of what they hold, downloads.
 
-Files are read without trust: nothing pickled is loaded, and every array's type, shape, range and rows are checked, with
-one line that names the file, the array and the row.
+Nothing pickled is loaded. Every array's type, shape, range and rows are checked, and a fault is one line that names the
+file, the array and the row.
 """
 
 from __future__ import annotations
 
 import abc
-import contextlib
 import difflib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -45,6 +44,7 @@ class Dataset(abc.ABC):
     id: str
     VARIABLE: ClassVar[str] = ""  # environment variable that names the folder where no argument does
     RECIPES: ClassVar[tuple[str, ...]] = ()  # ids that make_dataset.py can make
+    url: ClassVar[str] = ""  # address of the folder of the official files; empty where they are not published at one
     OFFICIAL_FOLDER: ClassVar[str] = ""  # of official files where nothing names one; else `datasets` beside the code
 
     @property
@@ -68,11 +68,6 @@ class Dataset(abc.ABC):
         """Names of the files, below the folder."""
 
     @property
-    def url(self) -> str:
-        """Address of the folder of the official files; empty where they are not published at one."""
-        return ""
-
-    @property
     def generated(self) -> bool:
         """Whether make_dataset.py has a recipe for `local/<name>`."""
         return f"local/{self.name}" in self.RECIPES
@@ -93,12 +88,6 @@ class Dataset(abc.ABC):
         """Scores of undiscounted returns there, any shape, float64: the returns themselves where there is no scale."""
         return np.asarray(returns, dtype=np.float64)
 
-    @property
-    def folder_rule(self) -> str:
-        """How `folder` is chosen, in words."""
-        default = not self.local and self.OFFICIAL_FOLDER or "datasets/ beside the code"
-        return ", else ".join(filter(None, ("--dataset_dir", self.VARIABLE, default)))
-
     def folder(self, dataset_dir: str | os.PathLike | None = None) -> Path:
         """The dataset folder: the argument, else what VARIABLE names, else the benchmark's own or `datasets` here."""
         default = not self.local and self.OFFICIAL_FOLDER or Path(__file__).resolve().parent / "datasets"
@@ -116,10 +105,18 @@ class Dataset(abc.ABC):
         return self.paths(dataset_dir)[0].with_suffix(".json")
 
     def manifest(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any] | None:
-        """The manifest of a complete local dataset, else None: it lists these files, each there with its size."""
-        manifest = read_manifest(self.manifest_path(dataset_dir), self.file_id)
-        own = {path.name for path in self.paths(dataset_dir)}
-        return manifest if manifest and {Path(name).parts[0] for name in manifest["files"]} == own else None
+        """The manifest of a complete local dataset, else None: its files are all there with the sizes it says.
+
+        It is written after them, so that a generation that was cut leaves none.
+        """
+        path = self.manifest_path(dataset_dir)
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            sizes = [(path.parent / name, entry["bytes"]) for name, entry in manifest["files"].items()]
+            whole = manifest["id"] == self.file_id and all(file.stat().st_size == size for file, size in sizes)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
+        return manifest if whole else None
 
     def ensure(self, dataset_dir: str | os.PathLike | None = None, base_url: str = "") -> tuple[Path, ...]:
         """`paths`, all there: what is missing of an official dataset is downloaded first (from base_url if given).
@@ -166,9 +163,13 @@ def find(dataset_id: str, known: Mapping[str, AnyDataset], what: str) -> AnyData
     """
     if dataset_id in known:
         return known[dataset_id]
-    nearest = difflib.get_close_matches(str(dataset_id), known, n=1, cutoff=0.7)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise UserError(f"dataset {dataset_id!r} is not {what}{hint}")
+    near = nearest_id(dataset_id, known)
+    raise UserError(f"dataset {dataset_id!r} is not {what}" + (f"; did you mean {near!r}?" if near else ""))
+
+
+def nearest_id(name: str, ids: Iterable[str]) -> str | None:
+    """The id that `name` is near to, None where it is near none."""
+    return next(iter(difflib.get_close_matches(str(name), ids, n=1, cutoff=0.7)), None)
 
 
 def sha256(path: str | Path) -> str:
@@ -178,21 +179,6 @@ def sha256(path: str | Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def read_manifest(path: str | Path, dataset_id: str) -> dict[str, Any] | None:
-    """A manifest that names this id and whose files are all there with the sizes it says, else None.
-
-    It is written after its files, so that a generation that was cut leaves none.
-    """
-    path = Path(path)
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        sizes = {path.parent / name: entry["bytes"] for name, entry in manifest["files"].items()}
-        complete = manifest["id"] == dataset_id and all(file.stat().st_size == size for file, size in sizes.items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-    return manifest if complete else None
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -208,55 +194,43 @@ def bad_file(path: Path, fault: str) -> UserError:
     return UserError(path, fault, remedy)
 
 
-@contextlib.contextmanager
-def _readable(path: Path, kind: str, flag: str, bad: Bad) -> Iterator[None]:
-    """Whatever goes wrong inside becomes one line."""
+def _read(
+    load: Callable[[], Any], path: Path, kind: str, keys: Iterable[str], optional: Iterable[str], bad: Bad | None
+) -> dict[str, np.ndarray]:
+    """The arrays of these keys, and of the optional ones that are there. Whatever goes wrong becomes one line."""
+    bad = bad or functools.partial(bad_file, path)
+    if not path.is_file():
+        raise bad("no such file")
     try:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; check {flag}")
-        with open(path, "rb"):  # without permission a library would speak of a damaged file
-            pass
-        yield
+        with load() as file:
+            missing = [key for key in keys if key not in file]
+            if missing:
+                raise bad(f"no array {missing[0]!r} (it holds {', '.join(sorted(file)) or 'nothing'})")
+            return {key: file[key][()] for key in (*keys, *(key for key in optional if key in file))}
     except UserError:
         raise
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read it; change that, or {flag}") from None
-    except MemoryError:
-        raise UserError(f"{path}: does not fit in memory; use a smaller dataset") from None
     except Exception as error:  # a damaged file fails in many ways
         raise bad(f"not a readable {kind}, or cut short ({one_line(error) or type(error).__name__})") from None
 
 
-def _take(file: Any, keys: Iterable[str], optional: Iterable[str], bad: Bad) -> dict[str, np.ndarray]:
-    """The arrays of these keys, and of the optional ones that are there."""
-    missing = [key for key in keys if key not in file]
-    if missing:
-        raise bad(f"no array {missing[0]!r} (it holds {', '.join(sorted(file)) or 'nothing'})")
-    return {key: file[key][()] for key in (*keys, *(key for key in optional if key in file))}
-
-
 def read_npz(
-    path: Path, keys: Iterable[str], optional: Iterable[str] = (), flag: str = "--dataset_dir", bad: Bad | None = None
+    path: Path, keys: Iterable[str], optional: Iterable[str] = (), bad: Bad | None = None
 ) -> dict[str, np.ndarray]:
     """Arrays of an npz file as they are stored; UserError where it is missing, damaged or lacks one of the keys.
 
-    `flag` names its folder, `bad` makes the error of a fault.
+    `bad` makes the error of a fault; else it is `bad_file`.
     """
-    bad = bad or functools.partial(bad_file, path)
-    with _readable(path, "npz of plain arrays", flag, bad), np.load(path, allow_pickle=False) as file:
-        return _take(file, keys, optional, bad)
+    return _read(lambda: np.load(path, allow_pickle=False), path, "npz of plain arrays", keys, optional, bad)
 
 
 def read_hdf5(path: Path, keys: Iterable[str], optional: Iterable[str] = ()) -> dict[str, np.ndarray]:
     """Arrays of an HDF5 file as they are stored; UserError where it is missing, damaged or lacks one of the keys."""
     import h5py
 
-    bad = functools.partial(bad_file, path)
     # Without a lock, because files are renamed into place whole and read-only folders cannot lock. Without a cache of
     # chunks, because each is read once: HDF5 and malloc would keep a third of the data's size.
     options = {"locking": False, "rdcc_nbytes": 0}
-    with _readable(path, "HDF5 file", "--dataset_dir", bad), h5py.File(path, "r", **options) as file:
-        return _take(file, keys, optional, bad)
+    return _read(lambda: h5py.File(path, "r", **options), path, "HDF5 file", keys, optional, None)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -269,9 +243,9 @@ _FLAGS = ("terminals", "timeouts")
 def check_arrays(bad: Bad, arrays: dict[str, np.ndarray], sizes: tuple[int, int] | None = None) -> None:
     """Check the arrays of a file, and turn them into float32 and bool in place.
 
-    observations and next_observations [N, obs_dim], actions [N, act_dim] in [-1, 1], rewards [N], states (`infos/...`,
-    which stay float64) [N, any]; terminals and timeouts [N], which may be numbers 0 and 1. A column of shape [N, 1]
-    passes for [N], as in D4RL's loader. Raises `bad(fault)` at the first fault. sizes: (obs_dim, act_dim) of the robot.
+    observations and next_observations [N, obs_dim], actions [N, act_dim] in [-1, 1], rewards [N], terminals and
+    timeouts [N], which may be numbers 0 and 1. A column of shape [N, 1] passes for [N], as in D4RL's loader. Raises
+    `bad(fault)` at the first fault. sizes: (obs_dim, act_dim) of the robot.
     """
     for key, array in arrays.items():
         flags, ndim = key in _FLAGS, 1 if key in (*_FLAGS, "rewards") else 2
@@ -297,7 +271,7 @@ def check_arrays(bad: Bad, arrays: dict[str, np.ndarray], sizes: tuple[int, int]
             arrays[key] = array.astype(bool, copy=False)
         else:
             with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is found below
-                arrays[key] = np.ascontiguousarray(array, np.float64 if key.startswith("infos/") else np.float32)
+                arrays[key] = np.ascontiguousarray(array, np.float32)
             check_rows(bad, key, arrays[key], *((-1, 1) if key == "actions" else ()))
 
 
@@ -329,34 +303,21 @@ def jumps(places: np.ndarray, limit: float) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def episode_returns(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Undiscounted return of each episode, float64 [E]. rewards: [N]; ends: the rows that end an episode [E]."""
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    return np.add.reduceat(rewards.astype(np.float64), starts)
+def whole_returns(rewards: np.ndarray, terminated: np.ndarray, ends: np.ndarray, limit: float = 0) -> np.ndarray:
+    """Undiscounted returns of the episodes that were not cut early, which would pull the mean down: float64.
 
-
-def task_returns(rewards: np.ndarray, terminated: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Undiscounted return of each episode up to its first termination, where an evaluation would end, float64 [E].
-
-    rewards [N], terminated [N] bool; ends: the rows that end an episode [E]. Differs from `episode_returns` only where
-    the recording goes on after the goal.
+    rewards [N], terminated [N] bool; ends: the rows that end an episode [E]. Whole are those that terminate, or last
+    for `limit` steps, or, where none does, as long as the longest; all, where the limit is 0. A return counts up to the
+    first termination, where an evaluation would end; a recording may go on after it.
     """
-    starts = np.concatenate([[0], ends[:-1] + 1])
+    starts, lengths = np.concatenate([[0], ends[:-1] + 1]), np.diff(ends, prepend=-1)
     terminations = np.append(np.flatnonzero(terminated), len(terminated))
-    first = terminations[np.searchsorted(terminations, starts)]
-    lasts = np.minimum(ends, first)
-    # An episode at a time: a million rows in float64 would be a tenth of the data.
-    return np.array([rewards[a : b + 1].sum(dtype=np.float64) for a, b in zip(starts, lasts, strict=True)])
-
-
-def whole_returns(rewards: np.ndarray, terminated: np.ndarray, ends: np.ndarray, limit: float) -> np.ndarray:
-    """`task_returns` of the episodes that were not cut early, which would pull the mean down, float64 [at most E].
-
-    Those terminate, or last for `limit` steps, or, where none does, as long as the longest.
-    """
-    lengths = np.diff(ends, prepend=-1)
+    lasts = np.minimum(ends, terminations[np.searchsorted(terminations, starts)])
     whole = terminated[ends] | (lengths >= min(limit, lengths.max()))
-    return task_returns(rewards, terminated, ends)[whole]
+    # An episode at a time: a million rows in float64 would be a tenth of the data.
+    return np.array(
+        [rewards[a : b + 1].sum(dtype=np.float64) for a, b in zip(starts[whole], lasts[whole], strict=True)]
+    )
 
 
 def take_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -382,7 +343,7 @@ def following_rows(observations: np.ndarray, rows: np.ndarray, unknown: np.ndarr
 
 
 def download(url: str, path: Path, check: Callable[[Path], object], advice: str) -> None:
-    """Fetch one file to `<path>.part`, going on where an earlier attempt stopped; check it, rename it into place.
+    """Fetch one file to `<path>.part`, going on with what an earlier attempt left; check it, rename it into place.
 
     One process at a time fetches into a folder. Raises UserError in one line, ending with `advice`, for a server that
     fails, a file that arrives short and one that `check` refuses, which is removed.
@@ -395,55 +356,34 @@ def download(url: str, path: Path, check: Callable[[Path], object], advice: str)
         with exclusive_folder(path.parent):
             if path.exists():
                 return  # another process fetched it while this one waited
-            try:
-                _fetch(url, part)
-            except requests.RequestException:  # it may have passed
-                _fetch(url, part)
+            _fetch(url, part)
             try:
                 check(part)
             except UserError as error:
-                _discard(part)
+                part.unlink()
                 raise UserError(f"{url} is not the dataset", error.fault or str(error), advice) from None
             os.replace(part, path)
-            _discard(part)
     except requests.RequestException as error:
-        if not _tag(part).exists():
-            _discard(part)  # nothing tells whether it could be continued
         plain = type(error) in (requests.HTTPError, requests.RequestException)
         raise UserError(f"cannot download {url} ({error if plain else type(error).__name__}); {advice}") from None
     except OSError as error:
         raise UserError(f"{path.parent}: cannot store {path.name} there ({error.strerror or error})") from None
 
 
-def _discard(part: Path) -> None:
-    part.unlink(missing_ok=True)
-    _tag(part).unlink(missing_ok=True)
-
-
-def _tag(part: Path) -> Path:
-    """What identifies the server's file, kept beside what has arrived of it."""
-    return part.with_name(part.name + ".etag")
-
-
 def _fetch(url: str, part: Path) -> None:
-    """One attempt. If-Range makes the server send the rest only while its file is the same, else the whole file."""
+    """One attempt, which appends to `part`; should the file have changed in between, its check fails."""
     import requests
 
-    have = part.stat().st_size if part.exists() and _tag(part).exists() else 0
+    have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"}  # compressed transfer would make Content-Length useless
     if have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": _tag(part).read_text()}
+        headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
-        if response.status_code == 416:  # what is here is as long as the file, or longer
-            _discard(part)
+        if response.status_code == 416:  # nothing is left to send: the check says whether it is whole
+            return
         if response.status_code not in (200, 206):
             raise requests.HTTPError(f"HTTP status {response.status_code}")
         have = have if response.status_code == 206 else 0
-        if not have:
-            _discard(part)
-            etag = response.headers.get("ETag", "W/")  # a weak one does not identify the bytes
-            if tag := response.headers.get("Last-Modified") if etag.startswith("W/") else etag:
-                _tag(part).write_text(tag)
         total = have + int(response.headers.get("Content-Length", 0))
         bar = progress(total, part.stem, initial=have, unit="B", unit_scale=True)
         with open(part, "ab" if have else "wb") as file, bar:

@@ -18,7 +18,6 @@ import hashlib
 import io
 import math
 import os
-import re
 import types
 import warnings
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from dataset_files import Dataset, check_rows, find, read_npz
+from dataset_files import Dataset, check_rows, read_npz
 from utils import UserError, one_line, write_bytes_atomic
 
 TASKS = ("walk", "run")
@@ -41,7 +40,6 @@ EPISODE_STEPS = 1000
 EPISODE_COLUMNS = {"observation": OBSERVATION_DIM, "action": ACTION_DIM, "reward": 1, "discount": 1}
 EPISODE_COLUMNS |= {"physics": PHYSICS_DIM}
 _LIMITS = {"action": (-1.0, 1.0), "reward": (0.0, 1.0), "discount": (0.0, 1.0)}
-_EPISODE_NAME = re.compile(r"episode_(\d{6,})_(\d+)\.npz")
 
 # The study's names say td3 because its collectors were TD3; who collected a local one, its manifest says.
 OFFICIAL_IDS = tuple(f"walker_{task}-td3-{level}" for task in TASKS for level in ("medium", "medium-replay"))
@@ -213,11 +211,6 @@ class WalkerDataset(Dataset):
 DATASETS = {dataset_id: WalkerDataset(dataset_id) for dataset_id in OFFICIAL_IDS + GENERATED_IDS}
 
 
-def parse_dataset_id(dataset_id: str) -> WalkerDataset:
-    """The dataset of an id; raises UserError, naming an id that is near where there is one."""
-    return find(dataset_id, DATASETS, "a walker dataset (see `python make_dataset.py --list --only walker`)")
-
-
 def parse_datasets(text: str) -> list[str]:
     """Dataset ids of `walk_m`, `walk_m,run_mr`, `__all__`; in the order of SHORT_NAMES, each once.
 
@@ -267,21 +260,18 @@ def write_episode(path: str | os.PathLike, episode: dict[str, np.ndarray]) -> No
 def read_episode(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Read and check an episode file: float32 arrays of 1001 rows, with the columns of EPISODE_COLUMNS.
 
-    Raises UserError naming the file and the fault: a name of another kind, a length in the name that is not that of
-    the rows, an unreadable file, a key missing, another shape or type, NaN, actions outside [-1, 1], rewards or
-    discounts outside [0, 1], a first row that is not a reset's.
+    Raises UserError naming the file and the fault: an unreadable file, a key missing, another shape or type, NaN,
+    actions outside [-1, 1], rewards or discounts outside [0, 1], a first row that is not a reset's.
     """
     path = Path(path)
-    episode = read_npz(path, EPISODE_COLUMNS, flag="--data_dir", bad=functools.partial(_bad_episode, path))
+    episode = read_npz(path, EPISODE_COLUMNS, bad=functools.partial(_bad_episode, path))
     _check_episode(path, episode)
     return episode
 
 
 def _check_episode(path: Path, episode: dict[str, np.ndarray]) -> None:
     """Raise UserError for the first fault; see `read_episode`."""
-    name, bad = _EPISODE_NAME.fullmatch(path.name), functools.partial(_bad_episode, path)
-    if name is None:
-        raise bad("the name is not episode_<index>_<steps>.npz, the index of six digits")
+    bad = functools.partial(_bad_episode, path)
     for key, columns in EPISODE_COLUMNS.items():
         array = episode[key]
         if array.dtype != np.float32:
@@ -289,14 +279,12 @@ def _check_episode(path: Path, episode: dict[str, np.ndarray]) -> None:
         if array.shape != (EPISODE_STEPS + 1, columns):
             raise bad(f"{key} has shape {array.shape}, expected {(EPISODE_STEPS + 1, columns)}")
         check_rows(bad, key, array, *_LIMITS.get(key, ()))
-    if int(name[2]) != EPISODE_STEPS:
-        raise bad(f"the name says {name[2]} steps, the file has {EPISODE_STEPS}")
     if episode["action"][0].any() or episode["reward"][0].any():
         raise bad("row 0 has an action or a reward, but nothing led to the reset: rows are out of line")
 
 
 def _bad_episode(path: Path, fault: str) -> UserError:
-    return UserError(f"{path}: {fault}; delete or replace the file (a local/ dataset: make_dataset.py --overwrite)")
+    return UserError(path, fault, "delete or replace the file (a local/ dataset: make_dataset.py --overwrite)")
 
 
 def load_episodes(folder: str | os.PathLike) -> list[dict[str, np.ndarray]]:
@@ -352,7 +340,7 @@ def load_study_data(ids: list[str], dataset_dir: str | os.PathLike | None = None
     """The episodes of these datasets; raises UserError for a dataset that is missing and for the first bad file."""
     episodes, tasks = [], []
     for dataset_id in ids:
-        dataset = parse_dataset_id(dataset_id)
+        dataset = DATASETS[dataset_id]
         found = dataset.read(*dataset.ensure(dataset_dir))
         episodes += found
         tasks += [TASKS.index(dataset.task)] * len(found)
@@ -366,22 +354,6 @@ def load_study_data(ids: list[str], dataset_dir: str | os.PathLike | None = None
         physics=stacked["physics"],
         tasks=np.array(tasks),
     )
-
-
-def replay_episode(env: WalkerEnv, episode: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """What the simulator makes of each transition: from physics row t - 1, action row t.
-
-    Returns observations [1000, 24] and rewards [1000], float32, to compare with rows 1 to 1000 of the episode. They
-    agree to 1e-4, but for about one row in ten thousand where float32 rounding decides whether a foot touches down
-    within the step or after it.
-    """
-    observations, rewards = [], []
-    for physics, action in zip(episode["physics"][:-1], episode["action"][1:], strict=True):
-        env.set_physics(physics)
-        observation, reward, *_ = env.step(action)
-        observations.append(observation)
-        rewards.append(reward)
-    return np.stack(observations), np.array(rewards, np.float32)
 
 
 def rewards_in_task(env: WalkerEnv, physics: np.ndarray) -> np.ndarray:

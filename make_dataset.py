@@ -6,12 +6,7 @@
     python make_dataset.py --dataset local/hopper-medium-v2 --num_transitions 200000
     python make_dataset.py --check datasets/local/hopper_medium-v2.hdf5
 
-Without --list or --check it makes --dataset. Flags that each of the three reads:
-
-    make      --dataset, --num_episodes, --num_transitions or --official_size, --seed, --dataset_dir, --experts_dir,
-              --jobs, --overwrite
-    --list    --only, --dataset_dir
-    --check   --picture, --dataset_dir
+Without --list, --only or --check it makes --dataset.
 
 Sizes where none is given: 100 episodes (mazes' navigate, walker study), 300 (stitch), 120 (explore), 100,000
 transitions (D4RL). --official_size: 1,000 (mazes' navigate), 5,000 (stitch), 10,000 (explore), as OGBench's own files.
@@ -28,15 +23,13 @@ has AVX2, whatever --jobs.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 
 import utils
 from benchmark_data import overview
 from benchmark_data.check import run_check
-from benchmark_data.local import FAMILIES, find_family, generate
-from benchmark_data.local import generate_if_missing as generate_if_missing  # for scripts, beside `generate`
+from benchmark_data.local import FAMILIES, find_family, generate, generate_if_missing  # noqa: F401  for scripts
 from benchmark_data.maze import HUMANOID_MESSAGE
 from runs.cli import parse_config, run_cli
 from utils import Count, UserError, Whole
@@ -56,67 +49,42 @@ class MakeDatasetConfig:
     jobs: Count = 1  # processes that make episodes side by side; changes no byte of the files
     overwrite: bool = False  # replace a dataset of another seed, size or policies, or files without a manifest
     list: bool = False  # instead, show every id: size, where it is, or how to get it
-    only: str | None = None  # with --list: the ids that hold this text, and no others
+    only: str | None = None  # list the ids that hold this text, and no others
     check: str | None = None  # instead, check this file, folder or dataset id, generated or official
-    picture: str | None = None  # with --check: where its picture goes; else logs/checks/<id>.png
-
-
-# Flags that the two other commands read; all others make data.
-READ_WITH = {"list": ("only", "dataset_dir"), "check": ("picture", "dataset_dir")}
 
 
 def print_list(dataset_dir: str | None, only: str | None = None) -> None:
     """Print every dataset id, or those that hold `only`. Raises UserError where there is none."""
-    local = overview.only(overview.local_groups(FAMILIES, dataset_dir), only)
-    official = overview.only(overview.official_groups(dataset_dir), only)
-    if not local and not official:
+    sections = overview.sections(FAMILIES, dataset_dir, only or "")
+    if not sections:
         raise UserError(f"--only {only}: no dataset id holds it; leave it out to see all")
-    sections = [overview.describe(group) for group in local + official]
     if only is None or "humanoid" in only:
-        sections.insert(len(local), f"local/humanoidmaze-*: {HUMANOID_MESSAGE}.")
+        sections.append(f"local/humanoidmaze-*: {HUMANOID_MESSAGE}.")
     print("\n\n".join(sections))
 
 
 def requested_size(config: MakeDatasetConfig) -> int | None:
     """The size asked for, in the family's unit; UserError where the flag is the other benchmark's."""
-    unit = find_family(config.dataset).unit
+    family = find_family(config.dataset)
     sizes = {"episodes": config.num_episodes, "transitions": config.num_transitions}
-    size = sizes.pop(unit)
-    for other, given in sizes.items():
-        if given is not None:
-            raise UserError(f"--num_{other} {given}: {config.dataset} is counted in {unit}; use --num_{unit}")
+    size = sizes.pop(family.unit)
+    if any(sizes.values()):
+        raise UserError(f"{config.dataset} is counted in {family.unit}; use --num_{family.unit}")
     if not config.official_size:
         return size
-    if size is not None:
-        raise UserError(f"--official_size --num_{unit} {size}: both give the size; leave one of the two out")
-    official = find_family(config.dataset).official_size(config.dataset)
-    if official is None:
-        raise UserError(f"--official_size: not known here for {config.dataset}; use --num_{unit}")
+    official = family.official_size(config.dataset)
+    if size is not None or official is None:
+        known = "not known here" if official is None else f"{official:,} {family.unit}"
+        raise UserError(f"--official_size of {config.dataset} is {known}; use --num_{family.unit}, or it alone")
     return official
-
-
-def refuse_unread_flags(config: MakeDatasetConfig) -> None:
-    """Raise UserError for a flag that was given and that nothing would read."""
-    given = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default}
-    modes = [name for name in READ_WITH if name in given]
-    if len(modes) > 1:
-        raise UserError("--list and --check are two commands; give one of them")
-    reads = (modes[0], *READ_WITH[modes[0]]) if modes else given - {"picture", "only"}
-    for name in sorted(given.difference(reads)):
-        needed = modes[0] if modes else "check" if name == "picture" else "list"
-        raise UserError(
-            f"--{name} does nothing with --{needed}; leave one of the two out"
-            if modes
-            else f"--{name} {getattr(config, name)}: it is for --{needed} only; add that, or leave it out"
-        )
 
 
 def run(config: MakeDatasetConfig) -> None:
     """List, check or make, as the settings say."""
-    if config.list:
+    if config.list or config.only is not None:
         print_list(config.dataset_dir, config.only)
     elif config.check is not None:
-        sys.exit(run_check(config.check, config.picture, config.dataset_dir))
+        sys.exit(run_check(config.check, config.dataset_dir))
     else:
         size = requested_size(config)
         where = {"dataset_dir": config.dataset_dir, "experts_dir": config.experts_dir}
@@ -125,7 +93,6 @@ def run(config: MakeDatasetConfig) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(MakeDatasetConfig, argv, __doc__)
-    refuse_unread_flags(config)
     try:
         run(config)
     except KeyboardInterrupt as interrupt:

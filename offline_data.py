@@ -28,15 +28,8 @@ from numpy.typing import ArrayLike
 import d4rl_utils
 import dmc_utils
 import ogbench_utils
-from dataset_files import (
-    Dataset,
-    check_rows,
-    find,
-    following_rows,
-    take_rows,
-    task_returns,
-    whole_returns,
-)
+from d4rl_utils import is_official as is_official  # None for another benchmark's id
+from dataset_files import Dataset, check_rows, find, following_rows, take_rows, whole_returns
 from utils import LateImport, ReplayBuffer, UserError, one_line, warn
 
 if TYPE_CHECKING:
@@ -166,7 +159,7 @@ class SingleTask(ogbench_utils.MazeDataset):
         """The environment of the task, whose episodes depend on the seed of their reset alone."""
         import ogbench  # noqa: F401  registers the environments
 
-        return _SeededReset(ogbench_utils.make_env(self.file_id, **gymnasium.spec(self.env_id).kwargs))
+        return ogbench_utils.make_env(self.file_id, **gymnasium.spec(self.env_id).kwargs)
 
     def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
         """The file's transitions with the rewards of the task, as OGBench's relabel_dataset has them.
@@ -200,7 +193,7 @@ class SingleTask(ogbench_utils.MazeDataset):
             "next_observations": following,
             "terminated": terminated,
             "truncated": cut[rows] & ~terminated,
-            "returns": task_returns(rewards, terminated, ends),
+            "returns": whole_returns(rewards, terminated, ends),
             "reached": np.logical_or.reduceat(terminated, np.append(0, ends[:-1] + 1)),
         }
 
@@ -212,15 +205,6 @@ class SingleTask(ogbench_utils.MazeDataset):
         import ogbench  # noqa: F401  registers the environments
 
         return 100.0 * (np.asarray(returns, dtype=np.float64) > -gymnasium.spec(self.env_id).max_episode_steps)
-
-
-class _SeededReset(gymnasium.Wrapper):
-    """Episodes that depend on the seed of their reset alone, which OGBench's do not."""
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        if seed is None:
-            return self.env.reset(options=options)
-        return ogbench_utils.seeded_reset(self.env, seed, options)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -398,11 +382,6 @@ def make_env(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> g
     whose datasets name their environments. Raises UserError.
     """
     return find_dataset(dataset_id).make_env(dataset_dir)
-
-
-def is_official(dataset_id: str, transitions: int) -> bool | None:
-    """As d4rl_utils.is_official; None for another benchmark's id."""
-    return d4rl_utils.is_official(dataset_id, transitions)
 
 
 def data_scores(data: OfflineData, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:

@@ -70,7 +70,7 @@ _BLOCK_ROWS = 1 << 16  # rows summed at a time, so that float64 needs no second 
 class MazeDataset(Dataset):
     """A dataset such as `local/pointmaze-medium-navigate-v0`: a file to train on and one to validate."""
 
-    VARIABLE, RECIPES = "OGBENCH_DATASET_DIR", GENERATED_IDS
+    VARIABLE, RECIPES, url = "OGBENCH_DATASET_DIR", GENERATED_IDS, DATASET_URL
 
     @property
     def maze_env(self) -> str:
@@ -96,18 +96,12 @@ class MazeDataset(Dataset):
     def files(self) -> tuple[str, ...]:
         return f"{self.name}.npz", f"{self.name}-val.npz"
 
-    @property
-    def url(self) -> str:
-        return DATASET_URL
-
     def read(self, path: Path) -> dict[str, np.ndarray]:
         """`load_arrays`, and the rows must be those of the id's robot, in episodes without a jump."""
         arrays = load_arrays(path, _DIMENSIONS[self.maze_env])
-        rows = (
-            jumps(arrays["observations"][:, :2], _LONGEST_STEP) if self.maze_size != "teleport" else np.array([], int)
-        )
+        rows = jumps(arrays["observations"][:, :2], _LONGEST_STEP)
         rows = rows[~arrays["terminals"][rows]]
-        if len(rows):
+        if len(rows) and self.maze_size != "teleport":
             words = f"row {rows[0] + 1} cannot follow row {rows[0]} in an episode, it is too far off"
             raise bad_file(path, f"{words}: a mark in terminals is missing, or a row off")
         return arrays
@@ -121,7 +115,7 @@ class MazeDataset(Dataset):
     ) -> TrajectoryDataset:
         """The episodes of the `train` or `val` file; raises UserError as `ensure` and `read` do."""
         path = self.ensure(dataset_dir)[("train", "val").index(split)]
-        return TrajectoryDataset.from_arrays(self.read(path), self.id, split, max_trajectories, device)
+        return TrajectoryDataset(self.read(path), self.id, split, max_trajectories, device)
 
     def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
         task = f"{self.id.removesuffix('-v0')}-singletask-v0"
@@ -195,33 +189,13 @@ class TrajectoryDataset:
 
     def __init__(
         self,
-        observations: torch.Tensor,
-        actions: torch.Tensor,
-        episode_starts: torch.Tensor,
-        episode_lengths: torch.Tensor,
-        dataset_id: str,
-        split: str,
-    ):
-        self.observations = observations
-        self.actions = actions
-        self.episode_starts = episode_starts
-        self.episode_lengths = episode_lengths
-        self.dataset_id = dataset_id
-        self.split = split
-        self.episode_start = episode_starts.repeat_interleave(episode_lengths)
-        self.episode_end = self.episode_start + (episode_lengths - 1).repeat_interleave(episode_lengths)
-        self._window_tables: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
-
-    @classmethod
-    def from_arrays(
-        cls,
         arrays: dict[str, np.ndarray],
         dataset_id: str = "",
         split: str = "train",
         max_trajectories: int | None = None,
         device: str | torch.device = "cpu",
-    ) -> TrajectoryDataset:
-        """Build from what `load_arrays` returns, keeping the first `max_trajectories` episodes.
+    ):
+        """The first `max_trajectories` episodes of what `load_arrays` returns, or all.
 
         Raises UserError when max_trajectories is below 1.
         """
@@ -229,26 +203,17 @@ class TrajectoryDataset:
             raise UserError(f"--max_trajectories {max_trajectories}: at least 1 is needed")
         ends = np.flatnonzero(arrays["terminals"])[:max_trajectories]
         rows = int(ends[-1]) + 1
-        starts = np.concatenate([[0], ends[:-1] + 1])
-        keep = slice(None) if rows == len(arrays["observations"]) else slice(rows)
         # A cut is copied, so that the rest of the file's memory is freed.
-        observations, actions = (
-            torch.from_numpy(arrays[key] if keep == slice(None) else arrays[key][keep].copy()).to(device)
-            for key in ("observations", "actions")
+        self.observations, self.actions = (
+            torch.from_numpy(array if rows == len(array) else array[:rows].copy()).to(device)
+            for array in (arrays["observations"], arrays["actions"])
         )
-        return cls(
-            observations,
-            actions,
-            torch.from_numpy(starts).to(device),
-            torch.from_numpy(ends - starts + 1).to(device),
-            dataset_id,
-            split,
-        )
-
-    def to(self, device: str | torch.device) -> TrajectoryDataset:
-        """The same data on another device."""
-        tensors = (self.observations, self.actions, self.episode_starts, self.episode_lengths)
-        return TrajectoryDataset(*(tensor.to(device) for tensor in tensors), self.dataset_id, self.split)
+        self.episode_lengths = torch.from_numpy(np.diff(ends, prepend=-1)).to(device)
+        self.episode_starts = torch.from_numpy(ends).to(device) + 1 - self.episode_lengths
+        self.dataset_id, self.split = dataset_id, split
+        self.episode_start = self.episode_starts.repeat_interleave(self.episode_lengths)
+        self.episode_end = self.episode_start + (self.episode_lengths - 1).repeat_interleave(self.episode_lengths)
+        self._window_tables: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -395,22 +360,31 @@ def _global_draws_from(state: tuple) -> Iterator[None]:
         np.random.set_state(saved)
 
 
-class _TeleportDraws(gymnasium.Wrapper):
-    """A teleporter picks its exit with NumPy's global generator: give each environment a stream of its own.
+class SeededDraws(gymnasium.Wrapper):
+    """OGBench's environments whose episodes depend on the seed of their reset alone; one without goes on as OGBench's.
 
-    Without it episodes would depend on whatever else draws in the process, and disturb it.
+    OGBench draws the noise of starts and goals from NumPy's global generator, and a few actions from the action space,
+    neither of which `env.reset(seed=...)` reaches. `in_steps` says that steps draw, too, as a teleporter its exit and
+    a directional robot its direction. The global state is put back after.
     """
 
-    def __init__(self, env: gymnasium.Env):
+    def __init__(self, env: gymnasium.Env, in_steps: bool):
         super().__init__(env)
-        self._state = np.random.RandomState(0).get_state()
+        self._in_steps, self._state = in_steps, np.random.RandomState(0).get_state()
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if seed is not None:
-            self._state = np.random.RandomState(seed % 2**32).get_state()
-        return self.env.reset(seed=seed, options=options)
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        if seed is None:
+            return self.env.reset(options=options)
+        seed = int(seed) % 2**32
+        self.env.action_space.seed(seed)
+        with _global_draws_from(np.random.RandomState(seed).get_state()):
+            result = self.env.reset(seed=seed, options=options)
+            self._state = np.random.get_state()
+        return result
 
     def step(self, action: np.ndarray):
+        if not self._in_steps:
+            return self.env.step(action)
         with _global_draws_from(self._state):
             result = self.env.step(action)
             self._state = np.random.get_state()
@@ -430,7 +404,7 @@ def _discard_maze_file(env: gymnasium.Env, lowest_fd: int) -> None:
         os.remove(path)
 
 
-def make_env(dataset_id: str, **kwargs: Any) -> gymnasium.Env:
+def make_env(dataset_id: str, **kwargs: Any) -> SeededDraws:
     """The Gymnasium environment of a dataset; `kwargs` go to `gymnasium.make` (render_mode, width, max_episode_steps).
 
     No display is needed until it renders. Raises UserError for an unknown id.
@@ -443,7 +417,7 @@ def make_env(dataset_id: str, **kwargs: Any) -> gymnasium.Env:
     os.close(probe)
     env = gymnasium.make(env_id, **kwargs)
     _discard_maze_file(env, probe)
-    return _TeleportDraws(env) if "teleport" in env_id else env
+    return SeededDraws(env, "teleport" in env_id)
 
 
 def max_episode_steps(dataset_id: str) -> int:
@@ -454,15 +428,7 @@ def max_episode_steps(dataset_id: str) -> int:
     return int(gymnasium.spec(env_id).max_episode_steps)
 
 
-def seeded_reset(env: gymnasium.Env, seed: int, options: dict | None = None) -> tuple[np.ndarray, dict]:
-    """Reset so that the episode's start and goal depend on `seed` and `options` alone.
-
-    OGBench draws their noise from NumPy's global generator and a few actions from the action space, neither of which
-    `env.reset(seed=...)` reaches; the global state is put back after. Returns the observation [obs_dim] float32 and
-    the info, whose `goal` is the goal's observation.
-    """
-    seed = int(seed) % 2**32
-    env.action_space.seed(seed)
-    with _global_draws_from(np.random.RandomState(seed).get_state()):
-        observation, info = env.reset(seed=seed, options=options)
+def seeded_reset(env: SeededDraws, seed: int, options: dict | None = None) -> tuple[np.ndarray, dict]:
+    """Reset with a seed: the observation [obs_dim] float32, and the info, whose `goal` is the goal's observation."""
+    observation, info = env.reset(seed=seed, options=options)
     return np.asarray(observation, dtype=np.float32), info

@@ -38,8 +38,8 @@ import utils
 from benchmark_data import experts
 from benchmark_data.d4rl import COLUMNS, write_file
 from benchmark_data.generation import Family, Plan, run_tasks
-from benchmark_data.maze import ANT, cell_distances, free_neighbours
-from d4rl_utils import GENERATED_IDS, AntMaze, D4RLDataset, parse_dataset_id
+from benchmark_data.maze import ANT, Ways, free_neighbours
+from d4rl_utils import GENERATED_IDS, AntMaze, D4RLDataset
 
 NOISE = 0.2  # standard deviation of the noise on actions
 REACHED = 0.5  # metres from a destination, and on the way from 0.5 m in x and y beyond the middle of a cell
@@ -62,7 +62,7 @@ class EpisodeMaker:
         free = [tuple(cell) for cell in np.argwhere(self.walls == 0).tolist()]
         self.destinations = list(PLAY_CELLS[dataset.level.split("-")[0]]) if dataset.level.endswith("play") else free
         self.starts = [cell for cell in free if not dataset.level.endswith("play") or cell not in self.destinations]
-        self.distances = functools.cache(lambda cell: cell_distances(self.walls, cell))
+        self.ways = Ways(self.walls)
 
     def cell(self, xy: np.ndarray) -> Cell:
         """Row and column of the cell around a position [2]."""
@@ -84,7 +84,7 @@ class EpisodeMaker:
             return here if not self.walls[here] else aim
         if np.linalg.norm(self.maze._middle(np.array(aim)) + 0.5 - xy) > REACHED:
             return aim
-        return min([aim, *free_neighbours(self.walls, aim)], key=lambda cell: self.distances(last)[cell])
+        return self.ways.next_cell(aim, last)
 
     def direction(self, aim: Cell, xy: np.ndarray, destination: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Unit vector [2] from a position towards the cell to walk to, or in the last one to the destination."""
@@ -121,16 +121,14 @@ class EpisodeMaker:
 
 
 @functools.lru_cache(maxsize=1)
-def _maker(dataset_id: str, experts_dir: Path, policies: tuple[tuple[str, str], ...]) -> EpisodeMaker:
-    """One maze a process, however many episodes it makes. `policies`, Plan's, so that a new file is read."""
-    policy = experts.read_named_policy(experts.latest_policy(experts_dir, *ANT))
-    return EpisodeMaker(parse_dataset_id(dataset_id), policy)
+def _maker(plan: Plan) -> EpisodeMaker:
+    """One maze a process, however many episodes it makes."""
+    return EpisodeMaker(plan.dataset, experts.read_policy(experts.latest_policy(plan.experts_dir, *ANT)))
 
 
 def _make_episode(task: tuple[Plan, int]) -> dict[str, np.ndarray]:
     plan, index = task
-    maker = _maker(plan.dataset_id, plan.experts_dir, plan.policies)
-    return maker.make(np.random.SeedSequence(plan.seed, spawn_key=(index,)))
+    return _maker(plan).make(np.random.SeedSequence(plan.seed, spawn_key=(index,)))
 
 
 class AntMazeFamily(Family):
@@ -138,39 +136,29 @@ class AntMazeFamily(Family):
 
     title = "D4RL antmazes"
     ids = tuple(name for name in GENERATED_IDS if "antmaze" in name)
-    unit = "transitions"
-
-    def default_size(self, dataset_id: str) -> int:
-        return 100_000
+    unit, size = "transitions", 100_000
 
     def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
         return [experts.latest_policy(experts_dir, *ANT)]
 
     def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
-        dataset = parse_dataset_id(plan.dataset_id)
-        (path,) = self.policies(plan.dataset_id, plan.experts_dir)
+        dataset, (path,) = plan.dataset, self.policies(plan.dataset_id, plan.experts_dir)
         episodes = -(-plan.size // dataset.max_episode_steps)
-        made = run_tasks(_make_episode, [(plan, index) for index in range(episodes)], plan.jobs)
-        bar = utils.progress(made, plan.dataset_id, total=episodes, unit="episode", disable=not plan.progress)
-        parts = list(bar)
+        parts = list(run_tasks(_make_episode, [(plan, index) for index in range(episodes)], plan))
         columns = {key: np.concatenate([part[key] for part in parts])[: plan.size] for key in ROW}
         columns["timeouts"][-1] = True  # where the file ends, the episode is cut
         recipe = f"D4RL antmaze-{dataset.level}: an ant that follows waypoints, noise of {NOISE:g} on its actions"
-        write_file(stage / dataset.file_name, columns, recipe, experts.algorithm(path), None)
-        dataset.read(stage / dataset.file_name)
-        ends = np.flatnonzero(columns["timeouts"])
-        starts = np.concatenate([[0], ends[:-1] + 1])
+        write_file(stage / dataset.files[0], columns, recipe, experts.algorithm(path), None)
+        dataset.read(stage / dataset.files[0])
+        starts = np.arange(0, plan.size, dataset.max_episode_steps)
         reached = np.maximum.reduceat(columns["rewards"], starts)
-        whole = reached[:-1] if plan.size % dataset.max_episode_steps and len(ends) > 1 else reached
+        whole = reached[:-1] if plan.size % dataset.max_episode_steps and len(starts) > 1 else reached
         if not reached.any():
             utils.warn(f"{plan.dataset_id}: no episode reaches its goal; ask for more with --num_transitions")
         return {
             "recipe": recipe,
-            "noise": NOISE,
-            "trained_with": {path.name: experts.algorithm(path)},
-            "episodes": len(ends),
+            "episodes": len(starts),
             "transitions": plan.size,
             "returns": None,  # an evaluation ends at the goal, the recording does not
             "goal_reached": round(float(whole.mean()), 3),  # share of the episodes that the size did not cut
-            "rewarded_rows": round(float(columns["rewards"].mean()), 4),
         }

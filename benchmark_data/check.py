@@ -20,12 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-import d4rl_utils
-import dmc_utils
-import ogbench_utils
-from benchmark_data import overview, picture
-from benchmark_data.recorded import FAULT, Data, read
-from dataset_files import Dataset, read_manifest, sha256
+from benchmark_data.recorded import FAULT, LAYOUTS, Data, read
+from dataset_files import Dataset, nearest_id, sha256
 from offline_data import DATASETS
 from utils import UserError
 
@@ -35,12 +31,11 @@ FEW = 0.005  # share of rows that may differ for that reason
 FAR = 5  # how many times more a wrong pairing misses, where no row agrees
 WIDTH = 100  # columns of the printed report
 
-# Every benchmark's official file or folder by its name.
+# Every benchmark's official file or folder by its name. A single task's is its maze's.
 OFFICIAL = {
     Path(file).name: dataset
-    for datasets in (ogbench_utils.DATASETS, d4rl_utils.DATASETS, dmc_utils.DATASETS)
-    for dataset in datasets.values()
-    if not dataset.local
+    for dataset in DATASETS.values()
+    if not dataset.local and type(dataset) in LAYOUTS
     for file in dataset.files
 }
 
@@ -56,40 +51,34 @@ def find_path(given: str | Path, dataset_dir: str | Path | None = None) -> Path:
     if path.exists():
         return path
     if name not in DATASETS:
-        nearest = overview.nearest_id(name, DATASETS)
-        hint = f"did you mean {nearest}? Give" if nearest else "give"
-        raise UserError(
-            f"{path}: no such file or folder, and no dataset id; {hint} a dataset's path or id after --check"
-        )
+        near = nearest_id(name, DATASETS)
+        hint = f"did you mean {near}? Give" if near else "give"
+        raise UserError(f"{path}: no such file or folder, and no dataset id; {hint} a path or an id after --check")
     place = DATASETS[name].paths(dataset_dir)[0]
     if not place.exists():
-        folder = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
-        make = f"make it with `python make_dataset.py --dataset {name}{folder}`"
-        get = make if name.startswith("local/") else "`python make_dataset.py --list` says where it comes from"
-        raise UserError(f"{name}: not at {place}; {get}, or give a path after --check")
+        raise UserError(f"{name}: not at {place}; `python make_dataset.py --list` says how to get it")
     return place
 
 
-def identify(path: Path) -> Dataset:
-    """The dataset of a path by its name. Raises UserError where it is none's."""
-    place = walker_folder(path) or path.absolute()
+def identify(path: Path) -> tuple[Dataset, Path]:
+    """The dataset of a path by its name, and its --dataset_dir. Raises UserError where it is none's.
+
+    Of the walker study a path may be the dataset's folder, its data/ or an episode in that.
+    """
+    place = path.absolute()
+    place = place.parent if place.name.startswith("episode_") else place
+    place = place.parent if place.name == "data" else place
     dataset = OFFICIAL.get(place.name)
     if dataset is None:
-        nearest = overview.nearest_id(place.stem.replace("_", "-"), DATASETS)
+        near = nearest_id(place.stem.replace("_", "-"), DATASETS)
         raise UserError(
             f"{path}: no dataset's file or folder is called so, and what it should hold is unknown; rename it"
-            f"{f' (for {nearest}?)' if nearest else ''} as `python make_dataset.py --list` has it"
+            f"{f' (for {near}?)' if near else ''} as `python make_dataset.py --list` has it"
         )
-    folder = place.parent.parent if walker_folder(path) else place.parent
-    return DATASETS.get(f"local/{dataset.name}", dataset) if folder.name == "local" else dataset
-
-
-def walker_folder(path: Path) -> Path | None:
-    """The walker study's folder of a path: of itself, its data/ or an episode in that; None for another file."""
-    folder = path.absolute() if path.is_dir() else path.absolute().parent
-    if path.is_file() and not path.name.startswith("episode_"):
-        return None
-    return folder.parent if folder.name == "data" else folder
+    folder = place.parents[len(Path(dataset.files[0]).parts) - 1]
+    if folder.name == "local":
+        return DATASETS.get(f"local/{dataset.name}", dataset), folder.parent
+    return dataset, folder
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -97,13 +86,11 @@ def walker_folder(path: Path) -> Path | None:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def check_manifest(data: Data) -> None:
+def check_manifest(data: Data, dataset_dir: Path) -> None:
     """Every local dataset has a manifest with the size and SHA-256 of its files."""
     if not data.dataset.local:
         return
-    place = walker_folder(data.path) or data.path.absolute().with_suffix("")
-    path = place.with_name(f"{place.name.removesuffix('-val')}.json")
-    manifest = read_manifest(path, data.dataset.file_id)
+    manifest, path = data.dataset.manifest(dataset_dir), data.dataset.manifest_path(dataset_dir)
     if manifest is None:
         data.fault(f"no manifest {path.name} beside it that fits, so that loaders refuse it; make it again --overwrite")
         return
@@ -144,9 +131,8 @@ def check_following(data: Data) -> None:
     breaks = (np.abs(here - there) > 1e-4 + 1e-4 * np.abs(there)).any(axis=1)  # float32 rounding at most
     inside = ~data.ends[:-1]
     if breaks[inside].mean() > 0.5:
-        same = np.isclose(here, data.observations[:-1]).all(axis=1).mean() > 0.5
-        reason = "they are those of the row itself" if same else "rows are shuffled, or next_observations shifted"
-        data.fault(f"next_observations are not the observations of the next rows: {reason}; take the original file")
+        what = "next_observations are not the observations of the next rows"
+        data.fault(f"{what}: rows are shuffled, or next_observations shifted; take the original file")
         data.following = None
     else:
         _report_ends(data, np.flatnonzero(breaks & inside), np.flatnonzero(~breaks & ~inside))
@@ -180,15 +166,17 @@ def _report_ends(data: Data, missing: np.ndarray, extra: np.ndarray) -> None:
 def check_replay(data: Data) -> str:
     """From sampled rows the simulator must reach the next ones, with the file's rewards. Returns how near it came."""
     rows = np.arange(len(data.ends)) if data.following is not None else np.flatnonzero(~data.ends)
-    rows, states = _known_states(data, _sample(rows, SAMPLE))
+    rows, states = _known_states(data, np.union1d(_sample(rows, SAMPLE), _sample(rows[data.ends[rows]], ENDS)))
     if len(rows) == 0:
         return "not possible: the file has no states that its observations show"
-    reached, rewards = data.simulator.step(states, data.actions[rows])
+    reached, rewards, fallen = data.simulator.step(states, data.actions[rows])
     misses = _distance(reached, data.next(rows))
     wrong = ~(misses < DIFFERS)
     exact = wrong.mean() <= FEW
     if exact or _other_mujoco(data, rows[wrong], states[wrong], misses[wrong], len(rows)):
         _check_rewards(data, rows, rewards, exact)
+    if exact:
+        _check_falls(data, rows, fallen)
     return f"{len(rows):,} rows; the simulator misses the next observation by {np.nanmedian(misses):.0e} (median)"
 
 
@@ -273,6 +261,21 @@ def _check_rewards(data: Data, rows: np.ndarray, rewards: np.ndarray, exact: boo
         )
 
 
+def _check_falls(data: Data, rows: np.ndarray, fallen: np.ndarray) -> None:
+    """Runners: terminals where the robot does not fall, and none where it does. Official halfcheetahs have one such."""
+    if data.layout != "d4rl" or data.goals:
+        return
+    terminals = data.flags["terminals"][rows]
+    at_limit = np.isin(rows, data.starts + data.limit - 1)  # a fall there is a timeout
+    standing, missing = rows[terminals & ~fallen], rows[fallen & ~terminals & ~at_limit]
+    if len(standing) > 1:
+        what = "where the robot has not fallen: a time limit, or a swapped end"
+        data.fault(f"terminals is set at {data.at(standing)}, {what}")
+    if len(missing) > 1:
+        what = "where the robot has fallen: learners bootstrap there"
+        data.fault(f"terminals is not set at {data.at(missing)}, {what}")
+
+
 def check_ends(data: Data) -> None:
     """Without next_observations: the simulator must reach the next row, but not after an end.
 
@@ -303,27 +306,6 @@ def check_ends(data: Data) -> None:
     _report_ends(data, rows[breaks & ~flagged[rows]], rows[goes_on & data.ends[rows]])
 
 
-def check_falls(data: Data) -> None:
-    """Runners: terminals where the robot has not fallen, and none where it has."""
-    if data.following is None or data.simulator.maze:
-        return
-    terminals, at_limit = data.flags["terminals"], np.zeros(len(data.ends), bool)
-    at_limit[data.starts[data.lengths == data.limit] + data.limit - 1] = True  # a fall there is a timeout
-    rows = _sample(np.flatnonzero(terminals), ENDS)
-    standing = rows[data.simulator.fallen(data.following[rows]) == 0]
-    if len(standing):
-        # Official files of halfcheetah have one such flag each, though nothing ends there.
-        (data.note if len(standing) == 1 and not data.dataset.local else data.fault)(
-            f"terminals is set at {data.at(standing)}, where the robot has not fallen: a time limit, or a swapped end"
-        )
-    rows = np.union1d(
-        *(_sample(np.flatnonzero(some & ~terminals & ~at_limit), ENDS) for some in (data.ends, ~data.ends))
-    )
-    fallen = rows[data.simulator.fallen(data.following[rows]) == 1]
-    if len(fallen):
-        data.fault(f"terminals is not set at {data.at(fallen)}, where the robot has fallen: learners bootstrap there")
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # The report
 # ----------------------------------------------------------------------------------------------------------------
@@ -336,7 +318,6 @@ class Report:
     name: str
     facts: dict[str, str]
     findings: list[tuple[str, str]]  # fault or note, and a sentence
-    data: Data | None = None  # where its loader accepts it
 
     @property
     def faults(self) -> list[str]:
@@ -360,13 +341,11 @@ def describe(data: Data) -> dict[str, str]:
     """The report's table: label and text."""
     lengths, low, high = data.lengths, data.actions.min(), data.actions.max()
     each = f"{lengths.min():,} to {lengths.max():,} rows, median {np.median(lengths):,.0f}"
-    cut = f"; the last one is cut, at {data.cut_rows:,} rows" if data.cut_rows else ""
     facts = {
         "dataset": data.dataset.id,
         "rows": f"{len(data.ends):,}",
-        "episodes": f"{len(lengths):,}, {each}{cut}",
+        "episodes": f"{len(lengths):,}, {each}",
         "ends": ", ".join(f"{int(flag.sum()):,} {name}" for name, flag in data.flags.items()),
-        "observations": f"{data.observations.shape[1]} numbers",
         "actions": f"{data.actions.shape[1]} numbers, {low:.4g} to {high:.4g}",
     }
     returns = data.returns()
@@ -379,26 +358,21 @@ def describe(data: Data) -> dict[str, str]:
 def check(path: str | Path) -> Report:
     """Check a dataset file or folder. Raises UserError for a name that is no dataset's; faults do not raise."""
     path = Path(path)
-    dataset = identify(path)
+    dataset, dataset_dir = identify(path)
     try:
         data = read(path, dataset)
     except UserError as error:
         return Report(str(path), {}, [(FAULT, error.fault or str(error))])
     facts = describe(data)
-    for rule in (check_manifest, check_lengths, check_walls, check_following, check_ends, check_falls):
+    check_manifest(data, dataset_dir)
+    for rule in (check_lengths, check_walls, check_following, check_ends):
         rule(data)
     facts["replay"] = check_replay(data)
-    return Report(str(path), facts, data.findings, data)
+    return Report(str(path), facts, data.findings)
 
 
-def run_check(given: str | Path, picture_path: str | Path | None = None, dataset_dir: str | Path | None = None) -> int:
-    """Check a path or a dataset id, print the report, draw the picture. Returns the exit code: 1 where faults are."""
-    path = find_path(given, dataset_dir)
-    report = check(path)
+def run_check(given: str | Path, dataset_dir: str | Path | None = None) -> int:
+    """Check a path or a dataset id and print the report. Returns the exit code: 1 where faults are."""
+    report = check(find_path(given, dataset_dir))
     print(report.text())
-    if report.data is not None:
-        name = f"{report.data.dataset.id.replace('/', '_')}{'-val' * path.stem.endswith('-val')}.png"
-        place = Path(picture_path or Path("logs", "checks", name))
-        picture.draw(report.data, place, report.verdict)
-        print(f"\npicture: {place}")
     return 1 if report.faults else 0

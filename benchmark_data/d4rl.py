@@ -30,7 +30,6 @@ import contextlib
 import functools
 import io
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,17 +41,9 @@ import numpy as np
 import utils
 from benchmark_data import experts
 from benchmark_data.experts import describe_returns
-from benchmark_data.generation import Family, Plan, run_tasks, warn_unplayed
-from d4rl_utils import (
-    GENERATED_IDS,
-    MAX_EPISODE_STEPS,
-    D4RLDataset,
-    episode_ends,
-    load_arrays,
-    make_env,
-    parse_dataset_id,
-)
-from dataset_files import episode_returns
+from benchmark_data.generation import Family, Plan, run_tasks
+from d4rl_utils import DATASETS, GENERATED_IDS, MAX_EPISODE_STEPS, D4RLDataset, episode_ends, make_env
+from dataset_files import whole_returns
 from utils import UserError
 
 WARM_UP_STEPS = 10_000  # training steps of medium-replay that are random
@@ -114,10 +105,6 @@ def recipe_parts(dataset: D4RLDataset) -> tuple[Part, ...]:
     return (Part((), WARM_UP_STEPS / steps[-1]), *(Part((step,), end) for step, end in shares))
 
 
-def _algorithms(paths: list[Path]) -> str:
-    return ", ".join(sorted({experts.algorithm(path) for path in paths}))
-
-
 def _describe_recipe(dataset: D4RLDataset, experts_dir: Path, algorithms: str) -> str:
     run = f"of a policy trained with {algorithms}"
     texts = {
@@ -148,13 +135,6 @@ def _medium_share(robot: str, experts_dir: Path) -> str:
         f"; by the cards medium's actions, sampled, return {medium / expert:.3f} of the expert's mean action "
         f"and {medium / sampled:.3f} of the expert's sampled ones"
     )
-
-
-def _describe_actions(policy: experts.Policy) -> str:
-    """The distribution a policy's actions come from, by D4RL's name where it has one."""
-    if policy.stochastic:
-        return "tanh_gaussian"
-    return f"tanh of the mean, plus Gaussian noise of standard deviation {policy.noise:g}, clipped to [-1, 1]"
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -211,7 +191,7 @@ def record_episode(
 def make_block(block: Block) -> dict[str, np.ndarray]:
     """The COLUMNS of a block's episodes, end to end. Every episode has a random stream of its own."""
     env = _env(block.dataset_id)
-    policies = [experts.read_named_policy(path) for path in block.policies] or [None]
+    policies = [experts.read_policy(path) for path in block.policies] or [None]
     episodes, rows = [], 0
     while rows < block.rows:
         stream = np.random.SeedSequence(block.seed, spawn_key=(block.part, block.index, len(episodes)))
@@ -224,10 +204,9 @@ def make_block(block: Block) -> dict[str, np.ndarray]:
 
 def plan_blocks(plan: Plan) -> list[Block]:
     """Blocks enough for every part, whatever the lengths of the episodes turn out to be."""
-    dataset = parse_dataset_id(plan.dataset_id)
     blocks, begin = [], 0
-    for number, part in enumerate(recipe_parts(dataset)):
-        policies = tuple(experts.policy_path(plan.experts_dir, dataset.robot, step) for step in part.steps)
+    for number, part in enumerate(recipe_parts(plan.dataset)):
+        policies = tuple(experts.policy_path(plan.experts_dir, plan.dataset.robot, step) for step in part.steps)
         rows = round(part.end * plan.size) - begin
         for index in range(math.ceil(rows / BLOCK_ROWS)):
             needed = min(BLOCK_ROWS, rows - index * BLOCK_ROWS)
@@ -242,41 +221,20 @@ def _leading_episodes(made: dict[str, np.ndarray], rows: int) -> int:
     return int(ends[min(np.searchsorted(ends, rows - 1), len(ends) - 1)]) + 1
 
 
-def _blocks_in_order(plan: Plan) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(part, its next whole episodes), until every part has its share of the transitions."""
-    dataset = parse_dataset_id(plan.dataset_id)
-    ends = [round(part.end * plan.size) for part in recipe_parts(dataset)]
-    blocks, done = plan_blocks(plan), 0
-    with contextlib.closing(run_tasks(make_block, blocks, plan.jobs)) as results:
+def make_columns(plan: Plan) -> dict[str, np.ndarray]:
+    """The dataset's COLUMNS [plan.size, ...]: whole episodes until every part has its share, then cut to the size."""
+    ends = [round(part.end * plan.size) for part in recipe_parts(plan.dataset)]
+    blocks, pieces, done = plan_blocks(plan), [], 0
+    with contextlib.closing(run_tasks(make_block, blocks, plan, unit="block")) as results:
         for block, made in zip(blocks, results, strict=True):
             missing = ends[block.part] - done
             if missing > 0:  # longer episodes than expected leave blocks over
                 rows = _leading_episodes(made, missing)
+                pieces.append({key: column[:rows] for key, column in made.items()})
                 done += rows
-                yield block.part, {key: column[:rows] for key, column in made.items()}
-
-
-def make_columns(plan: Plan) -> tuple[dict[str, np.ndarray], list[tuple[int, int]], bool]:
-    """The dataset's COLUMNS [plan.size, ...], of each part (transitions, episodes), and whether the size cut the last
-    episode.
-    """
-    pieces: list[dict[str, np.ndarray]] = []
-    counts = [[0, 0] for _ in recipe_parts(parse_dataset_id(plan.dataset_id))]
-    done, cut = 0, False
-    with utils.progress(plan.size, plan.dataset_id, unit="transition", disable=not plan.progress) as bar:
-        for part, piece in _blocks_in_order(plan):
-            keep = min(len(piece["rewards"]), plan.size - done)
-            piece = {key: column[:keep] for key, column in piece.items()}
-            cut = not (piece["terminals"][-1] or piece["timeouts"][-1])
-            piece["timeouts"] = piece["timeouts"].copy()
-            piece["timeouts"][-1] = not piece["terminals"][-1]  # where the file ends, the episode is cut
-            pieces.append(piece)
-            done += keep
-            counts[part][0] += keep
-            counts[part][1] += int((piece["terminals"] | piece["timeouts"]).sum())
-            bar.update(keep)
-    columns = {key: np.concatenate([piece[key] for piece in pieces]) for key in COLUMNS}
-    return columns, [(rows, episodes) for rows, episodes in counts], cut
+    columns = {key: np.concatenate([piece[key] for piece in pieces])[: plan.size] for key in COLUMNS}
+    columns["timeouts"][-1] = not columns["terminals"][-1]  # where the file ends, the episode is cut
+    return columns
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -286,9 +244,8 @@ def make_columns(plan: Plan) -> tuple[dict[str, np.ndarray], list[tuple[int, int
 
 def policy_arrays(policy: experts.Policy) -> dict[str, np.ndarray]:
     """A policy's weights under D4RL's names below metadata/policy, matrices [out, in] as D4RL has them."""
-    names = {f"hidden.{index}": f"fc{index}" for index in range(policy.depth)}
-    names |= {"mean": "last_fc", "log_std": "last_fc_log_std"}
-    layers = {name: names[name] for name in policy.layer_names}
+    names = {"mean": "last_fc", "log_std": "last_fc_log_std"}
+    layers = {name: names.get(name, name.replace("hidden.", "fc")) for name in policy.layer_names}
     weights = {f"{to}/weight": policy.weights[f"{name}.weight"].T for name, to in layers.items()}
     return weights | {f"{to}/bias": policy.weights[f"{name}.bias"] for name, to in layers.items()}
 
@@ -308,23 +265,10 @@ def write_file(
         if policy is not None:
             file["metadata/iteration"] = np.int32(policy.step // 1000)  # D4RL counts epochs of 1000 steps
             file["metadata/policy/nonlinearity"] = np.bytes_(policy.activation)
-            file["metadata/policy/output_distribution"] = np.bytes_(_describe_actions(policy))
+            file["metadata/policy/output_distribution"] = np.bytes_("tanh_gaussian")
             for name, weights in policy_arrays(policy).items():
                 file[f"metadata/policy/{name}"] = weights
     utils.write_bytes_atomic(path, buffer.getbuffer())
-
-
-def _return_facts(arrays: dict[str, np.ndarray], cut: bool) -> dict[str, Any]:
-    """Episodes and their returns, for the manifest. A last episode that the size cut counts as no return."""
-    ends = episode_ends(arrays)
-    returns = episode_returns(arrays["rewards"], ends)
-    of, cut_rows = "all episodes", 0
-    if cut:
-        cut_rows = int(np.diff(ends, prepend=-1)[-1])
-        of = "the whole episodes, without the last, which the size cut" if len(returns) > 1 else "one episode, cut"
-        returns = returns[:-1] if len(returns) > 1 else returns
-    returns_of = {"returns": describe_returns(returns), "returns_of": of}
-    return {"episodes": len(ends), "rows_of_the_cut_last_episode": cut_rows, **returns_of}
 
 
 class D4RLFamily(Family):
@@ -332,41 +276,22 @@ class D4RLFamily(Family):
 
     title = "D4RL"
     ids = tuple(name for name in GENERATED_IDS if "antmaze" not in name)
-    unit = "transitions"
-
-    def default_size(self, dataset_id: str) -> int:
-        return 100_000
+    unit, size = "transitions", 100_000
 
     def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
         """The policy files in the order of training."""
-        dataset = parse_dataset_id(dataset_id)
+        dataset = DATASETS[dataset_id]
         steps = sorted({step for part in recipe_parts(dataset) for step in part.steps})
         return [experts.policy_path(experts_dir, dataset.robot, step) for step in steps]
 
     def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
-        dataset = parse_dataset_id(plan.dataset_id)
         paths = self.policies(plan.dataset_id, plan.experts_dir)
-        policies = [experts.read_named_policy(path) for path in paths]
-        algorithms = _algorithms(paths)
-        recipe = _describe_recipe(dataset, plan.experts_dir, algorithms)
-        columns, counts, cut = make_columns(plan)
-        path = stage / dataset.file_name
-        write_file(path, columns, recipe, algorithms, policies[0] if len(policies) == 1 else None)
-        parts = [
-            {
-                "policies": [experts.policy_path("", dataset.robot, step).name for step in part.steps] or "random",
-                "transitions": transitions,
-                "episodes": episodes,
-            }
-            for part, (transitions, episodes) in zip(recipe_parts(dataset), counts, strict=True)
-        ]
-        unplayed = [part["policies"] for part in parts if part["episodes"] == 0]
-        warn_unplayed(plan, self.unit, ("random actions" if who == "random" else " and ".join(who) for who in unplayed))
-        return {
-            "recipe": recipe,
-            "noise": f"each policy's own: {'; '.join(sorted({_describe_actions(policy) for policy in policies}))}",
-            "trained_with": {path.name: experts.algorithm(path) for path in paths},
-            "parts": parts,
-            "transitions": plan.size,
-            **_return_facts(load_arrays(path), cut),
-        }
+        algorithms = ", ".join(sorted({experts.algorithm(path) for path in paths}))
+        recipe = _describe_recipe(plan.dataset, plan.experts_dir, algorithms)
+        columns, path = make_columns(plan), stage / plan.dataset.files[0]
+        write_file(path, columns, recipe, algorithms, experts.read_policy(paths[0]) if len(paths) == 1 else None)
+        arrays = plan.dataset.read(path)
+        ends = episode_ends(arrays)
+        returns = whole_returns(arrays["rewards"], arrays["terminals"], ends, MAX_EPISODE_STEPS)
+        counts = {"episodes": len(ends), "transitions": plan.size}
+        return {"recipe": recipe, **counts, "returns": describe_returns(returns)}

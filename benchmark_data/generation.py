@@ -1,7 +1,6 @@
 """The machinery of make_dataset.py: episodes made side by side, files that appear whole, and a manifest.
 
-A family (maze, D4RL, walker) knows its ids, where their files go and how an episode is made. What is the same for all
-of them is here:
+A family (maze, D4RL, walker) knows its ids and how their files are made. What is the same for all of them is here:
 
     family.write(plan, stage)  ->  hash the files  ->  move them into place  ->  write the manifest
 
@@ -12,11 +11,9 @@ may be someone's own, and are replaced with --overwrite only.
 from __future__ import annotations
 
 import abc
-import collections
 import contextlib
 import dataclasses
 import importlib.metadata
-import itertools
 import json
 import multiprocessing
 import os
@@ -26,7 +23,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -37,13 +34,12 @@ import numpy as np
 
 import utils
 from benchmark_data import experts
-from dataset_files import read_manifest, sha256
+from dataset_files import sha256
 from offline_data import find_dataset
 from utils import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-_AHEAD = 8  # tasks in flight for each process
 
 
 @dataclass(frozen=True)
@@ -62,6 +58,11 @@ class Plan:
     progress: bool = True  # show a bar
     policies: tuple[tuple[str, str], ...] = ()  # (file name, SHA-256) of each policy, which `make` fills in
 
+    @property
+    def dataset(self) -> Any:
+        """Its dataset, of the benchmark's own class."""
+        return find_dataset(self.dataset_id)
+
 
 class Family(abc.ABC):
     """Datasets of one benchmark that can be made here."""
@@ -69,10 +70,11 @@ class Family(abc.ABC):
     title: str  # of the benchmark
     ids: tuple[str, ...]  # each begins with local/
     unit: str  # what Plan.size counts, the flag's name without num_: episodes or transitions
+    size: int  # Plan.size where none is asked for
 
-    @abc.abstractmethod
     def default_size(self, dataset_id: str) -> int:
         """Plan.size where none is asked for."""
+        return self.size
 
     def official_size(self, dataset_id: str) -> int | None:
         """Plan.size of the benchmark's own file, None where that is not known here."""
@@ -87,7 +89,7 @@ class Family(abc.ABC):
         """Write the files into the empty folder `stage` as they shall lie below the manifest's folder.
 
         Returns what the manifest says of them: recipe (a sentence), episodes, transitions, returns (see
-        `experts.describe_returns`, None where there are none), and what else tells how they came about.
+        `experts.describe_returns`, None where there are none), and how often goals were reached.
         """
 
 
@@ -96,23 +98,23 @@ class Family(abc.ABC):
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def run_tasks(function: Callable[[Task], Result], tasks: Iterable[Task], jobs: int) -> Iterator[Result]:
-    """function(task) for each task, in order, computed by `jobs` processes.
+def run_tasks(
+    function: Callable[[Task], Result], tasks: list[Task], plan: Plan, unit: str = "episode"
+) -> Iterator[Result]:
+    """function(task) for each task, in order, computed by `plan.jobs` processes, behind a bar that counts units.
 
-    Only a few tasks are in flight, so `tasks` may be endless; closing the iterator stops the work. With more than
-    one process, function and tasks must be picklable. Raises UserError where a process was killed.
+    Closing the iterator stops the work. With more than one process, function and tasks must be picklable. Raises
+    UserError where a process was killed.
     """
-    if jobs == 1:
-        yield from map(function, tasks)
-        return
+    results = map(function, tasks) if plan.jobs == 1 else _side_by_side(function, tasks, plan.jobs)
+    return utils.progress(results, plan.dataset_id, total=len(tasks), unit=unit, disable=not plan.progress)
+
+
+def _side_by_side(function: Callable[[Task], Result], tasks: list[Task], jobs: int) -> Iterator[Result]:
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks that torch may hold
-    source = iter(tasks)
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
         try:
-            waiting = collections.deque(pool.submit(function, task) for task in itertools.islice(source, jobs * _AHEAD))
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(function, task) for task in itertools.islice(source, 1))
+            yield from pool.map(function, tasks)
         except BrokenProcessPool:
             raise UserError("a worker was killed, probably out of memory; use fewer --jobs") from None
         finally:
@@ -131,15 +133,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def warn_unplayed(plan: Plan, unit: str, names: Iterable[str]) -> None:
-    """Say which of a recipe's actors a dataset of this size had no room for."""
-    if names := list(names):
-        utils.warn(
-            f"{plan.dataset_id}: {plan.size} {unit} are too few for the whole recipe; without {', '.join(names)}; "
-            f"ask for more with --num_{unit}"
-        )
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # Files and manifest
 # ----------------------------------------------------------------------------------------------------------------
@@ -148,116 +141,81 @@ def warn_unplayed(plan: Plan, unit: str, names: Iterable[str]) -> None:
 def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, overwrite: bool = False) -> Path:
     """Make a dataset and return its main file or folder; one that is there already is kept.
 
-    Raises UserError for numbers out of range, policies that are missing or another robot's, a folder that cannot be
-    written, and, unless `overwrite`, for another dataset of the same id (seed, size or policies differ) and for files
-    in its place that have no manifest.
+    Raises UserError for policies that are missing or another robot's, a folder that cannot be written, and, unless
+    `overwrite`, for another dataset of the same id (seed, size or policies differ) and for files in its place that have
+    no manifest.
     """
-    for name, value, least in ((f"num_{family.unit}", plan.size, 1), ("seed", plan.seed, 0), ("jobs", plan.jobs, 1)):
-        if value < least:
-            raise UserError(f"--{name} {value}: at least {least} is needed")
-    dataset = find_dataset(plan.dataset_id)
-    target, manifest_path = dataset.paths(dataset_dir)[0], dataset.manifest_path(dataset_dir)
-    policies = {path.name: _hash_policy(path) for path in family.policies(plan.dataset_id, plan.experts_dir)}
-    plan = dataclasses.replace(plan, policies=tuple(policies.items()))
-    if _already_made(family, plan, policies, target, manifest_path, overwrite):
-        if plan.progress:
-            print(f"{plan.dataset_id}: already at {target}", file=sys.stderr)
-        return target
+    policies = family.policies(plan.dataset_id, plan.experts_dir)
+    for path in policies:
+        experts.read_policy(path)  # else it is told now
+    plan = dataclasses.replace(plan, policies=tuple((path.name, sha256(path)) for path in policies))
+    target, folder = plan.dataset.paths(dataset_dir)[0], plan.dataset.manifest_path(dataset_dir).parent
     try:
-        manifest_path.parent.mkdir(parents=True, exist_ok=True)
-        with hold_dataset(plan.dataset_id, manifest_path):
-            # Another run may have made it while this one waited.
-            if not _already_made(family, plan, policies, target, manifest_path, overwrite):
-                _write_dataset(family, plan, target, manifest_path, overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder):
+            if not _already_made(family, plan, dataset_dir, overwrite):
+                _write_dataset(family, plan, dataset_dir)
+            elif plan.progress:
+                print(f"{plan.dataset_id}: already at {target}", file=sys.stderr)
     except OSError as error:
         if error.errno in utils.DISK_FULL:
             raise
-        raise UserError(
-            f"{manifest_path.parent}: cannot write there ({error.strerror}); choose another --dataset_dir"
-        ) from None
+        raise UserError(f"{folder}: cannot write there ({error.strerror}); choose another --dataset_dir") from None
     return target
 
 
 @contextlib.contextmanager
-def hold_dataset(dataset_id: str, manifest_path: Path) -> Iterator[None]:
-    """Keep one dataset's place to this process; wait for another that has it, and say so.
-
-    The lock is on a hidden file beside the manifest, which names its holder. It goes with the process, so a killed
-    one blocks nobody.
-    """
-    path = manifest_path.with_name(f".{manifest_path.stem}.lock")
-    descriptor = _lock(path, dataset_id)
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()}".encode(), 0)
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _lock(path: Path, dataset_id: str) -> int:
-    """A descriptor of the locked file."""
-    import fcntl
-
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process; wait for another that makes data in it, and say so."""
+    with contextlib.ExitStack() as stack:
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(descriptor, 100, 0).decode(errors="replace") or "another process"
-                print(f"{dataset_id}: waiting for {holder}, which makes it", file=sys.stderr, flush=True)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            except OSError:  # some network file systems have no locks
-                return descriptor
-            # Who held it deletes it at the end: the lock counts only on the file that still has the name.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+            stack.enter_context(utils.exclusive_folder(folder, wait=False))
+        except BlockingIOError:
+            print(f"{folder}: waiting for another process that makes data there", file=sys.stderr, flush=True)
+            stack.enter_context(utils.exclusive_folder(folder))
+        yield
 
 
-def _already_made(
-    family: Family, plan: Plan, policies: dict[str, str], target: Path, manifest_path: Path, overwrite: bool
-) -> bool:
+def _already_made(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, overwrite: bool) -> bool:
     """Whether this very dataset is there. Raises UserError when another one is, unless it may be replaced."""
-    manifest = read_manifest(manifest_path, plan.dataset_id)
+    manifest, target = plan.dataset.manifest(dataset_dir), plan.dataset.paths(dataset_dir)[0]
     if manifest is None:
+        there = [path for path in plan.dataset.paths(dataset_dir) if path.exists()]
+        if there and not overwrite:
+            raise UserError(
+                f"{there[0]} is there without a complete dataset's manifest; move it away, replace it with --overwrite "
+                "or choose another --dataset_dir"
+            )
         return False
-    count = f"num_{family.unit}"
+    count, policies = f"num_{family.unit}", dict(plan.policies)
     if (manifest.get("seed"), manifest.get(count), manifest.get("policies")) == (plan.seed, plan.size, policies):
         return True
-    if overwrite:
-        return False
-    others = "" if manifest.get("policies") == policies else " and made by other policies"
-    raise UserError(
-        f"{target} holds {manifest.get(count)} {family.unit} of seed {manifest.get('seed')}"
-        f"{others}, not {plan.size} of seed {plan.seed}; replace it with --overwrite or choose another --dataset_dir"
-    )
+    if not overwrite:
+        others = "" if manifest.get("policies") == policies else " and made by other policies"
+        raise UserError(
+            f"{target} holds {manifest.get(count)} {family.unit} of seed {manifest.get('seed')}{others}, not "
+            f"{plan.size} of seed {plan.seed}; replace it with --overwrite or choose another --dataset_dir"
+        )
+    return False
 
 
-def _write_dataset(family: Family, plan: Plan, target: Path, manifest_path: Path, overwrite: bool) -> None:
+def _write_dataset(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None) -> None:
     """Make the files in a folder of their own, move them into place, write the manifest."""
+    manifest_path = plan.dataset.manifest_path(dataset_dir)
     stage = manifest_path.with_name(f".{manifest_path.stem}.tmp")
     shutil.rmtree(stage, ignore_errors=True)  # a run that was killed may have left it
-    if not overwrite:
-        _refuse_unknown_files(target, [], manifest_path.parent)  # before the work
     began = time.perf_counter()
     try:
         stage.mkdir()
         facts = family.write(plan, stage)
-        about = facts.pop("files", {})
         paths = sorted(path for path in stage.rglob("*") if path.is_file())
         files = {path.relative_to(stage).as_posix(): _describe(path) for path in paths}
-        for name, more in about.items():
-            files[name] = more | files[name]
-        if not overwrite:
-            _refuse_unknown_files(target, files, manifest_path.parent)
-        _move_files(stage, files, target, manifest_path)
+        manifest_path.unlink(missing_ok=True)  # from here until it is written there is no complete dataset
+        for path in stage.iterdir():
+            place = manifest_path.with_name(path.name)
+            if place.is_dir():
+                shutil.rmtree(place)
+            os.replace(path, place)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     manifest = {"id": plan.dataset_id, "seed": plan.seed, f"num_{family.unit}": plan.size, **facts}
@@ -266,41 +224,11 @@ def _write_dataset(family: Family, plan: Plan, target: Path, manifest_path: Path
     utils.write_text_atomic(manifest_path, json.dumps(manifest, indent=2) + "\n")
 
 
-def _move_files(stage: Path, files: Iterable[str], target: Path, manifest_path: Path) -> None:
-    """Put the files of `stage` in the place of what is there."""
-    manifest_path.unlink(missing_ok=True)  # from here until it is written there is no complete dataset
-    if target.is_dir():
-        shutil.rmtree(target)
-    for name in files:
-        final = manifest_path.parent / name
-        final.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(stage / name, final)
-
-
-def _refuse_unknown_files(target: Path, files: Iterable[str], folder: Path) -> None:
-    """Raise UserError where files would be lost that may be someone's own."""
-    paths = {target, *target.rglob("*"), *(folder / name for name in files)}
-    there = sorted(path for path in paths if path.is_symlink() or path.is_file())
-    if there:
-        raise UserError(
-            f"{there[0]} is there without a complete dataset's manifest; move it away, replace it with --overwrite or "
-            "choose another --dataset_dir"
-        )
-
-
 def _describe(path: Path) -> dict[str, Any]:
     """Size and hash of a file, which is on the disk when this returns."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _hash_policy(path: Path) -> str:
-    """SHA-256 of a policy file. Raises UserError for one that is missing, damaged or not what its name says."""
-    if not path.is_file():
-        raise experts.missing_policy(path)
-    experts.read_named_policy(path)
-    return sha256(path)
 
 
 def _versions() -> dict[str, str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from benchmark_data import generation, overview
+from benchmark_data import generation
 from benchmark_data.antmaze import AntMazeFamily
 from benchmark_data.d4rl import D4RLFamily
 from benchmark_data.experts import DEFAULT_EXPERTS_DIR as EXPERTS_DIR
 from benchmark_data.generation import Family, Plan
 from benchmark_data.maze import HUMANOID_MESSAGE, MazeFamily
 from benchmark_data.walker import WalkerFamily
-from dataset_files import Dataset
+from dataset_files import Dataset, nearest_id
 from offline_data import find_dataset
 from utils import UserError
 
@@ -29,7 +29,7 @@ def find_family(dataset_id: str) -> Family:
         raise UserError(f"dataset {dataset_id} names the official file; what is made here is local/{dataset_id}")
     if dataset_id.split("/")[-1].startswith("humanoidmaze-"):
         raise UserError(f"dataset {dataset_id}: {HUMANOID_MESSAGE}")
-    nearest = overview.nearest_id(dataset_id, ids)
+    nearest = nearest_id(dataset_id, ids)
     hint = f"the nearest that can is {nearest!r}; " if nearest else ""
     raise UserError(f"dataset {dataset_id!r} cannot be made here; {hint}see `python make_dataset.py --list`")
 
@@ -46,10 +46,8 @@ def generate(
 ) -> Path:
     """Make a local dataset and return its main file or folder; one that is there already is kept.
 
-    `size` counts what the benchmark counts, episodes or transitions. Raises UserError for an id without a recipe,
-    numbers out of range, policies that are missing or another robot's, a folder that is missing or cannot be written,
-    and, unless `overwrite`, a dataset of the same id but another seed, size or policies, or files in its place without
-    a manifest.
+    `size` counts what the benchmark counts, episodes or transitions. Raises UserError for an id without a recipe, a
+    folder of policies that is missing, and as `generation.make` does.
     """
     family = find_family(dataset_id)
     if experts_dir is not None and not Path(experts_dir).is_dir():

@@ -27,10 +27,9 @@ from typing import Any
 
 import numpy as np
 
-import utils
 from benchmark_data import experts
 from benchmark_data.generation import Family, Plan, run_tasks
-from ogbench_utils import GENERATED_IDS, make_env, parse_dataset_id, seeded_reset
+from ogbench_utils import DATASETS, GENERATED_IDS, make_env, seeded_reset
 
 STITCH_CELLS = 4  # how many cells a stitch goal lies from the start
 EXPLORE_STEPS = 10  # steps in one direction
@@ -71,7 +70,7 @@ HUMANOID_MESSAGE = (
 
 def find_recipe(dataset_id: str) -> Recipe:
     """The recipe of one of GENERATED_IDS."""
-    dataset = parse_dataset_id(dataset_id)
+    dataset = DATASETS[dataset_id]
     return RECIPES[dataset.maze_env, dataset.task_type]
 
 
@@ -79,7 +78,7 @@ def locomotion(recipe: Recipe, experts_dir: Path) -> Walker:
     """What the robot does to move in a direction."""
     if recipe.policy is None:
         return lambda observation, direction: direction
-    policy = experts.read_named_policy(experts.latest_policy(experts_dir, *recipe.policy))
+    policy = experts.read_policy(experts.latest_policy(experts_dir, *recipe.policy))
     # The policy has never seen positions; the direction stands where OGBench's directional ant has it, at the end.
     return lambda observation, direction: policy.act(np.concatenate([observation[2:], direction]))
 
@@ -122,29 +121,17 @@ def vertex_cells(maze_map: np.ndarray) -> list[Cell]:
     return chosen
 
 
-class OracleWaypoints:
-    """The environment's `get_oracle_subgoal`, with one search a goal cell instead of one a step."""
+class Ways:
+    """Shortest ways from cell to cell of a maze [H, W] with walls of 1: as the environment's `get_oracle_subgoal`."""
 
-    def __init__(self, maze_env: Any):
-        self.maze_env = maze_env
-        self._waypoints: dict[tuple[Cell, Cell], np.ndarray] = {}
-        self._distances: dict[Cell, np.ndarray] = {}
+    def __init__(self, maze_map: np.ndarray):
+        self.maze_map = maze_map
+        self.distances = functools.cache(functools.partial(cell_distances, maze_map))
 
-    def __call__(self, start_xy: np.ndarray, goal_xy: np.ndarray) -> np.ndarray:
-        """Centre [2] of the next cell on the way, the start's own cell when none is nearer to the goal."""
-        key = (self.maze_env.xy_to_ij(start_xy), self.maze_env.xy_to_ij(goal_xy))
-        if key not in self._waypoints:
-            self._waypoints[key] = self._next_cell(*key)
-        return self._waypoints[key]
-
-    def _next_cell(self, start: Cell, goal: Cell) -> np.ndarray:
-        maze_map = self.maze_env.maze_map
-        if goal not in self._distances:
-            self._distances[goal] = cell_distances(maze_map, goal)
-        distances = self._distances[goal]
+    def next_cell(self, here: Cell, goal: Cell) -> Cell:
+        """The next cell on the way, `here` itself where none is nearer to the goal."""
         # `min` keeps the first of equals: the own cell, then the oracle's order.
-        best = min([start, *free_neighbours(maze_map, start)], key=lambda cell: distances[cell])
-        return np.array(self.maze_env.ij_to_xy(best))
+        return min([here, *free_neighbours(self.maze_map, here)], key=self.distances(goal).__getitem__)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -157,11 +144,11 @@ class EpisodeMaker:
 
     def __init__(self, dataset_id: str, experts_dir: Path):
         self.recipe = find_recipe(dataset_id)
-        self.task_type = parse_dataset_id(dataset_id).task_type
+        self.task_type = DATASETS[dataset_id].task_type
         self.walk = locomotion(self.recipe, experts_dir)
         self.env = make_env(dataset_id, terminate_at_goal=False, max_episode_steps=self.recipe.rows)
         self.maze_env: Any = self.env.unwrapped
-        self.waypoints = OracleWaypoints(self.maze_env)
+        self.ways = Ways(self.maze_env.maze_map)
         self.free_cells = [tuple(cell) for cell in np.argwhere(self.maze_env.maze_map == 0).tolist()]
         self.vertex_cells = vertex_cells(self.maze_env.maze_map)
 
@@ -216,7 +203,8 @@ class EpisodeMaker:
             direction = self.direction
         else:
             xy = self.maze_env.get_xy()
-            direction = _unit(self.waypoints(xy, self.maze_env.cur_goal_xy) - xy)
+            here, goal = self.maze_env.xy_to_ij(xy), self.maze_env.xy_to_ij(self.maze_env.cur_goal_xy)
+            direction = _unit(np.array(self.maze_env.ij_to_xy(self.ways.next_cell(here, goal))) - xy)
         action = self.walk(observation, direction)
         return np.clip(action + rng.normal(0.0, self.recipe.noise, size=np.shape(action)), -1.0, 1.0)
 
@@ -230,15 +218,14 @@ def _draw(rng: np.random.Generator, cells: list[Cell]) -> Cell:
 
 
 @functools.lru_cache(maxsize=1)
-def _maker(dataset_id: str, experts_dir: Path, policies: tuple[tuple[str, str], ...]) -> EpisodeMaker:
-    """One environment a process, however many episodes it makes. `policies`, Plan's, so that a new file is read."""
-    return EpisodeMaker(dataset_id, experts_dir)
+def _maker(plan: Plan) -> EpisodeMaker:
+    """One environment a process, however many episodes it makes."""
+    return EpisodeMaker(plan.dataset_id, plan.experts_dir)
 
 
 def _make_episode(task: tuple[Plan, int, int]) -> tuple[dict[str, np.ndarray], int]:
     plan, split, index = task
-    maker = _maker(plan.dataset_id, plan.experts_dir, plan.policies)
-    return maker.make(np.random.SeedSequence(plan.seed, spawn_key=(split, index)))
+    return _maker(plan).make(np.random.SeedSequence(plan.seed, spawn_key=(split, index)))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -254,10 +241,10 @@ class MazeFamily(Family):
     unit = "episodes"
 
     def default_size(self, dataset_id: str) -> int:
-        return DEFAULT_EPISODES[parse_dataset_id(dataset_id).task_type]
+        return DEFAULT_EPISODES[DATASETS[dataset_id].task_type]
 
     def official_size(self, dataset_id: str) -> int:
-        return OFFICIAL_EPISODES[parse_dataset_id(dataset_id).task_type]
+        return OFFICIAL_EPISODES[DATASETS[dataset_id].task_type]
 
     def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
         policy = find_recipe(dataset_id).policy
@@ -265,44 +252,33 @@ class MazeFamily(Family):
 
     def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
         """Make the episodes of both splits and write one npz each."""
-        dataset = parse_dataset_id(plan.dataset_id)
         counts = (plan.size, max(plan.size // 10, 1))
         tasks = [(plan, split, index) for split, count in enumerate(counts) for index in range(count)]
-        made = run_tasks(_make_episode, tasks, plan.jobs)
-        if plan.progress:
-            made = utils.progress(made, plan.dataset_id, total=len(tasks), unit="episode")
-        source, files, reached = iter(made), {}, []
-        for name, count in zip(dataset.files, counts, strict=True):
-            episodes, goals = zip(*(next(source) for _ in range(count)), strict=True)
-            arrays = {key: np.concatenate([episode[key] for episode in episodes]) for key in episodes[0]}
+        made = list(run_tasks(_make_episode, tasks, plan))
+        for name, part in zip(plan.dataset.files, (made[: plan.size], made[plan.size :]), strict=True):
+            arrays = {key: np.concatenate([episode[key] for episode, _ in part]) for key in part[0][0]}
             with open(stage / name, "wb") as file:
                 np.savez_compressed(file, **arrays)  # it dates the members 1980: equal arrays give equal bytes
-            dataset.read(stage / name)
-            files[name] = {"episodes": count, "rows": len(arrays["terminals"])}
-            reached.append(sum(goals))
-        for _ in source:  # run it to its end, so that the bar and the processes close
-            raise AssertionError("more episodes than were asked for")
-        return {"files": files, **_facts(plan, goals_reached=reached[0])}
+            plan.dataset.read(stage / name)
+        return _facts(plan, goals_reached=sum(goals for _, goals in made[: plan.size]))
 
 
 def _facts(plan: Plan, goals_reached: int) -> dict[str, Any]:
     """What the manifest says of the training episodes."""
-    dataset, recipe = parse_dataset_id(plan.dataset_id), find_recipe(plan.dataset_id)
+    task_type, recipe = plan.dataset.task_type, find_recipe(plan.dataset_id)
     goals = {
         "navigate": "oracle waypoints, a new goal from the cells outside corridors whenever one is reached",
         "stitch": f"oracle waypoints to one goal exactly {STITCH_CELLS} cells from the start",
         "explore": f"a random direction every {EXPLORE_STEPS} steps",
     }
     facts: dict[str, Any] = {
-        "recipe": f"OGBench {dataset.task_type}: start in any free cell, {goals[dataset.task_type]}",
-        "noise": recipe.noise,
-        "rows_per_episode": recipe.rows,
+        "recipe": f"OGBench {task_type}: start in any free cell, {goals[task_type]}; noise of {recipe.noise:g}",
         "episodes": plan.size,
         "transitions": plan.size * (recipe.rows - 1),
         "returns": None,  # the files carry no rewards
     }
-    if dataset.task_type == "navigate":
+    if task_type == "navigate":
         facts["goals_reached_per_1000_steps"] = round(1000 * goals_reached / (plan.size * recipe.rows), 3)
-    elif dataset.task_type == "stitch":
+    elif task_type == "stitch":
         facts["goal_reached"] = round(goals_reached / plan.size, 3)  # share of episodes
     return facts

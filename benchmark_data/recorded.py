@@ -14,7 +14,7 @@ import numpy as np
 import d4rl_utils
 import dmc_utils
 import ogbench_utils
-from dataset_files import Dataset, episode_returns
+from dataset_files import Dataset, whole_returns
 from opso.maze import Maze
 from utils import UserError
 
@@ -32,21 +32,14 @@ class Simulator:
     def __init__(self, dataset: Dataset):
         self.env: Any = dataset.make_env()
         self.layout, self.robot = LAYOUTS[type(dataset)], self.env.unwrapped
-        self.reset()
+        self.env.reset(seed=0)
         self.shape = self.env.observation_space.shape + self.env.action_space.shape
-        in_maze = "maze" in dataset.id
-        self.maze = self._maze() if in_maze else None
+        self.maze = self._maze() if "maze" in dataset.id else None
         if self.layout == "walker":
             self.state_dim, self.positions = dmc_utils.PHYSICS_DIM, 15
         else:
             model = self.robot.model
-            self.state_dim, self.positions = model.nq + model.nv, 2 if in_maze else model.nq - 1
-
-    def reset(self) -> None:
-        if self.layout == "ogbench":
-            ogbench_utils.seeded_reset(self.env, 0, {"task_id": 1})
-        else:
-            self.env.reset(seed=0)
+            self.state_dim, self.positions = model.nq + model.nv, 2 if self.maze else model.nq - 1
 
     def _maze(self) -> Maze:
         if self.layout == "ogbench":
@@ -63,16 +56,20 @@ class Simulator:
         self.robot.set_state(*np.split(state, [self.robot.model.nq]))
         return self.robot.get_ob() if self.maze else self.robot._get_obs()
 
-    def step(self, states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Observations [n, obs_dim] and rewards [n] after one step from each state; nan where the physics diverge."""
+    def step(self, states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Observations [n, obs_dim], rewards [n] and whether the episode ends [n] after one step from each state.
+
+        nan and False where the physics diverge.
+        """
         observations, rewards = np.full((len(states), self.shape[0]), np.nan), np.full(len(states), np.nan)
+        ended = np.zeros(len(states), bool)
         for row, (state, action) in enumerate(zip(states, actions, strict=True)):
             self.place(state)
             try:
-                observations[row], rewards[row] = self.env.step(action)[:2]
+                observations[row], rewards[row], ended[row] = self.env.step(action)[:3]
             except RuntimeError:  # dm_control's, from a state that never was
-                self.reset()
-        return observations, rewards
+                self.env.reset(seed=0)
+        return observations, rewards, ended
 
     def rebuild(self, observations: np.ndarray) -> np.ndarray | None:
         """States [n, state_dim] of observations [n, obs_dim]; None where these do not show the whole state.
@@ -87,15 +84,6 @@ class Simulator:
         if self.maze is None:
             states[(np.abs(observations) == 10).any(axis=1)] = np.nan
         return states
-
-    def fallen(self, observations: np.ndarray) -> np.ndarray:
-        """1 where the environment ends a runner's episode at an observation, 0 where not, nan where unknown: [n]."""
-        fallen = np.full(len(observations), np.nan)
-        for row, state in enumerate(self.rebuild(observations)):
-            if np.isfinite(state).all():
-                self.place(state)
-                fallen[row] = getattr(self.robot, "terminated", False)  # halfcheetah never falls
-        return fallen
 
 
 @dataclass
@@ -149,18 +137,12 @@ class Data:
             return self.dataset.max_episode_steps
         return int(np.bincount(self.lengths).argmax())
 
-    @property
-    def cut_rows(self) -> int:
-        """Rows of the last episode where a D4RL file's size cut it; 0 where it is whole."""
-        length = int(self.lengths[-1])
-        return length if self.layout == "d4rl" and length < self.limit and not self.flags["terminals"][-1] else 0
-
     def returns(self) -> np.ndarray | None:
         """Undiscounted returns of whole episodes, float64; None without rewards."""
         if self.rewards is None:
             return None
-        returns = episode_returns(self.rewards, np.flatnonzero(self.ends))
-        return returns[:-1] if self.cut_rows and len(returns) > 1 else returns
+        terminals = self.flags.get("terminals", np.zeros(len(self.rewards), bool))
+        return whole_returns(self.rewards, terminals, np.flatnonzero(self.ends), self.limit)
 
     def next(self, rows: np.ndarray) -> np.ndarray:
         """The observations that the file says the actions of rows lead to."""
@@ -221,16 +203,12 @@ def _read_stored(data: Data, file: Mapping[str, Any], *state_keys: str) -> None:
             (data.note if known else data.fault)(f"{key} is {file[key].dtype}, not float32: {tail}")
     if not all(key in file for key in state_keys):
         return
-    parts = [file[key][()] for key in state_keys]
-    if any(part.ndim != 2 or len(part) != len(data.observations) for part in parts):
+    parts, width = [file[key][()] for key in state_keys], data.simulator.state_dim
+    if any(part.shape[:-1] != data.ends.shape for part in parts) or sum(part.shape[-1] for part in parts) != width:
         shapes = ", ".join(f"{key} {part.shape}" for key, part in zip(state_keys, parts, strict=True))
-        data.fault(f"{shapes}: not the {len(data.observations):,} rows of observations; one was cut, take the original")
+        data.fault(f"{shapes}: not {width} numbers for each of {len(data.ends):,} rows; take the original file")
         return
-    states = np.concatenate(parts, axis=1)
-    if states.shape[1] != data.simulator.state_dim:
-        data.fault(f"{states.shape[1]} numbers a row in {' and '.join(state_keys)}, not {data.simulator.state_dim}")
-        return
-    data.states = states
+    data.states = np.concatenate(parts, axis=1)
     bad = np.flatnonzero(~np.isfinite(data.states).all(axis=1))
     if len(bad):
         data.fault(f"{' or '.join(state_keys)} holds NaN or infinity in {data.at(bad)}")

@@ -1,7 +1,6 @@
-"""Train an expert policy with SAC or TD3 of stable-baselines3: the walkers behind the local datasets.
+"""Train an expert policy with SAC of stable-baselines3: the walkers behind the local datasets.
 
     python -m benchmark_data.train_expert --env hopper
-    python -m benchmark_data.train_expert --evaluate datasets/experts/hopper_270000.safetensors
 
 A run's directory holds config.yaml, metrics.csv, policies/<env>_<step>.safetensors with a card each, learning_curve.png
 and checkpoints/last.pth, which includes the replay buffer. `make_dataset.py --experts_dir <run>/policies` uses them.
@@ -37,12 +36,8 @@ from benchmark_data.experts import (
     CARD_SEED,
     ENVIRONMENTS,
     Policy,
-    card_path,
     evaluate_policy,
-    expert_env,
-    make_expert_env,
     policy_path,
-    read_card,
     read_policy,
     write_card,
     write_policy,
@@ -56,12 +51,11 @@ from utils import Basic, Count, MayChange, PositiveFraction, UserError, Whole, p
 
 @dataclass
 class TrainExpertConfig(RunConfig):
-    env: Basic[str] = "hopper"  # ant-xy, hopper, halfcheetah, walker2d, walker_walk or walker_run
-    algorithm: Basic[Literal["sac", "td3"]] = "sac"  # algorithm of stable-baselines3
+    env: Basic[Literal[tuple(ENVIRONMENTS)]] = "hopper"  # robot and task
     max_timesteps: Basic[MayChange[Count | None]] = None  # environment steps; default: the recipe's
-    lr: PositiveFraction | None = None  # learning rate of actor, critics and temperature; default: the recipe's
+    lr: PositiveFraction = 3e-4  # learning rate of actor, critics and temperature
     batch_size: Count = 256  # transitions in an update
-    hidden_dims: tuple[int, ...] | None = None  # layers of the actor and of each critic; default: the recipe's
+    hidden_dim: Count = 256  # width of the two hidden layers of the actor and of each critic
     discount: PositiveFraction = 0.99  # discount factor of rewards
     tau: PositiveFraction = 0.005  # step of the target critics towards the critics
     start_steps: Whole = 10_000  # uniformly random actions before the first update
@@ -71,11 +65,9 @@ class TrainExpertConfig(RunConfig):
     card_episodes: MayChange[Count] = CARD_EPISODES  # episodes behind the cards of the last and the best policy
     checkpoint_every: MayChange[Count] = 25_000  # steps between checkpoints
     log_every: Count = 2_000  # steps between rows of metrics.csv
-    evaluate: MayChange[tuple[str, ...] | None] = None  # train nothing: measure these policy files' cards again
 
 
 LOSSES = {"critic_loss": "train/critic_loss", "actor_loss": "train/actor_loss", "temperature": "train/ent_coef"}
-EXPLORATION_NOISE = 0.1  # standard deviation of TD3's noise on its actions
 
 
 class TanhGELU(nn.GELU):
@@ -87,19 +79,17 @@ class TanhGELU(nn.GELU):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of one environment that its flags leave open: OGBench's, or SAC's."""
+    """What differs between environments: OGBench's, or SAC's."""
 
     steps: int = 300_000  # environment steps
-    lr: float = 3e-4
-    layers: tuple[int, ...] = (256, 256)  # hidden layers of the actor and of each critic
     activation: type[nn.Module] = nn.ReLU
-    entropy: float = 1.0  # target entropy of SAC as a multiple of -dim(action)
+    entropy: float = 1.0  # target entropy as a multiple of -dim(action)
     source: str = "SAC, Haarnoja et al. 2018, as in stable-baselines3"
 
 
 _OGBENCH = "OGBench data_gen_scripts/main_sac.py, but for what train_expert.py lists"
 RECIPES = {
-    "ant-xy": Recipe(250_000, activation=TanhGELU, entropy=0.5, source=_OGBENCH),
+    "ant-xy": Recipe(250_000, TanhGELU, 0.5, _OGBENCH),
     **dict.fromkeys(("hopper", "halfcheetah", "walker2d"), Recipe()),
     **dict.fromkeys(("walker_walk", "walker_run"), Recipe(200_000)),
 }
@@ -121,22 +111,17 @@ def stable_baselines3() -> Any:
 
 
 def build_model(config: TrainExpertConfig, env: gymnasium.Env, seed: int) -> Any:
-    """SAC or TD3 on `env`, seeded; it draws from the global generators of NumPy and torch."""
+    """SAC on `env`, seeded; it draws from the global generators of NumPy and torch."""
     sb3 = stable_baselines3()
     from stable_baselines3.common.logger import Logger
-    from stable_baselines3.common.noise import NormalActionNoise
 
-    recipe, action_dim = RECIPES[config.env], env.action_space.shape[0]
-    layers = list(config.hidden_dims or recipe.layers)
-    special: dict[str, Any] = {"target_entropy": -recipe.entropy * action_dim}
-    if config.algorithm == "td3":
-        noise = NormalActionNoise(np.zeros(action_dim), np.full(action_dim, EXPLORATION_NOISE))
-        special = {"action_noise": noise}
+    recipe = RECIPES[config.env]
+    layers = [config.hidden_dim, config.hidden_dim]
     seen = gymnasium.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)  # half the replay buffer
-    model = {"sac": sb3.SAC, "td3": sb3.TD3}[config.algorithm](
+    model = sb3.SAC(
         "MlpPolicy",
         gymnasium.wrappers.TransformObservation(env, lambda observation: observation.astype(np.float32), seen),
-        learning_rate=config.lr or recipe.lr,
+        learning_rate=config.lr,
         buffer_size=config.buffer_size,
         learning_starts=config.start_steps,
         batch_size=config.batch_size,
@@ -144,10 +129,10 @@ def build_model(config: TrainExpertConfig, env: gymnasium.Env, seed: int) -> Any
         gamma=config.discount,
         train_freq=1,
         gradient_steps=1,
+        target_entropy=-recipe.entropy * env.action_space.shape[0],
         policy_kwargs={"net_arch": layers, "activation_fn": recipe.activation, "optimizer_kwargs": {"fused": True}},
         seed=seed % 2**32,
         device="cpu",
-        **special,
     )
     model.set_logger(Logger(folder=None, output_formats=[]))  # metrics.csv is written here
     return model
@@ -155,28 +140,15 @@ def build_model(config: TrainExpertConfig, env: gymnasium.Env, seed: int) -> Any
 
 def extract_policy(model: Any, config: TrainExpertConfig, step: int) -> Policy:
     """The acting part of the model that `build_model` made for `config`."""
-    from stable_baselines3.sac import policies as sac_policies
-
     actor = model.policy.actor
-    gaussian = config.algorithm == "sac"
-    body = list(actor.latent_pi if gaussian else actor.mu)
-    linear = [module for module in body if isinstance(module, nn.Linear)]
-    named = {"mean": actor.mu, "log_std": actor.log_std} if gaussian else {"mean": linear.pop()}
-    named |= {f"hidden.{index}": layer for index, layer in enumerate(linear)}
+    linear = [module for module in actor.latent_pi if isinstance(module, nn.Linear)]
+    named = {f"hidden.{index}": layer for index, layer in enumerate(linear)}
     weights = {}
-    for name, layer in named.items():
+    for name, layer in (named | {"mean": actor.mu, "log_std": actor.log_std}).items():
         weights[f"{name}.weight"] = layer.weight.detach().numpy().T.copy()
         weights[f"{name}.bias"] = layer.bias.detach().numpy().copy()
-    return Policy(
-        config.env,
-        step,
-        weights,
-        ACTIVATION_NAMES[type(body[1])],
-        float(sac_policies.LOG_STD_MIN),
-        float(sac_policies.LOG_STD_MAX),
-        0.0 if gaussian else EXPLORATION_NOISE,
-        ENVIRONMENTS[config.env].observation,
-    )
+    # Its bounds of the log standard deviation are Policy's own.
+    return Policy(config.env, step, weights, ACTIVATION_NAMES[RECIPES[config.env].activation])
 
 
 def model_state(model: Any) -> dict[str, Any]:
@@ -188,7 +160,7 @@ def model_state(model: Any) -> dict[str, Any]:
     columns = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
     return {
         "parameters": model.get_parameters(),
-        "log_ent_coef": getattr(model, "log_ent_coef", None),  # SAC's; not among its parameters
+        "log_ent_coef": model.log_ent_coef,  # not among its parameters
         "buffer": {name: torch.from_numpy(getattr(buffer, name)[: buffer.size()]) for name in columns},
         "buffer_position": [buffer.pos, buffer.full],
     }
@@ -197,8 +169,7 @@ def model_state(model: Any) -> dict[str, Any]:
 def load_model_state(model: Any, state: dict[str, Any]) -> None:
     """Continue from `model_state`; raises ValueError, RuntimeError or KeyError where it is another model's."""
     model.set_parameters(state["parameters"], device="cpu")
-    if state["log_ent_coef"] is not None:
-        model.log_ent_coef.data.copy_(state["log_ent_coef"])
+    model.log_ent_coef.data.copy_(state["log_ent_coef"])
     for name, column in state["buffer"].items():
         getattr(model.replay_buffer, name)[: len(column)] = column.numpy()
     model.replay_buffer.pos, model.replay_buffer.full = state["buffer_position"]
@@ -216,13 +187,12 @@ class ExpertRun(Run):
 
     @classmethod
     def check(cls, config: TrainExpertConfig) -> None:
-        check(config)
         stable_baselines3()
 
     @classmethod
     def default_run_dir(cls, config: TrainExpertConfig) -> Path:
-        """The directory that the settings name, or logs/expert/<env>/<algorithm>/seed_<seed>."""
-        return Path(config.run_dir or Path("logs", "expert", config.env, config.algorithm, f"seed_{config.seed}"))
+        """The directory that the settings name, or logs/expert/<env>/seed_<seed>."""
+        return Path(config.run_dir or Path("logs", "expert", config.env, f"seed_{config.seed}"))
 
     @classmethod
     def choose_device(cls, config: TrainExpertConfig) -> torch.device:
@@ -236,7 +206,7 @@ class ExpertRun(Run):
     def build(self) -> None:
         """Make the environments and the model."""
         self.total = self.config.max_timesteps or RECIPES[self.config.env].steps
-        train_env, self.eval_env = make_expert_env(self.config.env), make_expert_env(self.config.env)
+        train_env, self.eval_env = (ENVIRONMENTS[self.config.env].make() for _ in range(2))
         self.resources.callback(train_env.close)
         self.resources.callback(self.eval_env.close)
         self.step, self.evaluations = 0, {}  # step of a snapshot -> its mean return
@@ -265,7 +235,7 @@ class ExpertRun(Run):
         """Train to the last step, with snapshots, rows and checkpoints along the way."""
         if self.step == self.total:
             return
-        with progress(self.total, f"{self.config.env} {self.config.algorithm}", initial=self.step, unit="step") as bar:
+        with progress(self.total, self.config.env, initial=self.step, unit="step") as bar:
             self.bar = bar
             # With reset_num_timesteps=False stable-baselines3 counts from where it stands.
             remaining = self.total - self.step
@@ -325,65 +295,34 @@ class ExpertRun(Run):
 
     def finish(self) -> dict[str, Any]:
         """Full cards for the last policy and the best one, the curve; returns the summary of finished.json."""
+        config, returns = self.config, {}
         best = max(self.evaluations, key=self.evaluations.__getitem__)
-        measured = {}
         for step in {self.step, best}:
-            path = policy_path(self.run_dir / "policies", self.config.env, step)
-            measured[step] = returns_of(path, self.config.card_episodes)
-            write_card(path, facts(self.config), measured[step])
-        returns = {step: both["deterministic"]["mean"] for step, both in measured.items()}
-        summary = {"env": self.config.env, "steps": self.step, "best_step": best}
+            path = policy_path(self.run_dir / "policies", config.env, step)
+            policy, measured = read_policy(path), {}
+            for kind in ("deterministic", "stochastic"):
+                sampled = kind == "stochastic"
+                measured[kind] = evaluate_policy(policy, config.card_episodes, CARD_SEED, sampled, show=True)
+            write_card(path, facts(config), measured)
+            returns[step] = measured["deterministic"]["mean"]
+        summary = {"env": config.env, "steps": self.step, "best_step": best}
         summary |= {"last_return": returns[self.step], "best_return": returns[best]}
         plot_learning_curve(self.run_dir, self.title())
         mark_finished(self.run_dir, summary)
         return summary
 
     def title(self) -> str:
-        return f"{self.config.env}, {self.config.algorithm}, seed {self.config.seed}"
+        return f"{self.config.env}, SAC, seed {self.config.seed}"
 
 
 def facts(config: TrainExpertConfig) -> dict[str, Any]:
     """What a card says of the training."""
-    recipe = RECIPES[config.env]
+    flags = ("lr", "batch_size", "discount", "tau", "start_steps", "hidden_dim")
     return {
-        "algorithm": f"{config.algorithm.upper()} of stable-baselines3 {stable_baselines3().__version__}",
-        "recipe": {
-            "source": recipe.source if config.algorithm == "sac" else "TD3, Fujimoto et al. 2018",
-            "lr": config.lr or recipe.lr,
-            **{name: getattr(config, name) for name in ("batch_size", "discount", "tau", "start_steps")},
-            "critic": list(config.hidden_dims or recipe.layers),
-            "steps_per_update": 1,
-        },
+        "algorithm": f"SAC of stable-baselines3 {stable_baselines3().__version__}",
+        "recipe": {"source": RECIPES[config.env].source, **{name: getattr(config, name) for name in flags}},
         "seed": config.seed,
     }
-
-
-def returns_of(path: Path, episodes: int) -> dict[str, Any]:
-    """Returns of a policy file, deterministic and stochastic."""
-    policy = read_policy(path)
-    return {
-        kind: evaluate_policy(policy, episodes, CARD_SEED, stochastic=kind == "stochastic", show=True)
-        for kind in ("deterministic", "stochastic")
-    }
-
-
-def evaluate_file(path: Path, episodes: int) -> None:
-    """`--evaluate`: measure a policy again, keeping what its card says of its origin."""
-    card = read_card(path) if card_path(path).exists() else {}
-    origin = {name: card.get(name, "not recorded") for name in ("algorithm", "recipe", "seed")}
-    returns = returns_of(path, episodes)
-    for kind, result in returns.items():
-        print(
-            f"{path.stem}, {kind}: return {result['mean']:.1f} +- {result['std']:.1f} over {episodes} episodes "
-            f"(min {result['min']:.1f}, median {result['50%']:.1f}, max {result['max']:.1f}), "
-            f"{result['mean_length']:.0f} steps an episode, {result['reward_per_step']:.4f} a step"
-        )
-    known = max((int(old["episodes"]) for old in card.get("returns", {}).values()), default=0)
-    if episodes < known:
-        print(f"{card_path(path)} keeps its returns over {known} episodes; --card_episodes {known} replaces them")
-    else:
-        write_card(path, origin, returns)
-        print(f"wrote {card_path(path)}")
 
 
 def plot_learning_curve(run_dir: Path, title: str) -> None:
@@ -403,20 +342,8 @@ def plot_learning_curve(run_dir: Path, title: str) -> None:
     figure.savefig(run_dir / "learning_curve.png")
 
 
-def check(config: TrainExpertConfig) -> None:
-    """One line for a setting that cannot work, before anything is made."""
-    expert_env(config.env)
-    if config.hidden_dims is not None and not (config.hidden_dims and all(1 <= n <= 2**14 for n in config.hidden_dims)):
-        raise UserError(f"--hidden_dims {' '.join(map(str, config.hidden_dims))}: one or more sizes from 1 to 16384")
-
-
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(TrainExpertConfig, argv, __doc__, default_run_dir=ExpertRun.default_run_dir)
-    if config.evaluate is not None:
-        check(config)
-        for path in config.evaluate:
-            evaluate_file(Path(path), config.card_episodes)
-        return
     began = time.perf_counter()
     with ExpertRun(config) as run:
         first = run.step

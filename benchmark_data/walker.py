@@ -15,29 +15,16 @@ training, whose returns the study's mean has no room for. No snapshot of run ret
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import utils
 from benchmark_data import experts
 from benchmark_data.experts import describe_returns
-from benchmark_data.generation import Family, Plan, run_tasks, warn_unplayed
-from dmc_utils import (
-    EPISODE_STEPS,
-    GENERATED_IDS,
-    WalkerEnv,
-    episode_path,
-    parse_dataset_id,
-    read_episode,
-    replay_episode,
-    write_episode,
-)
-
-REPLAY_TOLERANCE = 1e-4
+from benchmark_data.generation import Family, Plan, run_tasks
+from dmc_utils import EPISODE_STEPS, GENERATED_IDS, WalkerEnv, episode_path, write_episode
 
 
 @dataclass(frozen=True)
@@ -46,7 +33,7 @@ class Recipe:
 
     task: str  # walk or run
     shares: dict[int, float]  # training step of a snapshot -> its share of the episodes, in order of training; sum 1
-    study_return: float  # mean return of the study's dataset of this name
+    study_return: float  # mean return of the study's dataset of this name, which a test compares
 
 
 RECIPES = {
@@ -77,9 +64,9 @@ def _env(task: str) -> WalkerEnv:
 
 
 @functools.lru_cache(maxsize=1)
-def _policy(path: Path, policies: tuple[tuple[str, str], ...]) -> experts.Policy:
-    """A policy is read once, but for a file that changed: `policies`, Plan's, has its hash."""
-    return experts.read_named_policy(path)
+def _policy(plan: Plan, step: int) -> experts.Policy:
+    """A policy is read once, as episodes come in the order of training."""
+    return experts.read_policy(experts.policy_path(plan.experts_dir, f"walker_{RECIPES[plan.dataset_id].task}", step))
 
 
 def play_episode(env: WalkerEnv, policy: experts.Policy, seed: np.random.SeedSequence) -> dict[str, np.ndarray]:
@@ -101,11 +88,9 @@ def play_episode(env: WalkerEnv, policy: experts.Policy, seed: np.random.SeedSeq
 def _make_episode(task: tuple[Plan, int, int, Path]) -> float:
     """Play and write episode `index` with the snapshot of `step`; returns its return."""
     plan, index, step, folder = task
-    recipe = RECIPES[plan.dataset_id]
-    policy = _policy(experts.policy_path(plan.experts_dir, f"walker_{recipe.task}", step), plan.policies)
     # The dataset is in the key, because two of a task share snapshots and would share episodes.
     seed = np.random.SeedSequence(plan.seed, spawn_key=(GENERATED_IDS.index(plan.dataset_id), index))
-    episode = play_episode(_env(recipe.task), policy, seed)
+    episode = play_episode(_env(plan.dataset.task), _policy(plan, step), seed)
     write_episode(episode_path(folder, index), episode)
     return float(episode["reward"].sum(dtype=np.float64))
 
@@ -120,10 +105,7 @@ class WalkerFamily(Family):
 
     title = "walker study"
     ids = GENERATED_IDS
-    unit = "episodes"
-
-    def default_size(self, dataset_id: str) -> int:
-        return 100
+    unit, size = "episodes", 100
 
     def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
         recipe = RECIPES[dataset_id]
@@ -131,57 +113,17 @@ class WalkerFamily(Family):
 
     def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
         """Make the episodes, one file each."""
-        recipe = RECIPES[plan.dataset_id]
-        folder = stage / parse_dataset_id(plan.dataset_id).name
+        recipe, folder = RECIPES[plan.dataset_id], stage / plan.dataset.name
         steps = snapshot_steps(recipe, plan.size)
-        made = run_tasks(_make_episode, [(plan, index, step, folder) for index, step in enumerate(steps)], plan.jobs)
-        if plan.progress:
-            made = utils.progress(made, plan.dataset_id, total=plan.size, unit="episode")
-        facts = _facts(plan, folder, steps, list(made))
-        names = (path.name for path in self.policies(plan.dataset_id, plan.experts_dir))
-        warn_unplayed(plan, self.unit, (name for name in names if name not in facts["played_by"]))
-        return facts
-
-
-def _facts(plan: Plan, folder: Path, steps: list[int], returns: list[float]) -> dict[str, Any]:
-    """What the manifest says: who played which share, and how the first episode agrees with the simulator."""
-    recipe = RECIPES[plan.dataset_id]
-    by_step = defaultdict(list)
-    for step, value in zip(steps, returns, strict=True):
-        by_step[step].append(value)
-    players = {}
-    for step, values in by_step.items():
-        path = experts.policy_path(plan.experts_dir, f"walker_{recipe.task}", step)
-        mean = round(float(np.mean(values)), 1)
-        players[path.name] = {"trained_with": experts.algorithm(path), "episodes": len(values), "mean_return": mean}
-    algorithms = sorted({player["trained_with"] for player in players.values()})
-    who = f"{len(players)} snapshots, in the order of training," if len(players) > 1 else "one snapshot"
-    return {
-        "recipe": f"dm_control walker-{recipe.task}: {EPISODE_STEPS} steps an episode, actions sampled from "
-        f"{who} of a policy trained with {', '.join(algorithms)}; the name says td3 because the study's own data were "
-        "collected by TD3",
-        "episodes": plan.size,
-        "transitions": plan.size * EPISODE_STEPS,
-        "returns": describe_returns(returns),
-        "study_mean_return": recipe.study_return,
-        "played_by": players,
-        "replay": _replay_facts(recipe.task, episode_path(folder, 0)),
-        "files": {
-            path.relative_to(folder.parent).as_posix(): {"return": round(value, 3)}
-            for path, value in ((episode_path(folder, index), value) for index, value in enumerate(returns))
-        },
-    }
-
-
-def _replay_facts(task: str, path: Path) -> dict[str, Any]:
-    """How far the first file is from the simulator, transition by transition: a test of the rows' alignment."""
-    episode = read_episode(path)
-    observations, rewards = replay_episode(_env(task), episode)
-    errors = np.abs(observations - episode["observation"][1:]).max(axis=1)
-    errors = np.maximum(errors, np.abs(rewards - episode["reward"][1:, 0]))
-    return {
-        "episode": path.name,
-        "transitions": len(errors),
-        f"beyond_{REPLAY_TOLERANCE:g}": int((errors > REPLAY_TOLERANCE).sum()),
-        "median_error": float(np.median(errors)),
-    }
+        tasks = [(plan, index, step, folder) for index, step in enumerate(steps)]
+        returns = list(run_tasks(_make_episode, tasks, plan))
+        paths = self.policies(plan.dataset_id, plan.experts_dir)
+        algorithms = ", ".join(sorted({experts.algorithm(path) for path in paths}))
+        return {
+            "recipe": f"dm_control walker-{recipe.task}: {EPISODE_STEPS} steps an episode, actions sampled from "
+            f"snapshots, in the order of training, of a policy trained with {algorithms}; the name says td3 because "
+            "the study's own data were collected by TD3",
+            "episodes": plan.size,
+            "transitions": plan.size * EPISODE_STEPS,
+            "returns": describe_returns(returns),
+        }

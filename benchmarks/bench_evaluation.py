@@ -93,9 +93,9 @@ def all_at_once(actors: list[Actor], evaluator: Evaluator, seeds: list[int]) -> 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchEvaluationConfig, argv, __doc__)
     torch.set_num_threads(config.threads)
-    env, robot = d4rl_utils.make_env(config.dataset), d4rl_utils.parse_dataset_id(config.dataset).robot
+    robot, env = offline_data.find_dataset(config.dataset).robot, d4rl_utils.make_env(config.dataset)
     paths = [experts.policy_path(experts.DEFAULT_EXPERTS_DIR, robot, step) for step in config.steps]
-    actors = [Actor(experts.read_named_policy(path)) for path in paths]
+    actors = [Actor(experts.read_policy(path)) for path in paths]
     seeds, rates = episode_seeds(0, config.episodes), {"ours": [], "peer": []}
     count = 2 * len(actors) * config.episodes
     with Evaluator(functools.partial(offline_data.make_env, config.dataset), count, config.workers) as evaluator:

@@ -11,7 +11,7 @@ import pogo_main
 from benchmark_data import check, experts
 from benchmark_data.antmaze import ROW, AntMazeFamily, EpisodeMaker
 from benchmark_data.generation import Plan, make
-from d4rl_utils import load_arrays, parse_dataset_id
+from d4rl_utils import DATASETS, load_arrays
 
 UMAZE, PLAY = "local/antmaze-umaze-v2", "local/antmaze-large-play-v2"
 
@@ -32,7 +32,7 @@ def umaze(tmp_path_factory):
 
 def test_the_layout_is_d4rls(umaze):
     path, columns = umaze
-    assert path.name == parse_dataset_id("antmaze-umaze-v2").file_name and path.parent.name == "local"
+    assert path.name == DATASETS["antmaze-umaze-v2"].files[0] and path.parent.name == "local"
     numbers = {"observations": 29, "next_observations": 29, "actions": 8, "infos/qpos": 15, "infos/qvel": 14}
     for key, kind in ROW.items():
         assert columns[key].dtype == kind
@@ -72,7 +72,7 @@ def test_bytes_depend_on_the_seed_and_not_on_the_jobs(umaze, tmp_path):
 @pytest.mark.parametrize("name", [name for name in AntMazeFamily.ids if name != UMAZE])
 def test_starts_destinations_and_ways(name, policy):
     """Every destination's way, followed from cell to cell without a body, arrives, and no cell on it is a wall."""
-    maker, rng = EpisodeMaker(parse_dataset_id(name), policy), np.random.default_rng(0)
+    maker, rng = EpisodeMaker(DATASETS[name], policy), np.random.default_rng(0)
     play = name.endswith("play-v2")
     assert not play or not set(maker.starts) & set(maker.destinations)
     assert play or maker.starts == maker.destinations and len(maker.starts) == (maker.maze.cells != "#").sum()
@@ -91,7 +91,7 @@ def test_starts_destinations_and_ways(name, policy):
 
 
 def test_destinations_change_where_they_are_reached(policy):
-    maker = EpisodeMaker(parse_dataset_id(PLAY), policy)
+    maker = EpisodeMaker(DATASETS[PLAY], policy)
     episode = maker.make(np.random.SeedSequence(3))
     assert len(episode["rewards"]) == 1000 and len(np.unique(episode["infos/goal"], axis=0)) == 1
     start = maker.maze.cells[maker.cell(episode["observations"][0, :2].astype(float))]

@@ -61,7 +61,7 @@ def recorded(dataset_id):
     if dataset_id in dmc_utils.OFFICIAL_IDS:
         return [walker_episode(dmc_utils.WalkerEnv("walk"), seed, rng) for seed in range(2)]
     if dataset_id in official_ids(d4rl_utils.DATASETS):
-        env, limit = d4rl_utils.make_env(dataset_id), d4rl_utils.parse_dataset_id(dataset_id).max_episode_steps
+        env, limit = d4rl_utils.make_env(dataset_id), find_dataset(dataset_id).max_episode_steps
         while sum(len(part["rewards"]) for part in parts) < 1500:
             parts.append(steps(env, env.reset(seed=len(parts))[0], limit, rng))
         arrays = stacked(parts)
@@ -246,7 +246,7 @@ def exchanged_flags(parts):
         ("hopper", moved("rewards", 1), "rewards are shifted: the reward of a row stands one row late"),
         ("walker", moved("reward", -1, slice(1, None)), "rewards are shifted: .* one row early"),
         ("halfcheetah", scaled, "rewards are not the simulator's"),
-        ("hopper", moved("next_observations", 1), "next_observations are not .* those of the row itself"),
+        ("hopper", moved("next_observations", 1), "next_observations are not .* next rows: .* shifted"),
         ("hopper", exchanged_flags, "terminals is not set at row .* has fallen"),
         ("halfcheetah", exchanged_flags, "terminals is set at row 999.* has not fallen"),
     ],
@@ -291,28 +291,19 @@ def test_a_local_dataset_needs_its_manifest(tmp_path):
     assert find_path("local/pointmaze-medium-stitch-v0", tmp_path) == path
 
 
-def test_the_command_draws_a_picture(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_exit_code_tells_of_faults(tmp_path, capsys):
     path = made(tmp_path, "point")
     assert run_check(path) == 0 and f"{path}: good" in capsys.readouterr().out
-    assert Path("logs/checks/pointmaze-medium-stitch-v0.png").read_bytes().startswith(b"\x89PNG")
     path = made(tmp_path, "halfcheetah", scaled)
-    assert run_check(path, "x.png") == 1 and "1 fault\n" in capsys.readouterr().out
-    assert Path("x.png").is_file()
-    with pytest.raises(UserError, match="--picture x.png/y.png: cannot write there"):
-        run_check(path, "x.png/y.png")
+    assert run_check(path) == 1 and "1 fault\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ("missing.npz", "no such file or folder, and no dataset id"),
-        ("hoper-medium-v2", "did you mean local/hopper-medium-v2"),
+        ("hoper-medium-v2", "did you mean hopper-medium-v2"),
         ("hopper-medium-v2", "not at .*hopper_medium-v2.hdf5; `python make_dataset.py --list` says"),
-        (
-            "local/hopper-medium-v2",
-            "make it with `python make_dataset.py --dataset local/hopper-medium-v2 --dataset_dir",
-        ),
         ("mine.npz", "no dataset's file or folder is called so"),
     ],
 )

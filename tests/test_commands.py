@@ -26,7 +26,7 @@ OFFLINE = (
     f"--dataset {DATASET} --dataset_dir datasets --context_length 16 --d_model 16 --d_state 8 --hidden_dim 16 "
     "--batch_size 4 --updates_per_epoch 2 --num_epochs 1 --eval_batches 1 --eval_states 32 --eval_goals 16"
 )
-EXPERT = "--max_timesteps 60 --start_steps 20 --snapshot_every 60 --eval_episodes 1 --card_episodes 1 --hidden_dims 8"
+EXPERT = "--max_timesteps 60 --start_steps 20 --snapshot_every 60 --eval_episodes 1 --card_episodes 1 --hidden_dim 8"
 WALKER = "--test_episodes 1 --eval_episodes 1 --eval_workers 0 --device cpu --data_dir made"
 # By the longest beginning of the command that is listed: what to add, and what it prints when it has done its work.
 SMALLER = {
@@ -85,7 +85,6 @@ SMALLER = {
     "make_dataset.py --dataset local/hopper": ("--num_transitions 300 --jobs 1 --dataset_dir made", "hopper_medium"),
     "make_dataset.py --dataset": ("--num_episodes 1 --jobs 1 --dataset_dir made", ".npz"),
     "-m benchmark_data.train_expert --env": (f"{EXPERT} --batch_size 8 --run_dir run", "policies"),
-    "-m benchmark_data.train_expert --evaluate": ("--card_episodes 1", "deterministic"),
     "benchmarks/bench_encoder.py": (
         "--device cpu --batch 2 --length 20 --d_model 64 --repeats 1",
         "mamba2_vs_transformers: ours",

@@ -12,15 +12,9 @@ from benchmark_data import d4rl, experts
 from benchmark_data.antmaze import AntMazeFamily
 from benchmark_data.d4rl import COLUMNS, SNAPSHOTS, D4RLFamily, recipe_parts, record_episode
 from benchmark_data.generation import Plan, make
-from benchmark_data.recorded import Simulator, read
-from d4rl_utils import (
-    GENERATED_IDS,
-    episode_ends,
-    load_arrays,
-    make_env,
-    parse_dataset_id,
-)
-from dataset_files import episode_returns, read_manifest
+from benchmark_data.recorded import read
+from d4rl_utils import DATASETS, GENERATED_IDS, episode_ends, load_arrays, make_env
+from dataset_files import whole_returns
 from utils import UserError
 
 SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6), "walker2d": (17, 6)}
@@ -107,58 +101,42 @@ def test_more_transitions_begin_with_the_same_ones(generate, monkeypatch):
 
 
 def test_the_manifest_tells_how_it_was_made(replay_file, experts_dir):
-    manifest = read_manifest(replay_file.with_suffix(".json"), REPLAY)
-    arrays = load_arrays(replay_file)
-    returns = episode_returns(arrays["rewards"], episode_ends(arrays))
-    assert (manifest["transitions"], manifest["episodes"]) == (1500, len(returns))
+    manifest = DATASETS[REPLAY].manifest(replay_file.parent.parent)
+    assert (manifest["transitions"], manifest["episodes"]) == (1500, len(episode_ends(load_arrays(replay_file))))
     assert {"blas", "cpu"} <= set(manifest["versions"]) and all(manifest["versions"].values())
-    parts = manifest["parts"]
-    assert sum(part["transitions"] for part in parts) == 1500
-    assert sum(part["episodes"] for part in parts) == len(returns)
-    assert [part["policies"] for part in parts[:2]] == ["random", ["hopper_10000.safetensors"]]
     for name, digest in manifest["policies"].items():
         assert hashlib.sha256((experts_dir / name).read_bytes()).hexdigest() == digest
-    assert "medium-replay" in manifest["recipe"] and "tanh_gaussian" in manifest["noise"]
+    assert "medium-replay" in manifest["recipe"]
     json.dumps(manifest)
 
 
-@pytest.mark.parametrize(
-    "level, size, left_out, of",
-    [("medium", 1500, 1, "without the last"), ("medium", 50, 0, "one episode, cut"), ("medium", 2000, 0, "all")],
-)
-def test_an_episode_that_the_size_cut_counts_as_no_return(generate, level, size, left_out, of):
-    path = generate(f"local/halfcheetah-{level}-v2", size)  # its episodes have 1000 steps
-    manifest, arrays = json.loads(path.with_suffix(".json").read_text()), load_arrays(path)
-    returns = episode_returns(arrays["rewards"], episode_ends(arrays))
-    whole = returns[: len(returns) - left_out]
-    assert manifest["episodes"] == len(returns) and of in manifest["returns_of"]
+@pytest.mark.parametrize("size, episodes, whole", [(1500, 2, 1), (50, 1, 1), (2000, 2, 2)])
+def test_an_episode_that_the_size_cut_counts_as_no_return(generate, size, episodes, whole):
+    path = generate("local/halfcheetah-medium-v2", size)  # its episodes have 1000 steps
+    manifest, rewards = json.loads(path.with_suffix(".json").read_text()), load_arrays(path)["rewards"]
+    returns = np.array([part.sum() for part in np.split(rewards.astype(np.float64), [1000])])[:whole]
+    assert manifest["episodes"] == episodes
     # --check counts as the manifest does.
-    data = read(path, parse_dataset_id(f"local/halfcheetah-{level}-v2"))
-    np.testing.assert_allclose(data.returns(), whole)
-    assert manifest["rows_of_the_cut_last_episode"] == data.cut_rows == size % 1000
-    for name, value in (("mean", whole.mean()), ("std", whole.std()), ("min", whole.min()), ("50%", np.median(whole))):
-        assert manifest["returns"][name] == pytest.approx(value)
+    np.testing.assert_allclose(read(path, DATASETS["local/halfcheetah-medium-v2"]).returns(), returns)
+    for name in ("mean", "std", "min"):
+        assert manifest["returns"][name] == pytest.approx(getattr(returns, name)())
 
 
 def test_the_file_says_what_the_cards_say(experts_dir, tmp_path):
-    """Of policies of one's own: the algorithm, how they act, and the share of the expert's return."""
+    """Of policies of one's own: the algorithm, and the share of the expert's return."""
     dataset_id, snapshots = "local/halfcheetah-medium-v2", SNAPSHOTS["halfcheetah"]
     for step, mean in ((snapshots.medium[0], 30.0), (snapshots.expert, 50.0)):
-        policy = random_policy("halfcheetah", step)
-        weights = {name: array for name, array in policy.weights.items() if not name.startswith("log_std")}
         path = experts.policy_path(tmp_path, "halfcheetah", step)
-        experts.write_policy(path, experts.Policy("halfcheetah", step, weights, noise=0.125))
+        experts.write_policy(path, random_policy("halfcheetah", step))
         returns = {"deterministic": {"mean": 2 * mean}, "stochastic": {"mean": mean}}
         experts.card_path(path).write_text(json.dumps({"algorithm": "TD3 of Zoë", "returns": returns}))
     path = make(D4RLFamily(), Plan(dataset_id, 20, 0, tmp_path, progress=False), tmp_path)
     with h5py.File(path) as file:
         assert file["metadata/algorithm"][()].decode() == "TD3 of Zoë"
         recipe = file["metadata/recipe"][()].decode()
-        assert "noise of standard deviation 0.125" in file["metadata/policy/output_distribution"][()].decode()
     manifest = json.loads(path.with_suffix(".json").read_text())
     assert manifest["recipe"] == recipe and "TD3 of Zoë" in recipe and "SAC" not in json.dumps(manifest)
     assert "return 0.300 of the expert's mean action and 0.600 of the expert's sampled ones" in recipe
-    assert "0.125" in manifest["noise"]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +158,7 @@ def test_medium_is_the_first_half_of_medium_expert(generate):
 
 def test_every_generated_id_has_a_recipe():
     for name in D4RLFamily.ids:
-        parts = recipe_parts(parse_dataset_id(name))
+        parts = recipe_parts(DATASETS[name])
         ends = [part.end for part in parts]
         assert ends[-1] == 1.0 and ends == sorted(set(ends)) and ends[0] > 0
         assert D4RLFamily().default_size(name) == 100_000
@@ -188,7 +166,7 @@ def test_every_generated_id_has_a_recipe():
 
 
 def test_replay_covers_training_in_its_order():
-    parts = recipe_parts(parse_dataset_id(REPLAY))
+    parts = recipe_parts(DATASETS[REPLAY])
     assert [part.steps for part in parts] == [(), (10_000,), (30_000,), (50_000,), (110_000,), (120_000,)]
     # Of 120,000 steps: 10,000 at random, then each to the snapshot that is nearest.
     np.testing.assert_allclose([part.end * 120_000 for part in parts], [10e3, 20e3, 40e3, 80e3, 115e3, 120e3])
@@ -268,19 +246,14 @@ def test_terminals_and_timeouts_are_apart(falls_at, rows, terminal):
 @pytest.mark.parametrize("robot", SIZES)
 def test_recorded_actions_from_recorded_states_give_the_recorded_next_ones(robot, generate):
     dataset_id = f"local/{robot}-medium-expert-v2"
-    arrays = load_arrays(generate(dataset_id, 1200), states=True)
-    states = np.concatenate([arrays["infos/qpos"], arrays["infos/qvel"]], axis=1)
-    observations, rewards = Simulator(parse_dataset_id(dataset_id)).step(states, arrays["actions"])
+    data = read(generate(dataset_id, 1200), DATASETS[dataset_id])
+    observations, rewards, ended = data.simulator.step(data.states, data.actions)
     # The promise is 1e-4; states in float64 keep far more, and float32 would keep less in halfcheetah.
-    np.testing.assert_allclose(observations.astype(np.float32), arrays["next_observations"], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(rewards, arrays["rewards"], rtol=0, atol=1e-6)
-    inside = np.setdiff1d(np.arange(1199), episode_ends(arrays))
-    np.testing.assert_array_equal(arrays["next_observations"][inside], arrays["observations"][inside + 1])
-    # What is seen is the state without the position along the track, so rows are aligned.
-    np.testing.assert_allclose(
-        arrays["observations"][:, : arrays["infos/qpos"].shape[1] - 1], arrays["infos/qpos"][:, 1:], rtol=1e-6
-    )
-    assert np.abs(observations - arrays["observations"]).max() > 0.1
+    np.testing.assert_allclose(observations.astype(np.float32), data.following, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(rewards, data.rewards, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(ended, data.flags["terminals"])
+    inside = np.flatnonzero(~data.ends)
+    np.testing.assert_array_equal(data.following[inside], data.observations[inside + 1])
 
 
 @pytest.mark.skipif(
@@ -290,7 +263,7 @@ def test_recorded_actions_from_recorded_states_give_the_recorded_next_ones(robot
 def test_the_shipped_policies_are_at_their_levels(tmp_path):
     plan = Plan("local/halfcheetah-medium-expert-v2", 6000, 0, experts.DEFAULT_EXPERTS_DIR, jobs=1, progress=False)
     arrays = load_arrays(make(D4RLFamily(), plan, tmp_path))
-    medium, expert = np.split(episode_returns(arrays["rewards"], episode_ends(arrays)), 2)
+    medium, expert = np.split(whole_returns(arrays["rewards"], arrays["terminals"], episode_ends(arrays)), 2)
     assert len(medium) == len(expert) == 3
     assert 3500 < medium.mean() < 5500 and expert.mean() > 7000
 
@@ -303,4 +276,4 @@ def test_a_missing_policy_is_named_with_the_command_that_trains_it(experts_dir, 
     plan = Plan(MEDIUM, 10, 0, tmp_path, progress=False)
     with pytest.raises(UserError, match="hopper_120000.safetensors: .*-m benchmark_data.train_expert --env hopper"):
         make(D4RLFamily(), plan, tmp_path / "data")
-    assert not parse_dataset_id(MEDIUM).paths(tmp_path / "data")[0].exists()
+    assert not DATASETS[MEDIUM].paths(tmp_path / "data")[0].exists()

@@ -11,14 +11,9 @@ import pytest
 
 import d4rl_utils
 import dataset_files
-from d4rl_utils import (
-    GENERATED_IDS,
-    episode_ends,
-    load_arrays,
-    make_env,
-    parse_dataset_id,
-)
-from dataset_files import episode_returns, official_ids
+from d4rl_utils import DATASETS, GENERATED_IDS, episode_ends, load_arrays, make_env
+from dataset_files import official_ids, whole_returns
+from offline_data import find_dataset
 from utils import UserError
 
 ROWS = 12
@@ -78,17 +73,17 @@ def tiny(tmp_path):
 
 
 def address(dataset_id: str) -> str:
-    dataset = parse_dataset_id(dataset_id)
-    return f"{dataset.url}/{dataset.file_name}"
+    dataset = find_dataset(dataset_id)
+    return f"{dataset.url}/{dataset.files[0]}"
 
 
 def test_ids_are_d4rls_and_the_local_ones():
-    assert len(official_ids(d4rl_utils.DATASETS)) == 24 and len(GENERATED_IDS) == 15
-    for name in (*official_ids(d4rl_utils.DATASETS), *GENERATED_IDS):
-        dataset = parse_dataset_id(name)
+    assert len(official_ids(DATASETS)) == 24 and len(GENERATED_IDS) == 15
+    for name in (*official_ids(DATASETS), *GENERATED_IDS):
+        dataset = find_dataset(name)
         assert (dataset.id, dataset.local) == (name, name.startswith("local/"))
         if dataset.robot != "antmaze":
-            assert dataset.file_name == dataset.name.removesuffix("-v2").replace("-", "_") + "-v2.hdf5"
+            assert dataset.files[0] == dataset.name.removesuffix("-v2").replace("-", "_") + "-v2.hdf5"
     assert address("walker2d-full-replay-v2") == (
         "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/walker2d_full_replay-v2.hdf5"
     )
@@ -96,8 +91,8 @@ def test_ids_are_d4rls_and_the_local_ones():
         "http://rail.eecs.berkeley.edu/datasets/offline_rl/ant_maze_v2/"
         "Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5"
     )
-    assert len({address(name) for name in official_ids(d4rl_utils.DATASETS)}) == 24
-    assert [parse_dataset_id(f"antmaze-{maze}-v2").max_episode_steps for maze in ("umaze", "large-play")] == [700, 1000]
+    assert len({address(name) for name in official_ids(DATASETS)}) == 24
+    assert [find_dataset(f"antmaze-{maze}-v2").max_episode_steps for maze in ("umaze", "large-play")] == [700, 1000]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +105,7 @@ def test_ids_are_d4rls_and_the_local_ones():
 )
 def test_an_unknown_id_is_refused_with_the_nearest(name, nearest):
     with pytest.raises(UserError, match=f"did you mean '{nearest}'"):
-        parse_dataset_id(name)
+        find_dataset(name)
 
 
 def test_folders(tmp_path, monkeypatch, repository):
@@ -118,13 +113,13 @@ def test_folders(tmp_path, monkeypatch, repository):
     monkeypatch.delenv("D4RL_DATASET_DIR", raising=False)
     official, local = "hopper-medium-replay-v2", "local/hopper-medium-replay-v2"
     file = "hopper_medium_replay-v2.hdf5"
-    assert parse_dataset_id(official).paths()[0] == tmp_path / "home/.d4rl/datasets" / file
-    assert parse_dataset_id(local).paths()[0] == repository / "datasets/local" / file
+    assert find_dataset(official).paths()[0] == tmp_path / "home/.d4rl/datasets" / file
+    assert find_dataset(local).paths()[0] == repository / "datasets/local" / file
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "variable"))
-    assert parse_dataset_id(official).paths()[0] == tmp_path / "variable" / file
-    assert parse_dataset_id(local).paths()[0] == tmp_path / "variable/local" / file
-    assert parse_dataset_id(official).paths(tmp_path)[0] == tmp_path / file
-    assert parse_dataset_id(local).manifest_path("~/data") == tmp_path / "home/data/local/hopper_medium_replay-v2.json"
+    assert find_dataset(official).paths()[0] == tmp_path / "variable" / file
+    assert find_dataset(local).paths()[0] == tmp_path / "variable/local" / file
+    assert find_dataset(official).paths(tmp_path)[0] == tmp_path / file
+    assert find_dataset(local).manifest_path("~/data") == tmp_path / "home/data/local/hopper_medium_replay-v2.json"
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -133,12 +128,9 @@ def test_folders(tmp_path, monkeypatch, repository):
 def test_a_file_comes_back_as_it_was_written(tiny):
     arrays, columns = load_arrays(tiny), tiny_columns()
     assert set(arrays) == {key for key in columns if not key.startswith("infos/")}
-    states = load_arrays(tiny, states=True)
-    assert set(states) == set(columns)
-    for key, array in states.items():
+    for key, array in arrays.items():
         np.testing.assert_array_equal(array, columns[key])
-        kind = bool if key in ("terminals", "timeouts") else np.float64 if key.startswith("infos/") else np.float32
-        assert array.dtype == kind
+        assert array.dtype == (bool if key in ("terminals", "timeouts") else np.float32)
 
 
 def test_what_d4rls_loader_takes_is_taken(tmp_path):
@@ -152,8 +144,6 @@ def test_what_d4rls_loader_takes_is_taken(tmp_path):
     for key, array in arrays.items():
         np.testing.assert_array_equal(array, columns[key])
         assert array.dtype == columns[key].dtype
-    with pytest.raises(UserError, match="no array 'infos/qpos'"):
-        load_arrays(tmp_path / "older.hdf5", states=True)
 
 
 def nan_at(column: np.ndarray, row: int) -> np.ndarray:
@@ -183,7 +173,7 @@ def test_a_faulty_column_is_named(tmp_path, key, fault, message):
     columns[key] = fault(columns[key])
     path = write(tmp_path / "faulty.hdf5", {name: column for name, column in columns.items() if column is not None})
     with pytest.raises(UserError, match=f"faulty.hdf5: {message}"):
-        load_arrays(path, states=True)
+        load_arrays(path)
 
 
 def test_damaged_files_are_one_line(tiny):
@@ -211,7 +201,7 @@ def test_damaged_files_are_one_line(tiny):
 def test_episodes_end_at_falls_timeouts_jumps_and_the_end_of_the_file(tiny):
     arrays = load_arrays(tiny)
     assert episode_ends(arrays).tolist() == [4, 7, 11]
-    assert episode_returns(arrays["rewards"], episode_ends(arrays)).tolist() == [10.0, 18.0, 38.0]
+    assert whole_returns(arrays["rewards"], arrays["terminals"], episode_ends(arrays)).tolist() == [10.0, 18.0, 38.0]
     arrays["timeouts"][:] = False  # an end without a mark shows in the observations
     assert episode_ends(arrays).tolist() == [4, 7, 11]
     del arrays["next_observations"], arrays["timeouts"]
@@ -233,14 +223,14 @@ HOPPER, ANTMAZE = "hopper-medium-replay-v2", "antmaze-umaze-v2"
 
 def load(dataset_id: str, folder: Path | None = None) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The columns, and the returns of whole episodes."""
-    columns = parse_dataset_id(dataset_id).transitions(folder)
+    columns = find_dataset(dataset_id).transitions(folder)
     return {key: value for key, value in columns.items() if key not in ("env_id", "returns")}, columns["returns"]
 
 
 def put(folder: Path, columns: dict[str, np.ndarray], dataset_id: str = HOPPER) -> Path:
     """The columns under the dataset's name in the folder, which is returned."""
     folder.mkdir(exist_ok=True)
-    write(parse_dataset_id(dataset_id).paths(folder)[0], columns)
+    write(find_dataset(dataset_id).paths(folder)[0], columns)
     return folder
 
 
@@ -312,7 +302,8 @@ def test_an_episode_cut_before_the_time_limit_is_not_whole(tmp_path):
         ends = np.cumsum(lengths) - 1
         columns["terminals"][:], columns["timeouts"] = False, np.isin(np.arange(sum(lengths)), ends)
         returns = load(HOPPER, put(tmp_path / "data", columns))[1]
-        np.testing.assert_allclose(returns, episode_returns(columns["rewards"], ends)[whole])
+        sums = [part.sum() for part in np.split(columns["rewards"].astype(np.float64), ends[:-1] + 1)]
+        np.testing.assert_allclose(returns, np.array(sums)[whole])
 
 
 @functools.cache
@@ -424,7 +415,7 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 def test_development_files_have_the_returns_that_are_listed(name):
     got, returns = load(name, SHARED / "d4rl")
     lines = (SHARED / "returns.csv").read_text().splitlines()
-    line = next(line for line in lines if line.startswith(f"d4rl/{parse_dataset_id(name).file_name},"))
+    line = next(line for line in lines if line.startswith(f"d4rl/{find_dataset(name).files[0]},"))
     rows, episodes, mean, _ = (float(number) for number in line.split(",")[1:])
     ends = got["terminated"] | got["truncated"]
     assert (len(got["rewards"]), ends.sum()) == (rows, episodes)
@@ -444,18 +435,18 @@ def test_a_download_that_fails_says_what_else_there_is(tmp_path):
     with pytest.raises(
         UserError, match=r"cannot download http://127.0.0.1:9/.*ConnectionError.*put Ant_maze_u-maze"
     ) as e:
-        parse_dataset_id(ANTMAZE).ensure(tmp_path / "cache", "http://127.0.0.1:9/")
+        find_dataset(ANTMAZE).ensure(tmp_path / "cache", "http://127.0.0.1:9/")
     assert "by hand, or use local/antmaze-umaze-v2" in str(e.value) and list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_local_dataset_needs_its_manifest(tmp_path):
     name = "local/hopper-medium-v2"
     (tmp_path / "local").mkdir()
-    path = write(parse_dataset_id(name).paths(tmp_path)[0], tiny_columns())
+    path = write(find_dataset(name).paths(tmp_path)[0], tiny_columns())
     with pytest.raises(UserError, match=f"make_dataset.py --dataset {name} --dataset_dir {tmp_path}"):
         load(name, tmp_path)
     entry = {"id": name, "files": {path.name: {"bytes": path.stat().st_size}}}
-    parse_dataset_id(name).manifest_path(tmp_path).write_text(json.dumps(entry))
+    find_dataset(name).manifest_path(tmp_path).write_text(json.dumps(entry))
     assert len(load(name, tmp_path)[0]["rewards"]) == ROWS
 
 

@@ -40,7 +40,7 @@ def corridor(episodes=30, rows=41, seed=0) -> TrajectoryDataset:
         "actions": np.zeros((episodes * rows, 1), dtype=np.float32),
         "terminals": terminals.ravel(),
     }
-    return TrajectoryDataset.from_arrays(arrays, "corridor")
+    return TrajectoryDataset(arrays, "corridor")
 
 
 def matrices(net: MLP) -> list[torch.Tensor]:

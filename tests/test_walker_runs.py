@@ -15,15 +15,7 @@ from running import digest, error_line
 
 import make_dataset
 import walker.agent as agent_module
-from dmc_utils import (
-    TASKS,
-    WalkerEnv,
-    load_episodes,
-    load_study_data,
-    parse_dataset_id,
-    parse_datasets,
-    rewards_in_task,
-)
+from dmc_utils import DATASETS, TASKS, WalkerEnv, load_episodes, load_study_data, parse_datasets, rewards_in_task
 from policy import Policy
 from runs.cli import parse_config
 from runs.directory import load_checkpoint
@@ -155,7 +147,7 @@ def test_the_faulty_pairing_puts_an_action_beside_what_it_led_to(data):
 
 def test_tasks_and_rewards_are_those_of_the_files(data, data_dir):
     assert data.tasks.tolist() == [0, 0, 1, 1]
-    episodes = load_episodes(parse_dataset_id("local/walker_run-td3-medium").ensure(data_dir)[0])
+    episodes = load_episodes(DATASETS["local/walker_run-td3-medium"].ensure(data_dir)[0])
     assert np.array_equal(data.rewards[2], episodes[0]["reward"][1:, 0])
 
 
