@@ -48,8 +48,8 @@ class Actor(nn.Module):
 
     def __init__(self, policy: experts.Policy):
         super().__init__()
-        self.action_dim = policy.action_dim
-        layers = [nn.Linear(policy.observation_dim, 256), nn.Linear(256, 256), nn.Linear(256, policy.action_dim)]
+        observation_dim, self.action_dim = policy.sizes
+        layers = [nn.Linear(observation_dim, 256), nn.Linear(256, 256), nn.Linear(256, self.action_dim)]
         for layer, name in zip(layers, ("hidden.0", "hidden.1", "mean"), strict=True):
             layer.weight.data = torch.from_numpy(policy.weights[f"{name}.weight"].T.copy())
             layer.bias.data = torch.from_numpy(policy.weights[f"{name}.bias"])
