@@ -86,7 +86,7 @@ def all_at_once(actors: list[Actor], evaluator: Evaluator, seeds: list[int]) -> 
     """The same as pogo_main.py evaluates."""
     size = actors[0].mean[0].in_features
     normalizer = (torch.zeros(size), torch.ones(size))
-    found = chain.play(evaluator, actors, actors[0].action_dim, *normalizer, seeds, 0, "all at once")
+    found = chain.rollout(evaluator, actors, actors[0].action_dim, *normalizer, seeds, 0, "all at once")
     return found.returns, int(found.lengths.sum())
 
 
