@@ -380,8 +380,8 @@ class Comparison(Queue):
         free, at_once = shutil.disk_usage(folder).free, self.config.jobs or 1
         needed, there = map(estimate.in_bytes, (size, free))
         print(f"Disk: {needed} for the runs that are left; {there} are free in {folder}")
-        time_left = estimate.in_time(seconds / at_once) + (" at most" if guess.guessed else "")
-        print(f"Time: about {time_left}, with {at_once} at once. {guess.source(len(self.left))}")
+        time_left = f"{estimate.in_time(seconds / at_once)}, with {at_once} at once"
+        print(f"Time: about {time_left}. {guess.source(len(self.left))}")
         if size > free:
             raise UserError(f"--log_dir {self.config.log_dir}: {needed} are needed and {there} are free")
 

@@ -21,20 +21,16 @@ PANELS = (  # label of the y axis, column of metrics.csv, scale
     ("distance moved", "chain/actor_{}/distance", "log"),
     ("spread of samples", "chain/actor_{}/spread", "log"),
 )
-FLOOR = "chain/actor_{}/floor"
 
 
-def draw(axis: Axes, group: Any, column: str, first: int = 0, **style: Any) -> bool:
-    """A column's curves over updates, one an actor from `first` on with the band of its interval; whether there is one.
-
-    Two Gaussians or two points have a closed form, whose floor is 0: no line on a logarithmic axis.
-    """
+def draw(axis: Axes, group: Any, column: str) -> bool:
+    """A column's curves over updates, one an actor with the band of its interval; whether there is one."""
     drawn = False
-    for actor in range(first, group.actors):
+    for actor in range(group.actors):
         curve = across_seeds([result.metrics for result in group.results], column.format(actor))
-        if np.any(curve["mean"] != 0):
+        if np.any(curve["mean"] != 0):  # 0 has no place on a logarithmic axis
             marker = "o" if len(curve["x"]) < 10 else ""
-            axis.plot(curve["x"], curve["mean"], color=f"C{actor}", marker=marker, markersize=3, **style)
+            axis.plot(curve["x"], curve["mean"], color=f"C{actor}", marker=marker, markersize=3)
             axis.fill_between(curve["x"], curve["low"], curve["high"], color=f"C{actor}", alpha=0.16, linewidth=0)
             drawn = True
     return drawn
@@ -48,21 +44,16 @@ def dataset_chart(groups: list) -> str:
 
     figure = Figure(figsize=(0.8 + 3 * len(groups), 0.8 + 1.7 * len(PANELS)), layout="constrained")
     axes = figure.subplots(len(PANELS), len(groups), sharex=True, sharey="row", squeeze=False)
-    floors = False
     for row, (name, column, scale) in zip(axes, PANELS, strict=True):
         drawn = [draw(axis, group, column) for axis, group in zip(row, groups, strict=True)]
         for axis, group, any_line in zip(row, groups, drawn, strict=True):
             axis.set_yscale(scale)
             axis.grid(alpha=0.3)
             if not any_line:
-                logged = any(column.format(0) in result.metrics for result in group.results)
-                words = "0 for every actor" if logged else "not logged"
-                axis.text(0.5, 0.5, words, ha="center", va="center", transform=axis.transAxes, color="0.5")
+                axis.text(0.5, 0.5, "0, or not logged", ha="center", transform=axis.transAxes, color="0.5")
             elif name == "score":
                 data = group.mean(lambda result: result.summary["data_score"])
                 axis.axhline(data, color="0.4", linestyle="--", linewidth=1)
-            elif name == "distance moved":
-                floors |= draw(axis, group, FLOOR, first=1, linestyle=":")
             elif name.startswith("energy"):
                 axis.axhline(0, color="0.4", linewidth=1)
         row[0].set_ylabel(name)
@@ -76,7 +67,6 @@ def dataset_chart(groups: list) -> str:
     actors = range(max(group.actors for group in groups))
     keys = [Line2D([], [], color=f"C{actor}", label=f"actor {actor}") for actor in actors]
     keys.append(Line2D([], [], color="0.4", linestyle="--", linewidth=1, label="the data"))
-    keys += [Line2D([], [], color="0.4", linestyle=":", label="floor")] if floors else []
     figure.legend(handles=keys, loc="outside upper left", ncols=min(len(keys), 2 + 3 * (len(groups) > 1)), fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, transparent=True)

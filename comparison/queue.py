@@ -16,7 +16,7 @@ from typing import Any
 from comparison.jobs import BAD_INPUT, HELD, Job, LocalPool, Outcome, Pool, describe_state, is_held
 from comparison.ray import RayPool
 from comparison.registry import Run, Table, as_flags, check_flags, read_table, settings_of
-from comparison.rows import Scores, append_csv, is_finished, read_csv, relabelled, rows_of
+from comparison.rows import Scores, append_csv, is_finished, read_csv, rows_of
 from offline_data import find_dataset
 from utils import UserError, one_line, progress, torch, warn
 
@@ -218,7 +218,7 @@ class TableQueue(Queue):
             if own.of(run):
                 continue
             if rows := others.of(run):
-                append_csv(self.table.csv, relabelled(rows, run))
+                append_csv(self.table.csv, [row | {"table": run.table, "method": run.method} for row in rows])
             elif not self.append(run) and run not in self.failed:
                 if run.needs is not None and run.needs not in self.left and not self.is_finished(run.needs):
                     self.left.append(run.needs)

@@ -270,17 +270,12 @@ def diagnostics_table(groups: list[Group]) -> Table:
 # The page
 # ----------------------------------------------------------------------------------------------------------------
 
-# A shadow at an end of a table says that it goes on there: white covers move with the table, the shadows do not.
 STYLE = """
 body { margin: 0 auto; padding: 16px; max-width: 1240px; background: #fff; color: #1d2329;
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2em; } p, ul { max-width: 75ch; }
 .soft { color: #5b6670; }
-.scroll { overflow-x: auto; margin: 0.8em 0; background:
-  linear-gradient(90deg, #fff 50%, #fff0) left / 48px 100% no-repeat local,
-  linear-gradient(270deg, #fff 50%, #fff0) right / 48px 100% no-repeat local,
-  linear-gradient(90deg, #0004, #0000) left / 16px 100% no-repeat scroll,
-  linear-gradient(270deg, #0004, #0000) right / 16px 100% no-repeat scroll; }
+.scroll { overflow-x: auto; margin: 0.8em 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.75rem; overflow-wrap: normal; }
 th, td { padding: 4px; border-bottom: 1px solid #dde2e6; text-align: left; vertical-align: bottom; }
 th, td { white-space: nowrap; } .n { text-align: right; } th { color: #5b6670; }
@@ -315,7 +310,7 @@ HOW_TO_READ = (
 CURVES = (
     "Means over seeds; bands are 95% bootstrap intervals, of two seeds their range. Dashed: the data's own episodes. "
     "Energy above 0 was won by the step; actor 0's is from the data itself, below whose energy a narrower policy does "
-    "not get. Dotted: the floor of a distance."
+    "not get."
 )
 
 

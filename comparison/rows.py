@@ -93,11 +93,6 @@ class Scores:
         return self.found.get((run.text, settings_digest(run))) or self.found.get((run.text, ""), [])
 
 
-def relabelled(rows: list[Row], run: Run) -> list[Row]:
-    """Rows of the same run in another table."""
-    return [row | {"table": run.table, "method": run.method} for row in rows]
-
-
 # -- a finished run --------------------------------------------------------------------------------------------------
 
 

@@ -53,31 +53,29 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
     Raises TypeError, before anything is written, for a value that `weights_only=True` could not read back.
     """
-    buffer = io.BytesIO()
-    torch.save(_canonical(state, "state", {}), buffer)
+    buffer, texts = io.BytesIO(), {}
+
+    def canonical(value: Any) -> Any:
+        """A copy whose tensors lie on the CPU and share no memory, and whose equal texts are one object.
+
+        The bytes of a pickle depend on which objects are identical; here they depend on the values alone.
+        """
+        if isinstance(value, torch.Tensor):
+            return value.detach().to("cpu", copy=True).clone(memory_format=torch.contiguous_format)
+        if isinstance(value, dict):
+            return {canonical(key): canonical(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(canonical, value))
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, str):
+            return texts.setdefault(value, value)
+        if value is None or type(value) in (bool, int, float):
+            return value
+        raise TypeError(f"a checkpoint holds tensors, numbers, text, dicts and lists, not {value!r}")
+
+    torch.save(canonical(state), buffer)
     write_bytes_atomic(path, buffer.getbuffer())
-
-
-def _canonical(value: Any, where: str, texts: dict[str, str]) -> Any:
-    """A copy in which tensors lie on the CPU without sharing memory and equal texts are one object.
-
-    The bytes of a pickle depend on which objects are identical; here they depend on the values alone.
-    """
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True).clone(memory_format=torch.contiguous_format)
-    if isinstance(value, dict):
-        keys = {key: _canonical(key, where, texts) for key in value}
-        return {keys[key]: _canonical(item, f"{where}[{key!r}]", texts) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [_canonical(item, f"{where}[{index}]", texts) for index, item in enumerate(value)]
-        return items if isinstance(value, list) else tuple(items)
-    if isinstance(value, np.generic):
-        return _canonical(value.item(), where, texts)
-    if isinstance(value, str):
-        return texts.setdefault(value, value)
-    if value is None or type(value) in (bool, int, float):
-        return value
-    raise TypeError(f"{where} is a {type(value).__name__}: a checkpoint holds tensors, numbers, text, dicts and lists")
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:

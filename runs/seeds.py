@@ -17,7 +17,7 @@ import torch
 from runs.chain import ChainRun, ChainRunConfig, run_chain
 from runs.cuda_graphs import GraphedStep, SideBySide
 from runs.run import part_of
-from utils import RunExists, RunFinished, RunHeld, UserError, one_line, progress, warn
+from utils import RunExists, RunFinished, RunHeld, UserError, progress, warn
 
 
 def run_seeds(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, Any]:
@@ -38,7 +38,6 @@ def run_seeds(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, An
             run = run_class(own, runs[0] if runs else None, f"Seed {own.seed}: ")
             runs.append(open_runs.enter_context(run))
         if runs:
-            _check_same_data(runs[0], summaries)
             summaries |= _train_to_the_end(runs, failed)
     _report_seeds(summaries)
     if not runs:
@@ -60,28 +59,14 @@ def _preflight_seeds(
             run_class.preflight(own)
             left.append(own)
         except RunFinished:
-            path = run_class.default_run_dir(own) / "finished.json"
-            print(f"Seed {seed}: finished, see {path.parent}")
-            try:
-                summaries[f"seed_{seed}"] = dict(json.loads(path.read_text()))
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(f"{path}: cannot be read ({one_line(error)}); remove it, and add --resume") from None
+            folder = run_class.default_run_dir(own)
+            print(f"Seed {seed}: finished, see {folder}")
+            summaries[f"seed_{seed}"] = json.loads((folder / "finished.json").read_text())
         except (RunExists, RunHeld) as error:  # a directory follows from its seed here
             goes_on = "" if config.resume or isinstance(error, RunHeld) else "continue it with --resume, "
             remedy = f"{goes_on}choose another --seed"
             raise type(error)(error.where, error.fault, remedy) from None
     return left, summaries
-
-
-def _check_same_data(run: ChainRun, summaries: dict[str, dict[str, Any]]) -> None:
-    """UserError where a finished seed was trained on other data than this run has."""
-    facts = json.loads(json.dumps(run.data.facts(), default=float))
-    for name, summary in summaries.items():
-        if any(summary.get(key) != value for key, value in facts.items()):
-            raise UserError(
-                f"{run.run_dir.parent / name}: was trained on other data of the name {run.config.env}; give its "
-                "--dataset_dir, or other seeds"
-            )
 
 
 def _train_to_the_end(runs: Sequence[ChainRun], failed: list[ChainRun]) -> dict[str, dict[str, Any]]:
