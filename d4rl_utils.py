@@ -4,11 +4,6 @@ Files keep D4RL's names and layout (Fu et al. 2020; https://github.com/Farama-Fo
 
     observations  next_observations  actions  rewards  terminals  timeouts  infos/qpos  infos/qvel  metadata/...
 
-    <dataset_dir>/hopper_medium_replay-v2.hdf5        hopper-medium-replay-v2, the official file
-    <dataset_dir>/Ant_maze_u-maze_..._fixed.hdf5      antmaze-umaze-v2, likewise: see ANTMAZES for the names
-    <dataset_dir>/local/hopper_medium_replay-v2.hdf5  local/hopper-medium-replay-v2, made by make_dataset.py
-    <dataset_dir>/local/hopper_medium_replay-v2.json  its manifest
-
 The `d4rl` package itself needs MuJoCo 2.1 and an old gym. Environments here are Gymnasium's v4, which have the rewards,
 terminations and observations of the v2 environments that D4RL's v2 files come from, on a newer simulator. Antmazes are
 built here from OGBench's copy of D4RL's ant and D4RL's maps, see AntMaze; gymnasium-robotics' own differ in the ant's

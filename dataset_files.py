@@ -35,10 +35,12 @@ Bad = Callable[[str], UserError]  # of a fault: the error that names the file an
 class Dataset(abc.ABC):
     """One dataset id: where its files are kept and how they get there. Each benchmark adds what they hold.
 
-    `<name>` is the official dataset. `local/<name>` was made on this machine by make_dataset.py, and counts only with
-    its manifest, which is written last:
+    `<name>` is the official dataset and nothing else. `local/<name>` was made on this machine by make_dataset.py, and
+    counts only with its manifest, which is written last:
 
-        <folder>/<file>          <folder>/local/<file>          <folder>/local/<file without its suffix>.json
+        <folder>/hopper_medium-v2.hdf5            hopper-medium-v2
+        <folder>/local/hopper_medium-v2.hdf5      local/hopper-medium-v2
+        <folder>/local/hopper_medium-v2.json      its manifest
     """
 
     id: str

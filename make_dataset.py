@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import utils
 from benchmark_data import overview
 from benchmark_data.check import run_check
-from benchmark_data.local import FAMILIES, find_family, generate, generate_if_missing  # noqa: F401  for scripts
+from benchmark_data.local import find_family, generate, generate_if_missing  # noqa: F401  for scripts
 from benchmark_data.maze import HUMANOID_MESSAGE
 from runs.cli import parse_config, run_cli
 from utils import Count, UserError, Whole
@@ -55,7 +55,7 @@ class MakeDatasetConfig:
 
 def print_list(dataset_dir: str | None, only: str | None = None) -> None:
     """Print every dataset id, or those that hold `only`. Raises UserError where there is none."""
-    sections = overview.sections(FAMILIES, dataset_dir, only or "")
+    sections = overview.sections(dataset_dir, only or "")
     if not sections:
         raise UserError(f"--only {only}: no dataset id holds it; leave it out to see all")
     if only is None or "humanoid" in only:

@@ -29,7 +29,7 @@ import d4rl_utils
 import dmc_utils
 import ogbench_utils
 from d4rl_utils import is_official as is_official  # None for another benchmark's id
-from dataset_files import Dataset, check_rows, find, following_rows, take_rows, whole_returns
+from dataset_files import Dataset, check_arrays, find, following_rows, take_rows, whole_returns
 from utils import LateImport, ReplayBuffer, UserError, one_line, warn
 
 if TYPE_CHECKING:
@@ -265,48 +265,42 @@ class MinariDataset(Dataset):
         for space, what in ((dataset.observation_space, "observations"), (dataset.action_space, "actions")):
             if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
                 raise self._bad(f"{what} are {space}, not one row of numbers")
-        low, high = dataset.action_space.low, dataset.action_space.high
+        space = dataset.action_space
+        low, high = space.low.astype(np.float64), space.high.astype(np.float64)
         if not (np.isfinite([low, high]).all() and (low < high).all()):
-            raise self._bad(f"actions are without bounds ({dataset.action_space})")
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
-        for episode in dataset.iterate_episodes():
-            for name, part in self._episode(episode, dataset).items():
-                parts[name].append(part)
-        if not parts["rewards"]:
+            raise self._bad(f"actions are without bounds ({space})")
+        parts = [self._rows(episode) for episode in dataset.iterate_episodes()]
+        if not parts:
             raise self._bad("it has no episodes")
-        ends = np.cumsum([len(part) for part in parts["rewards"]]) - 1
-        columns = {name: np.concatenate(parts.pop(name)) for name in _COLUMNS}
+        names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+        columns = {name: np.concatenate(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
+        if not _is_unit(space):
+            columns["actions"] = 2 * (columns["actions"] - low) / (high - low) - 1
+        check_arrays(self._bad, columns, dataset.observation_space.shape + space.shape)
+        np.clip(columns["actions"], -1, 1, out=columns["actions"])
+        terminated, last = columns.pop("terminals"), columns.pop("timeouts")
         limit = getattr(dataset.env_spec, "max_episode_steps", None) or np.inf
-        returns = whole_returns(columns["rewards"], columns["terminated"], ends, limit)
         scored = self._references(dataset) is not None
         if not scored:
             warn(f"{self.id} has no reference returns: where a score is shown, it is the return")
-        env_id = dataset.env_spec.id if dataset.env_spec else "unknown"
-        return columns | {"env_id": env_id, "returns": returns, "scored": scored}
+        return columns | {
+            "terminated": terminated,
+            "truncated": last & ~terminated,
+            "env_id": dataset.env_spec.id if dataset.env_spec else "unknown",
+            "returns": whole_returns(columns["rewards"], terminated, np.flatnonzero(last), limit),
+            "scored": scored,
+        }
 
-    def _episode(self, episode: Any, dataset: Any) -> dict[str, np.ndarray]:
-        """The columns of one episode."""
-
-        def bad(fault: str) -> UserError:
-            return self._bad(f"episode {episode.id}: {fault}")
-
-        steps, found = len(episode.rewards), {}
-        widths = {"observations": dataset.observation_space.shape, "actions": dataset.action_space.shape}
-        bounds = tuple(np.asarray(bound, np.float64) for bound in (dataset.action_space.low, dataset.action_space.high))
-        for name in ("observations", "actions", "rewards", "terminations"):
-            array, rows = np.asarray(getattr(episode, name)), steps + (name == "observations")
-            if steps == 0 or array.shape != (rows, *widths.get(name, ())):
-                raise bad(f"{name} have the shape {array.shape}, {steps} rewards need {(rows, *widths.get(name, ()))}")
-            with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is found
-                found[name] = array.astype(bool if name == "terminations" else np.float32)
-            check_rows(bad, name, found[name], *(bounds if name == "actions" else ()))
-        observations, actions, terminated = found["observations"], found["actions"], found["terminations"]
-        if not _is_unit(dataset.action_space):
-            low, high = bounds
-            actions = np.clip(2 * (actions - low) / (high - low) - 1, -1, 1).astype(np.float32)
+    def _rows(self, episode: Any) -> tuple[np.ndarray, ...]:
+        """The columns of one episode, the last one a mark at its end."""
+        observations, steps = np.asarray(episode.observations), len(episode.rewards)
+        others = [np.asarray(part) for part in (episode.actions, episode.rewards, episode.terminations)]
+        counts = [len(part) for part in (observations, *others)]
+        if steps == 0 or counts != [steps + 1, steps, steps, steps]:
+            raise self._bad(f"episode {episode.id}: {counts} observations, actions, rewards and terminations")
+        actions, rewards, terminations = others
         last = np.arange(steps) == steps - 1
-        columns = (observations[:-1], actions, found["rewards"], observations[1:], terminated, last & ~terminated)
-        return dict(zip(_COLUMNS, columns, strict=True))
+        return observations[:-1], actions, rewards, observations[1:], terminations, last
 
     def make_env(self, dataset_dir: str | os.PathLike | None = None) -> gymnasium.Env:
         """The environment that the dataset names."""
@@ -333,14 +327,8 @@ class MinariDataset(Dataset):
 
     def score(self, returns: ArrayLike, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:
         """As D4RL's, with the references that the dataset brings; the returns themselves where it has none."""
-        returns, references = (
-            np.asarray(returns, dtype=np.float64),
-            self._references(self.read(*self.paths(dataset_dir))),
-        )
+        references, returns = self._references(self.read(*self.paths(dataset_dir))), super().score(returns)
         return returns if references is None else 100.0 * (returns - references[0]) / (references[1] - references[0])
-
-
-_COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminated", "truncated")
 
 
 def _is_unit(space: gymnasium.spaces.Box) -> bool:

@@ -1,15 +1,6 @@
 """OGBench mazes: dataset ids and files, windows and goals for training, environments for evaluation.
 
 Source: Park et al., "OGBench: Benchmarking Offline Goal-Conditioned RL" (2024), https://github.com/seohongpark/ogbench.
-
-A dataset id says where its file came from. `pointmaze-medium-navigate-v0` is the official file and nothing else;
-`local/pointmaze-medium-navigate-v0` was generated on this machine by make_dataset.py. Files are kept as
-
-    <dataset_dir>/pointmaze-medium-navigate-v0.npz          <dataset_dir>/local/pointmaze-medium-navigate-v0.npz
-    <dataset_dir>/pointmaze-medium-navigate-v0-val.npz      <dataset_dir>/local/pointmaze-medium-navigate-v0-val.npz
-                                                            <dataset_dir>/local/pointmaze-medium-navigate-v0.json
-
-where dataset_dir is the argument, else OGBENCH_DATASET_DIR, else `datasets` beside this file.
 """
 
 from __future__ import annotations

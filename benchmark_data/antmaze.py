@@ -134,7 +134,6 @@ def _make_episode(task: tuple[Plan, int]) -> dict[str, np.ndarray]:
 class AntMazeFamily(Family):
     """`local/antmaze-{umaze,umaze-diverse,medium-play,...}-v2`; see generation.Family."""
 
-    title = "D4RL antmazes"
     ids = tuple(name for name in GENERATED_IDS if "antmaze" in name)
     unit, size = "transitions", 100_000
 

@@ -32,7 +32,7 @@ import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import h5py
@@ -44,7 +44,6 @@ from benchmark_data.experts import describe_returns
 from benchmark_data.generation import Family, Plan, run_tasks
 from d4rl_utils import DATASETS, GENERATED_IDS, MAX_EPISODE_STEPS, D4RLDataset, episode_ends, make_env
 from dataset_files import whole_returns
-from utils import UserError
 
 WARM_UP_STEPS = 10_000  # training steps of medium-replay that are random
 BLOCK_ROWS = 4000  # transitions a task makes, so that short episodes do not cost a call each
@@ -127,9 +126,7 @@ def _medium_share(robot: str, experts_dir: Path) -> str:
     try:
         medium = float(np.mean([mean(step, "stochastic") for step in snapshots.medium]))
         expert, sampled = (mean(snapshots.expert, kind) for kind in ("deterministic", "stochastic"))
-    except (UserError, LookupError, TypeError, ValueError):
-        return ""
-    if not min(expert, sampled) > 0:
+    except LookupError:
         return ""
     return (
         f"; by the cards medium's actions, sampled, return {medium / expert:.3f} of the expert's mean action "
@@ -142,13 +139,10 @@ def _medium_share(robot: str, experts_dir: Path) -> str:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Some consecutive episodes of one part: what one task makes."""
 
-    dataset_id: str
-    policies: tuple[Path, ...]  # they take turns by episode; none: uniform random actions
-    seed: int
+    plan: Plan
     part: int
     index: int  # within the part
     rows: int  # whole episodes are made until there are so many
@@ -174,27 +168,23 @@ def record_episode(
             action = rng.uniform(-1.0, 1.0, size=env.action_space.shape).astype(np.float32)
         else:
             action = policy.act(seen, rng)
-        rows["observations"].append(seen)
-        rows["actions"].append(action)
-        rows["infos/qpos"].append(simulator.data.qpos.copy())
-        rows["infos/qvel"].append(simulator.data.qvel.copy())
+        state = simulator.data.qpos.copy(), simulator.data.qvel.copy()
         observation, reward, fallen, _, _ = simulator.step(action)
         timeout = len(rows["rewards"]) + 1 == MAX_EPISODE_STEPS
         terminal = bool(fallen) and not timeout
-        rows["next_observations"].append(observation)
-        rows["rewards"].append(reward)
-        rows["terminals"].append(terminal)
-        rows["timeouts"].append(timeout)
+        for key, value in zip(COLUMNS, (seen, observation, action, reward, terminal, timeout, *state), strict=True):
+            rows[key].append(value)
     return {key: np.array(values, dtype=COLUMNS[key]) for key, values in rows.items()}
 
 
 def make_block(block: Block) -> dict[str, np.ndarray]:
     """The COLUMNS of a block's episodes, end to end. Every episode has a random stream of its own."""
-    env = _env(block.dataset_id)
-    policies = [experts.read_policy(path) for path in block.policies] or [None]
+    plan, steps = block.plan, recipe_parts(block.plan.dataset)[block.part].steps
+    paths = [experts.policy_path(plan.experts_dir, plan.dataset.robot, step) for step in steps]
+    env, policies = _env(plan.dataset_id), [experts.read_policy(path) for path in paths] or [None]
     episodes, rows = [], 0
     while rows < block.rows:
-        stream = np.random.SeedSequence(block.seed, spawn_key=(block.part, block.index, len(episodes)))
+        stream = np.random.SeedSequence(plan.seed, spawn_key=(block.part, block.index, len(episodes)))
         # Blocks begin with different snapshots, so that an odd number of episodes favours none.
         policy = policies[(block.index + len(episodes)) % len(policies)]
         episodes.append(record_episode(env, policy, np.random.default_rng(stream)))
@@ -206,11 +196,10 @@ def plan_blocks(plan: Plan) -> list[Block]:
     """Blocks enough for every part, whatever the lengths of the episodes turn out to be."""
     blocks, begin = [], 0
     for number, part in enumerate(recipe_parts(plan.dataset)):
-        policies = tuple(experts.policy_path(plan.experts_dir, plan.dataset.robot, step) for step in part.steps)
         rows = round(part.end * plan.size) - begin
         for index in range(math.ceil(rows / BLOCK_ROWS)):
             needed = min(BLOCK_ROWS, rows - index * BLOCK_ROWS)
-            blocks.append(Block(plan.dataset_id, policies, plan.seed, number, index, needed))
+            blocks.append(Block(plan, number, index, needed))
         begin += rows
     return blocks
 
@@ -274,7 +263,6 @@ def write_file(
 class D4RLFamily(Family):
     """`local/{hopper,halfcheetah,walker2d}-{medium,medium-replay,medium-expert}-v2`; see generation.Family."""
 
-    title = "D4RL"
     ids = tuple(name for name in GENERATED_IDS if "antmaze" not in name)
     unit, size = "transitions", 100_000
 

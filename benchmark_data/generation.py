@@ -67,7 +67,6 @@ class Plan:
 class Family(abc.ABC):
     """Datasets of one benchmark that can be made here."""
 
-    title: str  # of the benchmark
     ids: tuple[str, ...]  # each begins with local/
     unit: str  # what Plan.size counts, the flag's name without num_: episodes or transitions
     size: int  # Plan.size where none is asked for

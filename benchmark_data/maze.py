@@ -168,22 +168,18 @@ class EpisodeMaker:
         while not done:
             if self.task_type == "explore" and len(columns["terminals"]) % EXPLORE_STEPS == 0:
                 self.direction = _unit(rng.normal(size=2))
-            action = self._noisy_action(rng, observation)
-            columns["observations"].append(observation)
-            columns["actions"].append(action)
+            seen, action = observation, self._noisy_action(rng, observation)
             observation, _, terminated, truncated, info = self.env.step(action)
             done = terminated or truncated
-            columns["terminals"].append(done)
-            columns["qpos"].append(info["prev_qpos"])
-            columns["qvel"].append(info["prev_qvel"])
+            row = (seen, action, done, info["prev_qpos"], info["prev_qvel"])
+            for key, value in zip(columns, row, strict=True):
+                columns[key].append(value)
             if info["success"]:
                 reached = reached + 1 if moves_on else 1
                 if moves_on:
                     self._move_goal(rng)
-        episode = {
-            key: np.array(values, dtype=bool if key == "terminals" else np.float32) for key, values in columns.items()
-        }
-        return episode, reached
+        kinds = {"terminals": bool}
+        return {key: np.array(values, kinds.get(key, np.float32)) for key, values in columns.items()}, reached
 
     def _first_goal(self, rng: np.random.Generator, start: Cell) -> Cell:
         if self.task_type != "stitch":
@@ -236,7 +232,6 @@ def _make_episode(task: tuple[Plan, int, int]) -> tuple[dict[str, np.ndarray], i
 class MazeFamily(Family):
     """See `generation.Family`: a train and a val file in OGBench's layout."""
 
-    title = "OGBench mazes"
     ids = GENERATED_IDS
     unit = "episodes"
 

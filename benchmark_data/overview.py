@@ -3,71 +3,57 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from pathlib import Path
 
 import d4rl_utils
 import dmc_utils
 import ogbench_utils
-from benchmark_data.generation import Family
-from dataset_files import official_ids
-from offline_data import find_dataset
+from benchmark_data.local import find_family
+from dataset_files import Dataset
 
 HEADINGS = ("id", "size", "content", "file, or the path of what is there")
-_ROBOTS = official_ids(d4rl_utils.DATASETS)
-# Title, ids, how they get there.
-OFFICIAL = (
-    ("OGBench mazes", official_ids(ogbench_utils.DATASETS), "<file>, with <id>-val.npz; fetched when first used"),
-    ("D4RL", [name for name in _ROBOTS if "maze" not in name], "<file>; fetched when first used"),
-    ("D4RL antmazes", [name for name in _ROBOTS if "maze" in name], "<file>; fetched when first used"),
-    ("walker study", dmc_utils.OFFICIAL_IDS, "the study's own folders, not published at an address"),
+# Title, datasets, how the official files get there.
+BENCHMARKS = (
+    ("OGBench mazes", ogbench_utils.DATASETS, "<file>, with <id>-val.npz; fetched when first used"),
+    ("D4RL", d4rl_utils.DATASETS, "<file>; fetched when first used"),
+    ("walker study", dmc_utils.DATASETS, "the study's own folders, not published at an address"),
 )
 
 
-def sections(families: Iterable[Family], dataset_dir: str | os.PathLike | None, only: str) -> list[str]:
+def sections(dataset_dir: str | os.PathLike | None, only: str) -> list[str]:
     """A text for each benchmark: what can be made here, then the official files, of the ids that hold `only`."""
     flag = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
     found = []
-    for family in families:
-        rows = [_local_row(family, name, dataset_dir) for name in family.ids if only in name]
-        source = f"python make_dataset.py --dataset <id>{flag}"
-        found.append(_section(f"{family.title}, made here", source, rows, dataset_dir))
-    for title, ids, source in OFFICIAL:
-        rows = [_official_row(name, dataset_dir) for name in ids if only in name]
-        source = "/".join(filter(None, (find_dataset(ids[0]).url, source)))
-        found.append(_section(f"{title}, official files", source, rows, dataset_dir))
+    for title, datasets, source in BENCHMARKS:
+        shown = [dataset for name, dataset in datasets.items() if only in name]
+        made = [dataset for dataset in shown if dataset.local and dataset.generated]
+        official = [dataset for dataset in shown if not dataset.local]
+        found += [_section(f"{title}, made here", f"python make_dataset.py --dataset <id>{flag}", made, dataset_dir)]
+        for url in dict.fromkeys(dataset.url for dataset in official):
+            group = [dataset for dataset in official if dataset.url == url]
+            found += [_section(f"{title}, official files", "/".join(filter(None, (url, source))), group, dataset_dir)]
     return [text for text in found if text]
 
 
-def _local_row(family: Family, dataset_id: str, dataset_dir: str | os.PathLike | None) -> tuple[str, ...]:
-    dataset = find_dataset(dataset_id)
-    manifest, target = dataset.manifest(dataset_dir), dataset.paths(dataset_dir)[0]
-    if manifest is None:
-        return dataset_id, "-", f"{family.default_size(dataset_id):,} {family.unit}", target.name
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
-    count = f"{manifest.get(f'num_{family.unit}', 0):,} {family.unit}, seed {manifest.get('seed')}"
-    return dataset_id, _megabytes(size), count, str(target)
-
-
-def _official_row(dataset_id: str, dataset_dir: str | os.PathLike | None) -> tuple[str, ...]:
-    paths = find_dataset(dataset_id).paths(dataset_dir)
-    if not paths[0].exists():
-        return dataset_id, "-", "", paths[0].name
-    files = [file for path in paths for file in (path, *path.rglob("*")) if file.is_file()]
-    return dataset_id, _megabytes(sum(file.stat().st_size for file in files)), "", str(paths[0])
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
-
-
-def _section(title: str, source: str, rows: list[tuple[str, ...]], dataset_dir: str | os.PathLike | None) -> str:
-    """Title, folder, source, and a line each row in aligned columns, `content` left out where no row has one."""
-    if not rows:
+def _section(title: str, source: str, datasets: list[Dataset], dataset_dir: str | os.PathLike | None) -> str:
+    """Title, folder, source, and a line each dataset in aligned columns."""
+    if not datasets:
         return ""
-    folder: Path = find_dataset(rows[0][0]).paths(dataset_dir)[0].parent
-    columns = (0, 1, 2, 3) if any(row[2] for row in rows) else (0, 1, 3)
-    lines = [[row[column] for column in columns] for row in (HEADINGS, *rows)]
+    lines = [HEADINGS, *(_row(dataset, dataset_dir) for dataset in datasets)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1] + [0]
     table = ["  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines]
+    folder = datasets[0].paths(dataset_dir)[0].parent
     return "\n".join([title, f"  folder: {folder}", f"  source: {source}", "", *table])
+
+
+def _row(dataset: Dataset, dataset_dir: str | os.PathLike | None) -> tuple[str, ...]:
+    """What HEADINGS say of one dataset."""
+    paths, manifest, content = dataset.paths(dataset_dir), dataset.manifest(dataset_dir), "official"
+    if dataset.local:
+        family = find_family(dataset.id)
+        content = f"{family.default_size(dataset.id):,} {family.unit}"
+        if manifest is not None:
+            content = f"{manifest.get(f'num_{family.unit}', 0):,} {family.unit}, seed {manifest.get('seed')}"
+    if not paths[0].exists() or dataset.local and manifest is None:
+        return dataset.id, "-", content, paths[0].name
+    files = [file for path in paths for file in (path, *path.rglob("*")) if file.is_file()]
+    return dataset.id, f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB", content, str(paths[0])

@@ -103,7 +103,6 @@ def _make_episode(task: tuple[Plan, int, int, Path]) -> float:
 class WalkerFamily(Family):
     """See `generation.Family`: a folder of episode files in the study's layout."""
 
-    title = "walker study"
     ids = GENERATED_IDS
     unit, size = "episodes", 100
 

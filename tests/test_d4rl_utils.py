@@ -1,7 +1,6 @@
 """D4RL's ids, folders and files: what is read, fetched and refused and with which words, transitions, environments."""
 
 import functools
-import json
 import tracemalloc
 from pathlib import Path
 
@@ -198,22 +197,16 @@ def test_damaged_files_are_one_line(tiny):
 # --- episodes --------------------------------------------------------------------------------------------------------
 
 
-def test_episodes_end_at_falls_timeouts_jumps_and_the_end_of_the_file(tiny):
+def test_episodes_end_at_falls_timeouts_jumps_and_the_end_of_the_file(tiny, monkeypatch):
     arrays = load_arrays(tiny)
     assert episode_ends(arrays).tolist() == [4, 7, 11]
     assert whole_returns(arrays["rewards"], arrays["terminals"], episode_ends(arrays)).tolist() == [10.0, 18.0, 38.0]
     arrays["timeouts"][:] = False  # an end without a mark shows in the observations
-    assert episode_ends(arrays).tolist() == [4, 7, 11]
-    del arrays["next_observations"], arrays["timeouts"]
-    assert episode_ends(arrays).tolist() == [4, 11]
-
-
-def test_jumps_are_found_across_the_chunks_of_the_search(tiny, monkeypatch):
-    arrays = load_arrays(tiny)
-    arrays["terminals"][:] = arrays["timeouts"][:] = False
-    for rows in (1, 4, 5, ROWS - 1, ROWS):
+    for rows in (1, 4, 5, ROWS - 1, ROWS):  # searched at a time
         monkeypatch.setattr(d4rl_utils, "BLOCK_ROWS", rows)
         assert episode_ends(arrays).tolist() == [4, 7, 11]
+    del arrays["next_observations"], arrays["timeouts"]
+    assert episode_ends(arrays).tolist() == [4, 11]
 
 
 # --- transitions -----------------------------------------------------------------------------------------------------
@@ -405,49 +398,6 @@ def test_loading_needs_little_more_memory_than_the_data(tmp_path, following):
         tracemalloc.stop()
     size = sum(4 * array.size for array in got.values())  # as float32
     assert peak < 1.2 * size, peak / size
-
-
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
-
-
-@pytest.mark.skipif(not (SHARED / "d4rl").is_dir(), reason="no development data beside this checkout")
-@pytest.mark.parametrize("name", ["hopper-medium-replay-v2", "halfcheetah-medium-expert-v2", "walker2d-medium-v2"])
-def test_development_files_have_the_returns_that_are_listed(name):
-    got, returns = load(name, SHARED / "d4rl")
-    lines = (SHARED / "returns.csv").read_text().splitlines()
-    line = next(line for line in lines if line.startswith(f"d4rl/{find_dataset(name).files[0]},"))
-    rows, episodes, mean, _ = (float(number) for number in line.split(",")[1:])
-    ends = got["terminated"] | got["truncated"]
-    assert (len(got["rewards"]), ends.sum()) == (rows, episodes)
-    last = int(np.diff(np.flatnonzero(ends))[-1])
-    cut = got["truncated"][-1] and last < 1000  # by the file's end: no whole episode, so its return is left out
-    assert len(returns) == episodes - cut
-    assert abs(returns.mean() - mean) < (0.01 * mean if cut else 0.06)
-    inside = np.flatnonzero(~ends[:-1])
-    np.testing.assert_array_equal(got["next_observations"][inside], got["observations"][inside + 1])
-
-
-# --- finding and downloading -----------------------------------------------------------------------------------------
-
-
-def test_a_download_that_fails_says_what_else_there_is(tmp_path):
-    """test_ogbench_utils.py has what is fetched, continued, refused and removed."""
-    with pytest.raises(
-        UserError, match=r"cannot download http://127.0.0.1:9/.*ConnectionError.*put Ant_maze_u-maze"
-    ) as e:
-        find_dataset(ANTMAZE).ensure(tmp_path / "cache", "http://127.0.0.1:9/")
-    assert "by hand, or use local/antmaze-umaze-v2" in str(e.value) and list((tmp_path / "cache").iterdir()) == []
-
-
-def test_a_local_dataset_needs_its_manifest(tmp_path):
-    name = "local/hopper-medium-v2"
-    (tmp_path / "local").mkdir()
-    path = write(find_dataset(name).paths(tmp_path)[0], tiny_columns())
-    with pytest.raises(UserError, match=f"make_dataset.py --dataset {name} --dataset_dir {tmp_path}"):
-        load(name, tmp_path)
-    entry = {"id": name, "files": {path.name: {"bytes": path.stat().st_size}}}
-    find_dataset(name).manifest_path(tmp_path).write_text(json.dumps(entry))
-    assert len(load(name, tmp_path)[0]["rewards"]) == ROWS
 
 
 # --- environments ----------------------------------------------------------------------------------------------------

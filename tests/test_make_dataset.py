@@ -21,7 +21,7 @@ import d4rl_utils
 import dmc_utils
 import make_dataset
 import ogbench_utils
-from benchmark_data import experts, generation, maze
+from benchmark_data import experts, generation, local, maze
 from benchmark_data.check import check
 from benchmark_data.local import generate, generate_if_missing
 from benchmark_data.maze import Ways, cell_distances, vertex_cells
@@ -263,7 +263,7 @@ def test_a_full_disk_says_that_nothing_was_written(tmp_path, monkeypatch):
 
 def test_the_families_cover_the_ids_that_are_offered():
     offered = [*ogbench_utils.GENERATED_IDS, *d4rl_utils.GENERATED_IDS, *dmc_utils.GENERATED_IDS]
-    covered = [dataset_id for family in make_dataset.FAMILIES for dataset_id in family.ids]
+    covered = [dataset_id for family in local.FAMILIES for dataset_id in family.ids]
     assert sorted(covered) == sorted(offered) and len(covered) == 10 + 15 + 4
     for dataset_id in ogbench_utils.GENERATED_IDS:
         assert maze.find_recipe(dataset_id).rows in (201, 501, 1001)
@@ -385,9 +385,9 @@ def test_the_list_tells_what_is_there_and_how_to_get_the_rest(tmp_path, capsys):
     assert "size" in lines["id"] and "path of what is there" in lines["id"]
     assert "2 episodes, seed 3" in lines[STITCH] and str(tmp_path / "local") in lines[STITCH]
     assert lines["local/hopper-medium-v2"].split()[1:] == ["-", "100,000", "transitions", "hopper_medium-v2.hdf5"]
-    assert lines["antmaze-giant-stitch-v0"].split()[1:] == ["-", "antmaze-giant-stitch-v0.npz"]
-    assert lines["hopper-medium-v2"].split()[1:] == ["-", "hopper_medium-v2.hdf5"]
-    for family in make_dataset.FAMILIES:
+    assert lines["antmaze-giant-stitch-v0"].split()[1:] == ["-", "official", "antmaze-giant-stitch-v0.npz"]
+    assert lines["hopper-medium-v2"].split()[1:] == ["-", "official", "hopper_medium-v2.hdf5"]
+    for family in local.FAMILIES:
         assert set(family.ids) <= set(lines)
     for source in (ogbench_utils, d4rl_utils):
         assert set(official_ids(source.DATASETS)) <= set(lines)

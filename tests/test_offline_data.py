@@ -254,9 +254,9 @@ def test_every_action_number_is_scaled_by_its_own_bounds(put_minari, monkeypatch
 
 
 FAULTY = {
-    r"episode 1: actions row 3 lies outside \[-1, 1\]": lambda one: one.actions.__setitem__(3, 1.1),
-    "episode 1: observations row 2 holds NaN": lambda one: one.observations.__setitem__(2, np.nan),
-    "episode 1: rewards row 0 holds NaN": lambda one: one.rewards.__setitem__(0, np.inf),
+    r"actions row 8 lies outside \[-1, 1\]": lambda one: one.actions.__setitem__(3, 1.1),
+    "observations row 7 holds NaN": lambda one: one.observations.__setitem__(2, np.nan),
+    "rewards row 5 holds NaN": lambda one: one.rewards.__setitem__(0, np.inf),
 }
 
 
