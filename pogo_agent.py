@@ -36,7 +36,6 @@ Choices where the sources differ or are silent:
 """
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from model import EnsembleCritic, TransportActor
-from model_kernels import Adam
+from model_kernels import Adam, cosine
 from transport import DistanceConfig, blur_unit, cloud_spread, l2, policy_distance
 from utils import BelowOne, Count, NonNegative, Positive, PositiveFraction
 
@@ -239,7 +238,7 @@ class POGOAgent(ActorChain):
     def anneal(self, share: float) -> None:
         """Set the actors' learning rate for a share of the run behind, 0 to 1; nothing without `lr_decay`."""
         if self.config.lr_decay:
-            self.actor_lr.fill_(self.config.lr * (0.5 + 0.5 * math.cos(math.pi * share)))
+            self.actor_lr.fill_(self.config.lr * cosine(share))
 
     # -- diagnostics of the chain -----------------------------------------------------------------------------------
 

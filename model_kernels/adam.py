@@ -1,5 +1,6 @@
-"""Adam by PyTorch's fused kernel."""
+"""Adam by PyTorch's fused kernel, and how its learning rate falls."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -51,3 +52,8 @@ class Adam:
                 if mine.shape != stored.shape:
                     raise ValueError(f"Adam's state {name} of {list(stored.shape)} is not {list(mine.shape)}")
                 mine.copy_(stored)
+
+
+def cosine(share: float) -> float:
+    """What is left of a learning rate that falls to 0 along a cosine, a share of the run behind, 0 to 1."""
+    return 0.5 + 0.5 * math.cos(math.pi * share)

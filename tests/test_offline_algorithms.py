@@ -110,12 +110,12 @@ def test_a_saved_agent_goes_on_to_the_same_bits(name):
 def test_actions_lie_in_the_box_and_the_mode_draws_nothing(name):
     agent, observations = make(name), 5 * torch.randn(64, D)
     noise = agent.generator.get_state()
-    first, second = (agent.act(observations) for _ in range(2))
+    first, second = (agent.actor(observations).mode for _ in range(2))
     assert torch.equal(first, second) and torch.equal(noise, agent.generator.get_state())
-    draws = agent.act(observations, stochastic=True)
-    for actions in (first, draws):
-        assert actions.shape == (64, A) and actions.abs().max() <= 1 and not actions.requires_grad
-    assert torch.equal(first, draws) == (name in ("td3_bc", "iql_deterministic"))
+    _, draws = agent.draw(agent.actor, observations)
+    for actions in (first, draws.actions):
+        assert actions.shape == (64, A) and actions.abs().max() <= 1
+    assert torch.equal(first, draws.actions) == (name in ("td3_bc", "iql_deterministic"))
 
 
 @pytest.mark.parametrize("name", ["td3_bc", "iql", "awac", "sac_n", "cql"])
@@ -133,7 +133,7 @@ def test_they_find_the_better_of_two_actions(name):
         actions = torch.where(good, 0.5, -0.5) + 0.1 * torch.randn(64, A, generator=generator)
         batch = {"observations": torch.ones(64, D), "next_observations": torch.ones(64, D), "actions": actions}
         agent.update(batch | {"rewards": good.squeeze(1).float(), "terminated": torch.ones(64)})
-    assert agent.act(torch.ones(1, D)).mean() > 0.25, agent.act(torch.ones(1, D))
+    assert agent.actor(torch.ones(1, D)).mode.mean() > 0.25
 
 
 @pytest.mark.gpu

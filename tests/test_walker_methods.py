@@ -236,7 +236,7 @@ def test_disagreement_is_the_largest_distance_of_a_pair():
     torch.manual_seed(0)
     model = MLPDynamics(4, 2, statistics(), hidden_dim=8, members=3)
     batch = linear_system(5)
-    found = model.predictions(batch["observations"], batch["actions"])
+    found = model.net(batch["observations"], batch["actions"])
     pairs = [(found[i] - found[j]).norm(dim=-1) for i, j in ((0, 1), (0, 2), (1, 2))]
     disagreement = model.disagreement(batch["observations"], batch["actions"])
     assert torch.allclose(disagreement, torch.stack(pairs).amax(0), atol=1e-5)
@@ -246,7 +246,7 @@ def test_a_row_steps_by_every_member_in_turn():
     torch.manual_seed(0)
     model = MLPDynamics(4, 2, statistics(), hidden_dim=8, members=3)
     batch = linear_system(1)
-    one = model.predictions(batch["observations"], batch["actions"])[:, 0]
+    one = model.net(batch["observations"], batch["actions"])[:, 0]
     inputs, actions = (batch[name].expand(200, -1) for name in ("observations", "actions"))
     rows = model.predict(inputs, actions, generator())
     nearest = (rows[:, None] - one).norm(dim=-1).detach().min(1)

@@ -14,6 +14,8 @@ plays 100 episodes a task and prints mean and standard deviation of their return
 
 import contextlib
 import functools
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,9 +176,24 @@ def evaluate(agent: Agent, task: str, seeds: list[int], workers: int, desc: str,
     return np.concatenate(returns)
 
 
-def report(name: str, task: str, returns: np.ndarray) -> str:
-    """One line: mean and standard deviation over episodes."""
-    return f"{name}, {task}: {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes"
+def play(
+    agents: dict[str, Agent], tasks: Iterable[str], seeds: list[int], workers: int, prefix: str = ""
+) -> dict[tuple[str, str], np.ndarray]:
+    """Returns [episodes] by agent and task, whose mean and standard deviation are printed as they come."""
+    found = {}
+    for name, task in itertools.product(agents, tasks):
+        title = f"{prefix}{name}, {task}"
+        found[name, task] = returns = evaluate(agents[name], task, seeds, workers, title)
+        print(f"{title}: {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
+    return found
+
+
+def write_returns(path: str | Path, found: dict[tuple[str, str], np.ndarray]) -> None:
+    """Every episode's return, by agent and task, as a CSV file."""
+    lines = ["agent,task,episode,return\n"]
+    for (name, task), returns in found.items():
+        lines += [f"{name},{task},{number},{value!r}\n" for number, value in enumerate(returns.tolist())]
+    write_text_atomic(path, "".join(lines))
 
 
 @dataclass
@@ -196,27 +213,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if config.run_dir is not None:
             stack.enter_context(hold_run(config.run_dir))
             prepare_run(config.run_dir, config, may_change={"device", "eval_workers"})
-        returns = play(config)
-        means = {task: float(found.mean()) for task, found in returns.items()}
+        agent = Agent(seed=config.seed, device=resolve_device(config.device))
+        if config.load is not None:
+            agent.load(config.load)
+        seeds = episode_seeds(config.seed, config.episodes)
+        found = play({agent.method: agent}, TASKS, seeds, num_workers(config.eval_workers))
+        means = {task: float(returns.mean()) for (_, task), returns in found.items()}
         if config.run_dir is not None:
-            values = [(task, n, value) for task, found in returns.items() for n, value in enumerate(found.tolist())]
-            rows = [("last", task, n, repr(value)) for task, n, value in values]
-            text = "".join(",".join(map(str, row)) + "\n" for row in [("agent", "task", "episode", "return"), *rows])
-            write_text_atomic(Path(config.run_dir) / "evaluation.csv", text)
+            last = {("last", task): returns for (_, task), returns in found.items()}
+            write_returns(Path(config.run_dir, "evaluation.csv"), last)
             mark_finished(config.run_dir, {f"last/{task}/return": mean for task, mean in means.items()})
     return means
-
-
-def play(config: AgentConfig) -> dict[str, np.ndarray]:
-    """Returns [episodes] of each task, printed as they come."""
-    agent = Agent(seed=config.seed, device=resolve_device(config.device))
-    if config.load is not None:
-        agent.load(config.load)
-    seeds, returns = episode_seeds(config.seed, config.episodes), {}
-    for task in TASKS:
-        returns[task] = evaluate(agent, task, seeds, num_workers(config.eval_workers), f"{agent.method}, {task}")
-        print(report(agent.method, task, returns[task]))
-    return returns
 
 
 if __name__ == "__main__":

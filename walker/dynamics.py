@@ -6,7 +6,7 @@ predicts the change of the observation, in units of that change's deviation over
     MLPDynamics    an ensemble of E networks, each trained on rows of its own; a row steps by one of them at random
                    mean squared error
     VAEDynamics    a conditional variational autoencoder: a step is decoded from (s, a, z), z ~ N(0, I)
-                   mean squared error + kl_weight / (D + 1) KL(q(z|s, a, s', r) || N(0, I))
+                   mean squared error + KL_WEIGHT / (D + 1) KL(q(z|s, a, s', r) || N(0, I))
 
 Predictions are kept to what the data has seen: observations to their range, rewards to [0, 1].
 """
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from model import MLP
+
+LATENT_DIM, KL_WEIGHT = 8, 0.05  # of the autoencoder
 
 
 class DataStatistics(NamedTuple):
@@ -76,10 +78,6 @@ class MLPDynamics(Dynamics):
         self.members = members
         self.net = MLP(input_dim + action_dim, hidden_dim, self.observation_dim + 1, 3, members)
 
-    def predictions(self, inputs: Tensor, actions: Tensor) -> Tensor:
-        """Of every member: [n, ...] -> [E, n, D + 1]."""
-        return self.net(inputs, actions)
-
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         rows = torch.cat([batch["observations"], batch["actions"]], 1).unflatten(0, (self.members, -1))
         squared = (self.net(rows) - self.targets(batch).unflatten(0, (self.members, -1))).square()
@@ -87,35 +85,26 @@ class MLPDynamics(Dynamics):
         return loss, {"model_loss": loss.detach() / self.members, "reward_error": squared[..., -1].detach().mean()}
 
     def predict(self, inputs: Tensor, actions: Tensor, generator: torch.Generator) -> Tensor:
-        found = self.predictions(inputs, actions)
+        found = self.net(inputs, actions)  # of every member, [E, n, D + 1]
         chosen = torch.randint(self.members, (len(inputs),), generator=generator, device=inputs.device)
         return found[chosen, torch.arange(len(inputs), device=inputs.device)]
 
     @torch.no_grad()
     def disagreement(self, inputs: Tensor, actions: Tensor) -> Tensor:
         """Largest distance between two members' predictions, [n]."""
-        found = self.predictions(inputs, actions.clamp(-1.0, 1.0))
+        found = self.net(inputs, actions.clamp(-1.0, 1.0))
         pairs = found.unsqueeze(0) - found.unsqueeze(1)  # [E, E, n, D + 1]
         return pairs.norm(dim=-1).flatten(0, 1).amax(0)
 
 
 class VAEDynamics(Dynamics):
-    """Encoder of two and decoder of three hidden layers around `latent_dim` numbers."""
+    """Encoder of two and decoder of three hidden layers around LATENT_DIM numbers."""
 
-    def __init__(
-        self,
-        input_dim: int,
-        action_dim: int,
-        statistics: DataStatistics,
-        hidden_dim: int = 256,
-        latent_dim: int = 8,
-        kl_weight: float = 0.05,
-    ):
+    def __init__(self, input_dim: int, action_dim: int, statistics: DataStatistics, hidden_dim: int = 256):
         super().__init__(input_dim, statistics)
-        self.latent_dim, self.kl_weight = latent_dim, kl_weight
         condition, target = input_dim + action_dim, self.observation_dim + 1
-        self.encoder = MLP(condition + target, hidden_dim, 2 * latent_dim)
-        self.decoder = MLP(condition + latent_dim, hidden_dim, target, 3)
+        self.encoder = MLP(condition + target, hidden_dim, 2 * LATENT_DIM)
+        self.decoder = MLP(condition + LATENT_DIM, hidden_dim, target, 3)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         condition, target = torch.cat([batch["observations"], batch["actions"]], 1), self.targets(batch)
@@ -125,12 +114,12 @@ class VAEDynamics(Dynamics):
         z = mean + log_std.exp() * noise
         squared = (self.decoder(condition, z) - target).square()
         kl = 0.5 * (mean.square() + (2 * log_std).exp() - 2 * log_std - 1).sum(1).mean()
-        loss = squared.mean() + self.kl_weight * kl / squared.shape[1]
+        loss = squared.mean() + KL_WEIGHT * kl / squared.shape[1]
         parts = {"model_loss": squared.mean(), "kl": kl, "reward_error": squared[:, -1].mean()}
         return loss, {name: value.detach() for name, value in parts.items()}
 
     def predict(self, inputs: Tensor, actions: Tensor, generator: torch.Generator) -> Tensor:
-        z = torch.randn(len(inputs), self.latent_dim, generator=generator, device=inputs.device)
+        z = torch.randn(len(inputs), LATENT_DIM, generator=generator, device=inputs.device)
         return self.decoder(inputs, actions, z)
 
 

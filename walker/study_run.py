@@ -44,9 +44,8 @@ from utils import (
     Workers,
     progress,
     resolve_device,
-    write_text_atomic,
 )
-from walker.agent import EXPERT_RETURNS, Agent, acting_state, evaluate, report
+from walker.agent import EXPERT_RETURNS, Agent, acting_state, evaluate, play, write_returns
 
 
 @dataclass
@@ -70,7 +69,7 @@ class StudyConfig(DeviceRunConfig):
 class StudyRun(Run):
     """One run of a method.
 
-    What it trains, `learner`, has `update(batch)`, `state_dict()`, `load_state_dict()` and `step`.
+    What it trains, `learner`, is a `Learner` with `update(batch)`.
     """
 
     method: str  # its name in reports and directories
@@ -113,6 +112,11 @@ class StudyRun(Run):
         here, following = (self.inputs(part, bits) for part in (parts.observations, parts.next_observations))
         fields = (here, parts.actions, self.rewards(parts.rewards), following, parts.discounts == 0, truncated)
         self.buffer = ReplayBuffer(*fields, self.device)
+
+    def part(self, chosen: np.ndarray) -> dict[str, torch.Tensor]:
+        """All transitions of the chosen episodes, [episodes] bool, by field."""
+        rows = torch.as_tensor(np.repeat(chosen, len(self.buffer) // len(chosen)), device=self.device)
+        return {name: getattr(self.buffer, name)[rows] for name in ReplayBuffer.FIELDS}
 
     def rewards(self, rewards: np.ndarray) -> np.ndarray:
         """Rewards as the method learns from them; the data's own by default."""
@@ -214,7 +218,7 @@ class StudyRun(Run):
         config, means = self.config, RunningMeans()
         with progress(config.max_timesteps, self.method, initial=self.step, unit="update") as bar:
             while self.step < config.max_timesteps:
-                self.anneal(self.step / config.max_timesteps)
+                self.learner.anneal(self.step / config.max_timesteps)
                 means.add(self.learner.update(self.make_batch()))
                 self.step += 1
                 bar.update()
@@ -236,9 +240,6 @@ class StudyRun(Run):
     def is_save(self, step: int) -> bool:
         """Whether it writes a checkpoint then: after each evaluation."""
         return self.is_evaluation(step)
-
-    def anneal(self, share: float) -> None:  # noqa: B027  most methods need none
-        """Set learning rates for a share of the run behind, 0 to 1; none falls by default."""
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -274,13 +275,12 @@ class StudyRun(Run):
     def test(self) -> dict[str, float]:
         """Both agents on episodes that nothing before has used: means and deviations; every episode in a file."""
         best = load_checkpoint(self.run_dir / "checkpoints" / "best.pth", self.device)["acting"]
-        agents = {"last": self.agent(self.acting()), "best": self.agent(best)}
-        figures, rows = {}, ["agent,task,episode,return"]
-        for (name, task), returns in play_agents(agents, self.trained_tasks(), self.streams, self.config).items():
+        agents, figures = {"last": self.agent(self.acting()), "best": self.agent(best)}, {}
+        found = play_agents(agents, self.trained_tasks(), self.streams, self.config)
+        for (name, task), returns in found.items():
             figures |= {f"{name}/{task}/return": float(returns.mean())}
             figures |= {f"{name}/{task}/return_std": float(returns.std())}
-            rows += [f"{name},{task},{number},{value!r}" for number, value in enumerate(returns.tolist())]
-        write_text_atomic(self.run_dir / "evaluation.csv", "\n".join(rows) + "\n")
+        write_returns(self.run_dir / "evaluation.csv", found)
         return figures
 
     # -- files -------------------------------------------------------------------------------------------------------
@@ -319,13 +319,8 @@ def play_agents(
     agents: dict[str, Agent], tasks: list[str], streams: RandomStreams, config: StudyConfig, prefix: str = ""
 ) -> dict[tuple[str, str], np.ndarray]:
     """Returns [test_episodes] by agent and task, printed as they come; nothing in training has used these episodes."""
-    seeds, found = episode_seeds((streams.evaluation_seed + 1) % 2**31, config.test_episodes), {}
-    for name, agent in agents.items():
-        for task in tasks:
-            workers = num_workers(config.eval_workers)
-            found[name, task] = evaluate(agent, task, seeds, workers, f"test {name}, {task}")
-            print(report(prefix + name, task, found[name, task]))
-    return found
+    seeds = episode_seeds((streams.evaluation_seed + 1) % 2**31, config.test_episodes)
+    return play(agents, tasks, seeds, num_workers(config.eval_workers), prefix)
 
 
 def retest(run_class: type[StudyRun], config: StudyConfig) -> dict[str, float]:

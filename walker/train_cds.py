@@ -48,15 +48,13 @@ class CDSRun(CQLRun):
     def prepare_data(self) -> None:
         """The main task's transitions, and the other's as it would pay for them, apart."""
         main = TASKS.index(self.config.main_task)
-        is_main = np.repeat(self.data.tasks == main, self.data.actions.shape[1])
+        is_main = self.data.tasks == main
         if is_main.all() or not is_main.any():
             raise UserError(f"--USE_DATASET_STR {self.config.USE_DATASET_STR}: give data of both tasks")
         self.data = self.data._replace(rewards=self.relabelled(main), tasks=np.full_like(self.data.tasks, main))
         super().prepare_data()
-        fields = [getattr(self.buffer, name) for name in ReplayBuffer.FIELDS]
-        chosen = torch.as_tensor(is_main, device=self.device)
-        self.buffer = ReplayBuffer(*(field[chosen] for field in fields), self.device)
-        self.others = ReplayBuffer(*(field[~chosen] for field in fields), self.device)
+        own, others = self.part(is_main), self.part(~is_main)
+        self.buffer, self.others = (ReplayBuffer(**rows, device=self.device) for rows in (own, others))
 
     def relabelled(self, main: int) -> np.ndarray:
         """Rewards [E, T] in the main task: the data's own, and the simulator's for episodes of the other."""

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from algorithms.offline.base import Learner
 from dmc_utils import ACTION_DIM
 from runs.cli import run_cli
 from utils import Basic, BelowOne, Count, NonNegative, Number, Positive, UserError
@@ -50,7 +51,7 @@ class TransformerConfig(StudyConfig):
     run_target: Number | None = None  # return to ask for when running; likewise
 
 
-class SequenceLearner:
+class SequenceLearner(Learner):
     """The transformer and its AdamW.
 
     Args:
@@ -68,15 +69,15 @@ class SequenceLearner:
         targets: dict[str, float],
         device: str | torch.device = "cpu",
     ):
-        self.config, self.step, self.device = config, 0, torch.device(device)
+        super().__init__(device)
         names = ("context", "hidden_dim", "layers", "heads", "dropout")
-        self.sizes = {name: getattr(config, name) for name in names} | {"return_scale": RETURN_SCALE}
-        self.sizes["targets"] = targets
+        self.config, self.sizes = config, {name: getattr(config, name) for name in names}
+        self.sizes |= {"return_scale": RETURN_SCALE, "targets": targets}
         self.policy: ReturnConditioned = POLICIES["decision_transformer"](input_dim, action_dim, **self.sizes)
-        self.policy.to(device)
+        self.networks["policy"] = self.policy.to(device)
         self.lr = torch.tensor(config.lr, device=device)
         options = {"weight_decay": config.weight_decay, "fused": True}
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), self.lr, **options)
+        self.optimizer = self.optimizers["policy"] = torch.optim.AdamW(self.policy.parameters(), self.lr, **options)
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One step on windows: observations [n, K, D], actions [n, K, A], returns, times and valid [n, K]."""
@@ -96,15 +97,11 @@ class SequenceLearner:
     def state_dict(self) -> dict[str, Any]:
         """Everything the next update depends on, torch's global generator included."""
         generator = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
-        state = {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-        return state | {"dropout": generator}
+        return super().state_dict() | {"dropout": generator}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`."""
-        self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().load_state_dict(state)
         self.optimizer.param_groups[0]["lr"] = self.lr
-        self.step = int(state["step"])
         generator = state["dropout"].cpu()
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(generator, self.device)

@@ -10,7 +10,6 @@ Adam, whose learning rate falls to 0 along a cosine.
 """
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from algorithms.offline.base import Learner
 from dmc_utils import ACTION_DIM
+from model_kernels import cosine
 from runs.cli import run_cli
 from utils import Basic, Count, Positive, Whole
 from walker.policies import POLICIES
@@ -33,7 +34,7 @@ class CloningConfig(StudyConfig):
     blocks: Whole = 2  # residual blocks of two layers each
 
 
-class BehaviorCloning:
+class BehaviorCloning(Learner):
     """The network and its Adam.
 
     Args:
@@ -43,35 +44,20 @@ class BehaviorCloning:
     """
 
     def __init__(self, config: CloningConfig, input_dim: int, action_dim: int, device: str | torch.device = "cpu"):
-        self.config, self.step = config, 0
-        self.sizes = {"hidden_dim": config.hidden_dim, "blocks": config.blocks}
-        self.policy = POLICIES["residual_mlp"](input_dim, action_dim, **self.sizes).to(device)
+        super().__init__(device)
+        self.config, self.sizes = config, {"hidden_dim": config.hidden_dim, "blocks": config.blocks}
         self.lr = torch.tensor(config.lr, device=device)  # a tensor, so that it can be set between updates
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), self.lr, fused=True)
+        self.policy = self.add("policy", POLICIES["residual_mlp"](input_dim, action_dim, **self.sizes), self.lr)
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One step on observations [n, D] and actions [n, A]."""
         loss = F.mse_loss(self.policy.network(batch["observations"]), batch["actions"])
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        self.minimise("policy", loss)
         self.step += 1
         return {"cloning_loss": loss.detach()}
 
     def anneal(self, share: float) -> None:
-        """Set the learning rate for a share of the run behind, 0 to 1."""
-        self.lr.fill_(self.config.lr * (0.5 + 0.5 * math.cos(math.pi * share)))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the next update depends on."""
-        return {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`."""
-        self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.optimizer.param_groups[0]["lr"] = self.lr
-        self.step = int(state["step"])
+        self.lr.fill_(self.config.lr * cosine(share))
 
 
 class CloningRun(StudyRun):
@@ -81,9 +67,6 @@ class CloningRun(StudyRun):
 
     def make_learner(self) -> BehaviorCloning:
         return BehaviorCloning(self.config, self.input_dim, ACTION_DIM, self.device)
-
-    def anneal(self, share: float) -> None:
-        self.learner.anneal(share)
 
     def policy(self) -> tuple[str, dict[str, Any], torch.nn.Module]:
         return "residual_mlp", self.learner.sizes, self.learner.policy

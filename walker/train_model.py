@@ -14,7 +14,6 @@ Noise on observations reaches the cloning alone: model and PPO see what is.
 
 import abc
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from algorithms.offline.base import Learner
 from dmc_utils import ACTION_DIM
+from model_kernels import Adam, cosine
 from runs.cli import run_cli
 from utils import Basic, Count, Positive, ReplayBuffer, UserError
 from walker.dynamics import Dynamics, MLPDynamics, VAEDynamics, statistics_of
@@ -50,7 +51,7 @@ class ModelConfig(InModelConfig):
     model: Literal["mlp", "vae"] = "mlp"  # kind of model
 
 
-class InModelLearner:
+class InModelLearner(Learner):
     """A model, and a policy that PPO trains in it.
 
     Args:
@@ -61,13 +62,12 @@ class InModelLearner:
     """
 
     def __init__(self, config: InModelConfig, model: Dynamics, data: ReplayBuffer, generator: torch.Generator):
-        self.config, self.data, self.generator, self.step = config, data, generator, 0
-        device = data.device
-        self.model = model.to(device)
-        self.ppo = PPO(config, model.input_dim, ACTION_DIM, config.hidden_dim, generator, device)
-        self.lr = torch.tensor(config.model_lr, device=device)
-        self.model_optimizer = torch.optim.Adam(self.model.parameters(), self.lr, fused=True)
-        self.cloning_optimizer = torch.optim.Adam(self.ppo.actor.net.parameters(), self.lr, fused=True)
+        super().__init__(data.device)
+        self.config, self.data, self.generator = config, data, generator
+        self.ppo = PPO(config, model.input_dim, ACTION_DIM, config.hidden_dim, generator, self.device)
+        self.lr = torch.tensor(config.model_lr, device=self.device)
+        self.model = self.add("model", model, self.lr)
+        self.optimizers["cloning"] = Adam(self.ppo.actor.net.parameters(), self.lr)
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Fit model and policy to a batch, or, once `model_updates` have, an iteration of PPO."""
@@ -77,14 +77,12 @@ class InModelLearner:
 
     def fit(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One step of the model and of cloning, on `members` times as many transitions as the latter takes."""
-        self.lr.fill_(self.config.model_lr * (0.5 + 0.5 * math.cos(math.pi * self.step / self.config.model_updates)))
+        self.lr.fill_(self.config.model_lr * cosine(self.step / self.config.model_updates))
         model_loss, info = self.model.loss(batch, self.generator)
         first = len(batch["actions"]) // self.model.members
         cloning_loss = F.mse_loss(self.ppo.actor(batch["noisy"][:first]), batch["actions"][:first])
-        for optimizer, loss in ((self.model_optimizer, model_loss), (self.cloning_optimizer, cloning_loss)):
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+        self.minimise("model", model_loss)
+        self.minimise("cloning", cloning_loss)
         return info | {"cloning_loss": cloning_loss.detach()}
 
     def iterate(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -99,21 +97,11 @@ class InModelLearner:
         return following, rewards, torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next update depends on but the generator."""
-        optimizers = {"model": self.model_optimizer.state_dict(), "cloning": self.cloning_optimizer.state_dict()}
-        return {"model": self.model.state_dict(), "ppo": self.ppo.state_dict(), "step": self.step} | {
-            "optimizers": optimizers
-        }
+        return super().state_dict() | {"ppo": self.ppo.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`."""
-        self.model.load_state_dict(state["model"])
+        super().load_state_dict(state)
         self.ppo.load_state_dict(state["ppo"])
-        self.step = int(state["step"])
-        for name, optimizer in (("model", self.model_optimizer), ("cloning", self.cloning_optimizer)):
-            optimizer.load_state_dict(state["optimizers"][name])
-            self.lr.fill_(float(optimizer.param_groups[0]["lr"]))
-            optimizer.param_groups[0]["lr"] = self.lr
 
 
 class InModelRun(StudyRun, abc.ABC):
@@ -145,10 +133,8 @@ class InModelRun(StudyRun, abc.ABC):
         own, episodes = len(self.mean), len(self.data.tasks)
         self.statistics = statistics_of(self.buffer.observations[:, :own], self.buffer.next_observations[:, :own])
         held_out = np.arange(episodes) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        rows = torch.as_tensor(np.repeat(held_out, len(self.buffer) // episodes), device=self.device)
-        fields = [getattr(self.buffer, name) for name in ReplayBuffer.FIELDS]
-        self.seen = ReplayBuffer(*(field[~rows] for field in fields), self.device)
-        self.held_out = {name: field[rows] for name, field in zip(ReplayBuffer.FIELDS, fields, strict=True)}
+        self.seen = ReplayBuffer(**self.part(~held_out), device=self.device)
+        self.held_out = self.part(held_out)
 
     def make_batch(self) -> dict[str, Tensor]:
         """Transitions for every member of the model; or the states where imagined episodes begin."""

@@ -11,7 +11,6 @@ next_observations [n, D], actions [n, A], rewards, terminated [n] float32.
 """
 
 import abc
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.offline.pogo_policies import Distribution, Draw
-from model_kernels import Adam
+from model_kernels import Adam, cosine
 from utils import BelowOne, Count, Positive, PositiveFraction
 
 Batch = dict[str, Tensor]
@@ -37,8 +36,46 @@ class OfflineConfig:
     qf_lr: Positive = 3e-4  # learning rate of Adam for the critics
 
 
-class OfflineAlgorithm(abc.ABC):
-    """Networks with an Adam each, target networks, noise, checkpoints.
+class Learner:
+    """Networks, an Adam for each that is trained, and their checkpoint."""
+
+    def __init__(self, device: str | torch.device = "cpu"):
+        self.device, self.step = torch.device(device), 0
+        self.networks: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, Adam] = {}
+
+    def add(self, name: str, network: nn.Module, lr: float | Tensor) -> nn.Module:
+        """Keep a network that is trained by an Adam of its own."""
+        self.networks[name] = network.to(self.device)
+        self.optimizers[name] = Adam(network.parameters(), torch.as_tensor(lr, device=self.device))
+        return network
+
+    def minimise(self, name: str, loss: Tensor) -> None:
+        """One step of a network's Adam."""
+        self.optimizers[name].minimise(loss)
+
+    def anneal(self, share: float) -> None:  # noqa: B027  most rates stay
+        """Set learning rates for a share of the run behind, 0 to 1; none falls by default."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next update depends on but the generator, which is the caller's."""
+        return {
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.step = int(state["step"])
+
+
+class OfflineAlgorithm(Learner, abc.ABC):
+    """What every algorithm has: an actor, target networks, noise.
 
     Args:
         config: settings of the algorithm.
@@ -59,21 +96,13 @@ class OfflineAlgorithm(abc.ABC):
         device: str | torch.device = "cpu",
         make_actor: Callable[..., nn.Module] | None = None,
     ):
-        self.config, self.generator, self.device = config, generator, torch.device(device)
+        super().__init__(device)
+        self.config, self.generator = config, generator
         self.max_action, self.make_actor = sizes[2], make_actor or self.default_actor()
-        self.networks: dict[str, nn.Module] = {}
-        self.optimizers: dict[str, Adam] = {}
         self.targets: list[tuple[list[Tensor], list[Tensor]]] = []  # target networks' parameters, and the online ones
         self.actor_lr = torch.tensor(config.actor_lr, device=self.device)
         self.actor = self.add("actor", self.make_actor(*sizes, config.hidden_dim), self.actor_lr)
         self.build(*sizes)
-        self.step = 0
-
-    def add(self, name: str, network: nn.Module, lr: float | Tensor) -> nn.Module:
-        """Keep a network that is trained by an Adam of its own."""
-        self.networks[name] = network.to(self.device)
-        self.optimizers[name] = Adam(network.parameters(), torch.as_tensor(lr, device=self.device))
-        return network
 
     def add_target(self, name: str, network: nn.Module, source: nn.Module) -> nn.Module:
         """Keep a network that begins as a copy of another and follows it by `update_targets`."""
@@ -81,10 +110,6 @@ class OfflineAlgorithm(abc.ABC):
         network.load_state_dict(source.state_dict())
         self.targets.append((list(network.parameters()), list(source.parameters())))
         return network
-
-    def minimise(self, name: str, loss: Tensor) -> None:
-        """One step of a network's Adam."""
-        self.optimizers[name].minimise(loss)
 
     @torch.no_grad()
     def update_targets(self) -> None:
@@ -104,7 +129,7 @@ class OfflineAlgorithm(abc.ABC):
     def anneal(self, share: float) -> None:
         """Set the actors' learning rate for a share of the run behind, 0 to 1; nothing without `actor_lr_decay`."""
         if self.actor_lr_decay:
-            self.actor_lr.fill_(self.config.actor_lr * (0.5 + 0.5 * math.cos(math.pi * share)))
+            self.actor_lr.fill_(self.config.actor_lr * cosine(share))
 
     # -- what an algorithm defines ----------------------------------------------------------------------------------
 
@@ -128,40 +153,9 @@ class OfflineAlgorithm(abc.ABC):
     def next_actor_loss(self, distribution: Distribution, draw: Draw, batch: Batch) -> tuple[Tensor, Info]:
         """What a chain's later actors minimise beside their distance to the one before."""
 
-    # -- the actor --------------------------------------------------------------------------------------------------
-
     def update_actor(self, batch: Batch) -> Info:
         """The algorithm alone: one step of its actor."""
         distribution, draw = self.draw(self.actor, batch["observations"])
         loss, info = self.actor_loss(distribution, draw, batch)
         self.minimise("actor", loss)
         return info | {"actor_loss": loss.detach()}
-
-    @torch.no_grad()
-    def act(self, observations: Tensor, stochastic: bool = False) -> Tensor:
-        """Actions [n, A]: the mode, or a draw from the algorithm's generator."""
-        return self.act_with(self.actor, observations, stochastic)
-
-    def act_with(self, policy: nn.Module, observations: Tensor, stochastic: bool) -> Tensor:
-        """Actions [n, A] of any policy."""
-        if stochastic:
-            return self.draw(policy, observations)[1].actions
-        return policy(observations).mode
-
-    # -- checkpoints ------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the next update depends on but the generator, which is the caller's."""
-        return {
-            "networks": {name: network.state_dict() for name, network in self.networks.items()},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "step": self.step,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`."""
-        for name, network in self.networks.items():
-            network.load_state_dict(state["networks"][name])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        self.step = int(state["step"])

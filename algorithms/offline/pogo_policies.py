@@ -13,6 +13,7 @@ runs once, whatever is drawn from it.
 Every one draws by the same noise: z [n, A] gives an action a state, z [n, K, A] gives K.
 """
 
+import abc
 import functools
 import math
 from collections.abc import Callable
@@ -49,20 +50,6 @@ def _beside(per_state: Tensor, z: Tensor) -> Tensor:
     return per_state.unsqueeze(-2) if z.dim() > per_state.dim() else per_state
 
 
-class Point:
-    """One action a state."""
-
-    def __init__(self, actions: Tensor):
-        self.mode = actions
-
-    def draw(self, z: Tensor) -> Draw:
-        return Draw(self.mode if z.dim() == self.mode.dim() else self.mode.unsqueeze(-2).expand_as(z))
-
-    def cloning_loss(self, actions: Tensor, draw: Draw) -> Tensor:
-        """||pi(s) - a||^2, [n]."""
-        return (self.mode - actions).square().sum(-1)
-
-
 class Samples:
     """Draws alone, by a map of noise to actions."""
 
@@ -81,7 +68,26 @@ class Samples:
         return (draw.actions - actions).square().sum(-1)
 
 
-class Gaussian:
+class Point(Samples):
+    """One action a state, [n, A], whatever the noise."""
+
+    def __init__(self, actions: Tensor):
+        super().__init__(lambda z: _beside(actions, z).expand_as(z), lambda: actions)
+
+
+class Density(abc.ABC):
+    """A distribution that has a density."""
+
+    @abc.abstractmethod
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """log pi(a | s), [n] or [n, K]."""
+
+    def cloning_loss(self, actions: Tensor, draw: Draw) -> Tensor:
+        """-log pi(a | s), [n]."""
+        return -self.log_prob(actions)
+
+
+class Gaussian(Density):
     """N(mean, std^2) with actions cut to the box; densities are those before the cut, as CORL has them."""
 
     def __init__(self, mean: Tensor, std: Tensor, max_action: float):
@@ -100,12 +106,8 @@ class Gaussian:
         z = (actions - _beside(self.mean, actions)) / std
         return (-0.5 * z.square() - std.log() - 0.5 * LOG_2PI).sum(-1)
 
-    def cloning_loss(self, actions: Tensor, draw: Draw) -> Tensor:
-        """-log pi(a | s), [n]."""
-        return -self.log_prob(actions)
 
-
-class TanhGaussian:
+class TanhGaussian(Density):
     """max_action tanh(u), u ~ N(mean, std^2). The density is that of tanh(u): max_action is not counted, as in CORL."""
 
     def __init__(self, mean: Tensor, log_std: Tensor, max_action: float):
@@ -133,23 +135,17 @@ class TanhGaussian:
         z = (u - _beside(self.mean, actions)) * _beside(-self.log_std, actions).exp()
         return (-0.5 * z.square() - _beside(self.log_std, actions) - 0.5 * LOG_2PI - torch.log1p(-y.square())).sum(-1)
 
-    def cloning_loss(self, actions: Tensor, draw: Draw) -> Tensor:
-        """-log pi(a | s), [n]."""
-        return -self.log_prob(actions)
 
-
-Distribution = Point | Samples | Gaussian | TanhGaussian
+Distribution = Samples | Density
 
 
 class DeterministicMLP(nn.Module):
     """a = max_action tanh(net(s))."""
 
-    def __init__(
-        self, observation_dim: int, action_dim: int, max_action: float, hidden_dim: int = 256, hidden_layers: int = 2
-    ):
+    def __init__(self, observation_dim: int, action_dim: int, max_action: float, hidden_dim: int = 256):
         super().__init__()
         self.action_dim, self.max_action = action_dim, max_action
-        self.net = MLP(observation_dim, hidden_dim, action_dim, hidden_layers, squash=True)
+        self.net = MLP(observation_dim, hidden_dim, action_dim, squash=True)
 
     def forward(self, observations: Tensor) -> Point:
         return Point(times(self.net(observations), self.max_action))
@@ -158,12 +154,10 @@ class DeterministicMLP(nn.Module):
 class StochasticMLP(nn.Module):
     """a = max_action tanh(net([s, z])), a transport map of noise to actions."""
 
-    def __init__(
-        self, observation_dim: int, action_dim: int, max_action: float, hidden_dim: int = 256, hidden_layers: int = 2
-    ):
+    def __init__(self, observation_dim: int, action_dim: int, max_action: float, hidden_dim: int = 256):
         super().__init__()
-        self.action_dim, self.max_action = action_dim, max_action
-        self.transport = TransportActor(observation_dim, action_dim, max_action, hidden_dim, hidden_layers)
+        self.action_dim = action_dim
+        self.transport = TransportActor(observation_dim, action_dim, max_action, hidden_dim)
 
     def forward(self, observations: Tensor) -> Samples:
         still = observations.new_zeros(*observations.shape[:-1], self.action_dim)
@@ -211,7 +205,6 @@ class TanhGaussianMLP(nn.Module):
         action_dim: int,
         max_action: float,
         hidden_dim: int = 256,
-        hidden_layers: int = 3,
         log_std_bounds: tuple[float, float] = (-5.0, 2.0),
         log_std_offset: float = 0.0,
         edac_init: bool = True,
@@ -219,7 +212,7 @@ class TanhGaussianMLP(nn.Module):
         super().__init__()
         self.action_dim, self.max_action = action_dim, max_action
         self.log_std_bounds, self.log_std_offset = log_std_bounds, log_std_offset
-        self.net = MLP(observation_dim, hidden_dim, 2 * action_dim, hidden_layers)
+        self.net = MLP(observation_dim, hidden_dim, 2 * action_dim, hidden_layers=3)
         if edac_init:
             initialise(self.net, last_bound=1e-3)
 
