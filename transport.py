@@ -21,7 +21,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ from torch import Tensor
 from utils import Basic, Positive, Range
 
 Backend = Literal["exact", "fused", "tensorized", "online", "auto"]
-BACKENDS = get_args(Backend)
 Noise = Literal["same", "independent", "debiased"]
 MAX_EXACT = 10  # samples a cloud; work and memory grow as 2^K K
 SMALLEST_SPREAD = 1e-3  # of max_action: a cloud narrower than this counts as this wide where a blur is relative to it
@@ -68,12 +67,12 @@ def sinkhorn(
         [B]. Never negative but for rounding and an unfinished descent; 0 for equal clouds.
 
     Raises:
-        ValueError: shapes, dtypes, blur, diameter, scaling or backend that do not fit.
-        ImportError: backend `online` without pykeops, or without a C++ compiler for it.
+        ValueError: shapes that do not fit, or too many samples for `exact`.
     """
-    _check_clouds(x, y, backend, diameter)
-    if not 0 < blur < math.inf or diameter is not None and not 0 < diameter < math.inf or not 0 < scaling < 1:
-        raise ValueError(f"blur {blur}, diameter {diameter} must be positive and finite, scaling {scaling} in (0, 1)")
+    if x.dim() != 3 or x.shape[::2] != y.shape[::2] or backend in ("exact", "fused") and x.shape != y.shape:
+        raise ValueError(f"x {list(x.shape)} and y {list(y.shape)} are not [B, K, A], with one K for exact and fused")
+    if backend == "exact" and x.shape[1] > MAX_EXACT:
+        raise ValueError(f"backend exact takes at most {MAX_EXACT} samples a state, not {x.shape[1]}")
     if not torch.is_grad_enabled():  # neither GeomLoss nor an autograd.Function looks at this
         x, y = x.detach(), y.detach()
     if backend == "exact":
@@ -81,7 +80,11 @@ def sinkhorn(
         return (x - partner).square().sum(-1).mean(-1) / 2
     if backend == "fused":
         return _FusedSinkhorn.apply(x, y, blur, diameter, scaling)
-    return _geomloss(backend, x, y, blur, diameter, scaling)
+    from geomloss import SamplesLoss
+
+    solver = SamplesLoss("sinkhorn", p=2, blur=blur, diameter=diameter, scaling=scaling, debias=True, backend=backend)
+    with torch.set_grad_enabled(torch.is_grad_enabled()):  # GeomLoss leaves gradients switched on behind it
+        return solver(x, y)
 
 
 def box_diameter(max_action: float, action_dim: int) -> float:
@@ -92,48 +95,10 @@ def box_diameter(max_action: float, action_dim: int) -> float:
 def cloud_spread(x: Tensor) -> Tensor:
     """Standard deviation of the samples of a state, averaged over the states: [B, K, A] -> 0-d, without gradient.
 
-    The root of the variance over K (divided by K - 1) averaged over A, then the mean over B. 0 for K = 1. Raises
-    ValueError for another shape.
+    The root of the variance over K (divided by K - 1) averaged over A, then the mean over B. 0 for K = 1.
     """
-    if x.dim() != 3:
-        raise ValueError(f"x must have the shape [B, K, A], not {list(x.shape)}")
     variance = x.detach().var(dim=1, correction=min(1, x.shape[1] - 1))
     return variance.mean(-1).sqrt().mean()
-
-
-def _check_clouds(x: Tensor, y: Tensor, backend: str, diameter: float | None) -> None:
-    """Raises ValueError for what `sinkhorn` cannot take."""
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    if x.dtype != y.dtype or x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x and y must both be float32 or both float64, not {x.dtype} and {y.dtype}")
-    fault = None
-    if x.dim() != 3 or y.dim() != 3 or not x.numel() or not y.numel():
-        fault = "x and y must have the shape [B, K, A] and hold samples"
-    elif x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
-        fault = "x and y must agree in B and A"
-    elif backend in ("fused", "exact") and x.shape[1] != y.shape[1]:
-        fault = f"backend {backend} needs as many samples in x as in y (tensorized does not)"
-    elif backend == "fused" and diameter is None:
-        fault = "backend fused needs a diameter, as box_diameter gives one"
-    elif backend == "exact" and x.shape[1] > MAX_EXACT:
-        fault = f"backend exact takes at most {MAX_EXACT} samples a state (fused with a small blur comes near)"
-    if fault:
-        raise ValueError(f"{fault}: x is {list(x.shape)}, y is {list(y.shape)}")
-
-
-def _geomloss(backend: str, x: Tensor, y: Tensor, blur: float, diameter: float | None, scaling: float) -> Tensor:
-    """GeomLoss's debiased Sinkhorn divergence, [B]."""
-    from geomloss import SamplesLoss
-
-    solver = SamplesLoss("sinkhorn", p=2, blur=blur, diameter=diameter, scaling=scaling, debias=True, backend=backend)
-    try:
-        with torch.set_grad_enabled(torch.is_grad_enabled()):  # GeomLoss leaves gradients switched on behind it
-            return solver(x, y)
-    except (ImportError, NameError) as error:  # GeomLoss's own words name neither the package nor the compiler
-        raise ImportError(
-            f"backend {backend!r} needs pykeops and a C++ compiler ({error}); use exact, fused or tensorized"
-        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,18 +242,12 @@ def blur_unit(config: DistanceConfig, reference: Tensor, max_action: float) -> T
     return cloud_spread(reference).clamp_min(SMALLEST_SPREAD * max_action)
 
 
-def cloud_distance(
-    config: DistanceConfig, max_action: float, x: Tensor, y: Tensor, unit: Tensor | None = None
-) -> Tensor:
-    """Half of W2 squared between clouds [B, K, A] of a box's actions, averaged over states, 0-d.
-
-    unit: what the blur is measured in; default: y's `blur_unit`.
-    """
+def cloud_distance(config: DistanceConfig, max_action: float, x: Tensor, y: Tensor, unit: Tensor) -> Tensor:
+    """Half of W2 squared between clouds [B, K, A] of a box's actions, averaged over states, 0-d; unit: `blur_unit`."""
     settings = (config.sinkhorn_blur, config.sinkhorn_backend, box_diameter(max_action, x.shape[-1]))
     if config.blur_relative == "none" or config.sinkhorn_backend == "exact":
         return sinkhorn(x, y, *settings, config.sinkhorn_scaling).mean()
     # The divergence for blur * unit is unit^2 times that of the clouds divided by the unit.
-    unit = blur_unit(config, y, max_action) if unit is None else unit
     diameter = settings[2] / (SMALLEST_SPREAD * max_action)
     return sinkhorn(x / unit, y / unit, *settings[:2], diameter, config.sinkhorn_scaling).mean() * unit.square()
 
@@ -344,8 +303,6 @@ def gaussian_w2(mean1: Tensor, std1: Tensor, mean2: Tensor, std2: Tensor) -> Ten
 def l2(a: Tensor, b: Tensor) -> Tensor:
     """Mean over elements of (a - b)^2, 0-d: the distance D_0 of POGO's first actor to the data's actions.
 
-    It is 2 / A times the mean of half W2 squared between the two point masses. a, b: the same shape, else ValueError.
+    It is 2 / A times the mean of half W2 squared between the two point masses.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"a and b must have the same shape, not {list(a.shape)} and {list(b.shape)}")
     return (a - b).square().mean()
