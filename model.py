@@ -8,12 +8,9 @@ The Mamba-2 block (Dao & Gu, "Transformers are SSMs", 2024) keeps the parameter 
 Unrolled over a chunk this is a masked matrix product, Y = (C B^T * decay) (dt X): the state-space dual form
 (equation 6 of the paper), which is what `ssd` computes; between chunks only the state is carried.
 
-Everything here needs PyTorch alone; model_kernels/ has the fast forms. The fused kernels of mamba_ssm are used when
-asked for (`backend='cuda'`), or found (`backend='auto'`).
+Everything here needs PyTorch alone; model_kernels/ has the fast forms.
 """
 
-import functools
-import logging
 import math
 from collections.abc import Sequence
 
@@ -22,23 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_kernels import (
-    MLPShape,
-    block_rows,
+    FlatMLP,
     chosen_kernels,
     kernels_of,
     linear,
+    resolve_backend,
     run_causal_conv_silu,
     run_dual_form,
     run_frozen,
     run_gated_rms_norm,
+    run_mamba2,
     run_mlp,
     run_mlp_with_gradients,
     run_regression,
 )
-
-logger = logging.getLogger(__name__)
-
-BACKENDS = ("auto", "torch", "cuda")
 
 
 class Linear(nn.Linear):
@@ -169,7 +163,7 @@ class Mamba2(nn.Module):
         """u: [batch, length, d_model] -> [batch, length, d_model]; position t depends on positions <= t alone."""
         batch, length, _ = u.shape
         if resolve_backend(self.backend, u.device) == "cuda" and length > 1:
-            return self._forward_cuda(u)
+            return run_mamba2(self, u)
         z, xBC, dt = self._split(u)
         # The scan and its exponentials stay in float32 (or better) under mixed precision.
         xBC = causal_conv_silu(_wide(xBC), self.conv1d.weight, self.conv1d.bias)
@@ -206,64 +200,10 @@ class Mamba2(nn.Module):
         y = (h @ C[:, None, :, None]).squeeze(-1) + x * self.D.unsqueeze(-1)
         return self.out_proj(self.norm(y.flatten(1), z)), (seen[..., 1:], h)
 
-    def _forward_cuda(self, u: Tensor) -> Tensor:
-        """The same through the fused kernel of mamba_ssm, which takes the projected input whole."""
-        from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
-
-        return mamba_split_conv1d_scan_combined(
-            self.in_proj(u),
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            self.dt_bias,
-            -self.A_log.float().exp(),
-            D=self.D,
-            chunk_size=self.chunk_size,
-            activation="silu",
-            rmsnorm_weight=self.norm.weight,
-            rmsnorm_eps=self.norm.eps,
-            outproj_weight=self.out_proj.weight,
-            headdim=self.headdim,
-            ngroups=1,
-            norm_before_gate=False,
-        )
-
 
 def _wide(x: Tensor) -> Tensor:
     """Half precision to float32; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-@functools.lru_cache(maxsize=1)
-def _kernels_found() -> bool:
-    try:
-        import mamba_ssm.ops.triton.ssd_combined  # noqa: F401
-    except (ImportError, RuntimeError):  # not installed, or not for this driver
-        return False
-    return True
-
-
-_announced: set[str] = set()
-
-
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that runs: 'torch' or 'cuda'. 'auto' takes the kernels on a GPU that has them, and logs it once."""
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend '{backend}': choose one of {', '.join(BACKENDS)}")
-    if backend == "torch":
-        return backend
-    if backend == "cuda":
-        if device.type != "cuda":
-            raise ValueError(f"backend 'cuda' runs on a GPU, but the data is on {device}: use backend 'torch'")
-        if not _kernels_found():
-            raise ImportError(
-                "backend 'cuda' needs mamba_ssm: pip install -r requirements/cuda.txt, or backend 'torch'"
-            )
-        return backend
-    choice = "cuda" if device.type == "cuda" and _kernels_found() else "torch"
-    if choice not in _announced:
-        _announced.add(choice)
-        logger.info("Mamba-2 backend: %s", choice)
-    return choice
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -371,7 +311,7 @@ class MambaEncoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class MLP(nn.Module):
+class MLP(FlatMLP):
     """Hidden layers of ReLU, then a linear one; with a `size`, so many networks side by side on one input.
 
     squash: tanh of the output.
@@ -388,34 +328,14 @@ class MLP(nn.Module):
         size: int | None = None,
         squash: bool = False,
     ):
-        super().__init__()
-        self.size, self.output_dim, self.squash = size, output_dim, squash
-        widths = (input_dim, *[hidden_dim] * hidden_layers, output_dim)
-        self.shape = MLPShape(widths, size or 1)
-        count = self.shape.size * sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
-        self.theta = nn.Parameter(torch.empty(count))
-        self.rows = block_rows(max(widths[1:]))  # at a time, on a CPU
-        self._members: tuple[int, list] = (0, [])
+        super().__init__((input_dim, *[hidden_dim] * hidden_layers, output_dim), size)
+        self.output_dim, self.squash = output_dim, squash
         with torch.no_grad():
             for weight, bias in self.layers():  # as nn.Linear has it
                 drawn, bound = weight if size else weight.new_empty(weight.t().shape), weight.shape[-2] ** -0.5
                 drawn.uniform_(-bound, bound)
                 bias.uniform_(-bound, bound)
                 weight.copy_(drawn if size else drawn.t())
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_members": (0, [])}  # a copy has views of its own
-
-    def layers(self, theta: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
-        """Views of the vector: each layer's weight [size, in, out] and bias [size, 1, out], without `size` of one."""
-        layers = self.shape.layers(self.theta if theta is None else theta)
-        return layers if self.size else [(weight[0], bias[0, 0]) for weight, bias in layers]
-
-    def members(self) -> list[list[tuple[Tensor, Tensor]]]:
-        """`MLPShape.members` of the parameters, without gradient; kept while these stay where they are."""
-        if self._members[0] != self.theta.data_ptr():
-            self._members = self.theta.data_ptr(), self.shape.members(self.theta.detach())
-        return self._members[1]
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Inputs [..., d_1], [..., d_2], ..., taken side by side -> [..., out], or [size, ..., out].
@@ -429,7 +349,7 @@ class MLP(nn.Module):
 
     def frozen(self, *inputs: Tensor, members: int | None = None) -> Tensor:
         """`forward` of the first `members` alone, with a gradient to the last input and none to the weights."""
-        members = members or self.shape.size
+        members = members or self.count
         if kernels_of(inputs[0]) != "plain":
             return run_frozen(self, members, inputs)
         return self._run(self.theta.detach(), members, [each.detach() for each in inputs[:-1]] + [inputs[-1]])
@@ -473,7 +393,7 @@ class MLP(nn.Module):
         """
         if kernels_of(inputs[0]) != "plain":
             return run_mlp_with_gradients(self, inputs, columns)
-        h, masks = torch.cat(list(inputs), dim=-1).expand(self.shape.size, -1, -1), []
+        h, masks = torch.cat(list(inputs), dim=-1).expand(self.count, -1, -1), []
         *hidden, last = self.layers()
         for weight, bias in hidden:
             h = F.relu(torch.baddbmm(bias, h, weight))
@@ -596,17 +516,10 @@ class OfflineModel(nn.Module):
 class TransportActor(nn.Module):
     """A policy as a transport map a = T(s, z), z ~ N(0, I) of the action's size: tanh * max_action of an MLP."""
 
-    def __init__(
-        self,
-        observation_dim: int,
-        action_dim: int,
-        max_action: float = 1.0,
-        hidden_dim: int = 256,
-        hidden_layers: int = 2,
-    ):
+    def __init__(self, observation_dim: int, action_dim: int, max_action: float = 1.0, hidden_dim: int = 256):
         super().__init__()
         self.action_dim, self.max_action = action_dim, max_action
-        self.net = MLP(observation_dim + action_dim, hidden_dim, action_dim, hidden_layers, squash=True)
+        self.net = MLP(observation_dim + action_dim, hidden_dim, action_dim, squash=True)
 
     def forward(self, observations: Tensor, z: Tensor) -> Tensor:
         """Actions [..., A] of observations [..., D] under z [..., A]; z [..., K, A] gives K actions a state."""

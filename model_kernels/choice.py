@@ -20,7 +20,7 @@ import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -56,22 +56,16 @@ def use_kernels(config: KernelConfig, device: torch.device) -> None:
         raise UserError("--precision bf16: for --device cpu and other --kernels than plain alone")
     if config.precision == "bf16" and not has_bf16():
         raise UserError("--precision bf16: this processor has no such products, and would take many times as long")
-    try:
-        choose_kernels(config.kernels, config.precision)
-    except ValueError as error:
-        raise UserError(f"--kernels {config.kernels}: {error}") from None
+    choose_kernels(config.kernels, config.precision)
 
 
 def choose_kernels(kernels: Kernels = "auto", precision: Precision = "float32") -> str:
     """Set what this process multiplies with, log it, and return it: torch, onednn or plain.
 
-    Raises:
-        ValueError: onednn where this PyTorch lacks the operator or refuses it; a name that is none of these.
+    Raises UserError for onednn where this PyTorch lacks the operator or refuses it.
     """
-    if kernels not in get_args(Kernels) or precision not in get_args(Precision):
-        raise ValueError(f"kernels {kernels!r} and precision {precision!r} are not among the choices")
     if kernels == "onednn" and not onednn_works():
-        raise ValueError("this PyTorch lacks the operator, or it refuses this processor; use auto or torch")
+        raise UserError("--kernels onednn: this PyTorch lacks the operator, or it refuses this processor; use torch")
     chosen = fastest_kernels() if kernels == "auto" else kernels
     keep_freed_memory()
     if (chosen, precision) != (_Chosen.kernels, _Chosen.precision):

@@ -7,12 +7,12 @@ blocks of rows, so that what one computes is still in the core's cache when its 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model_kernels.choice import cache_bytes, kernels_of, uses_bf16
 
@@ -95,26 +95,45 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class MLPShape(NamedTuple):
-    """`size` MLPs of these widths, whose parameters lie in one vector: layer by layer all weights, then all biases."""
+class FlatMLP(nn.Module):
+    """The parameters of MLPs in one vector, `theta`: layer by layer all weights, then all biases.
 
-    widths: tuple[int, ...]
-    size: int
+    widths: of the input, the hidden layers and the output. size: how many networks; None: one, whose layers are shown
+    without that dimension.
+    """
 
-    def layers(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's weight [size, in, out] and bias [size, 1, out], as views of a vector."""
-        shapes = [(a, b) for a, b in zip(self.widths, self.widths[1:], strict=False)]
-        pieces = iter(theta.split([n * self.size for a, b in shapes for n in (a * b, b)]))
-        return [(next(pieces).view(self.size, a, b), next(pieces).view(self.size, 1, b)) for a, b in shapes]
+    def __init__(self, widths: tuple[int, ...], size: int | None):
+        super().__init__()
+        self.widths, self.size, self.count = widths, size, size or 1
+        self.theta = nn.Parameter(torch.empty(self.count * sum((a + 1) * b for a, b in itertools.pairwise(widths))))
+        # Rows at a time on a CPU: a block's values and their gradients then stay in the cache.
+        self.rows = max(64, cache_bytes() // (8 * max(widths[1:])))
+        self._members: tuple[int, list] = (0, [])
 
-    def members(self, theta: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
-        """Of each member, each layer's weight [in, out] and bias [out], as views of a vector."""
-        return [[(weight[k], bias[k, 0]) for weight, bias in self.layers(theta)] for k in range(self.size)]
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_members": (0, [])}  # a copy has views of its own
 
+    def layers(self, theta: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Views of the vector: each layer's weight [size, in, out] and bias [size, 1, out], or [in, out] and [out]."""
+        layers = self._views(self.theta if theta is None else theta)
+        return layers if self.size else [(weight[0], bias[0, 0]) for weight, bias in layers]
 
-def block_rows(width: int) -> int:
-    """Rows at a time, of so many numbers each: a block's values and their gradients then stay in the cache."""
-    return max(64, cache_bytes() // (8 * width))
+    def members(self, theta: Tensor | None = None) -> list[list[tuple[Tensor, Tensor]]]:
+        """Of each network, each layer's weight [in, out] and bias [out], as views of a vector.
+
+        Those of the parameters are without gradient, and kept while these stay where they are.
+        """
+        if theta is not None:
+            layers = self._views(theta)
+            return [[(weight[k], bias[k, 0]) for weight, bias in layers] for k in range(self.count)]
+        if self._members[0] != self.theta.data_ptr():
+            self._members = self.theta.data_ptr(), self.members(self.theta.detach())
+        return self._members[1]
+
+    def _views(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
+        shapes = list(itertools.pairwise(self.widths))
+        pieces = iter(theta.split([n * self.count for a, b in shapes for n in (a * b, b)]))
+        return [(next(pieces).view(self.count, a, b), next(pieces).view(self.count, 1, b)) for a, b in shapes]
 
 
 def _library(x: Tensor) -> str:
@@ -149,30 +168,12 @@ def _values(net, members: int, x: Tensor, keep: bool = True) -> tuple[Tensor, li
     return _assembled(outputs, members), saved
 
 
-def _gradients(
-    net, x: Tensor, saved: list[Tensor], d_y: Tensor, to_theta: bool, begin: int, end: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """From the gradient of the outputs [members, n, out] to theta's, and to that of columns begin to end of x.
-
-    The latter is each member's own, [members, n, columns].
-    """
-    members, depth, library, d_inputs = len(d_y), len(net.shape.widths) - 2, _library(x), []
-    d_theta, into = _new_gradient(net, members) if to_theta else (None, None)
-    for k, first, (rows, d_rows) in _passes(net, members, x, d_y):
-        hidden, saved = saved[:depth], saved[depth:]
-        layers = net.members()[k]
-        d_rows = _backward([rows, *hidden], d_rows, layers, into and into[k], first, library)
-        if end > begin:
-            d_inputs.append(_mm(d_rows, layers[0][0][begin:end].t()))
-    return d_theta, _assembled(d_inputs, members) if d_inputs else None
-
-
 def _new_gradient(net, members: int) -> tuple[Tensor, list[list[tuple[Tensor, Tensor]]]]:
     """A vector for the gradient of theta, and its views; zero where members are left out."""
     d_theta = torch.empty_like(net.theta, requires_grad=False)
-    if members < net.shape.size:
+    if members < net.count:
         d_theta.zero_()
-    return d_theta, net.shape.members(d_theta)
+    return d_theta, net.members(d_theta)
 
 
 def _assembled(passes: list[Tensor], members: int) -> Tensor:
@@ -269,9 +270,17 @@ class _MLP(torch.autograd.Function):
         if ctx.squash:
             d_y = torch.ops.aten.tanh_backward(d_y, y)
         begin, end = _wanted_columns(ctx.inputs, to_inputs)
-        d_theta, d_x = _gradients(ctx.net, x, saved, d_y, to_theta, begin, end)
+        members, depth, library, d_inputs = len(d_y), len(ctx.net.widths) - 2, _library(x), []
+        d_theta, into = _new_gradient(ctx.net, members) if to_theta else (None, None)
+        for k, first, (rows, d_rows) in _passes(ctx.net, members, x, d_y):
+            hidden, saved = saved[:depth], saved[depth:]
+            layers = ctx.net.members()[k]
+            d_rows = _backward([rows, *hidden], d_rows, layers, into and into[k], first, library)
+            if end > begin:
+                d_inputs.append(_mm(d_rows, layers[0][0][begin:end].t()))
+        d_x = _assembled(d_inputs, members) if d_inputs else None
         if d_x is not None and x.dim() == 2:
-            d_x = d_x.sum(0) if len(d_x) > 1 else d_x[0]
+            d_x = d_x.sum(0) if members > 1 else d_x[0]
         return d_theta, None, None, None, *_by_input(d_x, begin, ctx.inputs, to_inputs)
 
 
@@ -284,7 +293,7 @@ class _Regression(torch.autograd.Function):
         x = _concatenate(inputs)
         if target.shape != x.shape[:1] or target.requires_grad:
             raise ValueError(f"a target {list(target.shape)} of {list(x.shape)} inputs must be [n], without gradient")
-        members, library, outputs, loss = net.shape.size, _library(x), [], 0
+        members, library, outputs, loss = net.count, _library(x), [], 0
         ctx.d_theta, into = _new_gradient(net, members)
         for k, first, (rows, wanted) in _passes(net, members, x, target.unsqueeze(1)):
             output, hidden = _forward(rows, net.members()[k], library)
@@ -344,7 +353,7 @@ class _MLPWithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, theta, net, columns, *inputs):
         """-> q [size, n, 1], g [size, n, columns]."""
-        x, size = _concatenate(inputs), net.shape.size
+        x, size = _concatenate(inputs), net.count
         ctx.net, ctx.columns, ctx.library = net, columns, kernels_of(x)
         q, g, saved = [], [], []
         for layers in net.members():
@@ -363,8 +372,8 @@ class _MLPWithGradients(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, d_q, d_g):
         (theta, x, *saved), net, columns, library = ctx.saved_tensors, ctx.net, ctx.columns, ctx.library
-        depth, d_theta = len(net.shape.widths) - 2, torch.empty_like(theta)
-        for k, (layers, into) in enumerate(zip(net.members(), net.shape.members(d_theta), strict=True)):
+        depth, d_theta = len(net.widths) - 2, torch.empty_like(theta)
+        for k, (layers, into) in enumerate(zip(net.members(), net.members(d_theta), strict=True)):
             own, saved = saved[: 2 * depth], saved[2 * depth :]
             values, backwards = own[:depth], own[depth:]  # h_1, ..., h_L; u_1, ..., u_L
             _backward([x, *values], d_q[k], layers, into, True, library)
@@ -417,7 +426,7 @@ def run_mlp(net, theta: Tensor, members: int, inputs: Sequence[Tensor], squash: 
 
 
 def _require_one_output(net) -> None:
-    if net.shape.widths[-1] != 1 or net.squash:
+    if net.widths[-1] != 1 or net.squash:
         raise ValueError("this fast form is of networks of one output without tanh; use kernels plain")
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import model
 from model import GoalValue, InverseDynamics, Mamba2, MambaEncoder, NextState, OfflineModel, RewardLogit, TransitionQ
-from model_kernels import choice
+from model_kernels import choice, cuda
 
 
 def sequential_mamba2(block: Mamba2, u: torch.Tensor) -> torch.Tensor:
@@ -202,8 +202,8 @@ def test_backends():
 
 
 def test_auto_backend_logs_its_choice_once(caplog):
-    model._announced.clear()
-    with caplog.at_level(logging.INFO, logger="model"):
+    cuda._announced.cache_clear()
+    with caplog.at_level(logging.INFO, logger="model_kernels.cuda"):
         for _ in range(3):
             Mamba2(32, headdim=16, backend="auto")(torch.randn(1, 4, 32))
     assert [record.message for record in caplog.records] == ["Mamba-2 backend: torch"]

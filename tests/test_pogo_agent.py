@@ -140,48 +140,6 @@ def test_an_mlp_equals_the_usual_modules_and_their_gradients(shape, hidden_layer
     assert net.double()(x.double()).dtype == torch.float64
 
 
-def test_many_rows_are_worked_on_in_blocks_to_the_same_values():
-    torch.manual_seed(0)
-    net, critic, x = MLP(D, 6, 4), EnsembleCritic(D, A, 8), torch.randn(50, D, requires_grad=True)
-    a = torch.randn(50, A)
-    found = []
-    for rows in (256, 7):
-        net.rows = critic.net.rows = rows
-        y, q = net(x), critic(x, a)
-        slopes = torch.autograd.grad(y.square().sum() + q.square().sum(), [x, *net.parameters(), *critic.parameters()])
-        found.append([y, q, *slopes])
-    assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(*found, strict=True))
-
-
-@pytest.mark.parametrize("run", [lambda x: MLP(D, 6, 1)(x), lambda x: EnsembleCritic(D, A, 8)(x, x[:, :A])])
-def test_a_second_derivative_is_refused_rather_than_wrong(run):
-    """A gradient penalty through one node of the graph would silently get zeros."""
-    x = torch.randn(N, D, requires_grad=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        torch.autograd.grad(run(x).sum(), x, create_graph=True)
-
-
-@pytest.mark.parametrize("size, hidden_layers", [(1, 1), (2, 2), (5, 3)])
-def test_the_critics_gradients_are_those_of_batched_products(size, hidden_layers):
-    """On a CPU one member after the other, by hand; in float64 all at once, by autograd."""
-    torch.manual_seed(0)
-    critic = EnsembleCritic(D, A, 8, size, hidden_layers)
-    exact, s, a = copy.deepcopy(critic).double(), torch.randn(N, D), torch.randn(N, A, requires_grad=True)
-    slope = torch.randn(size, N)
-    for frozen in (False, True):
-        q = critic.frozen(s, a) if frozen else critic(s, a)
-        expected = (exact.frozen if frozen else exact)(s.double(), a.double())
-        assert q.shape == (size, N) and torch.allclose(q.double(), expected, atol=1e-5)
-        among = [(a, *critic.parameters()), (a, *exact.parameters())] if not frozen else [(a,), (a,)]
-        found = torch.autograd.grad(q, among[0], slope)
-        wanted = torch.autograd.grad(expected, among[1], slope.double())
-        assert all(torch.allclose(x.double(), y.double(), atol=1e-4) for x, y in zip(found, wanted, strict=True))
-    q, gradients = critic.with_action_gradients(s, a)
-    assert torch.allclose(q, critic(s, a), atol=1e-5)
-    for k in range(size):
-        assert torch.allclose(gradients[k], torch.autograd.grad(critic(s, a)[k].sum(), a)[0], atol=1e-5)
-
-
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 

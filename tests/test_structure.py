@@ -56,12 +56,12 @@ MAX_FILE_LINES = 480
 MAX_UNTURNED_SETTINGS = 12  # names of settings that no page, YAML, test or benchmark turns
 # Source files that are longer; a length may only shrink.
 LONG_FILES = {
-    "model.py": 666,
+    "model.py": 579,
 }
 UNRESTRICTED = {"tests", "benchmarks"}
 ONLY_PACKAGES = {
-    "model": {"torch", "mamba_ssm", "causal_conv1d"},
-    "model_kernels": {"torch"},
+    "model": {"torch"},
+    "model_kernels": {"torch", "mamba_ssm", "causal_conv1d"},
     "transport": {"torch", "geomloss"},
 }
 OPTIONAL_PACKAGES = {
