@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import uuid
 from collections.abc import Callable, Iterable
@@ -40,7 +39,6 @@ class MetricLogger:
             # A column whose first value came later is left out here and added again at its turn.
             if rows:
                 self.columns = [name for name in rows[0] if any(row[name] for row in rows)]
-        self._file: io.FileIO | None = None
         self._rewrite(rows)
         self._trackers: dict[str, tuple[Callable, Callable]] = {}  # what logs a row, and what closes it
         if tensorboard:
@@ -54,38 +52,27 @@ class MetricLogger:
         values = _to_floats(metrics)
         late = [name for name in values if name not in self.columns]
         if late:
-            rows = _read_rows(self.path)
             self.columns += late
-            self._rewrite(rows)
+            self._rewrite(_read_rows(self.path))
         row = {"step": str(int(step))} | {name: repr(value) for name, value in values.items()}
-        self._write(_csv_line(row.get(name, "") for name in self.columns))
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:  # closed: the row is in the file when this returns
+                file.write(_csv_line(row.get(name, "") for name in self.columns))
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
         for name, (log, _) in list(self._trackers.items()):
             self._guard(name, log, int(step), values)
 
     def close(self) -> None:
-        """Close the file and the trackers; closing twice is harmless."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close the trackers; closing twice is harmless."""
         for name, (_, close) in list(self._trackers.items()):
             self._guard(name, close)
         self._trackers.clear()
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         lines = [_csv_line(self.columns)] + [_csv_line(row.get(name, "") for name in self.columns) for row in rows]
-        if self._file is not None:
-            self._file.close()
         write_text_atomic(self.path, "".join(lines))
-        self._file = io.FileIO(self.path, "ab")  # unbuffered: a row is in the file when log returns
-
-    def _write(self, line: str) -> None:
-        data = memoryview(line.encode())
-        try:
-            while data:
-                data = data[self._file.write(data) :]
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
 
     def _open_tensorboard(self, run_dir: Path, resume_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -131,6 +131,15 @@ def _binned(xy: np.ndarray, values: np.ndarray, extent: tuple, size: float) -> n
     return total / count.reshape(rows, columns, *[1] * (values.ndim - 1))
 
 
+def _draw_maze(axis, maze, title: str, start: np.ndarray, goal: np.ndarray) -> None:
+    """The walls, and where episodes start and end."""
+    walls = np.where(maze.maze_map == 1, 1.0, np.nan)
+    axis.imshow(walls, origin="lower", extent=maze.extent, cmap="gray", vmin=0, vmax=2)
+    axis.plot(*start, "o", color="tab:cyan", markeredgecolor="black", markersize=9, label="start")
+    axis.plot(*goal, "*", color="red", markeredgecolor="black", markersize=15, label="goal")
+    axis.set(title=title, xticks=[], yticks=[])
+
+
 MAP_ARROWS = {  # of `opso.diagnostics.value_map` -> colour, name, and how many a cell's side
     "uphill": ("black", "towards higher V", 2),
     "proposals": ("white", "where the proposer leads", 1),
@@ -152,13 +161,11 @@ def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, ti
     axes = figure.subplots(rows, 3).ravel()
     for axis in axes[len(maps) :]:
         axis.axis("off")
-    walls = np.where(maze.maze_map == 1, 1.0, np.nan)
     values = [_binned(xy, entry["value"], extent, maze.unit / 8) for entry in maps]
     limits = {"vmin": min(map(np.nanmin, values)), "vmax": max(map(np.nanmax, values))}
     for axis, entry, value in zip(axes, maps, values, strict=False):
         picture = axis.imshow(value, origin="lower", extent=extent, **limits)
         axis.set_facecolor("0.85")  # floor that no held-out state visited
-        axis.imshow(walls, origin="lower", extent=extent, cmap="gray", vmin=0, vmax=2)
         for name, (colour, label, number) in MAP_ARROWS.items():
             size = maze.unit / number
             x, y = np.meshgrid(np.arange(left, right, size) + size / 2, np.arange(bottom, top, size) + size / 2)
@@ -168,11 +175,7 @@ def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, ti
             where = (x[seen], y[seen], *arrows[seen].T)
             axis.quiver(*where, color=colour, scale=22, width=0.008, headwidth=4.5, pivot="mid")
             axis.plot([], [], color=colour, marker=r"$\rightarrow$", linestyle="", markersize=15, label=label)
-        axis.plot(*entry["start_xy"], "o", color="tab:cyan", markeredgecolor="black", markersize=9, label="start")
-        axis.plot(*entry["goal_xy"], "*", color="red", markeredgecolor="black", markersize=15, label="goal")
-        axis.set_title(entry["name"])
-        axis.set_xticks([])
-        axis.set_yticks([])
+        _draw_maze(axis, maze, entry["name"], entry["start_xy"], entry["goal_xy"])
     figure.colorbar(picture, ax=axes, shrink=0.8, label="V(z, z_g), about discount^(steps to the goal - 1)")
     legend = {"loc": "lower right", "bbox_to_anchor": (0.86, 0.2), "fontsize": 14, "facecolor": "0.6"}
     figure.legend(*axis.get_legend_handles_labels(), **legend)
@@ -221,19 +224,13 @@ def plot_paths(maze, panels: list[dict], path: str | Path, title: str) -> None:
     figure = _new_figure(14, 9.2, title)
     axes = figure.subplots(2, 3).ravel()
     axes[-1].axis("off")
-    walls = np.where(maze.maze_map == 1, 1.0, np.nan)
     for axis, panel in zip(axes, panels, strict=False):
-        axis.imshow(walls, origin="lower", extent=maze.extent, cmap="gray", vmin=0, vmax=2)
         for xy, reached in zip(panel["paths"], panel["success"], strict=True):
             axis.plot(*xy.T, color="tab:green" if reached else "tab:red", linewidth=0.8, alpha=0.6)
         axis.scatter(*panel["subgoals"].T, s=14, color="tab:blue", zorder=3, label="subgoals of one episode")
-        axis.plot(*panel["paths"][0][0], "o", color="tab:cyan", markeredgecolor="black", markersize=9, label="start")
-        axis.plot(*panel["goal_xy"], "*", color="red", markeredgecolor="black", markersize=15, label="goal")
+        _draw_maze(axis, maze, panel["name"], panel["paths"][0][0], panel["goal_xy"])
         axis.plot([], [], color="tab:green", label="reached the goal")
         axis.plot([], [], color="tab:red", label="did not")
-        axis.set_title(panel["name"])
-        axis.set_xticks([])
-        axis.set_yticks([])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(0.9, 0.2), fontsize=14)
     _save(figure, path)
 
