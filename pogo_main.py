@@ -97,8 +97,8 @@ class POGORun(ChainRun):
 
     def diagnose(self) -> dict[str, float]:
         """As every chain, with a word about a blur that is too wide."""
-        figures = super().diagnose()
-        largest = max((value for name, value in figures.items() if name.endswith("blur_to_spread")), default=0.0)
+        metrics = super().diagnose()
+        largest = max((value for name, value in metrics.items() if name.endswith("blur_to_spread")), default=0.0)
         if largest > 1 and "blur" not in self.warned:
             self.warned.add("blur")
             warn(
@@ -106,7 +106,7 @@ class POGORun(ChainRun):
                 "their means (usual with the published blur, see docs/pogo.md); --sinkhorn_backend exact has none, and "
                 "--blur_relative spread or a smaller --sinkhorn_blur would see more"
             )
-        return figures
+        return metrics
 
     def summary(self) -> dict[str, Any]:
         return {"w2_weights": list(self.config.w2_weights)}

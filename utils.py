@@ -64,7 +64,7 @@ class RunExists(UserError):
     """The directory holds a run that this one may not continue."""
 
 
-class RunHeld(UserError):
+class RunLocked(UserError):
     """Another process trains in the run's directory."""
 
     exit_code = 3

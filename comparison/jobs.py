@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runs.directory import hold_run
-from utils import RunHeld, UserError, one_line, processor_name, write_text_atomic
+from runs.directory import lock_run
+from utils import RunLocked, UserError, one_line, processor_name, write_text_atomic
 
-BAD_INPUT, HELD, INTERRUPTED = UserError.exit_code, RunHeld.exit_code, 130  # exit codes
+BAD_INPUT, LOCKED, INTERRUPTED = UserError.exit_code, RunLocked.exit_code, 130  # exit codes
 STOP_SECONDS = 20  # from an interrupt to a kill
 POLL_SECONDS = 0.1
 
@@ -109,12 +109,12 @@ def last_error(log: Path, start: int = 0) -> str:
     return "it printed nothing"
 
 
-def is_held(run_dir: str | Path) -> bool:
+def is_locked(run_dir: str | Path) -> bool:
     """Whether some process trains in a run's directory, which is made. Raises OSError where it cannot be."""
     try:
-        with hold_run(run_dir):
+        with lock_run(run_dir):
             return False
-    except RunHeld:
+    except RunLocked:
         return True
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from comparison.jobs import BAD_INPUT, HELD, Job, LocalPool, Outcome, Pool, describe_state, is_held
+from comparison.jobs import BAD_INPUT, LOCKED, Job, LocalPool, Outcome, Pool, describe_state, is_locked
 from comparison.ray import RayPool
 from comparison.registry import Run, Table, as_flags, check_flags, read_table, settings_of
 from comparison.rows import Scores, append_csv, is_finished, read_csv, rows_of
@@ -123,7 +123,7 @@ class Queue:
     def start(self, run: Any, pool: Pool) -> None:
         """Start one run, unless another process has it or has finished it."""
         try:
-            if is_held(self.run_dir(run)):
+            if is_locked(self.run_dir(run)):
                 self.waiting += 1
                 return
             self.left.remove(run)
@@ -138,7 +138,7 @@ class Queue:
 
     def take(self, run: Any, outcome: Outcome) -> None:
         """A process has ended: its run is finished, starts again, or has failed."""
-        if outcome.code == HELD:  # it gave way to another process, which is no try
+        if outcome.code == LOCKED:  # it gave way to another process, which is no try
             self.starts[run] -= 1
             self.left.append(run)
         elif outcome.code == 0 and self.is_finished(run):

@@ -267,16 +267,16 @@ class ChainRun(Run):
         played = self.rollout(seeds, self.streams.evaluation_seed, "evaluate")
         names = policy_names(len(self.acting()))
         self.episodes.add(self.step, names, played.returns, played.lengths, self.score(played.returns))
-        figures, lines = {}, [f"{self.prefix}Update {self.step:,}.", f"Evaluation over {len(seeds)} episodes:"]
+        metrics, lines = {}, [f"{self.prefix}Update {self.step:,}.", f"Evaluation over {len(seeds)} episodes:"]
         for (number, mode), returns in zip(names, played.returns, strict=True):
             name, score = f"eval/actor_{number}/{mode}", float(self.score(returns).mean())
-            figures |= {f"{name}/return": float(returns.mean()), f"{name}/return_std": float(returns.std())}
-            figures[f"{name}/score"] = score
+            metrics |= {f"{name}/return": float(returns.mean()), f"{name}/return_std": float(returns.std())}
+            metrics[f"{name}/score"] = score
             lines.append(f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, D4RL score: {score:.3f}")
             if score > self.best["score"]:
                 self.best = {"score": score, "actor": number, "mode": mode, "step": self.step}
         tqdm.write("\n".join(lines))
-        return figures
+        return metrics
 
     def final_evaluation(self) -> dict[str, float]:
         """`final_runs` evaluations on seeds of their own: mean score of each actor, and the spread over the runs."""
@@ -417,12 +417,12 @@ def final_seeds(streams: RandomStreams, count: int) -> tuple[int, list[int]]:
 
 def report_final(title: str, played: Episodes, scores: np.ndarray, runs: int) -> dict[str, float]:
     """Print and return the mean score of each policy over runs of equally many episodes; scores [P, episodes]."""
-    figures = {}
+    metrics = {}
     count = scores.shape[1] // runs
     print(f"{title}: {runs} runs of {count} episodes:" if runs > 1 else f"{title}: {count} episodes:")
     for (number, mode), returns, score in zip(policy_names(len(scores) // 2), played.returns, scores, strict=True):
         means = score.reshape(runs, -1).mean(1)
-        figures[f"actor_{number}/{mode}/score"] = float(means.mean())
+        metrics[f"actor_{number}/{mode}/score"] = float(means.mean())
         spread = f" ± {means.std():.3f} over runs" if runs > 1 else ""
         print(f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, D4RL score: {means.mean():.3f}{spread}")
-    return figures
+    return metrics

@@ -23,7 +23,7 @@ from runs.cli import load_yaml
 from utils import (
     RunExists,
     RunFinished,
-    RunHeld,
+    RunLocked,
     UserError,
     exclusive_folder,
     one_line,
@@ -107,7 +107,7 @@ def prepare_run(
 ) -> Path | None:
     """Open a run's directory; returns the checkpoint to continue from, or None for a new run.
 
-    Call it inside `hold_run`: a second start must not change the settings of a run that goes on. Writes config.yaml and
+    Call it inside `lock_run`: a second start must not change the settings of a run that goes on. Writes config.yaml and
     versions.json; with `config.overwrite` it removes the run that is there first. Arguments and errors are those of
     `check_run`.
     """
@@ -179,17 +179,17 @@ def _last_metrics(run_dir: Path) -> str:
 
 
 @contextlib.contextmanager
-def hold_run(run_dir: str | Path) -> Iterator[None]:
+def lock_run(run_dir: str | Path) -> Iterator[None]:
     """Make a run's directory and keep it to one process.
 
-    Raises OSError where there can be no such directory, and RunHeld where another process trains in it.
+    Raises OSError where there can be no such directory, and RunLocked where another process trains in it.
     """
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as lock:
         try:
             lock.enter_context(exclusive_folder(run_dir, wait=False))
         except BlockingIOError:
-            raise RunHeld(run_dir, "another process is training there", "choose another --run_dir") from None
+            raise RunLocked(run_dir, "another process is training there", "choose another --run_dir") from None
         yield
 
 

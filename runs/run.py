@@ -16,8 +16,8 @@ from runs.directory import (
     HOW_IT_STARTED,
     check_run,
     expecting,
-    hold_run,
     load_checkpoint,
+    lock_run,
     plain_config,
     prepare_run,
     telling_what_is_kept,
@@ -91,7 +91,7 @@ class Run(abc.ABC):
         """Lock the directory, build what is trained, continue from the checkpoint if there is one, open the log."""
         config = self.config
         for folder in {self.run_dir.resolve(), self.checkpoint.parent}:
-            self.resources.enter_context(hold_run(folder))
+            self.resources.enter_context(lock_run(folder))
         checkpoint = prepare_run(self.run_dir, config, self.may_change(config), self.checkpoint)
         self.build()
         if checkpoint is not None:
@@ -113,7 +113,7 @@ class Run(abc.ABC):
         run_dir, checkpoint = cls.default_run_dir(config), cls.checkpoint_path(config)
         check_run(run_dir, config, cls.may_change(config), checkpoint)
         for folder in filter(Path.is_dir, {run_dir.resolve(), checkpoint.parent}):
-            with hold_run(folder):
+            with lock_run(folder):
                 pass
 
     @classmethod

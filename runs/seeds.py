@@ -17,7 +17,7 @@ import torch
 from runs.chain import ChainRun, ChainRunConfig, run_chain
 from runs.cuda_graphs import GraphedStep, SideBySide
 from runs.run import part_of
-from utils import RunExists, RunFinished, RunHeld, UserError, progress, warn
+from utils import RunExists, RunFinished, RunLocked, UserError, progress, warn
 
 
 def run_seeds(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def _preflight_seeds(
             folder = run_class.default_run_dir(own)
             print(f"Seed {seed}: finished, see {folder}")
             summaries[f"seed_{seed}"] = json.loads((folder / "finished.json").read_text())
-        except (RunExists, RunHeld) as error:  # a directory follows from its seed here
-            goes_on = "" if config.resume or isinstance(error, RunHeld) else "continue it with --resume, "
+        except (RunExists, RunLocked) as error:  # a directory follows from its seed here
+            goes_on = "" if config.resume or isinstance(error, RunLocked) else "continue it with --resume, "
             remedy = f"{goes_on}choose another --seed"
             raise type(error)(error.where, error.fault, remedy) from None
     return left, summaries

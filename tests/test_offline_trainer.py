@@ -20,7 +20,7 @@ from ogbench_utils import make_env, parse_dataset_id
 from opso.diagnostics import HeldOut, mean_cosine, value_map, way
 from opso.maze import Maze, distances, evaluation_tasks
 from runs.cli import run_cli
-from runs.directory import hold_run, load_checkpoint, prepare_run
+from runs.directory import load_checkpoint, lock_run, prepare_run
 from runs.metrics import read_metrics
 
 DATASET = "local/pointmaze-medium-stitch-v0"
@@ -180,7 +180,7 @@ def test_bad_settings_name_the_flag(dataset_dir, tmp_path, capsys):
 def test_a_directory_that_another_process_trains_in_is_refused(dataset_dir, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
-    with hold_run(run):
+    with lock_run(run):
         assert "another process" in exits(capsys, *arguments(dataset_dir, run), code=3)
         assert not list(run.iterdir())  # the settings of the run that goes on are not replaced
     offline_trainer.main(arguments(dataset_dir, run, "--no_plot_maps"))  # released

@@ -27,7 +27,7 @@ from opso.policy import MazePolicy
 from opso.search import Planner, spaced_rows
 from policy import Policy
 from runs.cli import parse_config, run_cli
-from runs.directory import hold_run, load_checkpoint, save_checkpoint
+from runs.directory import load_checkpoint, lock_run, save_checkpoint
 from runs.evaluation import Evaluator
 from runs.metrics import read_metrics
 from utils import RandomStreams, UserError
@@ -668,7 +668,7 @@ def test_what_cannot_be_resumed_is_refused(finished, arguments, tmp_path, capsys
     assert "--resume" in exits(capsys, *arguments(run))
     assert "horizon" in exits(capsys, *arguments(run, "--resume", horizon=6))
     settings = (run / "config.yaml").read_bytes()
-    with hold_run(run):
+    with lock_run(run):
         assert "another process" in exits(capsys, *arguments(run, "--resume", device="auto"), code=3)
     assert (run / "config.yaml").read_bytes() == settings
     state = last(run)

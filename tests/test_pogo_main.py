@@ -20,7 +20,7 @@ from policy import Policy
 from runs import chain, seeds
 from runs import policy as chain_policy
 from runs.cli import parse_config
-from runs.directory import hold_run, load_checkpoint, save_checkpoint
+from runs.directory import load_checkpoint, lock_run, save_checkpoint
 from runs.evaluation import episode_seeds, report_steps
 from runs.metrics import read_episodes, read_metrics
 from runs.run import data_values
@@ -493,7 +493,7 @@ def test_nothing_is_written_where_a_later_seed_cannot_begin(arguments, tmp_path,
     line = exits(capsys, *flags)
     assert "seed_2: holds an unfinished run; continue it with --resume, choose another --seed" in line
     assert not folder(0).exists() and not folder(1).exists()
-    with hold_run(folder(2)):
+    with lock_run(folder(2)):
         assert "seed_2: another process is training there" in exits(capsys, *flags, "--resume", code=3)
     assert not folder(0).exists()
     assert "--seed 9007199254740993" in exits(capsys, *flags, "--seed", str(2**53))

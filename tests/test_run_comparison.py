@@ -26,7 +26,7 @@ from comparison import estimate, jobs, queue, ray
 from pogo_main import POGOTrainerConfig
 from run_comparison import expand
 from runs.cli import parse_config, run_cli
-from runs.directory import hold_run
+from runs.directory import lock_run
 from runs.metrics import read_metrics
 from utils import UserError
 
@@ -536,7 +536,7 @@ def test_a_quick_look_takes_no_place(place):
 
 def test_a_run_that_another_process_trains_is_waited_for(place):
     process = None
-    with hold_run(place.run_dir(0)):
+    with lock_run(place.run_dir(0)):
         process = place.start()
         place.wait_for(lambda: place.count("end")["w2_0.4_1/seed_1"], process)
         time.sleep(1)

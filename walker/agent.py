@@ -12,6 +12,11 @@ plays 100 episodes a task and prints mean and standard deviation of their return
     action = agent.act(observation)   # [24] -> [6], at every step
 """
 
+if __name__ == "__main__":
+    from runs import tell_ctrl_c
+
+    tell_ctrl_c()
+
 import contextlib
 import functools
 import itertools
@@ -26,7 +31,7 @@ import torch
 
 from dmc_utils import ACTION_DIM, OBSERVATION_DIM, TASKS, WalkerEnv
 from runs.cli import parse_config, run_cli
-from runs.directory import expecting, hold_run, load_checkpoint, mark_finished, prepare_run
+from runs.directory import expecting, load_checkpoint, lock_run, mark_finished, prepare_run
 from runs.evaluation import Evaluator, episode_seeds, num_workers
 from utils import Count, Whole, Workers, resolve_device, write_text_atomic
 from walker.policies import POLICIES
@@ -211,7 +216,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     config = parse_config(AgentConfig, argv, __doc__)
     with contextlib.ExitStack() as stack:
         if config.run_dir is not None:
-            stack.enter_context(hold_run(config.run_dir))
+            stack.enter_context(lock_run(config.run_dir))
             prepare_run(config.run_dir, config, may_change={"device", "eval_workers"})
         agent = Agent(seed=config.seed, device=resolve_device(config.device))
         if config.load is not None:
