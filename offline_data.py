@@ -173,16 +173,11 @@ class SingleTask(ogbench_utils.MazeDataset):
         maze: Any = env.unwrapped
         observations, actions = data.observations.numpy(), data.actions.numpy()
         last = (data.episode_starts + data.episode_lengths - 1).numpy()
-        reached = np.empty(len(observations), dtype=bool)
-        for start in range(0, len(reached), _BLOCK_ROWS):
-            block = slice(start, start + _BLOCK_ROWS)
-            reached[block] = np.linalg.norm(observations[block, :2] - maze.cur_goal_xy, axis=1) <= maze._goal_tol
+        reached = np.linalg.norm(observations[:, :2] - maze.cur_goal_xy, axis=1) <= maze._goal_tol
         env.close()
         rows = np.delete(np.arange(len(observations)), last)
         terminated = reached[rows]
         rewards = terminated.astype(np.float32) - 1
-        cut = np.zeros(len(reached), dtype=bool)
-        cut[last - 1] = True
         following = following_rows(observations, rows, np.zeros(len(rows), dtype=bool))
         ends = last - np.arange(1, len(last) + 1)  # rows left out before and at each end
         return {
@@ -192,7 +187,7 @@ class SingleTask(ogbench_utils.MazeDataset):
             "rewards": rewards,
             "next_observations": following,
             "terminated": terminated,
-            "truncated": cut[rows] & ~terminated,
+            "truncated": np.isin(rows, last - 1) & ~terminated,
             "returns": whole_returns(rewards, terminated, ends),
             "reached": np.logical_or.reduceat(terminated, np.append(0, ends[:-1] + 1)),
         }
@@ -293,14 +288,13 @@ class MinariDataset(Dataset):
 
     def _rows(self, episode: Any) -> tuple[np.ndarray, ...]:
         """The columns of one episode, the last one a mark at its end."""
-        observations, steps = np.asarray(episode.observations), len(episode.rewards)
-        others = [np.asarray(part) for part in (episode.actions, episode.rewards, episode.terminations)]
-        counts = [len(part) for part in (observations, *others)]
+        parts = (episode.observations, episode.actions, episode.rewards, episode.terminations)
+        observations, actions, rewards, terminations = map(np.asarray, parts)
+        counts, steps = list(map(len, parts)), len(rewards)
         if steps == 0 or counts != [steps + 1, steps, steps, steps]:
             raise self._bad(f"episode {episode.id}: {counts} observations, actions, rewards and terminations")
-        actions, rewards, terminations = others
         last = np.arange(steps) == steps - 1
-        return observations[:-1], actions, rewards, observations[1:], terminations, last
+        return observations[:-1], actions, rewards.astype(np.float64), observations[1:], terminations, last
 
     def make_env(self, dataset_dir: str | os.PathLike | None = None) -> gymnasium.Env:
         """The environment that the dataset names."""

@@ -14,7 +14,6 @@ actions misses by far more.
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,6 @@ SAMPLE, ENDS = 2000, 200  # rows that the simulator steps from; ends that it loo
 AGREES, DIFFERS = 1e-3, 1e-2  # of good rows one in 1000 misses by more than the first, where a contact begins or ends
 FEW = 0.005  # share of rows that may differ for that reason
 FAR = 5  # how many times more a wrong pairing misses, where no row agrees
-WIDTH = 100  # columns of the printed report
 
 # Every benchmark's official file or folder by its name. A single task's is its maze's.
 OFFICIAL = {
@@ -70,10 +68,9 @@ def identify(path: Path) -> tuple[Dataset, Path]:
     place = place.parent if place.name == "data" else place
     dataset = OFFICIAL.get(place.name)
     if dataset is None:
-        near = nearest_id(place.stem.replace("_", "-"), DATASETS)
         raise UserError(
-            f"{path}: no dataset's file or folder is called so, and what it should hold is unknown; rename it"
-            f"{f' (for {near}?)' if near else ''} as `python make_dataset.py --list` has it"
+            f"{path}: no dataset's file or folder is called so, and what it should hold is unknown; rename it as "
+            "`python make_dataset.py --list` has it"
         )
     folder = place.parents[len(Path(dataset.files[0]).parts) - 1]
     if folder.name == "local":
@@ -172,11 +169,11 @@ def check_replay(data: Data) -> str:
     reached, rewards, fallen = data.simulator.step(states, data.actions[rows])
     misses = _distance(reached, data.next(rows))
     wrong = ~(misses < DIFFERS)
-    exact = wrong.mean() <= FEW
-    if exact or _other_mujoco(data, rows[wrong], states[wrong], misses[wrong], len(rows)):
-        _check_rewards(data, rows, rewards, exact)
-    if exact:
+    if wrong.mean() <= FEW:
+        _check_rewards(data, rows, rewards)
         _check_falls(data, rows, fallen)
+    else:
+        _say_what_is_wrong(data, rows[wrong], states[wrong], misses[wrong], len(rows))
     return f"{len(rows):,} rows; the simulator misses the next observation by {np.nanmedian(misses):.0e} (median)"
 
 
@@ -190,20 +187,21 @@ def _distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _known_states(data: Data, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Those of the rows whose state is known, and the states: the file's, else what the observations show."""
-    states = data.simulator.rebuild(data.observations[rows])
-    if data.states is not None:
-        recorded = data.states[rows]
-        shown = np.array([data.simulator.place(state) for state in recorded])
+    """Those of the rows whose state is known, and the states: what the observations show, else the file's."""
+    if data.simulator.padding is not None:
+        states = data.simulator.rebuild(data.observations[rows])
+    elif data.states is not None:
+        states = data.states[rows]
+        shown = np.array([data.simulator.place(state) for state in states])
         apart = rows[_distance(shown, data.observations[rows]) > DIFFERS]
         if len(apart):
             what = "state and observation of a row differ, one of them is shifted or changed; take the original file"
             data.fault(f"{what}: {data.at(apart)} of {len(rows):,} sampled")
             data.states = None
-        else:
-            states = recorded
-    known = np.isfinite(states).all(axis=1) if states is not None else np.zeros(0, bool)
-    return (rows[known], states[known]) if len(known) else (rows[:0], np.zeros(0))
+    if data.simulator.padding is None and data.states is None:
+        return rows[:0], np.zeros(0)
+    known = np.isfinite(states).all(axis=1)
+    return rows[known], states[known]
 
 
 def _pairings(data: Data, rows: np.ndarray, states: np.ndarray) -> dict[str, np.ndarray]:
@@ -217,8 +215,8 @@ def _pairings(data: Data, rows: np.ndarray, states: np.ndarray) -> dict[str, np.
     return {name: data.simulator.step(states, those)[0] for name, those in actions.items()}
 
 
-def _other_mujoco(data: Data, rows: np.ndarray, states: np.ndarray, misses: np.ndarray, sampled: int) -> bool:
-    """Whether rows that do not agree are right but of another MuJoCo; else a finding says what is wrong."""
+def _say_what_is_wrong(data: Data, rows: np.ndarray, states: np.ndarray, misses: np.ndarray, sampled: int) -> None:
+    """Of rows that do not agree: right but of another MuJoCo, shifted, negated, or none of these."""
     some = _sample(np.arange(len(rows)), ENDS)
     others = _pairings(data, rows[some], states[some])
     others = {name: np.median(_distance(reached, data.next(rows[some]))) for name, reached in others.items()}
@@ -232,32 +230,20 @@ def _other_mujoco(data: Data, rows: np.ndarray, states: np.ndarray, misses: np.n
             f"the simulator misses the next row by {right:.1g} (median) with its own action, by {others[best]:.1g} and "
             "more with others: right rows, of another version of MuJoCo"
         )
-        return True
     else:
         data.fault(f"the simulator does not reach the next row {where}: rows are shuffled, changed or another robot's")
-    return False
 
 
-def _check_rewards(data: Data, rows: np.ndarray, rewards: np.ndarray, exact: bool) -> None:
-    """Rewards of rows against the simulator's, and against those of the neighbouring rows."""
+def _check_rewards(data: Data, rows: np.ndarray, rewards: np.ndarray) -> None:
+    """Rewards of rows against the simulator's."""
     if data.rewards is None or data.goals:  # the goals of official antmazes are not in their files
         return
-    last = len(data.rewards) - 1
-    errors = {
-        name: np.abs(data.rewards[np.clip(rows + shift, 0, last)] - rewards)
-        for name, shift in (("right", 0), ("late", 1), ("early", -1))
-    }
-    wrong = ~(errors["right"] < DIFFERS)
-    if wrong.mean() <= FEW:
-        return
-    medians = {name: np.median(error[wrong]) for name, error in errors.items()}
-    best = min(medians, key=medians.get)
-    where = f"in {wrong.sum():,} of {len(rows):,} sampled rows, first {data.at(rows[wrong][:1])}"
-    if FAR * medians[best] < medians["right"]:
-        data.fault(f"rewards are shifted: the reward of a row stands one row {best}, {where}; take the original file")
-    elif exact:
+    errors = np.abs(data.rewards[rows] - rewards)
+    wrong = ~(errors < DIFFERS)
+    if wrong.mean() > FEW:
         data.fault(
-            f"rewards are not the simulator's, by {medians['right']:.2g} {where}: scaled, changed or another task's"
+            f"rewards are not the simulator's, by {np.median(errors[wrong]):.2g} in {wrong.sum():,} of {len(rows):,} "
+            f"sampled rows, first {data.at(rows[wrong][:1])}: shifted, scaled, changed or another task's"
         )
 
 
@@ -329,12 +315,8 @@ class Report:
 
     def text(self) -> str:
         findings = sorted(self.findings, key=lambda finding: finding[0] != FAULT)
-        lines = [f"{self.name}: {self.verdict}", "", *(_wrapped(f"  {k:<14}", v) for k, v in self.facts.items())]
-        return "\n".join([*lines, *[""] * bool(findings), *(_wrapped(f"  {kind:<6}", what) for kind, what in findings)])
-
-
-def _wrapped(label: str, text: str) -> str:
-    return textwrap.fill(text, WIDTH, initial_indent=label, subsequent_indent=" " * len(label), break_long_words=False)
+        lines = [f"{self.name}: {self.verdict}", "", *(f"  {name:<14}{text}" for name, text in self.facts.items())]
+        return "\n".join([*lines, *[""] * bool(findings), *(f"  {kind:<6}{what}" for kind, what in findings)])
 
 
 def describe(data: Data) -> dict[str, str]:

@@ -245,9 +245,8 @@ def write_card(policy_file: str | Path, facts: dict[str, Any], returns: dict[str
         facts: algorithm, recipe, seed and what else only the one who trained it knows.
         returns: "deterministic" and "stochastic" -> what `evaluate_policy` returned.
     """
-    policy = read_policy(policy_file)
-    card = {"policy": Path(policy_file).name, "sha256": sha256(policy_file)}
-    card |= {"environment": policy.env, "steps": policy.step, **facts}
+    env, _, step = Path(policy_file).stem.rpartition("_")
+    card = {"sha256": sha256(policy_file), "environment": env, "steps": int(step), **facts}
     card["returns"] = {kind: {key: round(v, 4) for key, v in result.items()} for kind, result in returns.items()}
     packages = ("numpy", "gymnasium", "mujoco")
     card["measured_with"] = {"python": platform.python_version()} | {

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from ogbench_utils import DATASETS, GENERATED_IDS, make_env, seeded_reset
 STITCH_CELLS = 4  # how many cells a stitch goal lies from the start
 EXPLORE_STEPS = 10  # steps in one direction
 Cell = tuple[int, int]  # row, column
-Walker = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (observation, unit direction [2]) -> action before noise
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -72,15 +71,6 @@ def find_recipe(dataset_id: str) -> Recipe:
     """The recipe of one of GENERATED_IDS."""
     dataset = DATASETS[dataset_id]
     return RECIPES[dataset.maze_env, dataset.task_type]
-
-
-def locomotion(recipe: Recipe, experts_dir: Path) -> Walker:
-    """What the robot does to move in a direction."""
-    if recipe.policy is None:
-        return lambda observation, direction: direction
-    policy = experts.read_policy(experts.latest_policy(experts_dir, *recipe.policy))
-    # The policy has never seen positions; the direction stands where OGBench's directional ant has it, at the end.
-    return lambda observation, direction: policy.act(np.concatenate([observation[2:], direction]))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -145,7 +135,9 @@ class EpisodeMaker:
     def __init__(self, dataset_id: str, experts_dir: Path):
         self.recipe = find_recipe(dataset_id)
         self.task_type = DATASETS[dataset_id].task_type
-        self.walk = locomotion(self.recipe, experts_dir)
+        self.policy = None  # a point moves along the direction itself
+        if self.recipe.policy is not None:
+            self.policy = experts.read_policy(experts.latest_policy(experts_dir, *self.recipe.policy))
         self.env = make_env(dataset_id, terminate_at_goal=False, max_episode_steps=self.recipe.rows)
         self.maze_env: Any = self.env.unwrapped
         self.ways = Ways(self.maze_env.maze_map)
@@ -201,7 +193,8 @@ class EpisodeMaker:
             xy = self.maze_env.get_xy()
             here, goal = self.maze_env.xy_to_ij(xy), self.maze_env.xy_to_ij(self.maze_env.cur_goal_xy)
             direction = _unit(np.array(self.maze_env.ij_to_xy(self.ways.next_cell(here, goal))) - xy)
-        action = self.walk(observation, direction)
+        # The policy has never seen positions; the direction stands where OGBench's directional ant has it, at the end.
+        action = self.policy.act(np.concatenate([observation[2:], direction])) if self.policy else direction
         return np.clip(action + rng.normal(0.0, self.recipe.noise, size=np.shape(action)), -1.0, 1.0)
 
 

@@ -26,7 +26,8 @@ class Simulator:
     """The environment of a dataset, put into recorded states.
 
     A state [state_dim] holds MuJoCo's positions and velocities. Attributes: env, shape (numbers an observation and an
-    action), state_dim, positions (how many numbers an observation begins with that say where the body is), maze.
+    action), state_dim, positions (how many numbers an observation begins with that say where the body is), maze,
+    padding (zeros before and after an observation that make it a state, None where it does not show the whole state).
     """
 
     def __init__(self, dataset: Dataset):
@@ -40,6 +41,9 @@ class Simulator:
         else:
             model = self.robot.model
             self.state_dim, self.positions = model.nq + model.nv, 2 if self.maze else model.nq - 1
+        # A runner's observation leaves out x, on which nothing depends, and a point's its velocity, which is set to
+        # zero in each step. An ant's is the state; a humanoid's and the walker study's are other numbers.
+        self.padding = {0: (0, 0), 1: (1, 0), 2: (0, 2)}.get(self.state_dim - self.shape[0])
 
     def _maze(self) -> Maze:
         if self.layout == "ogbench":
@@ -71,16 +75,9 @@ class Simulator:
                 self.env.reset(seed=0)
         return observations, rewards, ended
 
-    def rebuild(self, observations: np.ndarray) -> np.ndarray | None:
-        """States [n, state_dim] of observations [n, obs_dim]; None where these do not show the whole state.
-
-        A runner's observation leaves out x, on which nothing depends, and a point's its velocity, which is set to zero
-        in each step. hopper's and walker2d's show velocities up to 10: states beyond are nan.
-        """
-        padding = {0: (0, 0), 1: (1, 0), 2: (0, 2)}.get(self.state_dim - self.shape[0])
-        if self.layout == "walker" or padding is None:
-            return None
-        states = np.pad(observations, ((0, 0), padding))
+    def rebuild(self, observations: np.ndarray) -> np.ndarray:
+        """States [n, state_dim] of observations [n, obs_dim]; nan where a runner's velocity may have been clipped."""
+        states = np.pad(observations, ((0, 0), self.padding))
         if self.maze is None:
             states[(np.abs(observations) == 10).any(axis=1)] = np.nan
         return states
@@ -97,7 +94,7 @@ class Data:
     flags: dict[str, np.ndarray]  # terminals, timeouts: [N] bool
     rewards: np.ndarray | None = None  # [N] float32
     following: np.ndarray | None = None  # [N, obs_dim] float32, the file's next_observations
-    states: np.ndarray | None = None  # [N, state_dim], of the file
+    states: np.ndarray | None = None  # [N, state_dim], of the file, where observations do not show them
     files: list[str] = field(default_factory=list)  # of the walker study, one an episode
     findings: list[tuple[str, str]] = field(default_factory=list)  # FAULT or NOTE, and a sentence
 
@@ -201,7 +198,7 @@ def _read_stored(data: Data, file: Mapping[str, Any], *state_keys: str) -> None:
             known = known and data.layout == "d4rl" and not data.dataset.local
             tail = "loaders cast it" if known else "another program wrote this file; take the original"
             (data.note if known else data.fault)(f"{key} is {file[key].dtype}, not float32: {tail}")
-    if not all(key in file for key in state_keys):
+    if data.simulator.padding is not None or not all(key in file for key in state_keys):
         return
     parts, width = [file[key][()] for key in state_keys], data.simulator.state_dim
     if any(part.shape[:-1] != data.ends.shape for part in parts) or sum(part.shape[-1] for part in parts) != width:

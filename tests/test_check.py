@@ -184,7 +184,7 @@ def test_good_files_pass(family, tmp_path):
     report = check(made(tmp_path, family))
     assert report.findings == [], report.text()
     assert float(re.search(r"by (\S+) .median", report.facts["replay"])[1]) < 1e-5
-    assert max(map(len, report.text().replace(str(tmp_path), "").splitlines())) <= 100
+    assert report.facts["dataset"] in report.text()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -241,10 +241,10 @@ def exchanged_flags(parts):
     ("family", "change", "words"),
     [
         ("ant", moved("actions", 1, slice(300, 350)), "one row late, in 50 of 800 sampled rows, first row 300"),
-        ("ant", moved("qpos", 1), "state and observation of a row differ"),
+        ("humanoid", moved("qpos", 1), "state and observation of a row differ"),
         ("walker", moved("physics", 1), "state and observation of a row differ"),
-        ("hopper", moved("rewards", 1), "rewards are shifted: the reward of a row stands one row late"),
-        ("walker", moved("reward", -1, slice(1, None)), "rewards are shifted: .* one row early"),
+        ("hopper", moved("rewards", 1), "rewards are not the simulator's, .*: shifted"),
+        ("walker", moved("reward", -1, slice(1, None)), "rewards are not the simulator's, .*: shifted"),
         ("halfcheetah", scaled, "rewards are not the simulator's"),
         ("hopper", moved("next_observations", 1), "next_observations are not .* next rows: .* shifted"),
         ("hopper", exchanged_flags, "terminals is not set at row .* has fallen"),

@@ -246,8 +246,11 @@ def test_terminals_and_timeouts_are_apart(falls_at, rows, terminal):
 @pytest.mark.parametrize("robot", SIZES)
 def test_recorded_actions_from_recorded_states_give_the_recorded_next_ones(robot, generate):
     dataset_id = f"local/{robot}-medium-expert-v2"
-    data = read(generate(dataset_id, 1200), DATASETS[dataset_id])
-    observations, rewards, ended = data.simulator.step(data.states, data.actions)
+    path = generate(dataset_id, 1200)
+    data = read(path, DATASETS[dataset_id])
+    with h5py.File(path) as file:
+        states = np.concatenate([file["infos/qpos"][()], file["infos/qvel"][()]], axis=1)
+    observations, rewards, ended = data.simulator.step(states, data.actions)
     # The promise is 1e-4; states in float64 keep far more, and float32 would keep less in halfcheetah.
     np.testing.assert_allclose(observations.astype(np.float32), data.following, rtol=0, atol=1e-6)
     np.testing.assert_allclose(rewards, data.rewards, rtol=0, atol=1e-6)
