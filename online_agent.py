@@ -33,7 +33,7 @@ Deviations from the original OPSO code, each with its reason (docs/notebook_opso
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -87,13 +87,16 @@ class OnlineAgentConfig:
 
 
 def minimize(
-    optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], updates: Iterable[int], total: int, floor: float = 0.0
+    optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], updates: Collection[int], floor: float = 0.0
 ) -> float:
-    """Optimizer steps at a learning rate that decays by a cosine to `floor` of itself. Returns the last loss."""
+    """Optimizer steps at a learning rate that decays by a cosine to `floor` of itself. Returns the last loss.
+
+    updates: 0, 1, ..., a range or a progress bar over it.
+    """
     (group,), last = optimizer.param_groups, torch.zeros(())
     lr = group["lr"]
     for number in updates:
-        group["lr"] = lr * ((1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * number / total))
+        group["lr"] = lr * ((1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * number / len(updates)))
         last = loss()
         optimizer.zero_grad(set_to_none=True)
         last.backward()
@@ -168,9 +171,7 @@ class OnlineAgent:
 
     # -- metric ------------------------------------------------------------------------------------------------------
 
-    def fit_metric(
-        self, sample: Callable[[], tuple[Tensor, Tensor, Tensor]], updates: Iterable[int], total: int
-    ) -> float:
+    def fit_metric(self, sample: Callable[[], tuple[Tensor, Tensor, Tensor]], updates: Collection[int]) -> float:
         """Train the metric by InfoNCE, then measure how many steps a squared distance is worth. Returns the last loss.
 
         sample() gives features [n, d_model + D], those of later states of the same trajectories and the steps between
@@ -184,7 +185,7 @@ class OnlineAgent:
             return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
         optimizer = torch.optim.Adam(self.metric.requires_grad_(True).parameters(), self.config.metric_lr)
-        last = minimize(optimizer, loss, updates, total)
+        last = minimize(optimizer, loss, updates)
         self.metric.requires_grad_(False)
         with torch.no_grad():
             parts = [sample() for _ in range(20)]
@@ -209,7 +210,7 @@ class OnlineAgent:
     # -- the dataset's actions ---------------------------------------------------------------------------------------
 
     def fit_idm(
-        self, sample: Callable[[], tuple[Tensor, Tensor, Tensor]], updates: Iterable[int], total: int, lr: float
+        self, sample: Callable[[], tuple[Tensor, Tensor, Tensor]], updates: Collection[int], lr: float
     ) -> float:
         """Train the inverse dynamics model on the agent's own transitions, by a smooth L1 loss. Returns the last loss.
 
@@ -221,7 +222,7 @@ class OnlineAgent:
             return F.smooth_l1_loss(self.idm(states, later), actions, beta=0.1)
 
         optimizer = torch.optim.AdamW(self.idm.requires_grad_(True).parameters(), lr, weight_decay=1e-4)
-        last = minimize(optimizer, loss, updates, total, floor=0.02)
+        last = minimize(optimizer, loss, updates, floor=0.02)
         self.idm.requires_grad_(False)
         return last
 

@@ -252,7 +252,7 @@ class OnlineRun(Run):
             return sample_pairs(self.codes, config.metric_steps, METRIC_PAIRS, self.streams.sampling)
 
         updates = progress(range(config.metric_updates), "fit the metric", unit="update", leave=False)
-        losses = {"metric_loss": self.agent.fit_metric(sample, updates, config.metric_updates)}
+        losses = {"metric_loss": self.agent.fit_metric(sample, updates)}
         self.check_metrics(losses, "lower --metric_lr")
         return losses
 
@@ -271,7 +271,7 @@ class OnlineRun(Run):
             return *self.neighbours(source, rows), source.actions[rows]
 
         bar = progress(range(updates), "fit the inverse dynamics model", unit="update", leave=False)
-        losses = {"idm_loss": self.agent.fit_idm(sample, bar, updates, lr)}
+        losses = {"idm_loss": self.agent.fit_idm(sample, bar, lr)}
         self.check_metrics(losses, "lower --idm_lr")
         self.infer_actions()
         return losses

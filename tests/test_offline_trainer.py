@@ -186,31 +186,14 @@ def test_a_directory_that_another_process_trains_in_is_refused(dataset_dir, tmp_
     offline_trainer.main(arguments(dataset_dir, run, "--no_plot_maps"))  # released
 
 
-def test_bad_datasets_are_named(dataset_dir, tmp_path, capsys):
+def test_bad_datasets_are_named(tmp_path, capsys):
     run = ("--run_dir", str(tmp_path / "run"), *TINY)
     assert "antmaze-medium-navigate-v0" in exits(capsys, "--dataset", "antmaze-medium-navigat-v0", *run)
     exits(capsys, "--dataset", "../../etc/passwd", *run)
     assert "no recipe" in exits(capsys, "--dataset", "local/antmaze-giant-navigate-v0", *run)
-    name = "pointmaze-medium-stitch-v0"
-    good = dict(np.load(dataset_dir / "local" / f"{name}.npz"))
-    nan = good["observations"].copy()
-    nan[7] = np.nan
-    faults = {
-        "cut": (dataset_dir / "local" / f"{name}.npz").read_bytes()[:2000],
-        "keys": {"states": good["observations"]},
-        "nan": good | {"observations": nan},
-        "pickled": good | {"actions": np.array([{}] * len(good["actions"]), dtype=object)},
-    }
-    for fault, content in faults.items():
-        folder = tmp_path / fault
-        folder.mkdir()
-        if isinstance(content, bytes):
-            (folder / f"{name}.npz").write_bytes(content)
-        else:
-            np.savez(folder / f"{name}.npz", **content)
-        np.savez(folder / f"{name}-val.npz", **good)
-        line = exits(capsys, "--dataset", name, "--dataset_dir", str(folder), *run)
-        assert str(folder / f"{name}.npz") in line, line
+    np.savez(tmp_path / f"{DATASET.removeprefix('local/')}.npz", states=np.zeros((3, 2)))
+    line = exits(capsys, "--dataset", DATASET.removeprefix("local/"), "--dataset_dir", str(tmp_path), *run)
+    assert str(tmp_path / "pointmaze-medium-stitch-v0.npz") in line
     assert not (tmp_path / "run").exists()
 
 

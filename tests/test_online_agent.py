@@ -240,14 +240,14 @@ def test_the_metrics_loss_is_infonce_both_ways():
     for i in range(9):
         row, column = logits[i], [logits[k][i] for k in range(9)]
         total -= 2 * logits[i][i] - math.log(sum(map(math.exp, row))) - math.log(sum(map(math.exp, column)))
-    loss = agent.fit_metric(lambda: (state, later, steps), range(1), 1)
+    loss = agent.fit_metric(lambda: (state, later, steps), range(1))
     assert loss == pytest.approx(total / 18, rel=1e-4)
 
 
 def test_fitting_the_metric_changes_nothing_else_and_leaves_it_frozen():
     agent, names = make_agent(), ("encoder", "heads", "target", "optimizer")
     before = copy.deepcopy(agent.state_dict())
-    agent.fit_metric(pairs_of(random_codes()), range(5), 5)
+    agent.fit_metric(pairs_of(random_codes()), range(5))
     after = agent.state_dict()
     assert all(p.grad is None for part in names[:3] for p in getattr(agent, part).parameters())
     assert all(torch.equal(value, after[part][name]) for part in names[:3] for name, value in before[part].items())
@@ -261,7 +261,7 @@ def test_fitting_the_metric_changes_nothing_else_and_leaves_it_frozen():
 def test_a_squared_distance_is_worth_the_steps_of_the_pairs():
     """Over the pairs that calibrate, the metric's steps and those of the data sum up to the same."""
     agent, (state, later, steps) = make_agent(), pairs_of(random_codes(), count=50)()
-    agent.fit_metric(lambda: (state, later, steps), range(3), 3)
+    agent.fit_metric(lambda: (state, later, steps), range(3))
     apart = agent.metric_steps(agent.embed(state), agent.embed(later))
     assert apart.shape == (50, 50)
     assert apart.diagonal().sum().item() == pytest.approx(float(steps.sum()), rel=1e-4)
@@ -286,7 +286,7 @@ def test_the_inverse_dynamics_model_finds_the_actions_of_states_alone():
     assert torch.allclose(agent.idm.scale, (later - states).std(0) + 1e-3, atol=1e-5)
     heads = copy.deepcopy(agent.heads.state_dict())
     blank = (agent.infer_actions(states, later) - actions).abs().mean()
-    loss = agent.fit_idm(lambda: transitions(64, 1.0), range(600), 600, 3e-3)
+    loss = agent.fit_idm(lambda: transitions(64, 1.0), range(600), 3e-3)
     found = agent.infer_actions(states, later, block=64)
     assert torch.allclose(found, agent.infer_actions(states, later), atol=1e-5) and found.abs().max() <= 1
     # Two numbers of motion tell two actions.
@@ -311,8 +311,8 @@ def test_the_metric_learns_the_steps_along_a_corridor_and_sees_the_wall():
     walks = [horseshoe(45, back) + 0.02 * torch.randn(45, 2) for back in (False, True) * 10]
     source = code_set(states_only(torch.cat(walks)), (45,) * 20)
     draw = pairs_of(source, metric_steps=8, count=128)
-    first = agent.fit_metric(draw, range(1), 1)
-    last = agent.fit_metric(draw, range(400), 400)
+    first = agent.fit_metric(draw, range(1))
+    last = agent.fit_metric(draw, range(400))
     assert last < first - 0.4
     points = agent.embed(states_only(horseshoe(45)))
     steps = agent.metric_steps(points, points).numpy()

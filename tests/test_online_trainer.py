@@ -447,14 +447,14 @@ def test_the_proposer_acts(arguments, tmp_path):
 
 
 class Counter(gymnasium.Env):
-    """Counts its steps; succeeds, ends or is cut where it is told to, and may not be stepped after that."""
+    """Counts its steps; succeeds, ends or is cut after so many, and may not be stepped after that."""
 
     spec = EnvSpec("Counter-v0")
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
 
     def __init__(self, event: str, at: int):
         self.event, self.at = event, at
-        self.action_space = gymnasium.spaces.Box(-1, 1, (1,))
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
 
     def reset(self, *, seed=None, options=None):
         self.time, self.options = 0, options
@@ -464,40 +464,39 @@ class Counter(gymnasium.Env):
     def step(self, action):
         assert self.time < self.at
         self.time += 1
-        now = self.time == self.at
-        happens = {event: now and self.event == event for event in ("success", "terminated", "truncated")}
-        info = {"success": happens["success"]}
-        return np.array([self.first, self.time]), float(action[0]), happens["terminated"], happens["truncated"], info
+        success, terminated, truncated = (
+            self.time == self.at and self.event == event for event in ("success", "terminated", "truncated")
+        )
+        return np.array([self.first, self.time]), float(action[0]), terminated, truncated, {"success": success}
+
+
+class Acting:
+    """Keeps what it is shown; environment k acts by 10 k + 1 and aims at node 100 + k."""
+
+    def __init__(self, goals):
+        assert goals.tolist() == [[9.0, 8.0]] * 3
+        self.seen, self.chosen = [], np.zeros(3, dtype=int)
+
+    def act(self, observations, live):
+        self.seen.append((live.tolist(), observations[:, 1].tolist()))
+        self.chosen[live] = 100 + live
+        return (10.0 * live[:, None] + 1).astype(np.float32)
 
 
 def test_each_environment_plays_to_its_own_end(monkeypatch):
-    envs = [Counter("truncated", 3), Counter("success", 1), Counter("terminated", 2)]
+    envs, ended = [Counter("truncated", 3), Counter("success", 1), Counter("terminated", 2)], []
     built = iter(envs)
     monkeypatch.setattr(opso_episodes, "make_env", lambda dataset, **more: next(built))
-    seen, ended = [], []
-
-    class Acting:
-        def __init__(self, goals):
-            assert goals.tolist() == [[9.0, 8.0]] * 3
-            self.chosen = np.zeros(3, dtype=int)
-
-        def act(self, observations, live):
-            seen.append((live.tolist(), observations[:, 1].tolist()))
-            self.chosen[live] = 100 + live
-            return np.array([[10.0 * env + 1] for env in live], dtype=np.float32)
-
+    codes = [episode_code(5), episode_code(6, 2), episode_code(5)]
     with Evaluator(functools.partial(GoalEnv, DATASET), 3) as evaluator:
-        played, policy = rollout(
-            evaluator, [episode_code(5), episode_code(6, 2), episode_code(5)], Acting, ended.append
-        )
-    assert seen == [([0, 1, 2], [0, 0, 0]), ([0, 2], [1, 1]), ([0], [2])] and isinstance(policy, Acting)
-    assert ended == [1, 1, 1]
-    assert [episode.success for episode in played] == [False, True, False]
-    assert [episode.reward for episode in played] == [3.0, 11.0, 42.0]
+        played, policy = rollout(evaluator, codes, Acting, ended.append)
+    assert policy.seen == [([0, 1, 2], [0, 0, 0]), ([0, 2], [1, 1]), ([0], [2])] and ended == [1, 1, 1]
+    assert [(episode.success, episode.reward) for episode in played] == [(False, 3.0), (True, 11.0), (False, 42.0)]
     for env, (episode, steps) in enumerate(zip(played, (3, 1, 2), strict=True)):
         assert episode.observations[:, 1].tolist() == list(range(steps + 1)) and episode.goal.tolist() == [9.0, 8.0]
-        assert episode.actions.tolist() == [[10.0 * env + 1]] * steps and len(episode.subgoals) == steps
-        assert set(episode.subgoals) == {100 + env} and envs[env].options == ({"task_id": 2} if env == 1 else {})
+        assert episode.actions.tolist() == [[10.0 * env + 1]] * steps
+        assert episode.subgoals.tolist() == [100 + env] * steps
+        assert envs[env].options == ({"task_id": 2} if env == 1 else {})
     first = [episode.observations[0, 0] for episode in played]
     assert first[0] == first[2] != first[1]  # the seed alone decides
 
@@ -523,18 +522,14 @@ class Filmed(gymnasium.Wrapper):
         return len(self.films[-1]) - 1
 
 
-class Writer:
+class Writer(list):
     """Stands for imageio and its writer: keeps the pictures, and writes a file as it closes."""
 
-    def __init__(self):
-        self.frames = []
+    append_data = list.append
 
     def get_writer(self, path, fps):
-        self.path = Path(path)
+        self.path = path
         return self
-
-    def append_data(self, frame):
-        self.frames.append(frame)
 
     def __enter__(self):
         return self
@@ -545,20 +540,14 @@ class Writer:
 
 def test_the_video_replays_the_evaluated_actions(arguments, tmp_path, monkeypatch):
     films, writer, runs = [], Writer(), []
-    record = Evaluation.record_video
     monkeypatch.setattr(opso_episodes, "renderer", lambda dataset: Filmed(make_env(dataset), films))
     monkeypatch.setattr(opso_episodes, "find_video_writer", lambda: writer)
-    monkeypatch.setattr(Evaluation, "record_video", lambda self, path: (runs.append(self), record(self, path)))
-    monkeypatch.setattr(Evaluation, "plot", lambda *arguments: None)
+    monkeypatch.setattr(Evaluation, "plot", lambda evaluation, *arguments: runs.append(evaluation))
     online_trainer.main(arguments(tmp_path / "run", "--record_video", "--no_tensorboard", **NO_INTERACTION))
-    first = {}
-    for task, episode in runs[0].episodes:
-        first.setdefault(task, episode)
-    assert len(films) == 5 == len(first) < len(runs[0].episodes)
+    assert len(films) == 5
     for task, film in enumerate(films, 1):
-        assert np.array_equal(np.asarray(film, dtype=np.float32), first[task].observations)
-    skip = opso_episodes.VIDEO_SKIP
-    assert writer.frames == list(range(1, STEPS + 1, skip)) * 5
+        assert np.array_equal(np.asarray(film, dtype=np.float32), runs[0].of_task(task)[0].observations)
+    assert writer == list(range(1, STEPS + 1, opso_episodes.VIDEO_SKIP)) * 5
     assert (tmp_path / "run/evaluation.mp4").read_bytes() == b"film"
     assert not (tmp_path / "run/evaluation.part.mp4").exists()
 
