@@ -116,7 +116,6 @@ class OnlineAgent:
         device: where everything lives.
     """
 
-    HEADS = ("q", "v", "next_state", "inverse_dynamics")
     POLICY = ("encoder", "heads", "metric")  # what acts
 
     def __init__(
@@ -131,7 +130,7 @@ class OnlineAgent:
         self.config, self.discount, self.device = config, discount, torch.device(device)
         self.action_dim = action_dim
         self.encoder = model.encoder.to(self.device).eval().requires_grad_(False)
-        self.heads = nn.ModuleDict({name: copy.deepcopy(getattr(model, name)) for name in self.HEADS[:3]})
+        self.heads = nn.ModuleDict({name: copy.deepcopy(getattr(model, name)) for name in ("q", "v", "next_state")})
         self.code_dim = self.encoder.d_model
         features = self.code_dim + self.encoder.observation_dim
         self.heads["inverse_dynamics"] = InverseDynamics(features, hidden_dim, action_dim)

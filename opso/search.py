@@ -225,7 +225,7 @@ class Planner:
 
     def _escape(self, env: int) -> None:
         """Hold one random action for a while, and count progress anew."""
-        self.nearest[env], self.places[env], self.progress_at[env] = np.inf, [], self.clock
+        self.nearest[env], self.progress_at[env] = np.inf, self.clock
         self.escape_left[env] = self.agent.config.escape_steps
         self.escape_actions[env] = 2 * torch.rand(self.agent.action_dim, generator=self.generators[env]) - 1
 

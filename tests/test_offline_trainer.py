@@ -191,9 +191,11 @@ def test_bad_datasets_are_named(tmp_path, capsys):
     assert "antmaze-medium-navigate-v0" in exits(capsys, "--dataset", "antmaze-medium-navigat-v0", *run)
     exits(capsys, "--dataset", "../../etc/passwd", *run)
     assert "no recipe" in exits(capsys, "--dataset", "local/antmaze-giant-navigate-v0", *run)
-    np.savez(tmp_path / f"{DATASET.removeprefix('local/')}.npz", states=np.zeros((3, 2)))
-    line = exits(capsys, "--dataset", DATASET.removeprefix("local/"), "--dataset_dir", str(tmp_path), *run)
-    assert str(tmp_path / "pointmaze-medium-stitch-v0.npz") in line
+    official = DATASET.removeprefix("local/")
+    for name in (official, f"{official}-val"):
+        np.savez(tmp_path / f"{name}.npz", states=np.zeros((3, 2)))
+    line = exits(capsys, "--dataset", official, "--dataset_dir", str(tmp_path), *run)
+    assert str(tmp_path / f"{official}.npz") in line
     assert not (tmp_path / "run").exists()
 
 
