@@ -174,13 +174,13 @@ def _read_flags(
     hints = {config_flag.removeprefix("--"): str} | hints
     groups: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
-    name, unknown = None, []
+    name, flag, negated, unknown = None, "", False, []
     for word in words:
         if not _is_flag(word):
             if name is None:
                 raise UserError(f"unexpected argument {word!r}: every value follows a --flag")
             if hints.get(name) is bool:
-                raise UserError(f"--{name} {word}: takes no value: write --{name} or --{name}=false")
+                values[name] = _truth(flag, word) != negated
             groups[name].append(word)
             continue
         flag, equals, value = word.partition("=")
@@ -191,9 +191,7 @@ def _read_flags(
         if name not in hints or not flag.startswith("--"):
             unknown.append(f"unknown flag {flag}; {REPLACED.get(name) or nearest(name, hints, '--{}', 'see --help')}")
         elif hints[name] is bool:
-            if equals and value.lower() not in ("true", "false"):
-                raise UserError(f"{flag} takes no value, or =true or =false, got {value!r}")
-            values[name] = (value.lower() != "false") != negated
+            values[name] = _truth(flag, value if equals else "true") != negated
     if unknown:
         raise UserError("; ".join(unknown))
     for name, given in groups.items():
@@ -206,6 +204,12 @@ def _read_flags(
         except ValueError:
             raise UserError(f"--{name} {' '.join(given)}: must be {_expected(hints[name])}") from None
     return values, values.pop(config_flag.removeprefix("--"), None)
+
+
+def _truth(flag: str, word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise UserError(f"{flag} takes no value, or true or false, not {word!r}")
+    return word.lower() == "true"
 
 
 def _is_flag(word: str) -> bool:
