@@ -123,11 +123,9 @@ class POGOAgent(ActorChain):
     """Twin critics, a chain of actors, target networks, an Adam each.
 
     Args:
-        config: the settings above.
         observation_dim, action_dim: sizes D and A.
         max_action: actions lie in [-max_action, max_action].
         generator: of all noise, on the device.
-        device: where everything lives.
         data_value: mean discounted return of the data, at which critics begin (`q_start`).
     """
 

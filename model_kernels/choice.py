@@ -17,6 +17,7 @@ import ctypes
 import functools
 import logging
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,7 @@ class _Chosen:
 class KernelConfig:
     """What every command that trains may be told of its products."""
 
-    kernels: Kernels = (
-        "auto"  # matrix library on a CPU: auto (by processor), torch (MKL on x86), onednn, or plain (autograd)
-    )
+    kernels: Kernels = "auto"  # products on a CPU: auto (by processor), torch (MKL on x86), onednn, plain (autograd)
     precision: Precision = "float32"  # precision of hidden layers; bf16 needs a CPU with bfloat16 instructions
 
 
@@ -85,12 +84,11 @@ def fastest_kernels() -> str:
 def processor() -> tuple[str, int]:
     """The processor's maker, as AuthenticAMD, and its family; the platform's name and 0 where these are not told."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        told = Path("/proc/cpuinfo").read_text()
     except OSError:
-        lines = []
-    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    family = told.get("cpu family", "0")
-    return told.get("vendor_id", platform.processor()), int(family) if family.isdecimal() else 0
+        told = ""
+    vendor, family = (re.search(rf"^{name}\s*: (.*)$", told, re.M) for name in ("vendor_id", "cpu family"))
+    return vendor[1] if vendor else platform.processor(), int(family[1]) if family else 0
 
 
 @functools.cache

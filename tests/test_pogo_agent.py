@@ -8,7 +8,7 @@ import torch
 from plain_nets import plain, plain_critics
 from torch import nn
 
-from model import MLP, EnsembleCritic, TransportActor
+from model import EnsembleCritic, TransportActor
 from pogo_agent import POGOAgent, POGOConfig
 from runs.cuda_graphs import GraphedStep
 from runs.directory import load_checkpoint, save_checkpoint
@@ -118,26 +118,6 @@ def test_the_critic_is_two_mlps_and_its_frozen_half_is_the_first():
             frozen.sum().backward()
             assert torch.allclose(a.grad, slope, atol=1e-6)
             assert all(parameter.grad is None for parameter in critic.parameters())
-
-
-@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5), (1, 5)])
-@pytest.mark.parametrize("hidden_layers", [1, 2, 3])
-def test_an_mlp_equals_the_usual_modules_and_their_gradients(shape, hidden_layers):
-    torch.manual_seed(0)
-    net, x = MLP(5, 6, 4, hidden_layers), torch.randn(shape, requires_grad=True)
-    module = plain(net)
-    usual, found = module(x), net(x)
-    assert found.shape == usual.shape and torch.allclose(found, usual, atol=1e-6)
-    slope = torch.randn_like(usual)
-    x_slope, theta_slope = torch.autograd.grad(found, [x, net.theta], slope)
-    wanted, *layers = torch.autograd.grad(usual, [x, *module.parameters()], slope)
-    assert torch.allclose(x_slope, wanted, atol=1e-5)
-    for (weight, bias), w, b in zip(net.layers(theta_slope), layers[::2], layers[1::2], strict=True):
-        assert torch.allclose(weight.T, w, atol=1e-5) and torch.allclose(bias, b, atol=1e-5)
-    net.requires_grad_(False)
-    assert torch.allclose(torch.autograd.grad(net(x), x, slope)[0], wanted, atol=1e-5)
-    assert not net(x.detach()).requires_grad
-    assert net.double()(x.double()).dtype == torch.float64
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------

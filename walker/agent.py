@@ -40,13 +40,7 @@ EXPERT_RETURNS = {"walk": 962.8, "run": 318.4}  # of the study's data; a method'
 
 
 class Agent:
-    """Acts in one task at a time, in one environment or many.
-
-    Args:
-        state_dim, action_dim: 24 and 6; a file of other sizes is refused.
-        seed: of the actions of an agent that has loaded nothing.
-        device: where it computes.
-    """
+    """Acts in one task at a time, in one environment or many; at random, by a seed, until it has loaded a file."""
 
     def __init__(
         self,
@@ -120,12 +114,8 @@ def acting_state(
 ) -> dict[str, Any]:
     """What a checkpoint holds under `acting`, for `Agent.load_acting`.
 
-    Args:
-        method: name of the method, for reports.
-        kind, sizes: entry of POLICIES, and what it is made with.
-        policy: that policy.
-        normalizer: mean and standard deviation [24] of the observations.
-        task_bit: whether the policy reads the task's bit.
+    kind, sizes: entry of POLICIES that the policy is, and what it is made with. normalizer: mean and standard deviation
+    [24] of the observations. task_bit: whether the policy reads the task's bit.
     """
     mean, std = (torch.as_tensor(values) for values in normalizer)
     facts = {"method": method, "kind": kind, "sizes": sizes, "task_bit": task_bit, "action_dim": ACTION_DIM}
@@ -158,16 +148,7 @@ def make_evaluation_env(task: str) -> gymnasium.Env:
 
 
 def evaluate(agent: Agent, task: str, seeds: list[int], workers: int, desc: str, at_once: int = 100) -> np.ndarray:
-    """Returns [episodes] of an agent in a task.
-
-    Args:
-        agent: who acts.
-        task: walk or run.
-        seeds: an episode each.
-        workers: more processes that step environments.
-        desc: text of the progress bar.
-        at_once: most episodes that go on side by side.
-    """
+    """Returns [episodes] of an agent in a task, an episode a seed, `at_once` side by side at most."""
     at_once = min(at_once, len(seeds))
 
     def policies(observations: np.ndarray, alive: np.ndarray) -> np.ndarray:

@@ -31,10 +31,7 @@ class DataStatistics(NamedTuple):
 
 
 class Dynamics(nn.Module, abc.ABC):
-    """Args:
-    input_dim: D, or D + 1 with the task's bit.
-    statistics: of the data.
-    """
+    """input_dim: D, or D + 1 with the task's bit."""
 
     members = 1
 

@@ -98,11 +98,7 @@ class DecisionTransformer(nn.Module):
     Tokens R_1, s_1, a_1, R_2, s_2, a_2, ..., each with an embedding of its time step; the action of step t is read
     from the token of s_t, which sees everything up to itself.
 
-    Args:
-        input_dim, action_dim: sizes of s and a.
-        context: steps K that it looks back on.
-        hidden_dim, layers, heads, dropout: of the transformer.
-        max_steps: time steps that have an embedding of their own; later ones take the last.
+    It looks back on `context` steps. `max_steps` of them have an embedding of their own; later ones take the last.
     """
 
     def __init__(

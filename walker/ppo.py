@@ -73,14 +73,7 @@ class Rollout(NamedTuple):
 
 
 class PPO:
-    """Policy, value, an Adam each.
-
-    Args:
-        config: the settings above.
-        input_dim, action_dim, hidden_dim: sizes.
-        generator: of actions and of the order of rows, on the device.
-        device: where everything lives.
-    """
+    """Policy, value, an Adam each; `generator`, on the device, is of actions and of the order of rows."""
 
     def __init__(
         self,
@@ -173,15 +166,13 @@ class PPO:
         nn.utils.clip_grad_norm_(network.parameters(), self.config.max_grad_norm)
         optimizer.step()
 
+    PARTS = ("actor", "value", "actor_optimizer", "value_optimizer")
+
     def state_dict(self) -> dict[str, Any]:
-        """Networks and optimizers."""
-        networks = {"actor": self.actor.state_dict(), "value": self.value.state_dict()}
-        optimizers = {"actor": self.actor_optimizer.state_dict(), "value": self.value_optimizer.state_dict()}
-        return networks | {"optimizers": optimizers}
+        """Everything the next update depends on but the generator, which is the caller's."""
+        return {name: getattr(self, name).state_dict() for name in self.PARTS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
-        self.actor.load_state_dict(state["actor"])
-        self.value.load_state_dict(state["value"])
-        self.actor_optimizer.load_state_dict(state["optimizers"]["actor"])
-        self.value_optimizer.load_state_dict(state["optimizers"]["value"])
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])

@@ -52,14 +52,7 @@ class TransformerConfig(StudyConfig):
 
 
 class SequenceLearner(Learner):
-    """The transformer and its AdamW.
-
-    Args:
-        config: the settings above.
-        input_dim, action_dim: sizes.
-        targets: return to ask for in each task.
-        device: where everything lives.
-    """
+    """The transformer and its AdamW; targets: return to ask for in each task."""
 
     def __init__(
         self,

@@ -40,13 +40,7 @@ class CloningConfig(StudyConfig):
 
 
 class BehaviorCloning(Learner):
-    """The network and its Adam.
-
-    Args:
-        config: the settings above.
-        input_dim, action_dim: sizes.
-        device: where everything lives.
-    """
+    """The network and its Adam."""
 
     def __init__(self, config: CloningConfig, input_dim: int, action_dim: int, device: str | torch.device = "cpu"):
         super().__init__(device)

@@ -52,14 +52,7 @@ class ModelConfig(InModelConfig):
 
 
 class InModelLearner(Learner):
-    """A model, and a policy that PPO trains in it.
-
-    Args:
-        config: the settings above.
-        model: the model.
-        data: all transitions, which it is fitted to and where imagined episodes begin.
-        generator: of everything random, on the device.
-    """
+    """A model, and a policy that PPO trains in it; imagined episodes begin in the data's states."""
 
     def __init__(self, config: InModelConfig, model: Dynamics, data: ReplayBuffer, generator: torch.Generator):
         super().__init__(data.device)

@@ -78,10 +78,8 @@ class OfflineAlgorithm(Learner, abc.ABC):
     """What every algorithm has: an actor, target networks, noise.
 
     Args:
-        config: settings of the algorithm.
         sizes: observation_dim, action_dim, max_action: actions lie in [-max_action, max_action].
         generator: of all noise, on the device.
-        device: where everything lives.
         make_actor: makes the policy that it trains and that its critics bootstrap from, given sizes and hidden_dim;
             default: the algorithm's own.
     """

@@ -29,9 +29,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "configs" / "offline" / "pogo_mul
 LOCOMOTION = {name: ("medium", "medium-replay", "medium-expert") for name in ("halfcheetah", "hopper", "walker2d")}
 MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
 DATASETS = [(robot, data) for robot, names in (LOCOMOTION | {"antmaze": MAZES}).items() for data in names]
-ALGORITHMS = ("iql", "td3_bc", "cql", "awac", "sac_n", "edac")
 CONFIGS = {"iql": IQLConfig, "td3_bc": TD3BCConfig, "cql": CQLConfig, "awac": AWACConfig, "sac_n": SACNConfig}
-CONFIGS |= {"edac": EDACConfig}
+CONFIGS["edac"] = EDACConfig
 ACTION_DIM = {"halfcheetah": 6, "hopper": 3, "walker2d": 6, "antmaze": 8}
 # Of the local/ datasets, medium, medium-replay, medium-expert: mean discounted return (a run's first line has it).
 VALUES = {"halfcheetah": (473, 250, 635), "hopper": (245, 187, 287), "walker2d": (268, 172, 320)}
@@ -103,7 +102,7 @@ def files() -> dict[Path, str]:
     """The text of every file, by its path."""
     found = {}
     for robot, data in DATASETS:
-        for algorithm in ALGORITHMS:
+        for algorithm in CONFIGS:
             values = settings(algorithm, robot, data)
             text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
             if values["w2_weights"] != ORIGINAL:

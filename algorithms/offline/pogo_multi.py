@@ -63,11 +63,8 @@ class MultiActor(ActorChain):
     """An algorithm with a chain of actors in the place of its one.
 
     Args:
-        algorithm: class of the algorithm.
-        config: its settings.
-        chain: those of the chain; as many actors as weights.
-        sizes: observation_dim, action_dim, max_action.
-        generator, device: the algorithm's.
+        algorithm, config, sizes, generator, device: the algorithm, and what it is made with.
+        chain: settings of the chain; as many actors as weights.
         policies: what makes each actor's policy, given sizes and hidden_dim; None: the algorithm's own.
     """
 

@@ -236,11 +236,7 @@ def build(
 
 def acting(agent: MultiActor) -> list[Act]:
     """How each actor acts."""
-
-    def act_by(actor: torch.nn.Module) -> Act:
-        return lambda observations, z: actor(observations).draw(z).actions
-
-    return [act_by(actor) for actor in agent.actors]
+    return [lambda observations, z, actor=actor: actor(observations).draw(z).actions for actor in agent.actors]
 
 
 def trained_actors(state: dict[str, Any], device: torch.device) -> list[Act]:
