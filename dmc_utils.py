@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import math
 import os
 import types
@@ -28,7 +27,7 @@ import gymnasium
 import numpy as np
 
 from dataset_files import Dataset, check_rows, read_npz
-from utils import UserError, one_line, write_bytes_atomic
+from utils import UserError, one_line
 
 TASKS = ("walk", "run")
 OBSERVATION_DIM = 24
@@ -250,11 +249,9 @@ def episode_path(folder: str | os.PathLike, index: int) -> Path:
 
 
 def write_episode(path: str | os.PathLike, episode: dict[str, np.ndarray]) -> None:
-    """Check an episode and write it, whole or not at all; equal arrays give equal bytes. See `read_episode`."""
-    _check_episode(Path(path), episode)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{key: episode[key] for key in EPISODE_COLUMNS})  # it dates the members 1980
-    write_bytes_atomic(path, buffer.getvalue())
+    """Write an episode as `read_episode` returns it; equal arrays give equal bytes."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **{key: episode[key] for key in EPISODE_COLUMNS})  # it dates the members 1980
 
 
 def read_episode(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -263,15 +260,8 @@ def read_episode(path: str | os.PathLike) -> dict[str, np.ndarray]:
     Raises UserError naming the file and the fault: an unreadable file, a key missing, another shape or type, NaN,
     actions outside [-1, 1], rewards or discounts outside [0, 1], a first row that is not a reset's.
     """
-    path = Path(path)
-    episode = read_npz(path, EPISODE_COLUMNS, bad=functools.partial(_bad_episode, path))
-    _check_episode(path, episode)
-    return episode
-
-
-def _check_episode(path: Path, episode: dict[str, np.ndarray]) -> None:
-    """Raise UserError for the first fault; see `read_episode`."""
-    bad = functools.partial(_bad_episode, path)
+    bad = functools.partial(_bad_episode, Path(path))
+    episode = read_npz(Path(path), EPISODE_COLUMNS, bad=bad)
     for key, columns in EPISODE_COLUMNS.items():
         array = episode[key]
         if array.dtype != np.float32:
@@ -281,25 +271,25 @@ def _check_episode(path: Path, episode: dict[str, np.ndarray]) -> None:
         check_rows(bad, key, array, *_LIMITS.get(key, ()))
     if episode["action"][0].any() or episode["reward"][0].any():
         raise bad("row 0 has an action or a reward, but nothing led to the reset: rows are out of line")
+    return episode
 
 
 def _bad_episode(path: Path, fault: str) -> UserError:
     return UserError(path, fault, "delete or replace the file (a local/ dataset: make_dataset.py --overwrite)")
 
 
-def load_episodes(folder: str | os.PathLike) -> list[dict[str, np.ndarray]]:
-    """Every episode of a dataset's folder, in the order of their indices; see `read_episode`.
-
-    Raises UserError for a folder without episodes and for the first bad file.
-    """
+def episode_paths(folder: str | os.PathLike) -> list[Path]:
+    """The episode files of a dataset's folder, in the order of their indices; raises UserError where there are none."""
     data = Path(folder) / "data"
-    try:
-        paths = [path for path in data.iterdir() if path.suffix == ".npz"]
-    except OSError as error:
-        raise UserError(f"{data}: cannot list the episodes ({error.strerror}); check --data_dir") from None
+    paths = sorted(data.glob("episode_*.npz"), key=lambda path: (len(path.name), path.name))
     if not paths:
         raise UserError(f"{data}: no episode_<index>_<steps>.npz in it; check --data_dir")
-    return [read_episode(path) for path in sorted(paths, key=lambda path: (len(path.name), path.name))]
+    return paths
+
+
+def load_episodes(folder: str | os.PathLike) -> list[dict[str, np.ndarray]]:
+    """Every episode of a dataset's folder, in the order of their indices; raises UserError for the first bad file."""
+    return [read_episode(path) for path in episode_paths(folder)]
 
 
 class StudyData(NamedTuple):

@@ -16,7 +16,6 @@ import dmc_utils
 import ogbench_utils
 from dataset_files import Dataset, whole_returns
 from opso.maze import Maze
-from utils import UserError
 
 FAULT, NOTE = "fault", "note"
 LAYOUTS = {ogbench_utils.MazeDataset: "ogbench", d4rl_utils.D4RLDataset: "d4rl", dmc_utils.WalkerDataset: "walker"}
@@ -212,10 +211,7 @@ def _read_stored(data: Data, file: Mapping[str, Any], *state_keys: str) -> None:
 
 
 def _read_walker(path: Path, dataset: Any) -> Data:
-    folder = path if path.name == "data" else path / "data"
-    paths = [path] if path.is_file() else sorted(folder.glob("episode_*.npz"))
-    if not paths:
-        raise UserError(f"{folder}: no episode_<index>_<steps>.npz in it; give a dataset's folder, file or id")
+    paths = [path] if path.is_file() else dmc_utils.episode_paths(path.parent if path.name == "data" else path)
     episodes = [dmc_utils.read_episode(file) for file in paths]
     columns = {key: np.concatenate([episode[key] for episode in episodes]) for key in episodes[0]}
     ends = np.arange(len(columns["reward"])) % (dmc_utils.EPISODE_STEPS + 1) == dmc_utils.EPISODE_STEPS

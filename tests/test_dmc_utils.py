@@ -238,10 +238,7 @@ def test_episodes_are_read_in_order(episode, copied, tmp_path):
 
 
 def test_folders_without_episodes(tmp_path):
-    with pytest.raises(UserError, match="cannot list.*--data_dir"):
-        load_episodes(tmp_path)
-    (tmp_path / "data").mkdir()
-    with pytest.raises(UserError, match="no episode_"):
+    with pytest.raises(UserError, match="no episode_.*--data_dir"):
         load_episodes(tmp_path)
 
 
@@ -273,9 +270,6 @@ BAD_ROWS = {
 def test_bad_rows(fault, copied, tmp_path):
     BAD_ROWS[fault](copied)
     path = episode_path(tmp_path, 0)
-    with pytest.raises(UserError, match=fault):
-        write_episode(path, copied)
-    assert list(tmp_path.iterdir()) == []
     path.parent.mkdir()
     np.savez(path, **copied)
     with pytest.raises(UserError, match=f"episode_000000_1000.npz: {fault}.*--overwrite"):
