@@ -108,16 +108,25 @@ def probe(address: str) -> None:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if not host or not port.isdigit():
             raise UserError(f"--address {address}: must be host:port, ray://host:port, or auto")
-        faults = [_connection_fault(name, int(port)) for name in _names(host)]
-        if all(faults):
-            raise UserError(f"--address {address}: no Ray cluster answers there ({faults[0]}); {remedy}")
+        names = [host]
+        if host in ("localhost", "127.0.0.1"):  # which Ray takes for this machine's address in its network
+            import ray
+
+            names.append(ray.util.get_node_ip_address())
+        for name in names:
+            try:
+                socket.create_connection((name, int(port)), timeout=CONNECT_SECONDS).close()
+                break
+            except (OSError, OverflowError) as error:
+                fault = one_line(error)
+        else:
+            raise UserError(f"--address {address}: no Ray cluster answers there ({fault}); {remedy}")
     try:
         command = [sys.executable, "-c", PROBE, address]
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
     except subprocess.TimeoutExpired:
-        raise UserError(
-            f"--address {address}: no Ray cluster answers there (no answer in {ANSWER_SECONDS} seconds); {remedy}"
-        ) from None
+        fault = f"no answer in {ANSWER_SECONDS} seconds"
+        raise UserError(f"--address {address}: no Ray cluster answers there ({fault}); {remedy}") from None
     if done.returncode == NEEDS_TOKEN:
         raise UserError(
             f"--address {address}: the cluster wants a token, and gets none or a wrong one; set "
@@ -126,19 +135,3 @@ def probe(address: str) -> None:
     if done.returncode:
         fault = one_line((done.stderr.strip().splitlines() or ["no message"])[-1])[:200]
         raise UserError(f"--address {address}: no Ray cluster answers there ({fault}); {remedy}")
-
-
-def _names(host: str) -> list[str]:
-    """What Ray may understand a host as: it takes loopback for this machine's address in its network."""
-    import ray
-
-    return [host, ray.util.get_node_ip_address()] if host in ("localhost", "127.0.0.1") else [host]
-
-
-def _connection_fault(host: str, port: int) -> str:
-    """Why nothing accepts a connection there, or nothing."""
-    try:
-        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
-        return ""
-    except (OSError, OverflowError) as error:
-        return one_line(error)

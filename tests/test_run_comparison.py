@@ -7,6 +7,7 @@ start and end in a ledger. One test runs pogo_main.py itself.
 import collections
 import csv
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -19,13 +20,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from running import error_line
 
 import make_dataset
 import run_comparison
 from comparison import estimate, jobs, queue, ray
 from pogo_main import POGOTrainerConfig
 from run_comparison import expand
-from runs.cli import parse_config, run_cli
+from runs.cli import parse_config
 from runs.directory import lock_run
 from runs.metrics import read_metrics
 from utils import UserError
@@ -199,14 +201,7 @@ def ends(pid: str, seconds: float = 10) -> bool:
     return not alive(pid)
 
 
-def exits(capsys, *flags) -> str:
-    """Run the command in this process; it must exit 2 with one line on stderr, which is returned."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run_cli(lambda _: run_comparison.main(list(flags)))
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert stop.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+exits = functools.partial(error_line, run_comparison.main)
 
 
 # --- config.yaml -> runs ---------------------------------------------------------------------------------------------
