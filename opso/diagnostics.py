@@ -31,7 +31,7 @@ class HeldOut:
         self.goals = val.observations[rows]  # [goals, D]
         xy, goals_xy = (each[:, :2].cpu().numpy() for each in (self.states, self.goals))
         self.distance = distances(maze, goals_xy, xy)
-        self.way = way(maze, goals_xy[:WAY_GOALS], xy)
+        self.directions = path_directions(maze, goals_xy[:WAY_GOALS], xy)
 
     def evaluate(self, agent: OfflineAgent) -> dict[str, float]:
         """`value_distance_spearman` over all pairs, and the collapse diagnostics of the codes."""
@@ -49,8 +49,8 @@ class HeldOut:
     def proposer_cosine(self, agent: OfflineAgent) -> float:
         """Mean cosine of the proposer's arrows (see `value_map`) with the way, over all states and some goals."""
         z, xy = agent.encode_states(self.states), self.states[:, :2]
-        arrows = [arrived(agent, z, z, xy, goal) - xy for goal in self.goals[:WAY_GOALS]]
-        return mean_cosine(torch.stack(arrows).cpu().numpy(), self.way)
+        arrows = [proposal_ends(agent, z, z, xy, goal) - xy for goal in self.goals[:WAY_GOALS]]
+        return mean_cosine(torch.stack(arrows).cpu().numpy(), self.directions)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -62,7 +62,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(spearmanr(a.ravel(), b.ravel()).statistic)
 
 
-def way(maze: Maze, goals_xy: np.ndarray, xy: np.ndarray) -> np.ndarray:
+def path_directions(maze: Maze, goals_xy: np.ndarray, xy: np.ndarray) -> np.ndarray:
     """Unit vectors [G, P, 2] along the shortest path from each point [P, 2] to each goal [G, 2].
 
     Zeros within a cell's side of the goal and where no path leads.
@@ -77,15 +77,15 @@ def way(maze: Maze, goals_xy: np.ndarray, xy: np.ndarray) -> np.ndarray:
     return np.where(known, downhill / np.maximum(length, 1e-12), 0)
 
 
-def mean_cosine(arrows: np.ndarray, ways: np.ndarray) -> float:
+def mean_cosine(arrows: np.ndarray, directions: np.ndarray) -> float:
     """Mean cosine of vectors [..., 2] with unit vectors, where these are not zero; 0 for an arrow of no length."""
-    known = np.linalg.norm(ways, axis=-1) > 0
+    known = np.linalg.norm(directions, axis=-1) > 0
     length = np.linalg.norm(arrows, axis=-1)
-    cosine = (arrows * ways).sum(-1) / np.maximum(length, 1e-12)
+    cosine = (arrows * directions).sum(-1) / np.maximum(length, 1e-12)
     return float(cosine[known].mean()) if known.any() else 0.0
 
 
-def arrived(
+def proposal_ends(
     agent: OfflineAgent, z: torch.Tensor, others: torch.Tensor, xy: torch.Tensor, goal: torch.Tensor
 ) -> torch.Tensor:
     """Mean positions [n, 2] of the states whose codes are nearest to where PROPOSALS proposals lead.
@@ -114,5 +114,5 @@ def value_map(agent: OfflineAgent, states: torch.Tensor, task: Task, reach: floa
         "goal_xy": task.goal_xy,
         "value": value.cpu().numpy(),
         "uphill": (xy[some][best].mean(1) - xy).cpu().numpy(),
-        "proposals": (arrived(agent, z, z[some], xy[some], goal) - xy).cpu().numpy(),
+        "proposals": (proposal_ends(agent, z, z[some], xy[some], goal) - xy).cpu().numpy(),
     }

@@ -44,17 +44,17 @@ class StateGraph:
         nodes, costs = self.links(self.points, 1)  # one is the node itself
         other = nodes != np.arange(len(self))[:, None]
         other[other.all(1), -1] = False  # so many lie in the same place that the node is not among them
-        here, there, cost = np.repeat(np.arange(len(self)), other.sum(1)), nodes[other], costs[other]
+        source, target, cost = np.repeat(np.arange(len(self)), other.sum(1)), nodes[other], costs[other]
         rows, end = rows.cpu().numpy(), episode_end.cpu().numpy()
         first = np.flatnonzero(end[:-1] == end[1:])
-        here, there = np.concatenate([here, there, first]), np.concatenate([there, here, first + 1])
+        source, target = np.concatenate([source, target, first]), np.concatenate([target, source, first + 1])
         cost = np.concatenate([cost, cost, (rows[first + 1] - rows[first]).astype(np.float64)])
         # The cheapest of parallel edges. Those that lead to one node lie together: rows of a sparse matrix.
-        order = np.lexsort((cost, here, there))
-        here, there, cost = here[order], there[order], cost[order]
-        keep = np.append(True, (here[1:] != here[:-1]) | (there[1:] != there[:-1]))
-        self.here, self.there, self.cost = here[keep], there[keep], cost[keep]
-        self.row_ends = np.searchsorted(self.there, np.arange(len(self) + 1))  # where the edges to each node begin
+        order = np.lexsort((cost, source, target))
+        source, target, cost = source[order], target[order], cost[order]
+        keep = np.append(True, (source[1:] != source[:-1]) | (target[1:] != target[:-1]))
+        self.source, self.target, self.cost = source[keep], target[keep], cost[keep]
+        self.row_ends = np.searchsorted(self.target, np.arange(len(self) + 1))  # where the edges to each node begin
         self.paths_to = functools.lru_cache(KEPT_GOALS)(self.shortest_paths)  # takes tuples
 
     def __len__(self) -> int:
@@ -92,9 +92,9 @@ class StateGraph:
         """
         n, cost = len(self), np.concatenate([self.cost, last_cost])
         for start, end in blocked:
-            cost[: len(self.cost)][start[self.here] & end[self.there]] = np.inf
-        here, row_ends = np.concatenate([self.here, last]), np.append(self.row_ends, len(cost))
-        backwards = csr_matrix((cost, here, row_ends), shape=(n + 1, n + 1))  # from the goal, its last row
+            cost[: len(self.cost)][start[self.source] & end[self.target]] = np.inf
+        source, row_ends = np.concatenate([self.source, last]), np.append(self.row_ends, len(cost))
+        backwards = csr_matrix((cost, source, row_ends), shape=(n + 1, n + 1))  # from the goal, its last row
         steps, next_node = dijkstra(backwards, indices=n, return_predecessors=True)
         next_node[np.isinf(steps)] = -1
         return steps[:n], next_node[:n]

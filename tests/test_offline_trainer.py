@@ -17,7 +17,7 @@ from running import digest, error_line
 import make_dataset
 import offline_trainer
 from ogbench_utils import make_env, parse_dataset_id
-from opso.diagnostics import HeldOut, mean_cosine, value_map, way
+from opso.diagnostics import HeldOut, mean_cosine, path_directions, value_map
 from opso.maze import Maze, distances, evaluation_tasks
 from runs.cli import run_cli
 from runs.directory import load_checkpoint, lock_run, prepare_run
@@ -259,7 +259,9 @@ def test_held_out_distances_are_the_mazes(dataset_dir):
             return observations
 
         def propose(self, z, goal):
-            return z + self.sign * 0.1 * torch.from_numpy(way(maze, goal[None].numpy(), z.numpy())[0]).float()
+            return (
+                z + self.sign * 0.1 * torch.from_numpy(path_directions(maze, goal[None].numpy(), z.numpy())[0]).float()
+            )
 
         def value(self, z, goals):
             distance = distances(maze, goals[:, 0, :2].numpy(), z[0, :, :2].numpy())
@@ -280,7 +282,7 @@ def test_the_way_is_the_shortest_paths_direction_and_the_cosine_a_mean_over_it()
     maze = Maze.from_env(make_env(DATASET))
     goal, straight, round_it = np.array([[0.0, 0.0]]), np.array([5.0, 1.0]), np.array([8.0, 8.0])
     assert maze.is_free(np.stack([goal[0], straight, round_it])).all()
-    found = way(maze, goal, np.stack([straight, round_it, [0.5, 0.5]]))
+    found = path_directions(maze, goal, np.stack([straight, round_it, [0.5, 0.5]]))
     ahead = distances(maze, goal, np.stack([straight, round_it]) + 0.5 * found[0, :2])
     assert distances(maze, goal, np.stack([straight, round_it])) - ahead == pytest.approx(0.5, abs=0.03)
     assert np.linalg.norm(found[0, :2], axis=1) == pytest.approx(1) and (found[0, 2] == 0).all()
