@@ -119,6 +119,8 @@ def check(config: OnlineTrainerConfig) -> None:
             "--max_episodes 0 --inverse_dynamics_data online: no action is ever seen; use --inverse_dynamics_data "
             "offline for the policy without interaction, or --max_episodes above 0"
         )
+    if config.record_video:  # say now what would fail after hours
+        check_video(config.dataset)
 
 
 def resolve(config: OnlineTrainerConfig) -> OnlineTrainerConfig:
@@ -166,17 +168,9 @@ class OnlineRun(Run):
         return Path(config.run_dir or stem)
 
     def load_data(self) -> None:
-        """UserError where the pretrained model is for other observations."""
         config = self.config
-        generate_if_missing(config.dataset, config.dataset_dir)
-        files = ("train", config.dataset_dir, config.max_trajectories)
-        self.data = parse_dataset_id(config.dataset).load(*files, self.device)
-        takes, has = self.model.encoder.observation_dim, self.data.observation_dim
-        if takes != has:
-            raise UserError(
-                f"the pretrained model takes {takes} numbers a state, {config.dataset} has {has}; make the right one "
-                f"with `{offline_command(config)}`"
-            )
+        dataset = generate_if_missing(config.dataset, config.dataset_dir)
+        self.data = dataset.load("train", config.dataset_dir, config.max_trajectories, self.device)
 
     def build(self) -> None:
         """The agent, its codes and replay, and the environments."""
@@ -448,11 +442,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train and evaluate, or evaluate a file."""
     config = parse_config(OnlineTrainerConfig, argv, __doc__, default_run_dir=OnlineRun.default_run_dir)
     began = time.perf_counter()
-    check(config)
     if config.evaluate is not None:
         return evaluate_file(config)
-    if config.record_video:  # say now what would fail after hours
-        check_video(config.dataset)
     since = " since it was resumed" if config.resume else ""
     run = OnlineRun(config)
     print(

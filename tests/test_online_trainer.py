@@ -17,7 +17,6 @@ from running import digest, error_line
 import make_dataset
 import offline_trainer
 import online_trainer
-from model import OfflineModel
 from ogbench_utils import MazeDataset, make_env, seeded_reset
 from online_agent import OnlineAgent
 from online_trainer import OnlineRun, OnlineTrainerConfig
@@ -602,12 +601,10 @@ def test_a_missing_pretrained_model_names_the_command_that_makes_it(arguments, t
 def faulty(state: dict) -> dict[str, dict]:
     """Checkpoints that are no use, by the words that name what is wrong with them."""
     target, config = state["agent"]["target"], state["config"]
-    wide = OfflineModel(3, 16, 16, d_state=8).state_dict()
     no_mean = {name: value for name, value in target.items() if name != "encoder.mean"}
     return {
         "local/pointmaze-medium-navigate-v0": state | {"dataset": "local/pointmaze-medium-navigate-v0"},
         "encoder.mean": state | {"agent": state["agent"] | {"target": no_mean}},
-        "takes 3 numbers a state": state | {"agent": state["agent"] | {"target": wide}, "observation_dim": 3},
         "checkpoints/last.pth": state | {"config": config | {"hidden_dim": 32}},
         "last.pth": {name: value for name, value in state.items() if name != "config"},
     }
