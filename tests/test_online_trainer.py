@@ -457,7 +457,7 @@ class Counter(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         self.time, self.options = 0, options
-        self.first = np.random.random()  # as OGBench draws
+        self.first = np.random.default_rng(seed).random()
         return np.array([self.first, 0.0]), {"goal": np.array([9.0, 8.0])}
 
     def step(self, action):
