@@ -36,8 +36,9 @@ Choices where the sources differ or are silent:
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,12 +70,14 @@ class POGOConfig(DistanceConfig):
 class ActorChain:
     """Actors in order, each a step from the one before it, whatever algorithm they are of.
 
-    That has `device`, `actor_loss(number, batch) -> (loss, info)`, `diagnose_actor(number, batch)`, and
-
-        actors, actor_optimizers    an Adam each
-        follows                     whether an actor repeats the steps of the one before, whose networks it has
-        noise_owner                 whose `generator` all noise is drawn from
+    It has `actor_loss(number, batch) -> (loss, info)` and `diagnose_actor(number, batch)`, and these:
     """
+
+    device: torch.device
+    actors: Sequence[nn.Module]
+    actor_optimizers: list[Adam]
+    follows: list[bool]  # whether an actor repeats the steps of the one before, whose networks it has
+    noise_owner: Any  # whose `generator` all noise is drawn from
 
     def update_actors(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A step of each actor, in order."""

@@ -47,11 +47,11 @@ def online_update(device: torch.device, small: bool) -> Callable[[], object]:
     n = 16 if small else 1024
     features = {
         name: torch.randn(n, agent.code_dim + OBSERVATION_DIM, device=device)
-        for name in ("", "_next", "_before", "_ahead", "_sub", "_far", "_goal")
+        for name in ("", "_next", "_before", "_ahead", "_sub", "_goal")
     }
     batch = {f"z{name}": agent.code(value) for name, value in features.items()}
     batch |= {f"x{name}": features[name] for name in ("", "_sub", "_goal")}
-    steps = ("steps_to_goal", "n", "sub_steps", "far_steps")
+    steps = ("steps_to_goal", "n", "sub_steps")
     batch |= {name: torch.randint(1, 11, (n,), device=device) for name in steps}
     batch |= {"actions": 2 * torch.rand(n, ACTION_DIM, device=device) - 1, "acted": torch.ones(n, device=device)}
     route = {name: features[end] for name, end in (("x", ""), ("x_goal", "_goal"), ("x_aim", "_sub"))}

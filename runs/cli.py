@@ -174,28 +174,26 @@ def _read_flags(
     hints = {config_flag.removeprefix("--"): str} | hints
     groups: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
-    name, flag, negated, unknown = None, "", False, []
+    negated: dict[str, bool] = {}
+    name, unknown = None, []
     for word in words:
         if not _is_flag(word):
             if name is None:
                 raise UserError(f"unexpected argument {word!r}: every value follows a --flag")
-            if hints.get(name) is bool:
-                values[name] = _truth(flag, word) != negated
             groups[name].append(word)
             continue
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        negated = name.startswith("no_") and hints.get(name[3:]) is bool
-        name = name[3:] if negated else aliases.get(name, name)
-        groups[name] = [value] if equals else []
+        off = name.startswith("no_") and hints.get(name[3:]) is bool
+        name = name[3:] if off else aliases.get(name, name)
+        groups[name], negated[name] = [value] if equals else [], off
         if name not in hints or not flag.startswith("--"):
             unknown.append(f"unknown flag {flag}; {REPLACED.get(name) or nearest(name, hints, '--{}', 'see --help')}")
-        elif hints[name] is bool:
-            values[name] = _truth(flag, value if equals else "true") != negated
     if unknown:
         raise UserError("; ".join(unknown))
     for name, given in groups.items():
         if hints[name] is bool:
+            values[name] = _truth(name, given or ["true"]) != negated[name]
             continue
         if not given:
             raise UserError(f"--{name} needs a value")
@@ -206,10 +204,11 @@ def _read_flags(
     return values, values.pop(config_flag.removeprefix("--"), None)
 
 
-def _truth(flag: str, word: str) -> bool:
-    if word.lower() not in ("true", "false"):
-        raise UserError(f"{flag} takes no value, or true or false, not {word!r}")
-    return word.lower() == "true"
+def _truth(name: str, words: list[str]) -> bool:
+    text = " ".join(words).lower()
+    if text not in ("true", "false"):
+        raise UserError(f"--{name} takes true, false or no value, not {text!r}")
+    return text == "true"
 
 
 def _is_flag(word: str) -> bool:
@@ -294,7 +293,7 @@ def _coerce(value: Any, hint: Any) -> Any:
             items = items[:1] * len(value) if items[1:] == (...,) else items
             return tuple(_coerce(item, kind) for item, kind in zip(value, items, strict=True))
     elif hint is type(None):
-        if value in (None, "none", "null"):
+        if value is None or type(value) is str and value.lower() in ("none", "null"):
             return None
     elif type(value) is hint or hint in (int, float) and type(value) is str or hint is float and type(value) is int:
         return hint(value)

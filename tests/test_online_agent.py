@@ -156,6 +156,17 @@ def test_action_loss_equals_a_loop_over_the_known_actions():
     assert info["action_weight"].item() == pytest.approx(np.mean(weights), rel=1e-4)
 
 
+def test_hidden_actions_have_no_gradient():
+    agent = make_agent()
+    batch = half_acted(agent)
+    hidden = {key: value[batch["acted"] == 0] for key, value in batch.items()}
+    for part, learns in ((batch, True), (hidden, False)):
+        agent.heads.zero_grad()
+        agent.action_loss(part)[0].backward()
+        gradient = torch.cat([p.grad.flatten() for p in agent.heads["inverse_dynamics"].parameters()])
+        assert gradient.isfinite().all() and bool(gradient.any()) == learns
+
+
 # -- update -----------------------------------------------------------------------------------------------------------
 
 
@@ -573,6 +584,13 @@ def test_routes_equal_an_exhaustive_search(count, num_links):
     assert any(ways) and (count < 3 or not all(ways))
 
 
+def test_a_link_of_no_cost_is_an_edge():
+    agent = place_agent(num_links=1, link_cost=0.0)
+    graph = join(agent, [(0, 0), (0, 9)], [(0, 9), (9, 9)], [(9, 9), (30, 9)])
+    steps, next_node = graph.shortest_paths([5], [1.0])
+    assert steps.tolist() == pytest.approx([4, 3, 3, 2, 2, 1]) and next_node.tolist() == [1, 2, 3, 4, 5, 6]
+
+
 def test_links_from_outside_the_ends_of_a_way_and_the_nearest_code():
     agent = place_agent(num_links=4, block_radius=3.0)
     graph, places, *_ = random_graph(agent, 3)
@@ -720,6 +738,16 @@ def test_who_is_stuck_escapes_at_random():
         assert np.flatnonzero(differs).tolist() == [6, 7, 8, 9]
         assert (actions[differs] == actions[differs][0]).all() and np.abs(actions).max() <= 1
     assert not np.array_equal(*wild)
+
+
+def test_who_is_stuck_beside_the_goal_escapes_and_blocks_nothing():
+    agent = stuck_agent()
+    planner = plan(agent, join(agent, UPPER, LOWER), (8, 0))
+    actions = []
+    for _ in range(20):
+        actions.append(planner.act(places((8, 0.5)), np.array([0]))[0])
+        assert planner.chosen[0] == 8
+    assert len({tuple(action) for action in actions}) == 3  # towards the goal, and two random ones
 
 
 @pytest.mark.parametrize("acting", ["search", "proposer"])

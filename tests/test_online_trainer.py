@@ -421,6 +421,14 @@ def test_inferred_actions_lie_between_the_datasets_states_and_are_what_is_learne
     assert ends.sum() == 6 and not run.codes.actions[ends].any()
 
 
+def test_where_random_rounds_take_all_episodes_it_learns_at_the_end(arguments, tmp_path):
+    train(arguments(tmp_path / "run", random_steps=10**6, eval_freq=1))
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics["epsilon"][1:] == [1.0, 1.0, 1.0]
+    for column in ("idm_loss", "train_loss", "eval/success_rate"):
+        assert np.isfinite(metrics[column]).tolist() == [False, False, False, True], column
+
+
 def test_the_offline_regime_reads_them_for_the_inverse_dynamics_alone(arguments, tmp_path, monkeypatch, capsys):
     train(arguments(tmp_path / "run", **NO_INTERACTION))
     with monkeypatch.context() as patch:
