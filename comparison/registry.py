@@ -215,9 +215,14 @@ def _flags(path: Path, where: str, command: str, flags: Any) -> tuple[tuple[str,
 
 
 def settings_of(command: str, arguments: list[str]) -> Any:
-    """The settings of a process, as its command reads them. Raises UserError for flags that it does not have."""
-    found = getattr(importlib.import_module(command), COMMANDS[command].settings)
-    return parse_config(found if isinstance(found, type) else found(arguments), arguments)
+    """The settings of a process, as its command reads and resolves them: what None stands for may depend on the data.
+
+    Raises UserError for flags that it does not have.
+    """
+    module = importlib.import_module(command)
+    found = getattr(module, COMMANDS[command].settings)
+    config = parse_config(found if isinstance(found, type) else found(arguments), arguments)
+    return module.resolve(config) if hasattr(module, "resolve") else config
 
 
 @functools.cache

@@ -142,7 +142,7 @@ def _text(value: Any) -> str:
 def check_settings(run: Run, log_dir: str | Path, dataset_dir: str | None) -> None:
     """Raise UserError where a finished run was trained with other settings than its command has now.
 
-    A default may have changed since. What None stands for is filled in by the command.
+    A default may have changed since. What is still None is filled in by the run, from what it finds.
     """
     run_dir = run.run_dir(log_dir)
     stored = load_yaml(run_dir / "config.yaml")

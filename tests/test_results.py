@@ -281,6 +281,27 @@ def test_a_finished_run_of_other_settings_has_no_rows(tmp_path):
         rows.rows_of(run, tmp_path, None)
 
 
+@pytest.mark.parametrize(
+    ("command", "maze", "change", "words"),
+    [
+        ("offline_trainer", "pointmaze-medium", {"discount": 0.9}, "discount was 0.9 and is now 0.99;"),
+        ("offline_trainer", "pointmaze-giant", {"discount": 0.99}, "discount was 0.99 and is now 0.995;"),
+        ("online_trainer", "antmaze-medium", {"fit_updates": 1500}, "fit_updates was 1500 and is now 4000;"),
+    ],
+)
+def test_settings_that_the_command_resolves_count_as_given_ones_do(tmp_path, command, maze, change, words):
+    """None stands for what the maze asks for, and that is compared."""
+    entry = {"method": "OPSO", "command": command, "flags": {"dataset": f"local/{maze}-navigate-v0"}}
+    run, other = only_run(tmp_path, entry), only_run(tmp_path, entry | {"flags": entry["flags"] | change})
+    assert settings_digest(run) != settings_digest(other)
+    run_dir = record(run, tmp_path, {}, {})
+    rows.check_settings(run, tmp_path, None)
+    stored = yaml.safe_load((run_dir / "config.yaml").read_text())
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(stored | change))
+    with pytest.raises(UserError, match=words):
+        rows.check_settings(run, tmp_path, None)
+
+
 def test_rows_of_other_defaults_do_not_count_and_rows_without_settings_do(tmp_path):
     run = only_run(tmp_path, AGENT)
     row = dict.fromkeys(rows.COLUMNS, "") | {"command": run.text, "score": "1"}
