@@ -53,6 +53,7 @@ MACHINE = {"device", "eval_workers", "tensorboard", "cuda_graph", "kernels", "wa
 FILE_KEYS = {"title": str, "seeds": tuple[int, ...], "runs": list, "layout": dict}
 RUN_KEYS = {"method": str, "command": str, "flags": dict, "each": dict, "seeds": tuple[int, ...], "needs": dict}
 RUN_KEYS |= {"row": tuple[str, ...], "column": str, "hours": float}
+NEEDS_KEYS = {"command": str, "flags": dict}
 LAYOUT_KEYS = ("header", "columns", "where", "digits", "spread", "data_row", "data_column")
 
 
@@ -167,7 +168,10 @@ def read_table(path: str | Path) -> Table:
     check_keys(f"{path}: layout", sections["layout"], LAYOUT_KEYS)
     runs: list[Run] = []
     for number, entry in enumerate(sections["runs"]):
-        runs += _entry_runs(path, f"runs[{number}]", entry, sections["seeds"])
+        found = list(_entry_runs(path, f"runs[{number}]", entry, sections["seeds"]))
+        if not found:
+            raise UserError(f"{path}: runs[{number}]: an empty list in seeds or each leaves no run")
+        runs += found
     if not runs:
         raise UserError(f"{path}: runs must be a list of commands, see docs/results.md")
     texts = [run.text for run in runs]
@@ -184,7 +188,8 @@ def _entry_runs(path: Path, where: str, entry: Any, seeds: tuple[int, ...]) -> I
     entry = usual | check_values(f"{path}: {where}", entry, RUN_KEYS)
     for key in {"method", "command"} - entry.keys():
         raise UserError(f"{path}: {where}.{key}: must be given")
-    each, needs = entry["each"], entry["needs"]
+    each = check_values(f"{path}: {where}.each", entry["each"], dict.fromkeys(entry["each"], list))
+    needs = entry["needs"] and check_values(f"{path}: {where}.needs", entry["needs"], NEEDS_KEYS)
     for values in itertools.product(*each.values()):
         chosen = dict(zip(each, values, strict=True))
         flags, dataset = _flags(path, where, entry["command"], entry["flags"] | chosen)
@@ -193,10 +198,9 @@ def _entry_runs(path: Path, where: str, entry: Any, seeds: tuple[int, ...]) -> I
         for seed in entry["seeds"]:
             before = None
             if needs is not None:
-                check_keys(f"{path}: {where}.needs", needs, ("command", "flags"))
-                name, more = str(needs.get("command")), {"dataset": dataset, **needs.get("flags", {})}
-                words, _ = _flags(path, f"{where}.needs", name, more)
-                before = Run(path.stem, f"{method}, pretraining", name, words, dataset, seed)
+                more = {"dataset": dataset, **needs.get("flags", {})}
+                words, _ = _flags(path, f"{where}.needs", needs.get("command", ""), more)
+                before = Run(path.stem, f"{method}, pretraining", needs["command"], words, dataset, seed)
             own = (flags, dataset, seed, row, entry["column"], before, entry["hours"], tuple(map(str, chosen.values())))
             yield Run(path.stem, method, entry["command"], *own)
 
@@ -248,6 +252,6 @@ def check_flags(table: Table) -> None:
     """Raise UserError, naming the file, for the first run whose command would refuse its flags."""
     for run in [part for whole in table.runs for part in (whole.needs, whole) if part is not None]:
         try:
-            resolved_settings(run.command, run.flags)
+            settings_of(run.command, [*run.flags, "--seed", str(run.seed)])
         except UserError as error:
             raise UserError(f"{table.path}: {run.method}: {error}") from None

@@ -40,12 +40,15 @@ Row = dict[str, str]
 def read_csv(path: Path) -> list[Row]:
     """Rows of a table's CSV; none where there is no file. A column that an older one lacks is empty.
 
-    Raises UserError for a file with other columns.
+    Raises UserError for a file that is no CSV, or one with other columns.
     """
     if not path.exists():
         return []
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore it from git") from None
     for row in rows:
         if not {*COLUMNS} >= row.keys() >= {"command", "score"} or None in row.values():
             raise UserError(f"{path}: has other columns than {', '.join(COLUMNS)}; restore it from git")

@@ -165,6 +165,12 @@ def test_a_run_may_need_a_pretraining_of_its_seed(tmp_path):
         ({"runs": [BC | {"flags": {"USE_DATASET_STR": "walk_m"}}]}, "must name local/ data"),
         ({"runs": [AGENT, AGENT | {"method": "same"}]}, "two entries name the same run"),
         ({"runs": [AGENT | {"row": ["{env}"]}]}, "must hold no other braces"),
+        ({"runs": [AGENT | {"each": {"episodes": "abc"}}]}, "runs[0].each: episodes must be a list, not 'abc'"),
+        ({"runs": [AGENT | {"each": {"episodes": 3}}]}, "runs[0].each: episodes must be a list, not 3"),
+        ({"runs": [AGENT | {"needs": {"flags": None}}]}, "runs[0].needs: flags must be `key: value` lines, not None"),
+        ({"runs": [AGENT | {"needs": {"flags": {}}}]}, "runs[0].needs.command: must be one of walker.agent"),
+        ({"runs": [AGENT, BC | {"seeds": []}]}, "runs[1]: an empty list in seeds or each leaves no run"),
+        ({"seeds": [0, -1]}, "random: --seed -1: must be at least 0"),
     ],
 )
 def test_a_wrong_file_is_one_line(place, capsys, change, words):
@@ -320,6 +326,14 @@ def test_a_new_setting_that_is_off_changes_no_digest_and_a_changed_default_does(
         settings_digest.cache_clear()
         assert (settings_digest(run) == before) is same
     settings_digest.cache_clear()
+
+
+@pytest.mark.parametrize("text", [b"command,scores\na,1\n", b"command,score\na\n", b"command,score\n\xff,1\n"])
+def test_a_csv_that_is_none_of_scores_is_one_line(place, capsys, text):
+    write_table(place.table, AGENT)
+    place.table.with_suffix(".csv").write_bytes(text)
+    line = error_line(run_comparison.main, capsys, *place.flags())
+    assert "first.csv: " in line and "restore it from git" in line and not place.notes()
 
 
 # -- the queue -------------------------------------------------------------------------------------------------------
