@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from d4rl_utils import is_official
+from runs.chain import read_summary
 from runs.metrics import episodes_by_policy, read_metrics
 from utils import UserError, one_line
 
@@ -93,11 +93,7 @@ class Group:
 def load_result(run: ComparedRun) -> Result:
     """Read a finished run's directory. Raises UserError where a file of it is missing or damaged."""
     folder = run.run_dir / "training"
-    try:
-        summary = json.loads((run.run_dir / "finished.json").read_text())
-        summary["transitions"], summary["data_score"], summary["steps"]  # noqa: B018  raises where one is missing
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run.run_dir / 'finished.json'}: cannot be used ({one_line(repr(error))})") from None
+    summary = read_summary(run.run_dir)
     final, training = episodes_by_policy(folder / "evaluations.csv")
     expected = {(actor, mode) for actor in range(len(run.weights)) for mode in MODES}
     if final.keys() != expected or training.keys() != expected:

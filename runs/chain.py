@@ -12,6 +12,7 @@ the data's normalisation, evaluation of all actors, and the run's directory:
 import abc
 import functools
 import importlib.util
+import json
 import math
 import os
 import shutil
@@ -350,6 +351,17 @@ class ChainRun(Run):
     def summary(self) -> dict[str, Any]:
         """Further entries of finished.json."""
         return {}
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """What finished.json of a finished run holds. Raises UserError where it is missing or damaged."""
+    path = run_dir / "finished.json"
+    try:
+        summary = json.loads(path.read_text())
+        summary["transitions"], summary["data_score"], summary["steps"]  # noqa: B018  raises where one is missing
+        return summary
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(path, f"cannot be used ({error!r})", "remove it and continue the run") from None
 
 
 # -- training one run ------------------------------------------------------------------------------------------------

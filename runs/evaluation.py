@@ -171,15 +171,17 @@ class Evaluator:
 
     def _start_workers(self) -> None:
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as workers inherit it: they leave Ctrl-C to this one
-        for number in range(1, self.num_workers + 1):
-            connection, other = _CONTEXT.Pipe()
-            arguments = (other, self._make_env, self._shared.arguments, self._subset_of(number))
-            process = _CONTEXT.Process(target=_work, args=arguments, daemon=True, name=f"evaluation-{number}")
-            process.start()
-            other.close()  # or the pipe would stay open when the worker dies
-            self._processes.append(process)
-            self._connections.append(connection)
-        signal.signal(signal.SIGINT, handler)
+        try:
+            for number in range(1, self.num_workers + 1):
+                connection, other = _CONTEXT.Pipe()
+                arguments = (other, self._make_env, self._shared.arguments, self._subset_of(number))
+                process = _CONTEXT.Process(target=_work, args=arguments, daemon=True, name=f"evaluation-{number}")
+                process.start()
+                other.close()  # or the pipe would stay open when the worker dies
+                self._processes.append(process)
+                self._connections.append(connection)
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
     def _stop_workers(self) -> None:
         for connection in self._connections:

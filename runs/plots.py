@@ -101,7 +101,8 @@ def plot_training_curves(metrics: Metrics, path: str | Path, title: str) -> None
 
     panels = [
         Panel(
-            *(f"{name} loss", "loss"),
+            f"{name} loss",
+            "loss",
             [curve(column, "train", "blue"), curve(f"val_{column}", "validation", "orange", marker=".")],
             note=WHY_IT_RISES.get(column, ""),
         )

@@ -5,7 +5,6 @@ another. Runs that were cut at different updates come together first.
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from runs.chain import ChainRun, ChainRunConfig, run_chain
+from runs.chain import ChainRun, ChainRunConfig, read_summary, run_chain
 from runs.cuda_graphs import GraphedStep, SideBySide
 from runs.run import part_of
 from utils import RunExists, RunFinished, RunLocked, UserError, progress, warn
@@ -37,6 +36,7 @@ def run_seeds(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, An
         for own in left:
             run = run_class(own, runs[0] if runs else None, f"Seed {own.seed}: ")
             runs.append(open_runs.enter_context(run))
+        _check_same_data(summaries, runs)
         if runs:
             summaries |= _train_to_the_end(runs, failed)
     _report_seeds(summaries)
@@ -61,12 +61,21 @@ def _preflight_seeds(
         except RunFinished:
             folder = run_class.default_run_dir(own)
             print(f"Seed {seed}: finished, see {folder}")
-            summaries[f"seed_{seed}"] = json.loads((folder / "finished.json").read_text())
+            summaries[f"seed_{seed}"] = read_summary(folder)
         except (RunExists, RunLocked) as error:  # a directory follows from its seed here
             goes_on = "" if config.resume or isinstance(error, RunLocked) else "continue it with --resume, "
             remedy = f"{goes_on}choose another --seed"
             raise type(error)(error.where, error.fault, remedy) from None
     return left, summaries
+
+
+def _check_same_data(summaries: dict[str, dict[str, Any]], runs: Sequence[ChainRun]) -> None:
+    """Raise UserError where finished seeds, or those that are left, have other data than the first one."""
+    facts = {name: (summary["transitions"], summary["data_score"]) for name, summary in summaries.items()}
+    facts |= {f"seed_{run.config.seed}": (len(run.data), run.data_score()) for run in runs[:1]}
+    if len(set(facts.values())) > 1:
+        words = ", ".join(f"{name} {size} transitions of score {score:.6g}" for name, (size, score) in facts.items())
+        raise UserError(words, "are not of the same data", "give its --dataset_dir, or other seeds")
 
 
 def _train_to_the_end(runs: Sequence[ChainRun], failed: list[ChainRun]) -> dict[str, dict[str, Any]]:

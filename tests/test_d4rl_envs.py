@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -255,6 +256,13 @@ def test_failures_in_workers_are_told_and_do_not_last():
             evaluator.evaluate(numbered, 1, [0, 100])
         with pytest.raises(RuntimeError, match=r"(?s)in evaluation worker.*ZeroDivisionError: in the simulator"):
             evaluator.evaluate(numbered, 1, [0, 101])
+
+
+def test_ctrl_c_is_heard_again_where_no_worker_starts():
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        Evaluator(lambda: Counter(), 2, num_workers=1)  # another process cannot get this function
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_ctrl_c_ends_all_processes_in_one_line(tmp_path, repository):

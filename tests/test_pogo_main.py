@@ -464,6 +464,22 @@ def test_finished_seeds_are_left_and_counted(alone, arguments, tmp_path, monkeyp
     assert "Last checkpoints of 3 seeds" in capsys.readouterr().out
 
 
+def test_finished_seeds_of_other_data_or_without_figures_are_one_line(arguments, tmp_path, monkeypatch, capsys):
+    """They are told before anything trains, and where nothing is left to train."""
+    flags, summaries = several(arguments, tmp_path, monkeypatch), [folder(seed) / "finished.json" for seed in (0, 1)]
+    train([*flags, "--num_seeds", "2"])
+    found = json.loads(summaries[0].read_text())
+    for change in ({"transitions": 7}, {"data_score": 7.5}):
+        summaries[0].write_text(json.dumps(found | change))
+        for count in ("2", "3"):
+            line = exits(capsys, *flags, "--num_seeds", count)
+            assert "are not of the same data" in line and str(*change.values()) in line.split("seed_1")[0]
+    for text in ("{", json.dumps({"seed": 0}), "[]"):
+        summaries[0].write_text(text)
+        assert "seed_0/finished.json: cannot be used" in exits(capsys, *flags)
+    assert not (folder(2) / "checkpoints" / "last.pth").exists()
+
+
 def test_every_failure_is_told_and_stops_no_other_seed(alone, arguments, tmp_path, monkeypatch, capsys):
     """Seed 0 diverges, seed 1 cannot be scored at the end, seed 2 finishes."""
     flags, check, final = several(arguments, tmp_path, monkeypatch), POGORun.check_metrics, POGORun.final_evaluation
