@@ -29,6 +29,7 @@ import importlib
 import os
 import shutil
 import sys
+import tempfile
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ def usable_cores() -> int:
 
 @dataclass
 class RunComparisonConfig:
-    config: str = str(ROOT / "config.yaml")  # read the comparison from this YAML file, see docs/comparison.md
+    config: str | None = None  # YAML file of the comparison, see docs/comparison.md; default: the shipped config.yaml
     log_dir: str = "logs"  # keep every run in a directory of its own in this folder
     output: str = "results"  # write results.csv, results.md and report.html to this folder
     only: str | None = None  # take only the runs whose name, as --dry_run shows it, holds this text
@@ -75,7 +76,7 @@ class RunComparisonConfig:
     retries: Whole = 2  # start a crashed run again up to this many times; never one that diverged or has bad settings
     backend: Literal["local", "ray"] = "local"  # train on this machine (local) or on the Ray cluster at --address (ray)
     address: str | None = None  # connect to this Ray cluster: host:port, ray://host:port, or auto for this machine's
-    gpus_per_run: Annotated[float, Range(0, 64)] | None = None  # of a GPU, on Ray; default: 0.25 if there are GPUs
+    gpus_per_run: Annotated[float, Range(0, 64)] | None = None  # share of a GPU for a run on Ray; default: 0.25 if any
     dataset_dir: str | None = None  # read the data from this folder, whatever the comparison's file says
     max_timesteps: Count | None = None  # train runs for this many updates, apart from those of the file's number
     seeds: tuple[int, ...] | None = None  # train every chain with these seeds, whatever the comparison's file says
@@ -171,7 +172,11 @@ def read_entries(path: Path, environments: Any, usual: str) -> Iterator[tuple[st
     for environment, datasets in environments.items():
         where = f"{path}: environments.{environment}"
         check_keys(where, datasets, datasets)
+        if not datasets:
+            raise UserError(f"{where}: names no datasets; see docs/comparison.md")
         for dataset, found in datasets.items():
+            if found == []:
+                raise UserError(f"{where}.{dataset}: is an empty list; give an entry, or leave it out")
             for number, entry in enumerate(found if isinstance(found, list) else [found]):
                 place = f"{where}.{dataset}" + (f"[{number}]" if isinstance(found, list) else "")
                 check_keys(place, entry, entry)
@@ -319,6 +324,7 @@ class Comparison(Queue):
                 f"--log_dir {self.config.log_dir}: none of the runs asked for is there; give the folder that has some"
             )
         self.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.output).close()
         print(f"{len(self.runs)} runs, {len(self.runs) - len(self.left)} finished; {self.runs[0].name} is the first")
 
     def train(self) -> None:
@@ -399,6 +405,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the comparison; exits 1 where runs failed."""
     config = parse_config(RunComparisonConfig, argv, __doc__, config_flag="--settings")
     check(config)
+    config.config = config.config or str(ROOT / "config.yaml")
     if config.tables:
         return tables.rewrite_pages(ROOT)
     queue = TableQueue(config) if is_table(load_yaml(Path(config.config))) else Comparison(config)

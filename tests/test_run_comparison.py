@@ -211,9 +211,10 @@ def settings(path: Path, *more: str) -> run_comparison.RunComparisonConfig:
     return parse_config(run_comparison.RunComparisonConfig, ["--config", str(path), *more], config_flag="--settings")
 
 
-def test_the_shipped_comparison_expands_wherever_the_command_is_given(tmp_path, monkeypatch):
+def test_the_shipped_comparison_expands_wherever_the_command_is_given(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    runs = expand(parse_config(run_comparison.RunComparisonConfig, ["--log_dir", "."], config_flag="--settings"))
+    assert "one is 'halfcheetah-medium-v2 w2 0.4 0.27 0.13 seed 0'" in exits(capsys, "--only", "no such run")
+    runs = expand(settings(ROOT / "config.yaml", "--log_dir", "."))
     datasets = list(dict.fromkeys(run.config.env for run in runs))
     assert len(runs) == 15 * 3 * 3 and len(datasets) == 15
     assert datasets[0] == "halfcheetah-medium-v2" and datasets[-1] == "antmaze-large-diverse-v2"
@@ -367,6 +368,8 @@ BAD = [
     ("sinkhorn: {k: 4}", "sinkhorn: unknown key 'k'", "'K'"),
     ("common: {tau: 0.1, tau: 0.2}", "stands twice", "line 1"),
     ("environments: {hopper: {medium: }}", "environments.hopper.medium", "key: value"),
+    ("environments: {hopper: {medium: [], expert: {w2_weights: [1]}}}", "environments.hopper.medium:", "empty list"),
+    ("environments: {hopper: {}, walker2d: {medium: {w2_weights: [1]}}}", "environments.hopper:", "names no datasets"),
     ("environments: {hopper: {medum: {w2_weights: [1]}}}", "environments.hopper.medum", "hopper-medium-v2"),
     ("environments: {hopper: {medium: {w2_weights: [-1]}}}", "environments.hopper.medium", "--w2_weights -1"),
     ("environments: {hopper: {medium: {w2_weights_base: [1, 2]}}}", "medium", "both w2_weights_base and"),
@@ -400,6 +403,7 @@ def test_bad_flags_are_named(place, capsys, monkeypatch):
     taken = place.folder / "taken"
     taken.write_text("")
     assert str(taken) in exits(capsys, *place.flags("--output", str(taken)))
+    assert "/proc" in exits(capsys, *place.flags("--output", "/proc"))  # there, and nothing can be written to it
     assert "--gpus_per_run -1" in exits(capsys, *place.flags("--gpus_per_run", "-1"))
     monkeypatch.setitem(sys.modules, "ray", None)
     line = exits(capsys, *place.flags("--backend", "ray", "--address", "auto"))
@@ -453,13 +457,14 @@ def test_dry_run_measures_on_finished_runs_where_it_can(place, capsys):
 
 
 def test_runs_are_trained_once_and_reported(place, capsys):
+    place.write(BASE | {"common": BASE["common"] | {"seeds": [0, 1, 2]}})
     place.run("--jobs", "2", "--threads", "1")
     out = capsys.readouterr().out
-    assert place.count("start") == place.count("end") == {"w2_0.4_1/seed_0": 1, "w2_0.4_1/seed_1": 1}
-    assert [line[0] for line in place.ledger()] == ["start", "start", "end", "end"]  # so many at once
-    assert len(place.rows()) == 2 * 2 * 2 and float(place.rows()[0]["seconds"]) > 5 * SECOND
+    assert place.count("start") == place.count("end") == {f"w2_0.4_1/seed_{seed}": 1 for seed in range(3)}
+    assert [line[0] for line in place.ledger()][:3] == ["start", "start", "end"]  # so many at once
+    assert len(place.rows()) == 3 * 2 * 2 and float(place.rows()[0]["seconds"]) > 5 * SECOND
     assert {row["score"] for row in place.rows()} == {"50.0", "51.0"}
-    name = r"^hopper-medium-v2 \(not the official file\)  0\.4 1 +2 +40\.0 +51\.0 \(51\.0 to 51\.0\)     1$"
+    name = r"^hopper-medium-v2 \(not the official file\)  0\.4 1 +3 +40\.0 +51\.0 \[51\.0, 51\.0\] +1$"
     assert re.search(name, out, re.M), out
     assert f"report.html, results.md and results.csv in {place.folder / 'results'}" in out
     log = (place.run_dir(0) / "output.log").read_text()
@@ -467,8 +472,8 @@ def test_runs_are_trained_once_and_reported(place, capsys):
     page = (place.folder / "results" / "report.html").read_text()
     place.run()
     place.run("--backend", "ray", "--address", "127.0.0.1:1")  # with nothing left, no cluster is asked
-    assert sum(place.count("start").values()) == 2  # nothing that is finished runs again
-    assert "2 of 2 runs finished" in page
+    assert sum(place.count("start").values()) == 3  # nothing that is finished runs again
+    assert "3 of 3 runs finished" in page
 
 
 def test_report_only_of_a_folder_without_any_run_is_one_line(place, capsys):
