@@ -81,11 +81,11 @@ def distances(maze: Maze, goals_xy: np.ndarray, points_xy: np.ndarray) -> np.nda
     from scipy.sparse.csgraph import dijkstra
 
     goals, points = (_snap(maze, np.asarray(xy, dtype=np.float64).reshape(-1, 2)) for xy in (goals_xy, points_xy))
-    corners = _corners(maze)
-    between = dijkstra(_straight(maze, corners, corners))
-    to_goal = (_straight(maze, goals, corners)[:, :, None] + between).min(axis=1)  # [G, C]
-    distance = _straight(maze, goals, points)
-    for goal_costs, point_costs in zip(to_goal.T, _straight(maze, corners, points), strict=True):
+    corners, walls = _corners(maze), _walls(maze)
+    between = dijkstra(_straight(walls, corners, corners))
+    to_goal = (_straight(walls, goals, corners)[:, :, None] + between).min(axis=1)  # [G, C]
+    distance = _straight(walls, goals, points)
+    for goal_costs, point_costs in zip(to_goal.T, _straight(walls, corners, points), strict=True):
         distance = np.minimum(distance, goal_costs[:, None] + point_costs)
     return distance
 
@@ -131,13 +131,13 @@ def _walls(maze: Maze) -> np.ndarray:
     return maze.ij_to_xy(np.stack(boxes) - 0.5)
 
 
-def _straight(maze: Maze, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Lengths [S, E] of the straight lines between points [S, 2] and [E, 2], infinite where a wall is between."""
+def _straight(walls: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Lengths [S, E] of the lines from points [S, 2] to [E, 2], infinite where a wall of [B, 2, 2] is between."""
     start = starts[:, None]
     direction = ends[None] - start
     safe = np.where(np.abs(direction) < 1e-12, 1e-12, direction)
     free = np.ones(direction.shape[:2], dtype=bool)
-    for low, high in _walls(maze):
+    for low, high in walls:
         # The parts of the line, from 0 to 1, between the box's sides in x and in y; both at once lie inside it.
         sides = np.stack([low + 1e-7 - start, high - 1e-7 - start]) / safe
         enters, leaves = sides.min(axis=0).max(axis=-1), sides.max(axis=0).min(axis=-1)
