@@ -166,14 +166,14 @@ def check_replay(data: Data) -> str:
     rows, states = _known_states(data, np.union1d(_sample(rows, SAMPLE), _sample(rows[data.ends[rows]], ENDS)))
     if len(rows) == 0:
         return "not possible: the file has no states that its observations show"
-    reached, rewards, fallen = data.simulator.step(states, data.actions[rows])
+    reached, rewards = data.simulator.step(states, data.actions[rows])
     misses = _distance(reached, data.next(rows))
     wrong = ~(misses < DIFFERS)
-    if wrong.mean() <= FEW:
-        _check_rewards(data, rows, rewards)
-        _check_falls(data, rows, fallen)
-    else:
+    agrees = wrong.mean() <= FEW
+    if not agrees:
         _say_what_is_wrong(data, rows[wrong], states[wrong], misses[wrong], len(rows))
+    _check_rewards(data, rows, rewards, agrees)
+    _check_falls(data, rows)
     return f"{len(rows):,} rows; the simulator misses the next observation by {np.nanmedian(misses):.0e} (median)"
 
 
@@ -234,25 +234,32 @@ def _say_what_is_wrong(data: Data, rows: np.ndarray, states: np.ndarray, misses:
         data.fault(f"the simulator does not reach the next row {where}: rows are shuffled, changed or another robot's")
 
 
-def _check_rewards(data: Data, rows: np.ndarray, rewards: np.ndarray) -> None:
-    """Rewards of rows against the simulator's."""
+def _check_rewards(data: Data, rows: np.ndarray, rewards: np.ndarray, agrees: bool) -> None:
+    """Rewards of rows against the simulator's. Where it does not agree with the rows, they are shifted or unknown."""
     if data.rewards is None or data.goals:  # the goals of official antmazes are not in their files
         return
-    errors = np.abs(data.rewards[rows] - rewards)
-    wrong = ~(errors < DIFFERS)
-    if wrong.mean() > FEW:
+    last = len(data.rewards) - 1
+    own, late, early = (np.abs(data.rewards[np.clip(rows + by, 0, last)] - rewards) for by in (0, 1, -1))
+    wrong = ~(own < DIFFERS)
+    if wrong.mean() <= FEW:
+        return
+    miss, neighbours = np.median(own[wrong]), min(np.median(late[wrong]), np.median(early[wrong]))
+    shifted = FAR * neighbours < miss
+    if shifted or agrees:
         data.fault(
-            f"rewards are not the simulator's, by {np.median(errors[wrong]):.2g} in {wrong.sum():,} of {len(rows):,} "
-            f"sampled rows, first {data.at(rows[wrong][:1])}: shifted, scaled, changed or another task's"
+            f"rewards are not the simulator's, by {miss:.2g} in {wrong.sum():,} of {len(rows):,} sampled rows, first "
+            f"{data.at(rows[wrong][:1])}: " + ("shifted by a row" if shifted else "scaled, changed or another task's")
         )
 
 
-def _check_falls(data: Data, rows: np.ndarray, fallen: np.ndarray) -> None:
+def _check_falls(data: Data, rows: np.ndarray) -> None:
     """Runners: terminals where the robot does not fall, and none where it does. Official halfcheetahs have one such."""
     if data.layout != "d4rl" or data.goals:
         return
+    fallen = data.simulator.fallen(data.next(rows))
+    rows, fallen = rows[np.isfinite(fallen)], fallen[np.isfinite(fallen)] == 1
     terminals = data.flags["terminals"][rows]
-    at_limit = np.isin(rows, data.starts + data.limit - 1)  # a fall there is a timeout
+    at_limit = np.isin(rows, data.starts[data.lengths == data.limit] + data.limit - 1)  # a fall there is a timeout
     standing, missing = rows[terminals & ~fallen], rows[fallen & ~terminals & ~at_limit]
     if len(standing) > 1:
         what = "where the robot has not fallen: a time limit, or a swapped end"

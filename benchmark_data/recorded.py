@@ -59,20 +59,25 @@ class Simulator:
         self.robot.set_state(*np.split(state, [self.robot.model.nq]))
         return self.robot.get_ob() if self.maze else self.robot._get_obs()
 
-    def step(self, states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Observations [n, obs_dim], rewards [n] and whether the episode ends [n] after one step from each state.
-
-        nan and False where the physics diverge.
-        """
+    def step(self, states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Observations [n, obs_dim] and rewards [n] of one step from each state; nan where the physics diverge."""
         observations, rewards = np.full((len(states), self.shape[0]), np.nan), np.full(len(states), np.nan)
-        ended = np.zeros(len(states), bool)
         for row, (state, action) in enumerate(zip(states, actions, strict=True)):
             self.place(state)
             try:
-                observations[row], rewards[row], ended[row] = self.env.step(action)[:3]
+                observations[row], rewards[row] = self.env.step(action)[:2]
             except RuntimeError:  # dm_control's, from a state that never was
                 self.env.reset(seed=0)
-        return observations, rewards, ended
+        return observations, rewards
+
+    def fallen(self, observations: np.ndarray) -> np.ndarray:
+        """1 where a runner's episode ends at an observation [n, obs_dim], 0 where not, nan where unknown: [n]."""
+        fallen = np.full(len(observations), np.nan)
+        for row, state in enumerate(self.rebuild(observations)):
+            if np.isfinite(state).all():
+                self.place(state)
+                fallen[row] = getattr(self.robot, "terminated", False)  # halfcheetah never falls
+        return fallen
 
     def rebuild(self, observations: np.ndarray) -> np.ndarray:
         """States [n, state_dim] of observations [n, obs_dim]; nan where a runner's velocity may have been clipped."""

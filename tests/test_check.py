@@ -237,6 +237,15 @@ def exchanged_flags(parts):
     parts[0]["terminals"], parts[0]["timeouts"] = parts[0]["timeouts"], parts[0]["terminals"]
 
 
+def exchanged_after_the_time_limit(parts):
+    """Episodes of 20 rows; the last two end where others would reach the limit of 1000, had they gone on."""
+    ends = np.flatnonzero(parts[0]["terminals"])
+    last = ends[1:][np.diff(ends) == 20][0]
+    for key, array in parts[0].items():
+        parts[0][key] = np.concatenate([array[last - 19 : last + 1]] * 60)
+    parts[0]["terminals"][[-21, -1]], parts[0]["timeouts"][[-21, -1]] = False, True
+
+
 @pytest.mark.parametrize(
     ("family", "change", "words"),
     [
@@ -248,6 +257,7 @@ def exchanged_flags(parts):
         ("halfcheetah", scaled, "rewards are not the simulator's"),
         ("hopper", moved("next_observations", 1), "next_observations are not .* next rows: .* shifted"),
         ("hopper", exchanged_flags, "terminals is not set at row .* has fallen"),
+        ("hopper", exchanged_after_the_time_limit, "terminals is not set at row 1,179 and 1 more, where .* has fallen"),
         ("halfcheetah", exchanged_flags, "terminals is set at row 999.* has not fallen"),
     ],
 )
@@ -272,11 +282,14 @@ def test_rows_of_another_mujoco_are_good(dataset_id, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "make_env", make_other)
     report = check(save(tmp_path / file_name(dataset_id), arrays))
     assert not report.faults and "another version of MuJoCo" in report.findings[0][1]
-    shifted([arrays := copy.deepcopy(arrays)])
-    (tmp_path / "shifted").mkdir()
-    assert any(
-        "actions are shifted" in line for line in faults(save(tmp_path / "shifted" / file_name(dataset_id), arrays))
-    )
+    wrong = {"actions are shifted": shifted}
+    if dataset_id.startswith("hopper"):
+        wrong |= {"rewards are not .*: shifted": moved("rewards", 1), "terminals is not set at": exchanged_flags}
+    for number, (words, change) in enumerate(wrong.items()):
+        change([changed := copy.deepcopy(arrays)])
+        (tmp_path / str(number)).mkdir()
+        found = faults(save(tmp_path / str(number) / file_name(dataset_id), changed))
+        assert len(found) == 1 and re.search(words, found[0]), found
 
 
 # --- names, manifests, the command -----------------------------------------------------------------------------------
