@@ -199,10 +199,11 @@ def bad_file(path: Path, fault: str) -> UserError:
 def _read(
     load: Callable[[], Any], path: Path, kind: str, keys: Iterable[str], optional: Iterable[str], bad: Bad | None
 ) -> dict[str, np.ndarray]:
-    """The arrays of these keys, and of the optional ones that are there. Whatever goes wrong becomes one line."""
+    """The arrays of these keys, and of the optional ones that are there. Whatever is wrong with it becomes one line."""
     bad = bad or functools.partial(bad_file, path)
     if not path.is_file():
         raise bad("no such file")
+    path.open("rb").close()  # PermissionError, which names the file as HDF5's does not
     try:
         with load() as file:
             missing = [key for key in keys if key not in file]
@@ -211,6 +212,8 @@ def _read(
             return {key: file[key][()] for key in (*keys, *(key for key in optional if key in file))}
     except UserError:
         raise
+    except MemoryError:
+        raise UserError(path, "does not fit in memory", "use a smaller dataset") from None
     except Exception as error:  # a damaged file fails in many ways
         raise bad(f"not a readable {kind}, or cut short ({one_line(error) or type(error).__name__})") from None
 
@@ -358,7 +361,10 @@ def download(url: str, path: Path, check: Callable[[Path], object], advice: str)
         with exclusive_folder(path.parent):
             if path.exists():
                 return  # another process fetched it while this one waited
-            _fetch(url, part)
+            try:
+                _fetch(url, part)
+            except requests.RequestException:  # a cut connection, most often
+                _fetch(url, part)
             try:
                 check(part)
             except UserError as error:
@@ -373,7 +379,10 @@ def download(url: str, path: Path, check: Callable[[Path], object], advice: str)
 
 
 def _fetch(url: str, part: Path) -> None:
-    """One attempt, which appends to `part`; should the file have changed in between, its check fails."""
+    """One attempt, which appends to `part`.
+
+    An npz that changed at its address since the last attempt fails its check (CRC); an HDF5 file may pass it.
+    """
     import requests
 
     have = part.stat().st_size if part.exists() else 0

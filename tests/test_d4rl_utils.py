@@ -194,6 +194,24 @@ def test_damaged_files_are_one_line(tiny):
         load_arrays(tiny.parent)
 
 
+def test_a_good_file_is_not_called_damaged(tiny, monkeypatch):
+    """Where memory is short, or nobody may read it."""
+
+    def raises(error):
+        def load(*_, **__):
+            raise error
+
+        return load
+
+    with monkeypatch.context() as patch:
+        patch.setattr(h5py, "File", raises(MemoryError()))
+        with pytest.raises(UserError, match="tiny.hdf5: does not fit in memory; use a smaller dataset"):
+            load_arrays(tiny)
+    monkeypatch.setattr(type(tiny), "open", raises(PermissionError(13, "Permission denied", str(tiny))))
+    with pytest.raises(PermissionError, match="tiny.hdf5"):  # `run_cli` tells it
+        load_arrays(tiny)
+
+
 # --- episodes --------------------------------------------------------------------------------------------------------
 
 

@@ -313,13 +313,20 @@ def test_download_then_no_network(server, tmp_path):
 
 
 @pytest.mark.parametrize("resumes", [True, False])
-def test_a_cut_download_goes_on_in_the_next_run(server, tmp_path, resumes):
+def test_a_cut_download_goes_on_at_once(server, tmp_path, resumes):
     server.resumes, server.cuts = resumes, [100_000]
+    train, _ = parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)
+    assert train.read_bytes() == server.files[train.name] and names(tmp_path) == WHOLE
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_download_that_is_cut_twice_goes_on_in_the_next_run(server, tmp_path, resumes):
+    server.resumes, server.cuts = resumes, [100_000, 100_000]
     with pytest.raises(UserError, match=f"{server.url}/{OFFICIAL}.npz .*{tmp_path}.* local/{OFFICIAL}"):
         parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)
     assert names(tmp_path) == [f"{OFFICIAL}.npz.part"]
     train, _ = parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)
-    assert 0 < int(server.requests[1]["Range"].removeprefix("bytes=").removesuffix("-")) <= 100_000
+    assert 0 < int(server.requests[2]["Range"].removeprefix("bytes=").removesuffix("-")) <= 200_000
     assert train.read_bytes() == server.files[train.name] and names(tmp_path) == WHOLE
 
 
