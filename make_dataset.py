@@ -81,7 +81,10 @@ def requested_size(config: MakeDatasetConfig) -> int | None:
 
 def run(config: MakeDatasetConfig) -> None:
     """List, check or make, as the settings say."""
-    if config.list or config.only is not None:
+    listing = config.list or config.only is not None
+    if listing and config.check is not None:
+        raise UserError("--check: cannot be had together with --list or --only; leave one out")
+    if listing:
         print_list(config.dataset_dir, config.only)
     elif config.check is not None:
         sys.exit(run_check(config.check, config.dataset_dir))

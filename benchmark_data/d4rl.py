@@ -26,7 +26,6 @@ Deviations from D4RL:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import math
@@ -214,13 +213,12 @@ def make_columns(plan: Plan) -> dict[str, np.ndarray]:
     """The dataset's COLUMNS [plan.size, ...]: whole episodes until every part has its share, then cut to the size."""
     ends = [round(part.end * plan.size) for part in recipe_parts(plan.dataset)]
     blocks, pieces, done = plan_blocks(plan), [], 0
-    with contextlib.closing(run_tasks(make_block, blocks, plan, unit="block")) as results:
-        for block, made in zip(blocks, results, strict=True):
-            missing = ends[block.part] - done
-            if missing > 0:  # longer episodes than expected leave blocks over
-                rows = _leading_episodes(made, missing)
-                pieces.append({key: column[:rows] for key, column in made.items()})
-                done += rows
+    for block, made in zip(blocks, run_tasks(make_block, blocks, plan, unit="block"), strict=True):
+        missing = ends[block.part] - done
+        if missing > 0:  # longer episodes than expected leave blocks over
+            rows = _leading_episodes(made, missing)
+            pieces.append({key: column[:rows] for key, column in made.items()})
+            done += rows
     columns = {key: np.concatenate([piece[key] for piece in pieces])[: plan.size] for key in COLUMNS}
     columns["timeouts"][-1] = not columns["terminals"][-1]  # where the file ends, the episode is cut
     return columns

@@ -102,8 +102,7 @@ def run_tasks(
 ) -> Iterator[Result]:
     """function(task) for each task, in order, computed by `plan.jobs` processes, behind a bar that counts units.
 
-    Closing the iterator stops the work. With more than one process, function and tasks must be picklable. Raises
-    UserError where a process was killed.
+    With more than one process, function and tasks must be picklable. Raises UserError where a process was killed.
     """
     results = map(function, tasks) if plan.jobs == 1 else _side_by_side(function, tasks, plan.jobs)
     return utils.progress(results, plan.dataset_id, total=len(tasks), unit=unit, disable=not plan.progress)
@@ -149,13 +148,17 @@ def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, over
         experts.read_policy(path)  # else it is told now
     plan = dataclasses.replace(plan, policies=tuple((path.name, sha256(path)) for path in policies))
     target, folder = plan.dataset.paths(dataset_dir)[0], plan.dataset.manifest_path(dataset_dir).parent
+    if _already_made(family, plan, dataset_dir, overwrite):
+        if plan.progress:
+            print(f"{plan.dataset_id}: already at {target}", file=sys.stderr)
+        return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with alone_in(folder):
-            if not _already_made(family, plan, dataset_dir, overwrite):
+            if not _already_made(family, plan, dataset_dir, overwrite):  # nor by the process that this one waited for
+                if not overwrite:
+                    _refuse_unknown_files(plan, dataset_dir)
                 _write_dataset(family, plan, dataset_dir)
-            elif plan.progress:
-                print(f"{plan.dataset_id}: already at {target}", file=sys.stderr)
     except OSError as error:
         if error.errno in utils.DISK_FULL:
             raise
@@ -179,12 +182,6 @@ def _already_made(family: Family, plan: Plan, dataset_dir: str | os.PathLike | N
     """Whether this very dataset is there. Raises UserError when another one is, unless it may be replaced."""
     manifest, target = plan.dataset.manifest(dataset_dir), plan.dataset.paths(dataset_dir)[0]
     if manifest is None:
-        there = [path for path in plan.dataset.paths(dataset_dir) if path.exists()]
-        if there and not overwrite:
-            raise UserError(
-                f"{there[0]} is there without a complete dataset's manifest; move it away, replace it with --overwrite "
-                "or choose another --dataset_dir"
-            )
         return False
     count, policies = f"num_{family.unit}", dict(plan.policies)
     if (manifest.get("seed"), manifest.get(count), manifest.get("policies")) == (plan.seed, plan.size, policies):
@@ -196,6 +193,16 @@ def _already_made(family: Family, plan: Plan, dataset_dir: str | os.PathLike | N
             f"{plan.size} of seed {plan.seed}; replace it with --overwrite or choose another --dataset_dir"
         )
     return False
+
+
+def _refuse_unknown_files(plan: Plan, dataset_dir: str | os.PathLike | None) -> None:
+    """Raise UserError where files would be lost that may be someone's own. An empty folder is none."""
+    for path in plan.dataset.paths(dataset_dir):
+        if path.is_file() or any(path.rglob("*")):
+            raise UserError(
+                f"{path} is there without a complete dataset's manifest; move it away, replace it with --overwrite "
+                "or choose another --dataset_dir"
+            )
 
 
 def _write_dataset(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None) -> None:

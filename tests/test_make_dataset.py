@@ -369,6 +369,17 @@ def test_two_that_make_data_in_a_folder_take_turns_and_say_so(tmp_path, capsys):
     second.join(timeout=60)
     assert "waiting for another process that makes data there" in capsys.readouterr().err
     assert names(tmp_path / "local") == FILES
+    again = threading.Thread(target=generate, args=(STITCH, 1, 0, tmp_path))
+    with generation.alone_in(tmp_path / "local"):  # what is there is not waited for
+        again.start()
+        again.join(timeout=30)
+        assert re.fullmatch(".*already at.*\n", capsys.readouterr().err)
+
+
+def test_an_empty_folder_in_a_datasets_place_is_nobodys(tmp_path):
+    (tmp_path / "local" / FILES[2]).mkdir(parents=True)
+    generate(STITCH, 1, 0, tmp_path, progress=False)
+    assert names(tmp_path / "local") == FILES and parse_dataset_id(STITCH).manifest(tmp_path)
 
 
 def test_the_table_marks_what_is_not_the_default():
@@ -403,3 +414,6 @@ def test_the_list_can_be_of_what_is_asked_alone(tmp_path, capsys):
     assert "maze" not in shown("local/walker2d") and "not shipped" in shown("humanoid")
     with pytest.raises(UserError, match="^--only hoper: no dataset id holds it"):
         shown("hoper")
+    for flags in (["--list"], ["--only", "hopper"]):
+        with pytest.raises(UserError, match="^--check: .* together with --list or --only"):
+            make_dataset.main([*flags, "--check", "x"])
