@@ -18,7 +18,7 @@ def load_pretrained(folder: Path, dataset: str, command: str) -> tuple[OfflineMo
     """
     path, remedy = folder / "checkpoints" / "last.pth", f"make it with `{command}`"
     if not path.exists():
-        raise UserError(path, "no pretrained model", remedy)
+        raise UserError(path.resolve(), "no pretrained model", f"{remedy}, or give its folder by --offline_run_dir")
     state = load_checkpoint(path)
     if state.get("dataset") != dataset:
         fault = f"pretrained on {state.get('dataset')}, not on {dataset}"
