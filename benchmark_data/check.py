@@ -257,7 +257,6 @@ def _check_falls(data: Data, rows: np.ndarray) -> None:
     if data.layout != "d4rl" or data.goals:
         return
     fallen = data.simulator.fallen(data.next(rows))
-    rows, fallen = rows[np.isfinite(fallen)], fallen[np.isfinite(fallen)] == 1
     terminals = data.flags["terminals"][rows]
     at_limit = np.isin(rows, data.starts[data.lengths == data.limit] + data.limit - 1)  # a fall there is a timeout
     standing, missing = rows[terminals & ~fallen], rows[fallen & ~terminals & ~at_limit]
