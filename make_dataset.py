@@ -9,7 +9,8 @@
 Without --list, --only or --check it makes --dataset.
 
 Sizes where none is given: 100 episodes (mazes' navigate, walker study), 300 (stitch), 120 (explore), 100,000
-transitions (D4RL). --official_size: 1,000 (mazes' navigate), 5,000 (stitch), 10,000 (explore), as OGBench's own files.
+transitions (D4RL). local/antmaze-medium-navigate-full-v0 and its kin are as large as OGBench's own files: 1,000
+episodes (navigate), 5,000 (stitch), 10,000 (explore).
 
 Datasets are kept in --dataset_dir; else in the folder that OGBENCH_DATASET_DIR (mazes) or D4RL_DATASET_DIR (D4RL)
 names; else in datasets/ beside the code, official D4RL files in ~/.d4rl/datasets. There, what is made here lies in
@@ -42,7 +43,6 @@ class MakeDatasetConfig:
     dataset: str = "local/pointmaze-medium-navigate-v0"  # id of the dataset, local/<the benchmark's id>; see --list
     num_episodes: Count | None = None  # episodes of a maze (a tenth more to validate) or walker dataset
     num_transitions: Count | None = None  # transitions of a D4RL dataset; default: 100,000
-    official_size: bool = False  # as many episodes as a maze's official file has, which can take hours
     seed: Whole = 0  # the files depend on the id, the size, the policies and this alone
     dataset_dir: str | None = None  # folder of the datasets; default: the folder that --list shows
     experts_dir: str | None = None  # folder of policies that benchmark_data.train_expert wrote; else datasets/experts/
@@ -70,13 +70,7 @@ def requested_size(config: MakeDatasetConfig) -> int | None:
     size = sizes.pop(family.unit)
     if any(sizes.values()):
         raise UserError(f"{config.dataset} is counted in {family.unit}; use --num_{family.unit}")
-    if not config.official_size:
-        return size
-    official = family.official_size(config.dataset)
-    if size is not None or official is None:
-        known = "not known here" if official is None else f"{official:,} {family.unit}"
-        raise UserError(f"--official_size of {config.dataset} is {known}; use --num_{family.unit}, or it alone")
-    return official
+    return size
 
 
 def run(config: MakeDatasetConfig) -> None:

@@ -40,9 +40,10 @@ _PUBLISHED = {
     },
     "humanoidmaze": {size: ("navigate", "stitch") for size in ("medium", "large", "giant")},
 }
-# What make_dataset.py can generate; its recipes must cover exactly these.
+# What make_dataset.py can generate; its recipes must cover exactly these. `full` ids are of OGBench's size.
 GENERATED_IDS = tuple(
-    f"local/{maze_env}-{size}-{task_type}-v0"
+    f"local/{maze_env}-{size}-{task_type}{full}-v0"
+    for full in ("", "-full")
     for maze_env, task_types in (("pointmaze", ("navigate", "stitch")), ("antmaze", ("navigate", "stitch", "explore")))
     for size in ("medium", "large")
     for task_type in task_types
@@ -123,6 +124,7 @@ DATASETS = {
     for size, task_types in sizes.items()
     for name in (f"{maze_env}-{size}-{task_type}-v0" for task_type in task_types)
 }
+DATASETS |= {name: MazeDataset(name) for name in GENERATED_IDS if name not in DATASETS}
 
 
 def parse_dataset_id(dataset_id: str) -> MazeDataset:

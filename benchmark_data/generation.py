@@ -75,10 +75,6 @@ class Family(abc.ABC):
         """Plan.size where none is asked for."""
         return self.size
 
-    def official_size(self, dataset_id: str) -> int | None:
-        """Plan.size of the benchmark's own file, None where that is not known here."""
-        return None
-
     @abc.abstractmethod
     def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
         """The policy files that the recipe needs."""

@@ -1,4 +1,5 @@
-"""OGBench maze datasets made on this machine: `local/{pointmaze,antmaze}-{medium,large}-{navigate,stitch,explore}-v0`.
+"""OGBench maze datasets made on this machine: `local/{pointmaze,antmaze}-{medium,large}-{navigate,stitch,explore}-v0`,
+and `...-full-v0` of the official files' size.
 
 The recipe is that of OGBench (Park et al. 2024, appendix on dataset collection): a policy that can walk in a given
 direction follows the environment's oracle waypoints, with Gaussian noise on its actions.
@@ -12,8 +13,7 @@ The point mass steps along the direction; the ant's policy (datasets/experts/) s
 has standard deviation 0.5 on the point mass, 0.2 on the ant, and 1.0 on the ant that explores.
 
 Deviations: every episode has a random stream of its own, so that the files do not depend on --jobs; there is at least
-one validation episode (OGBench: a tenth, rounded down); fewer episodes than OGBench's 1,000 to 10,000 unless asked for
-(--official_size).
+one validation episode (OGBench: a tenth, rounded down); fewer episodes than OGBench's 1,000 to 10,000 but for full ids.
 """
 
 from __future__ import annotations
@@ -229,10 +229,8 @@ class MazeFamily(Family):
     unit = "episodes"
 
     def default_size(self, dataset_id: str) -> int:
-        return DEFAULT_EPISODES[DATASETS[dataset_id].task_type]
-
-    def official_size(self, dataset_id: str) -> int:
-        return OFFICIAL_EPISODES[DATASETS[dataset_id].task_type]
+        sizes = OFFICIAL_EPISODES if dataset_id.endswith("-full-v0") else DEFAULT_EPISODES
+        return sizes[DATASETS[dataset_id].task_type]
 
     def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
         policy = find_recipe(dataset_id).policy

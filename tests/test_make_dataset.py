@@ -23,7 +23,7 @@ import make_dataset
 import ogbench_utils
 from benchmark_data import experts, generation, local, maze
 from benchmark_data.check import check
-from benchmark_data.local import generate, generate_if_missing
+from benchmark_data.local import find_family, generate, generate_if_missing
 from benchmark_data.maze import Ways, cell_distances, vertex_cells
 from benchmarks import data_table
 from dataset_files import official_ids
@@ -221,20 +221,11 @@ def test_sizes_are_counted_in_the_benchmarks_unit(tmp_path):
         make_dataset.main(["--dataset", "local/hopper-medium-v2", "--num_episodes", "5"])
 
 
-def test_the_official_size_is_that_of_ogbenchs_scripts(tmp_path, monkeypatch):
-    asked, episodes = {}, {"navigate": 1000, "stitch": 5000, "explore": 10_000}
-
-    def generate(dataset_id: str, size: int, *most, **others):
-        asked[dataset_id] = size
-
-    monkeypatch.setattr(make_dataset, "generate", generate)
-    for name in ogbench_utils.GENERATED_IDS:
-        make_dataset.main(["--dataset", name, "--official_size", "--dataset_dir", str(tmp_path)])
-    assert asked == {name: episodes[name.split("-")[2]] for name in ogbench_utils.GENERATED_IDS}
-    with pytest.raises(UserError, match="is 5,000 episodes; use --num_episodes, or it alone"):
-        make_dataset.main(["--dataset", STITCH, "--official_size", "--num_episodes", "3"])
-    with pytest.raises(UserError, match="of local/hopper-medium-v2 is not known here; use --num_transitions"):
-        make_dataset.main(["--dataset", "local/hopper-medium-v2", "--official_size"])
+def test_a_full_maze_has_as_many_episodes_as_ogbenchs_scripts_make():
+    episodes = {"navigate": 1000, "stitch": 5000, "explore": 10_000}
+    for name in [name for name in ogbench_utils.GENERATED_IDS if "-full-" in name]:
+        assert find_family(name).default_size(name) == episodes[name.split("-")[2]]
+        assert find_family(name).default_size(name.replace("-full", "")) < episodes[name.split("-")[2]] / 9
 
 
 def test_an_interrupted_run_says_that_nothing_was_written(tmp_path, monkeypatch):
@@ -264,7 +255,7 @@ def test_a_full_disk_says_that_nothing_was_written(tmp_path, monkeypatch):
 def test_the_families_cover_the_ids_that_are_offered():
     offered = [*ogbench_utils.GENERATED_IDS, *d4rl_utils.GENERATED_IDS, *dmc_utils.GENERATED_IDS]
     covered = [dataset_id for family in local.FAMILIES for dataset_id in family.ids]
-    assert sorted(covered) == sorted(offered) and len(covered) == 10 + 15 + 4
+    assert sorted(covered) == sorted(offered) and len(covered) == 20 + 15 + 4
     for dataset_id in ogbench_utils.GENERATED_IDS:
         assert maze.find_recipe(dataset_id).rows in (201, 501, 1001)
 
