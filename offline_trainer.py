@@ -5,11 +5,6 @@ directory holds config.yaml, metrics.csv, TensorBoard events, best_model.pth (lo
 checkpoints/last.pth, training_curves.png and value_map.png.
 """
 
-if __name__ == "__main__":
-    from runs import tell_ctrl_c
-
-    tell_ctrl_c()
-
 import math
 import time
 from dataclasses import dataclass, replace

@@ -9,11 +9,6 @@ online_training_curves.png and paths.png.
     python online_trainer.py --evaluate RUN/best_model.pth    # a saved policy once more
 """
 
-if __name__ == "__main__":
-    from runs import tell_ctrl_c
-
-    tell_ctrl_c()
-
 import functools
 import json
 import math

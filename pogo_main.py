@@ -8,11 +8,6 @@ checkpoints/last.pth.
     python pogo_main.py --env halfcheetah-medium-v2 --w2_weights 0.2 0.2 0.2 --max_timesteps 1000000
 """
 
-if __name__ == "__main__":
-    from runs import tell_ctrl_c
-
-    tell_ctrl_c()
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

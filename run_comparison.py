@@ -17,11 +17,6 @@ A file that names commands (`runs:`) is a table of results instead: see docs/res
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from runs import tell_ctrl_c
-
-    tell_ctrl_c()
-
 import collections
 import dataclasses
 import functools

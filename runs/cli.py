@@ -11,7 +11,6 @@ import difflib
 import inspect
 import os
 import re
-import signal
 import sys
 import types
 import typing
@@ -22,7 +21,6 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
-from runs import exit_at_once
 from utils import BASIC, DISK_FULL, ProcessDied, Range, RunFinished, UserError, one_line
 
 # Flags of the original texts that have no place here, and what takes it.
@@ -38,8 +36,6 @@ def run_cli(main: Callable[[list[str] | None], None]) -> None:
     for a process that died, 130 for Ctrl-C, 0 for a run that was finished already. Any other exception is a defect of
     the program and keeps its traceback.
     """
-    if signal.getsignal(signal.SIGINT) is exit_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(None)
     except UserError as error:

@@ -3,12 +3,10 @@
 import errno
 import io
 import os
-import subprocess
 import sys
 import types
 import typing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -35,8 +33,6 @@ from runs.directory import (
 from runs.metrics import MetricLogger, RunningMeans, read_metrics
 from utils import RandomStreams, ReplayBuffer, RunFinished, RunLocked, UserError
 from walker.train_morel import MORELConfig
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -210,15 +206,6 @@ def test_ctrl_c_says_what_is_kept(files, words, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_cli(main)
     assert capsys.readouterr().err.startswith(f"interrupted: {words}")
-
-
-def test_ctrl_c_in_the_imports_of_a_command_is_one_line():
-    """Whatever the import that it meets does with an exception; in the command itself it is an exception again."""
-    code = "import signal; from runs import tell_ctrl_c; tell_ctrl_c()\nfrom runs.cli import run_cli\n"
-    ctrl_c = "signal.raise_signal(signal.SIGINT)"
-    for last in (f"try: {ctrl_c}\nexcept BaseException: pass", f"run_cli(lambda argv: {ctrl_c})"):
-        done = subprocess.run([sys.executable, "-c", code + last], cwd=ROOT, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (130, "interrupted: nothing was saved\n")
 
 
 def test_run_cli_reports_a_finished_run_and_keeps_tracebacks_of_defects(capsys):

@@ -12,11 +12,6 @@ plays 100 episodes a task and prints mean and standard deviation of their return
     action = agent.act(observation)   # [24] -> [6], at every step
 """
 
-if __name__ == "__main__":
-    from runs import tell_ctrl_c
-
-    tell_ctrl_c()
-
 import contextlib
 import functools
 import itertools

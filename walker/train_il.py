@@ -9,11 +9,6 @@ Adam, whose learning rate falls to 0 along a cosine.
     python -m walker.train_il train --random_noise=-1 --ADD_TASK_BIT=True --USE_DATASET_STR="local/walk_m"
 """
 
-if __name__ == "__main__":
-    from runs import tell_ctrl_c
-
-    tell_ctrl_c()
-
 import functools
 from dataclasses import dataclass
 from typing import Any

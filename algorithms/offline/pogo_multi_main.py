@@ -8,11 +8,6 @@ directory is logs/{env}/{algorithm}_w2_{weights}/seed_{seed}.
     python -m algorithms.offline.pogo_multi_main --config FILE --w2_weights 20 20 20
 """
 
-if __name__ == "__main__":
-    from runs import tell_ctrl_c
-
-    tell_ctrl_c()
-
 import dataclasses
 import sys
 from dataclasses import dataclass
