@@ -7,6 +7,7 @@ from pathlib import Path
 from comparison import tables
 from comparison.registry import read_table
 from comparison.rows import Scores, read_csv
+from comparison.statistics import cell_text
 from runs.cli import load_yaml
 from utils import UserError
 
@@ -25,11 +26,10 @@ def render(root: Path) -> str:
         found = tables.cells_of(table, tables.matching(table, Scores([read_csv(table.csv)]))).get((label, column), {})
         digits = table.layout.get("digits", 1)
         scores = [float(row["score"]) for row in found.values()]
-        score = tables.cell_text(scores, len(planned), digits) if scores else tables.MISSING
-        lines.append("| " + " | ".join([*cell["labels"], score, tables.data_text(found.values(), digits)]) + " |")
+        score = cell_text(scores, len(planned), digits) if scores else tables.MISSING
+        lines.append([*cell["labels"], score, tables.data_text(found.values(), digits)])
         commits |= {row["commit"][:7] for row in found.values()} - {""}
-    header = [*glance["header"], "score", "the data's own"]
+    grid = tables.Grid([*glance["header"], "score", "the data's own"], lines, len(glance["header"]))
     words = f"{glance['title']} Last checkpoints, mean over seeds, ± 95% t-interval, (lowest to highest) of two seeds, "
     words += "* one seed, - not trained yet" + (f"; commits {', '.join(sorted(commits))}." if commits else ".")
-    rule = "|" + "---|" * len(glance["header"]) + "---:|" * 2
-    return "\n".join([words, "", f"| {' | '.join(header)} |", rule, *lines]) + "\n"
+    return f"{words}\n\n{grid.markdown()}\n"

@@ -7,17 +7,31 @@ rows are appended in one step, and whatever lies between is made up for at the n
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, ClassVar
 
-from comparison.jobs import BAD_INPUT, LOCKED, Job, LocalPool, Outcome, Pool, describe_state, is_locked
+from comparison.jobs import (
+    BAD_INPUT,
+    LOCKED,
+    Job,
+    LocalPool,
+    Outcome,
+    Pool,
+    describe_state,
+    is_locked,
+    seconds_spent,
+    updates_done,
+)
 from comparison.ray import RayPool
-from comparison.registry import Run, Table, as_flags, check_flags, read_table, settings_of
-from comparison.rows import Scores, append_csv, is_finished, read_csv, rows_of
+from comparison.registry import Run, Table, as_flags, resolved_settings, settings_of
+from comparison.rows import Row, Scores, append_csv, is_finished, read_csv, rows_of
 from offline_data import find_dataset
+from runs.directory import plain_config
 from utils import UserError, one_line, progress, torch, warn
 
 # A module of this checkout as a command: -m alone would look for it in the current folder first.
@@ -45,34 +59,96 @@ def missing(dataset_id: str, dataset_dir: str | None) -> str | None:
     return None if there else how
 
 
-def only_named(only: str | None, runs: list) -> list:
-    """The runs whose name holds a text. Raises UserError where there is none."""
-    chosen = [run for run in runs if only is None or only in run.name]
+def choose(runs: list[Run], only: str | None) -> list[Run]:
+    """The runs whose name holds a text, as whole words: BC is not TD3+BC. Raises UserError where there is none."""
+    words = re.compile(rf"(?<![\w+]){re.escape(only or '')}(?![\w+])")
+    chosen = [run for run in runs if only is None or words.search(run.name)]
     if not chosen:
-        raise UserError(f"--only {only!r}: no run has that in its name; one is {runs[0].name!r}")
+        raise UserError(f"--only {only!r}: no run has that in its name, as a whole word; one is {runs[0].name!r}")
     return chosen
 
 
 class Queue:
-    """Runs that are left, where they train, and what came of them.
-
-    A subclass says what a run is, by `run_dir`, `job`, `datasets` and `is_finished` of one, and by `done` what to do
-    with one that has just finished. A run has a `name`, and may need another one (`needs`).
+    """The runs of a table that have no rows yet. Rows are appended to the table's CSV.
 
     Args:
         config: the settings of run_comparison.py.
-        name: of the progress bar.
+        table: the runs.
+        runs: those of them that are asked for; default: all.
     """
 
-    noun, scale = "run", False  # of the progress bar
-    names_devices = False  # whether the runs' settings say which GPU they train on
+    machine: ClassVar[dict[str, Any]] = {"tensorboard": False}  # further settings of every run
 
-    def __init__(self, config: Any, name: str):
-        self.config, self.name = config, name
-        self.left: list = []
-        self.failed: dict[Any, str] = {}
+    def __init__(self, config: Any, table: Table, runs: list[Run] | None = None):
+        self.config, self.table = config, table
+        self.runs = choose(runs or table.runs, config.only)
+        self.left: list[Run] = []
+        self.failed: dict[Run, str] = {}
         self.starts: Counter = Counter()
         self.waiting = 0  # runs that another process trains
+
+    # -- what a run is, and what it leaves -----------------------------------------------------------------------------
+
+    def run_dir(self, run: Run) -> Path:
+        return run.run_dir(self.config.log_dir)
+
+    def is_finished(self, run: Run) -> bool:
+        return is_finished(self.run_dir(run))
+
+    def trained(self, run: Run) -> float:
+        """The part of a run that is trained, as far as its metrics tell."""
+        most = resolved_settings(run.command, run.flags).get("max_timesteps")
+        return 1.0 if self.is_finished(run) else min(updates_done(self.run_dir(run)) / most, 1.0) if most else 0.0
+
+    def job(self, run: Run) -> Job:
+        """A run's process. Every setting is a flag, so that no file left by an earlier start decides one."""
+        words = run.arguments(self.config.log_dir, self.config.dataset_dir)
+        settings = plain_config(settings_of(run.command, words))
+        own = {"eval_workers": self.config.eval_workers, "resume": True} | self.machine
+        settings |= {name: value for name, value in own.items() if name in settings and f"--{name}" not in words}
+        flags = [word for name, value in settings.items() for word in as_flags(name, value)]
+        return make_job(self.run_dir(run), run.command, flags, self.config.run_threads)
+
+    def known(self) -> tuple[Scores, Scores]:
+        """The rows that the table has, and those that any table has."""
+        return Scores([read_csv(self.table.csv)]), Scores(map(read_csv, sorted(self.table.csv.parent.glob("*.csv"))))
+
+    def add(self, run: Run, rows: list[Row]) -> None:
+        """Take up the rows of a finished run."""
+        append_csv(self.table.csv, rows)
+
+    def settle(self) -> None:
+        """Take up what is finished, and queue the rest; of a run that other runs need, only where they are left."""
+        own, others = self.known()
+        for run in self.runs:
+            if own.of(run):
+                continue
+            if rows := others.of(run):
+                self.add(run, [row | {"table": run.table, "method": run.method} for row in rows])
+            elif not self.append(run) and run not in self.failed:
+                if run.needs is not None and run.needs not in self.left and not self.is_finished(run.needs):
+                    self.left.append(run.needs)
+                if run not in self.left:
+                    self.left.append(run)
+
+    def append(self, run: Run) -> bool:
+        """Take up the rows of a finished run; False where it is not finished, or its directory cannot be used."""
+        if not self.is_finished(run):
+            return False
+        try:
+            self.add(run, rows_of(run, self.config.log_dir, self.config.dataset_dir))
+            return True
+        except (UserError, OSError) as error:  # the other runs go on; the next start takes it up
+            self.fail(run, one_line(error))
+            return False
+
+    def done(self, run: Run) -> None:
+        """Take up a run that has just finished; of one that is only needed by others, nothing."""
+        for chosen in self.runs:
+            if chosen == run:
+                self.append(chosen)
+
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def open_pool(self) -> Pool:
         """Where the runs train: this machine, whose GPUs they get in turn, or Ray's cluster. Raises UserError."""
@@ -81,16 +157,16 @@ class Queue:
             return RayPool(config.address, config.jobs, config.run_threads, config.gpus_per_run)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-        return LocalPool(config.jobs or 1, [] if self.names_devices else devices)
+        names_devices = any("--device cuda:" in run.text for run in self.runs)  # the runs' own settings say which
+        return LocalPool(config.jobs or 1, [] if names_devices else devices)
 
     def train(self) -> None:
         """Train what is left; Ctrl-C stops the processes and keeps what they saved."""
         if not self.left:
             return
-        pool = self.open_pool()
-        total, done = self.amount(pool)
+        pool, total = self.open_pool(), len(self.left)
         try:
-            with progress(total, self.name, initial=done, unit=self.noun, unit_scale=self.scale) as bar:
+            with progress(total, self.table.name, unit="run", unit_scale=True) as bar:
                 while self.left or pool.running:
                     self.start_some(pool)
                     for run, outcome in pool.poll():
@@ -98,7 +174,8 @@ class Queue:
                     counts = {pool.verb: len(pool.running), "failed": len(self.failed)}
                     counts |= {"trained by others": self.waiting} if self.waiting else {}
                     bar.set_postfix(counts, refresh=False)
-                    bar.update(max(self.amount(pool)[1] - bar.n, 0))
+                    going = sum(1 - self.trained(run) for run in pool.running.values())
+                    bar.update(max(total - len(self.left) - going - bar.n, 0))
                     time.sleep(POLL_SECONDS)
         except KeyboardInterrupt as interrupt:
             print("stopping the runs at their last checkpoints", file=sys.stderr)
@@ -113,14 +190,14 @@ class Queue:
         for run in list(self.left):
             if not pool.room():
                 return
-            needed = getattr(run, "needs", None)
+            needed = run.needs
             if needed in self.failed:
                 self.left.remove(run)
                 self.fail(run, f"it needs {needed.name}, which failed")
             elif needed is None or self.is_finished(needed):
                 self.start(run, pool)
 
-    def start(self, run: Any, pool: Pool) -> None:
+    def start(self, run: Run, pool: Pool) -> None:
         """Start one run, unless another process has it or has finished it."""
         try:
             if is_locked(self.run_dir(run)):
@@ -136,7 +213,7 @@ class Queue:
             self.left = [other for other in self.left if other is not run]
             self.fail(run, one_line(error))
 
-    def take(self, run: Any, outcome: Outcome) -> None:
+    def take(self, run: Run, outcome: Outcome) -> None:
         """A process has ended: its run is finished, starts again, or has failed."""
         if outcome.code == LOCKED:  # it gave way to another process, which is no try
             self.starts[run] -= 1
@@ -152,11 +229,11 @@ class Queue:
             self.fail(run, words, f"; see {self.run_dir(run) / 'output.log'}")
             self.fail_others(run, words)
 
-    def fail(self, run: Any, words: str, more: str = "") -> None:
+    def fail(self, run: Run, words: str, more: str = "") -> None:
         self.failed[run] = words
         warn(f"{run.name}: failed, {words}{more}")
 
-    def fail_others(self, run: Any, words: str) -> None:
+    def fail_others(self, run: Run, words: str) -> None:
         """Runs of the data that a failed one could not get: the next try would fail as it did."""
         lost = self.lacks(run).keys()
         others = [other for other in self.left if lost & self.lacks(other).keys()] if lost else []
@@ -165,10 +242,22 @@ class Queue:
             self.failed |= dict.fromkeys(others, words)
             self.left = [other for other in self.left if other not in others]
 
-    def lacks(self, run: Any) -> dict[str, str]:
+    def lacks(self, run: Run) -> dict[str, str]:
         """A run's datasets that are not there, and how they come about."""
-        ids, folder = self.datasets(run)
-        return {name: how for name in ids if (how := missing(name, folder)) is not None}
+        folder = self.config.dataset_dir
+        return {name: how for name in run.datasets if (how := missing(name, folder)) is not None}
+
+    # -- telling -------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> None:
+        """`--dry_run`: every run with its state, the data that is missing, and the time of the runs that are left."""
+        scores, left = self.known()[0], []
+        for run in dict.fromkeys(part for one in self.runs for part in (one.needs, one) if part is not None):
+            found = "has its rows" if scores.of(run) else describe_state(self.run_dir(run), self.is_finished(run))
+            print(f"{run.name}: {found}")
+            left += [run] if found not in ("has its rows", "finished") else []
+        self.describe_data(left)
+        self.describe_time(left)
 
     def describe_data(self, runs: list) -> None:
         """`--dry_run`: the datasets that are missing, and how they come about."""
@@ -178,102 +267,31 @@ class Queue:
         for how, names in places.items():
             print(f"Data: {len(names)} missing, will be {how}: {', '.join(names)}")
 
-    def amount(self, pool: Pool) -> tuple[int, int]:
-        """All there is to do, and how much of it is done."""
-        self.total = max(getattr(self, "total", 0), len(self.left))
-        return self.total, self.total - len(self.left) - len(pool.running)
+    def describe_time(self, left: list[Run]) -> None:
+        """Hours of the runs that are left, by those of their method that were trained, else by the file's guesses."""
+        taken: dict[tuple, list[float]] = {}  # hours of whole runs
+        for run in self.runs:
+            part, seconds = self.trained(run), seconds_spent(self.run_dir(run))
+            if part and seconds:
+                taken.setdefault(self.kind(run), []).append(seconds / part / 3600)
+        hours = [mean(taken[self.kind(run)]) if self.kind(run) in taken else run.hours for run in left]
+        known = [(1 - self.trained(run)) * whole for run, whole in zip(left, hours, strict=True) if whole is not None]
+        if not known:
+            return print(f"{len(left)} runs are left" + "; how long they take, their progress will tell" * bool(left))
+        at_once, whole = self.config.jobs or 1, sum(known) / (self.config.jobs or 1)
+        units = ((24, "days"), (1, "hours"), (1 / 60, "minutes"))
+        size, unit = next((pair for pair in units if whole >= 2 * pair[0]), units[-1])
+        words = f"{whole / size:.1f} {unit}, with {at_once} at once, by what was trained and the file's guesses"
+        words += f"; without {len(left) - len(known)} runs of which nothing is known" if len(known) < len(left) else ""
+        print(f"{len(left)} runs are left: about {words}")
 
-
-# ----------------------------------------------------------------------------------------------------------------
-# The runs of a table
-# ----------------------------------------------------------------------------------------------------------------
-
-
-def choose(table: Table, only: str | None, seeds: tuple[int, ...] | None) -> list[Run]:
-    """The runs asked for. Raises UserError where there is none."""
-    runs = [run for run in table.runs if seeds is None or run.seed in seeds]
-    if not runs:
-        known = sorted({run.seed for run in table.runs})
-        raise UserError(f"--seeds {' '.join(map(str, seeds))}: {table.path} has {' '.join(map(str, known))}")
-    return only_named(only, runs)
-
-
-class TableQueue(Queue):
-    """The runs of a table that have no rows yet."""
-
-    def __init__(self, config: Any):
-        self.table = read_table(config.config)
-        super().__init__(config, self.table.name)
-        check_flags(self.table)
-        for name, usual in (("max_timesteps", None), ("output", "results")):
-            if getattr(config, name) != usual:
-                raise UserError(f"--{name} {getattr(config, name)}: does nothing for {config.config}; leave it out")
-        self.chosen = choose(self.table, config.only, config.seeds)
-
-    def settle(self) -> None:
-        """Append what is finished, and queue the rest; of a run that other runs need, only where they are left."""
-        own = Scores([read_csv(self.table.csv)])
-        others = Scores(map(read_csv, sorted(self.table.csv.parent.glob("*.csv"))))
-        for run in self.chosen:
-            if own.of(run):
-                continue
-            if rows := others.of(run):
-                append_csv(self.table.csv, [row | {"table": run.table, "method": run.method} for row in rows])
-            elif not self.append(run) and run not in self.failed:
-                if run.needs is not None and run.needs not in self.left and not self.is_finished(run.needs):
-                    self.left.append(run.needs)
-                if run not in self.left:
-                    self.left.append(run)
-
-    def run_dir(self, run: Run) -> Path:
-        return run.run_dir(self.config.log_dir)
-
-    def is_finished(self, run: Run) -> bool:
-        return is_finished(self.run_dir(run))
-
-    def datasets(self, run: Run) -> tuple[list[str], str | None]:
-        return run.datasets, self.config.dataset_dir
-
-    def job(self, run: Run) -> Job:
-        arguments = run.arguments(self.config.log_dir, self.config.dataset_dir)
-        known = vars(settings_of(run.command, arguments))
-        machine = {"eval_workers": self.config.eval_workers, "tensorboard": False, "resume": True}
-        arguments += [word for name, value in machine.items() if name in known for word in as_flags(name, value)]
-        return make_job(self.run_dir(run), run.command, arguments, self.config.run_threads)
-
-    def append(self, run: Run) -> bool:
-        """Append the rows of a finished run; False where it is not finished, or its directory cannot be used."""
-        if not self.is_finished(run):
-            return False
-        try:
-            append_csv(self.table.csv, rows_of(run, self.config.log_dir, self.config.dataset_dir))
-            return True
-        except (UserError, OSError) as error:  # the other runs go on; the next start appends it
-            self.fail(run, one_line(error))
-            return False
-
-    def done(self, run: Run) -> None:
-        """Append a finished run; of one that is only needed by others, nothing."""
-        for chosen in self.chosen:
-            if chosen == run:
-                self.append(chosen)
-
-    def describe(self) -> None:
-        """`--dry_run`: every run with its state, the data that is missing, and the hours of the runs that are left."""
-        scores, left = Scores([read_csv(self.table.csv)]), []
-        for run in dict.fromkeys(part for one in self.chosen for part in (one.needs, one) if part is not None):
-            found = "has its rows" if scores.of(run) else describe_state(self.run_dir(run), self.is_finished(run))
-            print(f"{run.name}: {found}")
-            left += [run] if found not in ("has its rows", "finished") else []
-        self.describe_data(left)
-        jobs, unknown = self.config.jobs or 1, sum(run.hours is None for run in left)
-        hours = sum(run.hours or 0.0 for run in left) / jobs
-        without = f"; without {unknown} runs that it has no guess for" if unknown else ""
-        print(f"Time: about {hours:.1f} hours, with {jobs} at once, by the guesses of the file{without}")
+    @staticmethod
+    def kind(run: Run) -> tuple[str, str]:
+        """Runs that take about the same time."""
+        return run.command, run.method.split()[0]
 
     def report(self) -> str:
         """What the table's CSV has now."""
-        scores = Scores([read_csv(self.table.csv)])
-        there, all_runs = sum(bool(scores.of(run)) for run in self.table.runs), len(self.table.runs)
-        words = f"{self.name}: {there} of {all_runs} runs are in {self.table.csv}; {len(self.failed)} failed"
+        there, all_runs = len(self.table.runs) - len(self.known()[0].missing(self.table.runs)), len(self.table.runs)
+        words = f"{self.table.name}: {there} of {all_runs} runs are in {self.table.csv}; {len(self.failed)} failed"
         return f"{words}\npython run_comparison.py --tables puts them into README and docs" if there else words

@@ -72,6 +72,7 @@ class Run:
     needs: Run | None = None  # a run that must be finished before, whose directory this one reads
     hours: float | None = field(default=None, compare=False)  # a guess for one core
     variant: tuple[str, ...] = field(default=(), compare=False)  # its values of the entry's `each`
+    folder: Path | None = field(default=None, compare=False)  # its directory; default: one that follows from its flags
 
     @property
     def system(self) -> str:
@@ -98,6 +99,8 @@ class Run:
 
     def run_dir(self, log_dir: str | Path) -> Path:
         """<log_dir>/results/<command>/<dataset>/<8 digits of its flags>/seed_<seed>, whichever table asks for it."""
+        if self.folder is not None:
+            return self.folder
         needs = () if self.needs is None else (self.needs.command, *self.needs.flags)
         digits = hashlib.sha256(repr((self.command, self.flags, needs)).encode()).hexdigest()[:8]
         dataset = re.sub(r"[^\w.+-]+", "_", self.dataset) or "no_data"

@@ -1,112 +1,94 @@
-"""What a comparison found: results.csv, results.md and report.html, one self-contained page.
+"""What a comparison of chains found: results.csv, results.md and report.html, one self-contained page.
 
-Scores are those of each run's last checkpoint, from the episodes that it kept in training/evaluations.csv. The scores
-of other methods (published.yaml) are for D4RL's official files, and stand beside runs on these alone.
+Its table is made as those of README and docs are (comparison/tables.py). The scores of other methods (published.yaml)
+are for D4RL's official files, and stand beside runs on these alone.
 """
 
 from __future__ import annotations
 
+import base64
 import datetime
 import functools
 import html
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from comparison.charts import dataset_chart
-from comparison.groups import MODES, POGO, ComparedRun, Group, Result, collect, csv_text
-from comparison.statistics import (
-    IQM_SEEDS,
-    LEAST_SEEDS,
-    bootstrap_interval,
-    iqm,
-    mean,
-    paired_interval,
-    score_range,
-)
+from comparison.registry import Run, Table
+from comparison.rows import COLUMNS, Row, Scores, write_csv
+from comparison.statistics import LEAST_SEEDS, bootstrap_interval, cell_text, iqm, mean, t_half_width
+from comparison.tables import Grid, caption, cells_of, make_grid, matching
+from offline_data import is_official
+from runs.metrics import read_metrics
+from runs.plots import Metrics, chart_png
 from utils import write_text_atomic
 
 MIN_DISTANCE = 1e-6  # below this an actor counts as not moved: of two Gaussians or two points the floor is 0
-COLUMNS, SHOWN = 100, 10  # of a terminal; kinds of runs without a result that are listed there
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Tables
-# ----------------------------------------------------------------------------------------------------------------
+WIDTH, SHOWN = 100, 10  # of a terminal; kinds of runs without a result that are listed there
+UNKNOWN = "–"
+NOT_SHOWN = {"table", "system", "method", "dataset", "task", "environment_steps"}
+CSV_COLUMNS = ("dataset", "algorithm", "w2_weights", "official_data", *(n for n in COLUMNS if n not in NOT_SHOWN))
 
 
 @dataclass
-class Table:
-    """Rows of text under a header."""
+class Chain:
+    """The finished runs of one dataset and chain: they differ in their seeds."""
 
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    wide: int  # leading columns that hold words rather than figures
-    soft: int = 0  # trailing columns that are no result
+    label: tuple[str, str]  # dataset; algorithm and weights
+    place: int  # which of its dataset's chains of that algorithm: 0, 1, ...
+    rows: list[list[Row]]  # of each run's last checkpoint, deterministic: a row an actor
+    metrics: list[Metrics]  # training/metrics.csv of each run
 
-    def pick(self, names: Sequence[str]) -> Table:
-        """These columns alone, in this order."""
-        places = [self.header.index(name) for name in names]
-        return Table(tuple(names), [tuple(row[place] for place in places) for row in self.rows], self.wide)
+    @property
+    def algorithm(self) -> str:
+        return self.label[1].split()[0]
 
-    def text(self) -> str:
-        """Aligned columns for a terminal."""
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
-        lines = [self.header, tuple("-" * width for width in widths), *self.rows]
-        return "\n".join(
-            "  ".join(f"{cell:{'<' if n < self.wide else '>'}{widths[n]}}" for n, cell in enumerate(line)).rstrip()
-            for line in lines
-        )
+    @property
+    def actors(self) -> int:
+        return len(self.rows[0])
 
-    def markdown(self) -> str:
-        lines = [self.header, tuple("---" if n < self.wide else "---:" for n in range(len(self.header))), *self.rows]
-        return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    @property
+    def data_score(self) -> float:
+        return float(self.rows[0][0]["data_score"])
 
-    def html(self) -> str:
-        def row(cells: tuple[str, ...], tag: str) -> str:
-            words = ""
-            for n, cell in enumerate(cells):
-                kind = ("w" if n < self.wide else "n") + " soft" * (n >= len(cells) - self.soft)
-                words += f'<{tag} class="{kind}">{html.escape(cell)}</{tag}>'
-            return f"<tr>{words}</tr>"
+    @property
+    def official(self) -> bool | None:
+        """Whether its data can be D4RL's official file; None where there is none."""
+        return is_official(self.label[0], int(self.rows[0][0]["rows"]))
 
-        body = "\n".join(row(cells, "td") for cells in self.rows)
-        words = " words" * (self.wide == len(self.header))  # sentences, which may go on in another line
-        return f'<div class="scroll{words}"><table>{row(self.header, "th")}\n{body}</table></div>'
+    @property
+    def dataset(self) -> str:
+        """Its id; one that has an official file's name and cannot be it says so."""
+        return f"{self.label[0]} (not the official file)" if self.official is False else self.label[0]
+
+    def scores(self, actor: int) -> np.ndarray:
+        """Of the last checkpoint, [seeds]."""
+        return np.array([float(rows[actor]["score"]) for rows in self.rows])
 
 
-def _figure(value: float, digits: int = 1) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+def collect(runs: list[Run], scores: Scores) -> list[Chain]:
+    """The chains that have finished runs, in the order of the runs."""
+    chains: dict[tuple, Chain] = {}
+    places: dict[tuple, dict[tuple, None]] = {}
+    for run in runs:
+        rows = [row for row in scores.of(run) if row["mode"] == "deterministic"]
+        others = places.setdefault((run.dataset, run.method.split()[0]), {})
+        others.setdefault(run.row)
+        if rows:
+            chain = chains.setdefault(run.row, Chain(run.row, list(others).index(run.row), [], []))
+            chain.rows.append(sorted(rows, key=lambda row: int(row["actor"])))
+            chain.metrics.append(read_metrics(run.folder / "training"))
+    return list(chains.values())
 
 
-def _with_ends(value: float, ends: tuple[float, float], form: str = ".1f") -> str:
-    """A value and, in brackets, its 95% interval where there is one."""
-    return f"{value:{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if math.isfinite(ends[0]) else "")
-
-
-def _statistic(strata: list[np.ndarray], what: Callable[[np.ndarray], np.ndarray]) -> str:
-    """A statistic of all scores with its 95% interval, or of two seeds with their range in round brackets."""
-    value = float(what(np.concatenate(strata)))
-    fewest = min(map(len, strata))
-    if 1 < fewest < LEAST_SEEDS:
-        low, high = score_range(strata, what)
-        return f"{value:.1f} ({low:.1f} to {high:.1f})"
-    return _with_ends(value, bootstrap_interval(strata, what))
-
-
-def statistics_of(groups: list[Group]) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Columns of a table: a mean, and an IQM where some dataset has the seeds that tell the two apart."""
-    found: dict[str, Callable] = {"mean [95%]": mean}
-    return found | ({"IQM [95%]": iqm} if any(len(group.results) >= IQM_SEEDS for group in groups) else {})
-
-
-BEST = "highest in training (no result)"
+# ----------------------------------------------------------------------------------------------------------------
+# Scores
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -116,105 +98,88 @@ def published() -> tuple[list[str], dict[str, list[str]]]:
     return values["methods"], values["scores"]
 
 
-def published_cells(members: list[Group]) -> tuple[str, ...]:
-    """The other methods' scores beside a row of official data: of its dataset, or means over the datasets of a suite.
-
-    No cells where none of the data is official, and dashes for what is not known.
-    """
+def published_cells(chains: list[Chain]) -> list[str]:
+    """The other methods' scores on a dataset, or their means over those of a suite; dashes for what is not known."""
     methods, scores = published()
-    rows = [scores.get(group.run.dataset, []) if group.official else [] for group in members]
-    if not all(rows):
-        return ("–",) * len(methods)
+    rows = [scores.get(chain.label[0], []) if chain.official else [] for chain in chains]
+    if not chains or not all(rows):
+        return [UNKNOWN] * len(methods)
     if len(rows) == 1:
-        return tuple(cell or "–" for cell in rows[0])
+        return [cell or UNKNOWN for cell in rows[0]]
     means = []
     for cells in zip(*rows, strict=True):
         steps = [[float(text) for text in cell.split(" / ")] for cell in cells if cell]
-        means.append(" / ".join(f"{value:.1f}" for value in np.mean(steps, 0)) if len(steps) == len(cells) else "–")
-    return tuple(means)
+        means.append(" / ".join(f"{value:.1f}" for value in np.mean(steps, 0)) if len(steps) == len(cells) else UNKNOWN)
+    return means
 
 
-def last_actor_table(groups: list[Group]) -> Table:
-    """The chain's last actor, deterministic, beside the published scores; a row a group, then a row a suite."""
-    rows, statistics = [], statistics_of(groups)
-    methods = published()[0] if any(group.official for group in groups) else []
-    for name, weights, members in [(group.name, group.run.label, [group]) for group in groups] + suites(groups):
-        actors = [[group.scores(actor) for group in members] for actor in range(members[0].actors)]
-        best = int(np.argmax([mean(np.concatenate(strata)) for strata in actors]))
-        cells = (name, weights, *(_statistic(actors[-1], what) for what in statistics.values()), str(best))
-        cells += (str(len(members[0].results)), _episodes(members, len(actors) - 1))
-        cells += (_data_score(members), _minutes(members))
-        rows.append(cells + (published_cells(members) if methods else ()))
-    header = ("dataset", "w2_weights", *statistics, "best", "seeds", "episodes", "data", "minutes", *methods)
-    return Table(header, rows, 2)
-
-
-def _episodes(groups: list[Group], actor: int) -> str:
-    """Final episodes of one actor over all seeds."""
-    return str(sum(len(result.final[actor, MODES[0]]) for group in groups for result in group.results))
-
-
-def _data_score(members: list[Group]) -> str:
-    """Mean score of the datasets' own episodes."""
-    return _figure(float(np.mean([group.mean(lambda result: result.summary["data_score"]) for group in members])))
-
-
-def _minutes(members: list[Group]) -> str:
-    """Mean wall time of a run, over those whose times are known."""
-    known = [[r.run.seconds for r in group.results if r.run.seconds is not None] for group in members]
-    return _figure(float(np.mean([np.mean(seconds) for seconds in known])) / 60) if all(known) else "–"
-
-
-def suites(groups: list[Group]) -> list[tuple[str, str, list[Group]]]:
-    """Groups of the same benchmark and place in their dataset's list of weights, two datasets at least.
+def suites(chains: list[Chain]) -> list[tuple[str, str, list[Chain]]]:
+    """Name, weights and members: chains of one benchmark and the same place in their dataset's list, two at least.
 
     Datasets with fewer finished seeds than others of the suite are left out, as a mean over all would weigh them less.
     """
-    found: dict[tuple, list[Group]] = {}
-    for group in groups:
-        match = re.match(r"(local/)?(halfcheetah|hopper|walker2d|antmaze)-", group.run.dataset)
+    found: dict[tuple, list[Chain]] = {}
+    for chain in chains:
+        match = re.match(r"(local/)?(halfcheetah|hopper|walker2d|antmaze)-", chain.label[0])
         if match:
             name = (match[1] or "") + ("antmaze" if match[2] == "antmaze" else "MuJoCo")
-            found.setdefault((name, group.run.algorithm, group.run.variant, group.actors), []).append(group)
+            found.setdefault((name, chain.algorithm, chain.place, chain.actors), []).append(chain)
     complete = []
-    for (name, algorithm, variant, _), members in found.items():
-        seeds = max(len(group.results) for group in members)
-        members = [group for group in members if len(group.results) == seeds]
+    for (name, algorithm, place, _), members in found.items():
+        seeds = max(len(chain.rows) for chain in members)
+        members = [chain for chain in members if len(chain.rows) == seeds]
+        labels = {chain.label[1] for chain in members}
         if len(members) > 1:
-            labels, own = {group.run.label for group in members}, "" if algorithm == POGO else f"{algorithm} "
-            weights = labels.pop() if len(labels) == 1 else f"{own}list {variant + 1} of each"
+            weights = labels.pop() if len(labels) == 1 else f"{algorithm}, list {place + 1} of each"
             complete.append((f"{len(members)} {name} datasets", weights, members))
     return complete
 
 
-def actor_table(groups: list[Group]) -> Table:
-    """Every actor in both modes; the highest evaluation of training stands last and is marked as no result."""
-    rows, statistics = [], statistics_of(groups)
-    for group in groups:
-        for key in [(actor, mode) for actor in range(group.actors) for mode in MODES]:
-            scores, best = group.scores(*key), group.mean(lambda result, key=key: result.best[key][0])
-            cells = (group.name, group.run.label, *map(str, key))
-            cells += (*(_statistic([scores], what) for what in statistics.values()), str(len(scores)))
-            rows.append((*cells, _episodes([group], key[0]), _figure(best)))
-    header = ("dataset", "w2_weights", "actor", "mode", *statistics, "seeds", "episodes", BEST)
-    return Table(header, rows, 4, soft=1)
-
-
-def unfinished_table(runs: list[ComparedRun]) -> Table:
-    """Runs without a result, and why; those of one dataset and reason in a row."""
-    found: dict[tuple[str, str], list[ComparedRun]] = {}
-    for run in runs:
-        if not run.finished:
-            found.setdefault((run.dataset, run.note or "not started"), []).append(run)
+def suite_rows(name: str, weights: str, members: list[Chain], columns: int) -> list[list[str]]:
+    """Mean and interquartile mean over the datasets of a suite, with stratified bootstrap intervals over seeds."""
     rows = []
-    for (dataset, note), members in found.items():
-        first = f"w2 {members[0].label} seed {members[0].seed}"
-        rows.append((dataset, first if len(members) == 1 else f"{len(members)} runs", note))
-    return Table(("dataset", "runs", "state"), rows, 3)
+    data, several = np.mean([chain.data_score for chain in members]), len(members[0].rows) > 1
+    for title, statistic in ((name, mean), (f"{name}, IQM", iqm)):
+        cells = [title, weights, f"{data:.1f}" if statistic is mean else ""]
+        for actor in range(members[0].actors):
+            strata = [chain.scores(actor) for chain in members]
+            ends = "[{:.1f}, {:.1f}]".format(*bootstrap_interval(strata, statistic)) if several else "*"
+            cells.append(f"{statistic(np.concatenate(strata)):.1f} {ends}")
+        rows.append(cells + [""] * (columns - len(cells)))
+    return rows
+
+
+def scores_grid(table: Table, scores: Scores, chains: list[Chain]) -> tuple[Grid, Grid]:
+    """Every chain's actors beside each other, then the suites; the same with published scores, if data is official."""
+    grid = make_grid(table, cells_of(table, matching(table, scores)), scores.missing(table.runs))
+    by_label = {chain.label: [chain] for chain in chains}
+    members = [by_label.get(tuple(row[:2]), []) for row in grid.rows]
+    for row, found in zip(grid.rows, members, strict=True):
+        row[0] = found[0].dataset if found else row[0]
+    for suite in suites(chains):
+        grid.rows += suite_rows(*suite, len(grid.header))
+        members += [suite[-1], []]
+    if not any(chain.official for chain in chains):
+        return grid, grid
+    rows = [row + published_cells(found) for row, found in zip(grid.rows, members, strict=True)]
+    return grid, Grid(grid.header + published()[0], rows, 2)
+
+
+def unfinished_grid(runs: list[Run], scores: Scores, states: dict[Run, str]) -> Grid:
+    """Runs without a result, and why; those of one dataset and reason in a row."""
+    found: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        if not scores.of(run):
+            found.setdefault((run.dataset, states[run]), []).append(run)
+    rows = []
+    for (dataset, state), members in found.items():
+        first = f"{members[0].method} seed {members[0].seed}"
+        rows.append([dataset, first if len(members) == 1 else f"{len(members)} runs", state])
+    return Grid(["dataset", "runs", "state"], rows, 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Diagnostics of the chain
+# What each step of the chain did
 # ----------------------------------------------------------------------------------------------------------------
 
 
@@ -224,46 +189,42 @@ def last_tenth(values: list[float]) -> float:
     return float(np.mean(tail)) if tail else math.nan
 
 
-def last_value(result: Result, actor: int, name: str) -> float:
-    """A diagnostic at the end of training, nan where it was not logged."""
-    return last_tenth(result.metrics.get(f"chain/actor_{actor}/{name}", []))
-
-
 def verdict(actor: int, distance: float, floor: float, gains: np.ndarray) -> str:
     """Whether a step of the chain moved, and whether the score says that this helped.
 
     gains: [seeds], this actor's score less that of the one before it (of the data, for actor 0), same seed, same
-    episodes.
+    episodes. Equal gains say that scores move in steps, as antmaze's do, not that nothing varies.
     """
     if actor > 0 and distance < max(2 * floor, MIN_DISTANCE):
         return "did not move"
     if len(gains) < LEAST_SEEDS:
         return "moved; too few seeds to say more"
-    low, high = paired_interval(gains)
-    return "moved and helped" if low > 0 else "moved and hurt" if high < 0 else "moved, no clear gain"
+    if np.ptp(gains) == 0 or abs(gains.mean()) <= t_half_width(gains):
+        return "moved, no clear gain"
+    return "moved and helped" if gains.mean() > 0 else "moved and hurt"
 
 
-def diagnostics_table(groups: list[Group]) -> Table:
+def steps_grid(chains: list[Chain]) -> Grid:
     """What each step of each chain did at the end of training, means over seeds."""
     rows = []
-    for group in groups:
-        for actor in range(group.actors):
+    for chain in chains:
+        for actor in range(chain.actors):
 
-            def at_end(name: str, actor: int = actor, group: Group = group) -> float:
-                return float(np.mean([last_value(result, actor, name) for result in group.results]))
+            def at_end(name: str, form: str, actor: int = actor, chain: Chain = chain) -> str:
+                """A diagnostic, or a dash where it was not logged."""
+                values = [last_tenth(metrics.get(f"chain/actor_{actor}/{name}", [])) for metrics in chain.metrics]
+                return f"{np.mean(values):{form}}" if np.isfinite(values).all() else UNKNOWN
 
-            own = np.array([result.summary["data_score"] for result in group.results])
-            gains = group.scores(actor) - (group.scores(actor - 1) if actor else own)
-            distance, floor, blur = at_end("distance"), at_end("floor"), at_end("blur_to_spread")
-            cells = (group.name, group.run.label, f"{actor}", verdict(actor, distance, floor, gains))
-            cells += (_with_ends(gains.mean(), paired_interval(gains), "+.1f"),)
-            cells += (_figure(at_end("energy_before"), 3), _figure(at_end("energy"), 3))
-            cells += (_figure(100 * at_end("energy_fell"), 0), f"{distance:.2g}", f"{floor:.2g}" if actor else "–")
-            cells += (f"{at_end('q'):.4g}", f"{at_end('spread'):.2g}")
-            rows.append((*cells, "–" if not math.isfinite(blur) else f"{blur:.2g}{' ⚠' if blur > 1 else ''}"))
-    header = ("dataset", "w2_weights", "actor", "step", "score gained [95%]", "energy before", "energy after")
-    header += ("fell, % of rows", "distance", "its floor", "Q", "spread", "blur / spread")
-    return Table(header, rows, 4)
+            gains = chain.scores(actor) - (chain.scores(actor - 1) if actor else chain.data_score)
+            distance, floor, blur = (at_end(name, ".2g") for name in ("distance", "floor", "blur_to_spread"))
+            moved = [math.nan if text == UNKNOWN else float(text) for text in (distance, floor)]
+            cells = [chain.dataset, chain.label[1], f"{actor}", verdict(actor, *moved, gains)]
+            cells += [cell_text(gains, len(gains), sign="+")]
+            cells += [at_end("energy_before", ".3f"), at_end("energy", ".3f"), at_end("energy_fell", ".0%")]
+            cells += [distance, floor if actor else UNKNOWN, at_end("q", ".4g"), at_end("spread", ".2g")]
+            rows.append([*cells, f"{blur} ⚠" if blur != UNKNOWN and float(blur) > 1 else blur])
+    header = ["dataset", "chain", "actor", "step", "score gained", "energy before", "energy after", "fell in rows"]
+    return Grid([*header, "distance", "its floor", "Q", "spread", "blur / spread"], rows, 4)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -273,9 +234,8 @@ def diagnostics_table(groups: list[Group]) -> Table:
 STYLE = """
 body { margin: 0 auto; padding: 16px; max-width: 1240px; background: #fff; color: #1d2329;
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2em; } p, ul { max-width: 75ch; }
-.soft { color: #5b6670; }
-.scroll { overflow-x: auto; margin: 0.8em 0; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2em; } p { max-width: 75ch; color: #5b6670; }
+.scroll { overflow-x: auto; margin: 0.8em 0; } img { max-width: 100%; min-width: 900px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.75rem; overflow-wrap: normal; }
 th, td { padding: 4px; border-bottom: 1px solid #dde2e6; text-align: left; vertical-align: bottom; }
 th, td { white-space: nowrap; } .n { text-align: right; } th { color: #5b6670; }
@@ -284,20 +244,11 @@ th, td { white-space: nowrap; } .n { text-align: right; } th { color: #5b6670; }
 """
 
 NOTES = (
-    "Scores are D4RL's: 0 is a random policy, 100 its expert. Each run's last checkpoint counts, acting with z = 0 "
-    "unless a row says stochastic. A run's score is the mean over its final episodes.",
-    "Square brackets hold 95% of 10,000 bootstrap draws of seeds, each dataset drawn by itself. Of three seeds they "
-    "reach from the lowest score to the highest, which is too narrow. Round brackets are the range of two seeds. One "
-    "seed has none. IQM, shown from four seeds on, is the mean without the lowest and highest quarter.",
-    "“Best” is the number of the actor with the highest mean, “data” the mean score of the dataset's own episodes, "
-    "“minutes” the wall time of one run. Scores of other methods are published ones for D4RL's official files.",
-    "A name before the weights says whose critics and losses the chain has (docs/pogo_multi.md). POGO's own chain "
-    "differs from the paper's in its defaults: an actor takes over the change of the one before it (follow), the "
-    "actors' learning rate falls to 0 (lr_decay), and Q is divided by its size (q_normalization batch).",
-)
-NO_RESULT = (
-    "The last column is the highest of many evaluations in training, chosen after the fact: it is no result. The "
-    "scores to quote are the others, of the last checkpoint."
+    "Scores are D4RL's: 0 is a random policy, 100 its expert; results.csv has those with noise too. A chain is named "
+    "by the algorithm whose critics and losses it has (docs/pogo_multi.md) and by its w2_weights, one for each actor. "
+    "Rows over several datasets: square brackets hold 95% of 10,000 bootstrap draws of seeds, each dataset drawn by "
+    "itself, too narrow for three seeds or fewer; IQM is the mean without the lowest and highest quarter. Other "
+    "methods' scores are published ones, for D4RL's official files."
 )
 HOW_TO_READ = (
     "At the end of training, the last tenth of the rows of metrics.csv, means over seeds. A step moved if its distance "
@@ -307,79 +258,84 @@ HOW_TO_READ = (
     "the step; before: had the actor stayed where the chain stood. ⚠ marks a blur larger than the spread of the "
     "samples: the distance then understates how far apart two actors are, and hardly holds the later one back."
 )
-CURVES = (
-    "Means over seeds; bands are 95% bootstrap intervals, of two seeds their range. Dashed: the data's own episodes. "
-    "Energy above 0 was won by the step; actor 0's is from the data itself, below whose energy a narrower policy does "
-    "not get."
-)
+CURVES = "A line a seed. Dashed: the data's own episodes. Energy above 0 was saved by the step."
 
 
-def sections_of(runs: list[ComparedRun], groups: list[Group]) -> list[tuple[str, Table, tuple[str, ...]]]:
-    """Title, table and notes of each part of a report."""
-    unfinished = unfinished_table(runs)
-    found = [("Failed and unfinished runs", unfinished, ())] if unfinished.rows else []
-    if groups:
-        found.insert(0, ("The last actor of each chain", last_actor_table(groups), NOTES))
-        found.append(("Actor by actor", actor_table(groups), (NO_RESULT,)))
-        found.append(("What each step of the chain did", diagnostics_table(groups), (HOW_TO_READ,)))
+def csv_rows(rows: list[Row]) -> list[Row]:
+    """Rows of results.csv: one a run, actor and mode."""
+    found = []
+    for row in rows:
+        algorithm, _, weights = row["method"].partition(" ")
+        official = str(is_official(row["dataset"], int(row["rows"])) is True)
+        own = row | {"algorithm": algorithm, "w2_weights": weights, "official_data": official}
+        found.append({name: own[name] for name in CSV_COLUMNS})
     return found
 
 
-def page(runs: list[ComparedRun], groups: list[Group], source: str, charts: dict[tuple, str]) -> str:
-    """report.html: self-contained, without scripts. Charts that are in `charts` are not drawn anew."""
-    steps = sorted({result.summary["steps"] for group in groups for result in group.results})
-    metadata = f"{sum(run.finished for run in runs)} of {len(runs)} runs finished"
-    metadata += f", {' and '.join(f'{count:,}' for count in steps)} updates each" if steps else ""
-    metadata += f"; seeds {', '.join(map(str, sorted({run.seed for run in runs})))}"
-    parts = [
-        f"<h1>Comparison: {html.escape(source)}</h1>"
-        f"<p class='soft'>{metadata}. Written {datetime.datetime.now():%Y-%m-%d %H:%M}.</p>"
+def terminal_text(grid: Grid, words: str, unfinished: Grid) -> str:
+    """What the command prints: the scores, and the runs without a result with their whole reasons."""
+    lines = [
+        textwrap.fill(f"{d}, {runs}: {state}", WIDTH, subsequent_indent="  ") for d, runs, state in unfinished.rows
     ]
-    parts += [] if groups else ["No run is finished yet."]
-    for title, table, words in sections_of(runs, groups):
-        listed = "".join(f"<li>{html.escape(note)}</li>" for note in words)
-        parts.append(f"<h2>{title}</h2>{table.html()}<ul class='soft'>{listed}</ul>")
-    parts += [f"<h2>Curves</h2><p class='soft'>{CURVES}</p>"] if groups else []
-    for dataset in dict.fromkeys(group.run.dataset for group in groups):
-        own = [group for group in groups if group.run.dataset == dataset]
-        key = tuple(result.run.run_dir for group in own for result in group.results)
-        charts[key] = charts.get(key) or dataset_chart(own)
-        parts.append(f'<h3>{html.escape(own[0].name)}</h3><div class="scroll">{charts[key]}</div>')
-    body = "\n".join(parts)
+    more = [f"and {len(lines) - SHOWN} more kinds"] if len(lines) > SHOWN else []
+    lines = ["", "Without a result:", "", *lines[:SHOWN], *more] if lines else []
+    return "\n".join([grid.text(), "", textwrap.fill(words, WIDTH), *lines])
+
+
+def page(title: str, parts: list[tuple[str, str, str]]) -> str:
+    """report.html: self-contained, without scripts; parts are heading, HTML and a note."""
+    body = "\n".join(f"<h2>{head}</h2>{text}<p>{html.escape(note)}</p>" for head, text, note in parts)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>Comparison of chains</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f"<title>Comparison of chains</title><style>{STYLE}</style></head>\n<body>\n"
+        f"<h1>{html.escape(title)}</h1><p>Written {datetime.datetime.now():%Y-%m-%d %H:%M}.</p>\n{body}\n"
+        "</body></html>\n"
     )
 
 
-def terminal_text(runs: list[ComparedRun], groups: list[Group]) -> str:
-    """What the command prints: the last actors, and the runs without a result with their whole reasons."""
-    words = "No run is finished yet."
-    if groups:
-        shown = ("dataset", "w2_weights", "seeds", "data", list(statistics_of(groups))[-1], "best")
-        words = last_actor_table(groups).pick(shown).text()
-        words += "\n\nScores of the last actor; best: the actor with the highest mean."
-        words += " Round brackets: the range of two seeds." * any(len(group.results) == 2 for group in groups)
-    rows = unfinished_table(runs).rows
-    lines = [textwrap.fill(f"{d}, {count}: {state}", COLUMNS, subsequent_indent="  ") for d, count, state in rows]
-    if lines:
-        more = [f"and {len(lines) - SHOWN} more kinds"] if len(lines) > SHOWN else []
-        words += "\n\n" + "\n".join(["Without a result:", "", *lines[:SHOWN], *more])
-    return words
+def chart(chains: list[Chain], charts: dict[tuple, str]) -> str:
+    """One dataset's chart, drawn anew where runs have been added."""
+    key = tuple((chain.label, len(chain.metrics)) for chain in chains)
+    if key not in charts:
+        found = [(chain.label[1], chain.metrics, chain.actors, chain.data_score) for chain in chains]
+        picture = base64.b64encode(chart_png(chains[0].dataset, found)).decode()
+        charts[key] = f'<img alt="curves" src="data:image/png;base64,{picture}">'
+    return f'<div class="scroll">{charts[key]}</div>'
 
 
-def write_report(runs: list[ComparedRun], output: Path, source: str, charts: dict[tuple, str] | None = None) -> str:
+def write_report(
+    table: Table, rows: list[Row], states: dict[Run, str], output: Path, charts: dict[tuple, str] | None = None
+) -> str:
     """Write results.csv, results.md and report.html; returns a summary for the terminal.
 
-    `source` names the comparison; `charts` keeps what was drawn for the next call. Raises OSError that names a file
-    that cannot be written.
+    Args:
+        table: the comparison's runs.
+        rows: of those that are finished.
+        states: why the others are not.
+        output: folder of the files.
+        charts: keeps what was drawn for the next call.
+
+    Raises UserError where runs of one dataset saw different data, OSError that names a file that cannot be written.
     """
-    groups = collect(runs)
-    parts = [f"# Comparison: {source}"]
-    for title, table, words in sections_of(runs, groups):
-        parts += [f"## {title}", table.markdown(), *(["\n".join(f"- {note}" for note in words)] if words else [])]
-    write_text_atomic(output / "results.csv", csv_text(groups))
-    write_text_atomic(output / "results.md", "\n\n".join(parts) + "\n")
-    write_text_atomic(output / "report.html", page(runs, groups, source, {} if charts is None else charts))
-    return terminal_text(runs, groups)
+    scores = Scores([rows])
+    chains, unfinished = collect(table.runs, scores), unfinished_grid(table.runs, scores, states)
+    short, wide = scores_grid(table, scores, chains)
+    words = caption(table, matching(table, scores))
+    parts = [("The actors of each chain", f"{words} {NOTES}", wide)]
+    parts += [("Runs without a result", "", unfinished)] if unfinished.rows else []
+    parts += [("What each step of the chain did", HOW_TO_READ, steps_grid(chains))] if chains else []
+    shown = [(head, grid.html(), note) for head, note, grid in parts]
+    for dataset in dict.fromkeys(chain.label[0] for chain in chains):
+        own = [chain for chain in chains if chain.label[0] == dataset]
+        shown.append(
+            (f"Curves of {html.escape(own[0].dataset)}", chart(own, charts if charts is not None else {}), CURVES)
+        )
+    write_csv(output / "results.csv", CSV_COLUMNS, csv_rows(rows))
+    title, texts = (
+        f"Comparison: {table.path.name}",
+        [f"## {head}\n\n{grid.markdown()}\n\n{note}" for head, note, grid in parts],
+    )
+    write_text_atomic(output / "results.md", "\n\n".join([f"# {title}", *texts]) + "\n")
+    write_text_atomic(output / "report.html", page(title, shown))
+    return terminal_text(short, words, unfinished)

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,17 @@ def append_csv(path: Path, rows: list[Row]) -> bool:
         present = read_csv(path)
         if any(_identity(row) == _identity(rows[0]) for row in present):
             return False
-        file = io.StringIO()
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(present + rows)
-        write_text_atomic(path, file.getvalue())
+        write_csv(path, COLUMNS, present + rows)
         return True
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: list[Row]) -> None:
+    """Replace a file, whole or not at all."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text_atomic(path, file.getvalue())
 
 
 def _identity(row: Row) -> tuple[str, str]:
@@ -94,6 +99,10 @@ class Scores:
         if run.text not in self.commands:  # its settings take a moment
             return []
         return self.found.get((run.text, settings_digest(run))) or self.found.get((run.text, ""), [])
+
+    def missing(self, runs: list[Run]) -> set[str]:
+        """The commands of those without rows."""
+        return {run.text for run in runs if not self.of(run)}
 
 
 # -- a finished run --------------------------------------------------------------------------------------------------
@@ -125,7 +134,7 @@ def rows_of(run: Run, log_dir: str | Path, dataset_dir: str | None) -> list[Row]
         "system": run.system,
         "method": run.method,
         "dataset": run.dataset,
-        "rows": count,
+        "rows": count or summary.get("transitions", ""),
         "data_sha256": digest,
         "seed": run.seed,
         "seconds": "" if seconds is None else round(seconds),

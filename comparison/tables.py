@@ -10,15 +10,17 @@ other settings never mix with them.
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from comparison.registry import Run, Table, check_keys, fill, read_table
 from comparison.rows import COLUMNS, Row, Scores, read_csv
-from comparison.statistics import t_half_width
+from comparison.statistics import cell_text
 from utils import UserError, write_text_atomic
 
 MARKED = re.compile(r"^(<!-- table: (\S+) -->\n)(.*?)^(<!-- /table -->)$", re.DOTALL | re.MULTILINE)
@@ -26,29 +28,51 @@ MISSING = "-"  # a cell that a run will fill
 Key = tuple[tuple[str, ...], str]  # labels of a row, name of a column
 
 
-def cell_text(scores: Iterable[float], planned: int, digits: int = 1) -> str:
-    """Mean and 95% t-interval of scores [seeds]; of two seeds their range, of one its score with a star.
+@dataclass
+class Grid:
+    """Cells of text under a header, written in three ways."""
 
-    The number of seeds is added where more were planned.
-    """
-    found = list(scores)
-    n, mean = len(found), math.fsum(found) / len(found)
-    if n == 1:
-        return f"{mean:.{digits}f} *"
-    if n == 2:
-        return f"{mean:.{digits}f} ({min(found):.{digits}f} to {max(found):.{digits}f})"
-    return f"{mean:.{digits}f} ± {t_half_width(found):.{digits}f}" + (
-        f" ({n} of {planned} seeds)" if n < planned else ""
-    )
+    header: list[str]
+    rows: list[list[str]]
+    words: int  # leading columns that hold words rather than figures
+
+    def markdown(self) -> str:
+        """As README and docs have it."""
+        rule = "|" + "---|" * self.words + "---:|" * (len(self.header) - self.words)
+        header, *rows = (
+            f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in [self.header, *self.rows]
+        )
+        return "\n".join([header, rule, *rows])
+
+    def text(self) -> str:
+        """Aligned columns for a terminal."""
+        lines = [self.header, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(f"{cell:{'<' if n < self.words else '>'}{widths[n]}}" for n, cell in enumerate(line)).rstrip()
+            for line in lines
+        )
+
+    def html(self) -> str:
+        """A table that scrolls where the window is narrow; one of sentences alone breaks its lines instead."""
+
+        def row(cells: list[str], tag: str) -> str:
+            kinds = ["w"] * self.words + ["n"] * (len(cells) - self.words)
+            words = [f'<{tag} class="{k}">{html.escape(c)}</{tag}>' for k, c in zip(kinds, cells, strict=True)]
+            return f"<tr>{''.join(words)}</tr>"
+
+        kind = "scroll words" if self.words == len(self.header) else "scroll"
+        body = "\n".join([row(self.header, "th"), *(row(cells, "td") for cells in self.rows)])
+        return f'<div class="{kind}"><table>{body}</table></div>'
 
 
 def matching(table: Table, scores: Scores) -> list[tuple[Run, Row]]:
     """Rows of the table's present runs that pass its `where`. Raises UserError where their data or precision differ."""
     found = [(run, row) for run in table.runs for row in scores.of(run)]
-    for name in ("data_sha256", "precision"):
+    for name in ("data_sha256", "rows", "precision"):
         kinds: dict[str, set[str]] = {}
         for run, row in found:
-            group = row["dataset"] if name == "data_sha256" else " ".join(run.row)
+            group = " ".join(run.row) if name == "precision" else row["dataset"]
             kinds.setdefault(group, set()).update({row[name]} - {""})
         for key, values in kinds.items():
             if len(values) > 1:
@@ -80,21 +104,18 @@ def data_text(rows: Iterable[Row], digits: int) -> str:
     return " / ".join(sorted(texts))
 
 
-def body_lines(table: Table, cells: dict[Key, dict[int, Row]], missing: set[str]) -> list[str]:
-    """The Markdown table."""
+def make_grid(table: Table, cells: dict[Key, dict[int, Row]], missing: set[str]) -> Grid:
+    """The table, a row for each of its labels. `missing` are the commands of runs that have no scores yet."""
     layout, digits = table.layout, table.layout.get("digits", 1)
     header, columns = [str(name) for name in layout.get("header", ["method"])], layout["columns"]
     more = ["the data"] if layout.get("data_column") else []
-    lines = ["| " + " | ".join([*header, *more, *columns]) + " |"]
-    lines.append("|" + "---|" * len(header) + "---:|" * len(more + columns))
+    rows = []
     if layout.get("data_row"):
         own = [
             data_text([r for (_, name), s in cells.items() if name == c for r in s.values()], digits) for c in columns
         ]
         blank = [""] * (len(header) - 1)
-        lines.append(
-            "| " + " | ".join(["the data", *blank, *(text or (MISSING if missing else "") for text in own)]) + " |"
-        )
+        rows.append(["the data", *blank, *(text or (MISSING if missing else "") for text in own)])
     for label in dict.fromkeys(run.row for run in table.runs):
         runs = [run for run in table.runs if run.row == label]
         empty = MISSING if any(run.text in missing for run in runs) else ""
@@ -107,8 +128,8 @@ def body_lines(table: Table, cells: dict[Key, dict[int, Row]], missing: set[str]
                 deviations = [float(row["std"]) for row in seeds.values()]
                 text += f" [{math.fsum(deviations) / len(deviations):.{digits}f}]"
             texts.append(text)
-        lines.append("| " + " | ".join([*label, *texts]) + " |")
-    return lines
+        rows.append([*label, *texts])
+    return Grid([*header, *more, *columns], rows, len(header))
 
 
 def caption(table: Table, found: list[tuple[Run, Row]]) -> str:
@@ -131,16 +152,15 @@ def render(table: Table, scores: Scores) -> str:
     """The text between the markers, line break included. Raises UserError as `matching` and `cells_of` do."""
     if not isinstance(table.layout.get("columns"), list):
         raise UserError(f"{table.path}: layout.columns must be a list of the table's columns")
-    found = matching(table, scores)
-    missing = {run.text for run in table.runs if not scores.of(run)}
-    lines = [caption(table, found), "", *body_lines(table, cells_of(table, found), missing)]
+    found, missing = matching(table, scores), scores.missing(table.runs)
+    text = f"{caption(table, found)}\n\n{make_grid(table, cells_of(table, found), missing).markdown()}\n"
     if missing:
-        command = f"python run_comparison.py --config results/{table.path.name} --jobs 2"
-        lines += [
-            "",
-            f"{len(table.runs) - len(missing)} of {len(table.runs)} runs are there; `{command}` adds the rest.",
-        ]
-    return "\n".join(lines) + "\n"
+        there, command = (
+            len(table.runs) - len(missing),
+            f"run_comparison.py --config results/{table.path.name} --jobs 2",
+        )
+        text += f"\n{there} of {len(table.runs)} runs are there; `python {command}` adds the rest.\n"
+    return text
 
 
 def page_texts(root: Path) -> dict[Path, str]:

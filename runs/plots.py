@@ -14,18 +14,20 @@ import numpy as np
 from utils import write_bytes_atomic
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Metrics = dict[str, list[float]]  # columns of metrics.csv, nan where a row has no value (`runs.metrics.read_metrics`)
+FEW = 20  # values of a curve up to which each has a dot: of one alone a line shows nothing
 
 
 @dataclass
 class Panel:
-    """Curves over the rows of a metrics.csv, each with its matplotlib style, and horizontal lines."""
+    """Curves, each a column of a run's metrics with its matplotlib style, and horizontal lines."""
 
     title: str
     ylabel: str
-    curves: Sequence[tuple[Sequence[float], dict]]
+    curves: Sequence[tuple[Metrics, str, dict]]
     levels: Sequence[tuple[float, dict]] = ()
     log: bool = False
     ylim: tuple[float, float] | None = None
@@ -40,37 +42,54 @@ def _new_figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def _png(figure: Figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
-    write_bytes_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def _plot_panels(
-    path: str | Path, title: str, panels: Sequence[Panel], x: Sequence[float], xlabel: str, columns: int = 4
-) -> None:
-    """A picture of panels, at most so many in a row, over the same x."""
-    columns, x = min(columns, len(panels)), np.asarray(x, dtype=float)
+def _save(figure: Figure, path: str | Path) -> None:
+    write_bytes_atomic(path, _png(figure))
+
+
+def _draw(axis: Axes, panel: Panel, x: str) -> None:
+    """Curves, with a dot at each value where there are few; a value that has no place on the axis is left out."""
+    axis.set_yscale("log" if panel.log else "linear")
+    for metrics, column, style in panel.curves:
+        values = np.asarray(metrics.get(column, []), dtype=float)
+        known = np.isfinite(values) & ((values > 0) | (not panel.log))
+        if np.any(known):
+            dots = {"marker": "."} if known.sum() <= FEW else {}
+            axis.plot(np.asarray(metrics[x])[known], values[known], **dots | style)
+    for level, style in panel.levels:
+        axis.axhline(level, linewidth=1, **style)
+    axis.set(title=panel.title, ylabel=panel.ylabel)
+    if panel.ylim is not None:
+        axis.set_ylim(panel.ylim)
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)
+
+
+def panels_figure(title: str, panels: Sequence[Panel], x: str, xlabel: str, columns: int) -> Figure:
+    """A figure of panels, at most so many in a row, over a column of the metrics."""
+    columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = _new_figure(min(14, 4.4 * columns), 3.2 * rows, title)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[len(panels) :]:
         axis.axis("off")
     for axis, panel in zip(axes, panels, strict=False):
-        for values, style in panel.curves:
-            known = np.isfinite(values)
-            if np.any(known):
-                axis.plot(x[known], np.asarray(values)[known], **style)
-        for level, style in panel.levels:
-            axis.axhline(level, linewidth=1, **style)
-        axis.set(title=panel.title, ylabel=panel.ylabel, xlabel=f"{xlabel}{panel.note}")
-        axis.set(yscale="log" if panel.log else "linear", ylim=panel.ylim)
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-    _save(figure, path)
+        _draw(axis, panel, x)
+        axis.set_xlabel(f"{xlabel}{panel.note}")
+    return figure
+
+
+def _plot_panels(path: str | Path, title: str, panels: Sequence[Panel], columns: int = 4) -> None:
+    """A picture of panels over updates."""
+    _save(panels_figure(title, panels, "step", "update", columns), path)
 
 
 LOSS_NAMES = {  # column of metrics.csv -> name of the loss
@@ -95,9 +114,10 @@ def plot_training_curves(metrics: Metrics, path: str | Path, title: str) -> None
         path: the PNG to write.
         title: the dataset id and seed; it stands on the picture, so that it cannot be taken for another's.
     """
+    metrics = metrics | {"code_std_100": [100 * value for value in metrics.get("code_std", [])]}
 
-    def curve(column: str, label: str, colour: str, **style) -> tuple[Sequence[float], dict]:
-        return metrics.get(column, []), {"label": label, "color": f"tab:{colour}"} | style
+    def curve(column: str, label: str, colour: str, **style) -> tuple[Metrics, str, dict]:
+        return metrics, column, {"label": label, "color": f"tab:{colour}"} | style
 
     panels = [
         Panel(
@@ -111,11 +131,10 @@ def plot_training_curves(metrics: Metrics, path: str | Path, title: str) -> None
     spearman = [curve("value_distance_spearman", "all pairs", "green", marker=".")]
     spearman += [curve("value_distance_spearman_far", "far half", "olive", marker=".")]
     panels.append(Panel("V with -distance", "Spearman's correlation", spearman, ylim=(-0.1, 1.02)))
-    deviation = 100 * np.asarray(metrics.get("code_std", []))
     codes = [curve("code_rank", "effective rank", "red", marker=".")]
-    codes += [(deviation, {"label": "100 x std", "color": "tab:purple", "marker": "."})]
+    codes += [curve("code_std_100", "100 x std", "purple", marker=".")]
     panels.append(Panel("Codes", "effective rank, 100 x std", codes))
-    _plot_panels(path, title, panels, metrics["step"], "update")
+    _plot_panels(path, title, panels)
 
 
 def _binned(xy: np.ndarray, values: np.ndarray, extent: tuple, size: float) -> np.ndarray:
@@ -202,16 +221,17 @@ def plot_online_curves(metrics: Metrics, path: str | Path, title: str) -> None:
     """
     panels = []
     for column, names in ONLINE_CURVES.items():
-        values = metrics.get(column, [])
-        acting = (values, {"color": "tab:blue", "marker": ".", "label": "acting, with exploration"})
+        acting = {"color": "tab:blue", "marker": "."}
         if column == "success_rate":
-            style = {"color": "tab:green", "marker": "o", "label": "evaluation, five tasks"}
-            curves = [acting, (metrics.get("eval/success_rate", []), style)]
+            acting |= {"label": "acting, with exploration"}
+            evaluated = {"color": "tab:green", "marker": "o", "label": "evaluation, five tasks"}
+            curves = [(metrics, column, acting), (metrics, "eval/success_rate", evaluated)]
             panels.append(Panel(*names, curves, ylim=(-0.02, 1.4)))  # the legend has its room above 1
-        elif np.isfinite(values).any():  # without episodes of its own, half of the curves have no point
-            del acting[1]["label"]
-            panels.append(Panel(*names, [acting]))
-    _plot_panels(path, title, panels, metrics["env_steps"], "environment steps")
+        elif np.isfinite(
+            metrics.get(column, [])
+        ).any():  # without episodes of its own, half of the curves have no point
+            panels.append(Panel(*names, [(metrics, column, acting)]))
+    _save(panels_figure(title, panels, "env_steps", "environment steps", 4), path)
 
 
 def plot_paths(maze, panels: list[dict], path: str | Path, title: str) -> None:
@@ -236,40 +256,41 @@ def plot_paths(maze, panels: list[dict], path: str | Path, title: str) -> None:
     _save(figure, path)
 
 
-def plot_chain_curves(metrics: Metrics, path: str | Path, title: str, actors: int, data_score: float) -> None:
-    """A chain's scores and diagnostics against updates, one colour an actor.
+def chain_panels(runs: Sequence[Metrics], actors: int, data_score: float) -> list[Panel]:
+    """Scores and diagnostics of a chain against updates, one colour an actor and a line a run.
 
     Args:
-        metrics, path, title: as in `plot_training_curves`.
+        runs: metrics of runs that differ in their seeds.
         actors: how many the chain has.
         data_score: mean score of the dataset's own episodes, a dashed line.
     """
 
-    def curves(column: str, first: int = 0, words: str = "", line: str = "-", **style) -> list[tuple[list, dict]]:
-        """A column's curve of every actor from `first` on; words stand behind the actor in the legend."""
-        return [
-            (
-                metrics.get(column.format(number), []),
-                {"color": f"C{number % 10}", "linestyle": line, "label": f"actor {number}{words}"} | style,
-            )
-            for number in range(first, actors)
-        ]
+    def curves(column: str, first: int = 0, words: str = "", line: str = "-", **style) -> list[tuple]:
+        """A column's curves of every actor from `first` on; words stand behind the actor in the legend."""
+        found = []
+        for actor in range(first, actors):
+            look = {"color": f"C{actor % 10}", "linestyle": line, "linewidth": 1 if len(runs) > 1 else 1.5} | style
+            labels = [{"label": f"actor {actor}{words}"}] + [{}] * (len(runs) - 1)
+            own = zip(runs, labels, strict=True)
+            found += [(metrics, column.format(actor), look | label) for metrics, label in own]
+        return found
 
+    runs = [metrics | _energy_saved(metrics, actors) for metrics in runs]
     scores = curves("eval/actor_{}/deterministic/score", words=", deterministic", marker=".")
-    scores += curves("eval/actor_{}/stochastic/score", words=", stochastic", line=":", marker=".")
+    if len(runs) == 1:
+        scores += curves("eval/actor_{}/stochastic/score", words=", stochastic", line=":", marker=".")
     data = {"color": "black", "linestyle": "--", "label": "the data's episodes"}
     distances = curves("chain/actor_{}/distance")
     distances += curves("chain/actor_{}/floor", 1, ", floor", ":")  # the data has none
-    zero = [(0.0, {"color": "black"})]
-    if "chain/actor_0/energy" in metrics:  # of pogo_main.py's chains
-        before, after = curves("chain/actor_{}/energy_before"), curves("chain/actor_{}/energy")
-        saved = [(np.subtract(b, a), style) for (b, _), (a, style) in zip(before, after, strict=True)]
-        note = "\nactor 0's step is from the data itself,\nbelow whose energy a narrower policy does not get"
+    first = min(actors - 1, 1)  # a step from the data is of another size, and would flatten the others
+    zero, note = [(0.0, {"color": "black"})], "\nactor 0's step is from the data: left out" * first
+    if "chain/actor_0/energy" in runs[0]:  # of pogo_main.py's chains
+        saved = curves("chain/actor_{}/energy_saved", first)
         step = Panel("Energy saved by the step", "energy (above 0: it pays)", saved, zero, note=note)
     else:
-        step = Panel("Q gained by the step", "Q", curves("chain/actor_{}/q_gain"), zero)
-    critics = [(metrics.get("critic_loss", []), {"color": "black", "label": "all critics"})]
-    panels = [
+        step = Panel("Q gained by the step", "Q", curves("chain/actor_{}/q_gain", first), zero, note=note)
+    critics = [(metrics, "critic_loss", {"color": "black"}) for metrics in runs]
+    return [
         Panel("Score", "D4RL score", scores, [(data_score, data)]),
         Panel("Q of each actor", "Q", curves("chain/actor_{}/q")),
         Panel("Distance to the one before", "distance", distances, log=True),
@@ -277,7 +298,38 @@ def plot_chain_curves(metrics: Metrics, path: str | Path, title: str, actors: in
         Panel("Spread of samples", "standard deviation", curves("chain/actor_{}/spread")),
         Panel("Critics", "loss", critics, log=True),
     ]
-    _plot_panels(path, title, panels, metrics["step"], "update", columns=3)
+
+
+def _energy_saved(metrics: Metrics, actors: int) -> Metrics:
+    """What each step of a chain saves of its energy, where that is logged."""
+    columns = {
+        actor: [f"chain/actor_{actor}/{name}" for name in ("energy_before", "energy")] for actor in range(actors)
+    }
+    return {
+        f"chain/actor_{actor}/energy_saved": list(np.subtract(metrics[before], metrics[after]))
+        for actor, (before, after) in columns.items()
+        if before in metrics
+    }
+
+
+def plot_chain_curves(metrics: Metrics, path: str | Path, title: str, actors: int, data_score: float) -> None:
+    """A chain's scores and diagnostics.
+
+    Args:
+        metrics, path, title: as in `plot_training_curves`.
+        actors, data_score: as in `chain_panels`.
+    """
+    _plot_panels(path, title, chain_panels([metrics], actors, data_score), columns=3)
+
+
+def chart_png(title: str, chains: Sequence[tuple[str, Sequence[Metrics], int, float]]) -> bytes:
+    """A row of panels for each chain: its name, metrics of its runs, actors and score of the data."""
+    panels = []
+    for name, *chain in chains:
+        own = chain_panels(*chain)[:5]
+        own[0].title = f"{name}: {own[0].title}"
+        panels += own
+    return _png(panels_figure(title, panels, "step", "update", 5))
 
 
 def plot_study_curves(metrics: Metrics, path: str | Path, title: str, data_returns: dict[str, float]) -> None:
@@ -290,11 +342,11 @@ def plot_study_curves(metrics: Metrics, path: str | Path, title: str, data_retur
     curves, levels = [], []
     for number, (task, mean) in enumerate(data_returns.items()):
         colour = {"color": f"C{number}"}
-        curves.append((metrics.get(f"eval/{task}/return", []), colour | {"marker": ".", "label": task}))
+        curves.append((metrics, f"eval/{task}/return", colour | {"marker": ".", "label": task}))
         levels.append((mean, colour | {"linestyle": "--", "label": f"the data's, {task}"}))
     others = [name for name in metrics if name != "step" and not name.startswith("eval/")][:7]
     panels = [Panel("Agent in training", "return", curves, levels)]
     panels += [
-        Panel(name, "loss" if "loss" in name else "mean", [(metrics[name], {"color": "black"})]) for name in others
+        Panel(name, "loss" if "loss" in name else "mean", [(metrics, name, {"color": "black"})]) for name in others
     ]
-    _plot_panels(path, title, panels, metrics["step"], "update")
+    _plot_panels(path, title, panels)

@@ -1,94 +1,99 @@
-"""Results of a comparison: statistics against slow oracles, tables, and the page in a browser."""
+"""Results of a comparison: statistics against slow oracles, tables, and the page."""
 
+import base64
 import csv
-import json
 import math
 import re
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import d4rl_utils
-from comparison import charts, report
-from comparison import statistics as stats
-from comparison.groups import MODES, ComparedRun, collect
+from comparison import report
+from comparison.registry import Run, Table
 from comparison.report import write_report
-from comparison.statistics import bootstrap_interval, iqm, mean
+from comparison.rows import COLUMNS, Scores
+from comparison.statistics import bootstrap_interval, cell_text, iqm, mean
 from d4rl_utils import is_official
 from dataset_files import official_ids
-from runs.metrics import EpisodeLog, MetricLogger
 from utils import UserError
 
 OFFICIAL = {"hopper-medium-v2": 999_906, "walker2d-medium-v2": 999_995, "local/hopper-medium-v2": 100_000}
-STEPS = (100, 200, 300)
+CHAIN = {"q": 5.0, "spread": 0.1, "energy": -0.5, "energy_before": -0.3, "energy_fell": 1.0, "distance": 0.02}
+CHAIN |= {"floor": 0.004, "blur_to_spread": 0.5}
 
 
-def make_run(
-    root: Path, dataset: str, weights: tuple, seed: int, score: float = 50.0, variant=0, **more
-) -> ComparedRun:
-    """A finished run's directory with invented figures: actor i scores `score` + seed + gain i, stochastic one less.
+class Made:
+    """A comparison with invented figures: actor i scores `score` + seed + gain i, with noise one less."""
 
-    The gain is 2; the evaluation in the middle of training is 7 better. Further arguments go to finished.json and
-    `chain` to the diagnostics.
-    """
-    name = "_".join(f"{weight:g}" for weight in weights)
-    run_dir = root / dataset / f"w2_{name}" / f"seed_{seed}"
-    (run_dir / "training").mkdir(parents=True)
-    chain = {"q": 5.0, "spread": 0.1, "energy": -0.5, "energy_before": -0.3, "energy_fell": 1.0, "distance": 0.02}
-    chain |= {"floor": 0.004, "blur_to_spread": 0.5, "q_gradient": 1.0} | more.pop("chain", {})
-    gain = more.pop("gain", 2)
-    policies = [(actor, mode) for actor in range(len(weights)) for mode in MODES]
-    centre = np.array([[score + seed + gain * actor - (mode == "stochastic")] for actor, mode in policies])
-    logger = MetricLogger(run_dir / "training", tensorboard=False)
-    episodes = EpisodeLog(run_dir / "training" / "evaluations.csv")
-    for number, step in enumerate(STEPS):
-        figures = {"critic_loss": 1.0, "q_data": 5.0}
+    def __init__(self, folder: Path):
+        self.folder, self.rows, self.runs = folder, [], []
+
+    def add(self, dataset: str, weights: tuple, seed: int, score=50.0, gain=2.0, algorithm="pogo", **more) -> Run:
+        """A finished run; `more` are columns of its rows."""
+        label, multi = " ".join([algorithm, *(f"{w:g}" for w in weights)]), "algorithms.offline.pogo_multi_main"
+        folder = self.folder / dataset / label.replace(" ", "_") / f"seed_{seed}"
+        (folder / "training").mkdir(parents=True)
+        curves = {f"chain/actor_{actor}/{name}": v for actor in range(len(weights)) for name, v in CHAIN.items()}
+        curves |= {f"eval/actor_{actor}/deterministic/score": score + actor for actor in range(len(weights))}
+        lines = [",".join([str(step), *map(str, curves.values())]) for step in (100, 200)]
+        (folder / "training" / "metrics.csv").write_text("\n".join([",".join(["step", *curves]), *lines, ""]))
+        flags = ("--env", dataset, "--w2_weights", *label.split()[1:])
+        flags += () if algorithm == "pogo" else ("--algorithm", algorithm)
+        command, shown = "pogo_main" if algorithm == "pogo" else multi, {"row": (dataset, label), "folder": folder}
+        run = Run("", label, command, flags, dataset, seed, column="actor {actor}", **shown)
+        shared = dict.fromkeys(COLUMNS, "") | {"dataset": dataset, "rows": str(OFFICIAL.get(dataset, 1000))}
+        shared |= {"method": label, "seed": str(seed), "command": run.text, "data_score": "40", "updates": "200"}
         for actor in range(len(weights)):
-            figures |= {f"chain/actor_{actor}/{name}": value for name, value in chain.items()}
-        scores = centre + 7 * (number == 1) + np.array([-1.0, 1.0])
-        episodes.add(step, policies, scores, np.full(scores.shape, 10), scores)
-        for (actor, mode), row in zip(policies, scores, strict=True):
-            figures[f"eval/actor_{actor}/{mode}/score"] = float(row.mean())
-        logger.log(step, figures)
-    scores = centre + np.array([-3.0, -1.0, 1.0, 3.0])
-    episodes.add(STEPS[-1], policies, scores, np.full(scores.shape, 10), scores, "final")
-    logger.close()
-    transitions = OFFICIAL.get(dataset, 1000)
-    summary = {"data_score": 40.0, "steps": STEPS[-1], "transitions": transitions, "seed": seed, "dataset": dataset}
-    (run_dir / "finished.json").write_text(json.dumps(summary | more))
-    return ComparedRun(dataset, weights, variant, seed, run_dir, True, "", 12.0)
+            for mode in ("deterministic", "stochastic"):
+                value = score + seed + gain * actor - (mode == "stochastic")
+                own = {"actor": str(actor), "mode": mode, "score": str(value), "episodes": "4", **more}
+                self.rows.append(shared | own)
+        self.runs.append(run)
+        return run
+
+    @property
+    def table(self) -> Table:
+        actors = max(len(run.method.split()) - 1 for run in self.runs)
+        layout = {"header": ["dataset", "chain"], "columns": [f"actor {actor}" for actor in range(actors)]}
+        layout |= {"where": {"mode": "deterministic"}, "data_column": True}
+        return Table("c", Path("c.yaml"), "Scores of c.yaml.", self.runs, layout)
+
+    def chains(self) -> list[report.Chain]:
+        return report.collect(self.runs, Scores([self.rows]))
+
+    def grid(self) -> list[dict]:
+        """The table of scores with published ones."""
+        grid = report.scores_grid(self.table, Scores([self.rows]), self.chains())[1]
+        return [dict(zip(grid.header, row, strict=True)) for row in grid.rows]
+
+    def write(self, output: Path, charts: dict | None = None) -> str:
+        return write_report(self.table, self.rows, dict.fromkeys(self.runs, "exit 2: Q <is> 9"), output, charts)
 
 
 @pytest.fixture(autouse=True)
-def no_charts(monkeypatch):
+def no_charts(monkeypatch, request):
     """One test draws them."""
-    monkeypatch.setattr(report, "dataset_chart", lambda groups: '<img src="data:,">')
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> list[ComparedRun]:
-    """Two official datasets and one local, three actors, three seeds."""
-    folder = tmp_path_factory.mktemp("finished")
-    return [
-        make_run(folder, dataset, (0.4, 1.0, third), seed, score, variant)
-        for dataset, score in (
-            ("hopper-medium-v2", 60.0),
-            ("walker2d-medium-v2", 80.0),
-            ("local/hopper-medium-v2", 30.0),
-        )
-        for variant, third in enumerate((0.5, 2.0))
-        for seed in range(3)
-    ]
+    if "page_fetches" not in request.node.name:
+        monkeypatch.setattr(report, "chart_png", lambda title, chains: title.encode())
 
 
 @pytest.fixture
-def comparison(finished, tmp_path) -> list[ComparedRun]:
-    """Those, and one more run that has failed."""
-    failed = ComparedRun("hopper-medium-v2", (0.4, 1.0, 0.5), 0, 3, tmp_path / "x", False, "exit code 2: mean Q <is> 9")
-    return [*(replace(run) for run in finished), failed]
+def made(tmp_path) -> Made:
+    return Made(tmp_path / "runs")
+
+
+@pytest.fixture
+def comparison(made) -> Made:
+    """Two official datasets and one local, two chains of two actors, three seeds, and one run that has failed."""
+    for dataset, score in (("hopper-medium-v2", 60.0), ("walker2d-medium-v2", 80.0), ("local/hopper-medium-v2", 30.0)):
+        for second in (0.5, 2.0):
+            for seed in range(3):
+                made.add(dataset, (0.4, second), seed, score)
+    made.add("hopper-medium-v2", (0.4, 0.5), 3)
+    del made.rows[-4:]
+    return made
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -103,7 +108,7 @@ def slow_iqm(scores: list[float]) -> float:
     return sum(kept) / len(kept)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 45])
+@pytest.mark.parametrize("count", [1, 3, 4, 7, 8, 45])
 def test_iqm_is_the_mean_of_the_middle_half(count):
     scores = np.random.default_rng(count).normal(size=count) ** 3
     assert iqm(scores) == pytest.approx(slow_iqm(list(scores)), abs=1e-12)
@@ -131,96 +136,67 @@ def test_bootstrap_equals_loops_with_the_same_generator(statistic, slow):
     assert bootstrap_interval(strata, statistic, draws, seed=7) == pytest.approx(expected, abs=1e-12)
 
 
-def test_gains_have_students_interval():
-    low, high = stats.paired_interval(np.array([1.0, 2.0, 3.0]))
-    assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-5)  # t of a table, 2 df
-    assert all(map(math.isnan, stats.paired_interval(np.array([1.0]))))
-
-
-def test_two_seeds_have_a_range_that_no_draw_leaves():
-    """Of one dataset it is the two scores, of several the statistic of all lowest and of all highest ones."""
-    strata = [np.array([3.0, 5.0]), np.array([10.0, 20.0])]
-    assert stats.score_range(strata[:1], mean) == (3.0, 5.0)
-    assert stats.score_range(strata, iqm) == (6.5, 12.5)
-    generator = np.random.default_rng(0)
-    draws = [[*generator.choice(strata[0], 2), *generator.choice(strata[1], 2)] for _ in range(500)]
-    statistics = [slow_iqm(draw) for draw in draws]
-    assert min(statistics) == 6.5 and max(statistics) == 12.5
-
-
-@pytest.mark.parametrize(
-    "seeds,cell",
-    [(1, "52.0"), (2, "52.5 (52.0 to 53.0)"), (3, "53.0 [52.0, 54.0]"), (5, "54.0 [52.8, 55.2]")],
-)
-def test_a_range_of_two_seeds_does_not_look_like_an_interval(tmp_path, seeds, cell):
-    (group,) = collect([make_run(tmp_path, "walker2d-medium-v2", (0.4, 1.0), seed) for seed in range(seeds)])
-    table = report.last_actor_table([group])
-    assert dict(zip(table.header, table.rows[0], strict=True))["mean [95%]"] == cell
-    assert ("range of two seeds" in report.terminal_text([], [group])) is (seeds == 2)
-
-
-def test_curves_stand_where_every_seed_has_a_value(tmp_path):
-    runs = [make_run(tmp_path, "hopper-medium-v2", (0.4,), seed) for seed in range(2)]
-    (group,) = collect(runs)
-    column = "eval/actor_0/deterministic/score"
-    group.results[1].metrics[column][0] = math.nan
-    curve = stats.across_seeds([result.metrics for result in group.results], column)
-    assert curve["x"].tolist() == [200, 300] and curve["mean"].tolist() == [57.5, 50.5]
-    assert curve["low"].tolist() == [57.0, 50.0] and curve["high"].tolist() == [58.0, 51.0]
-    assert np.isnan(stats.across_seeds([group.results[0].metrics], column)["low"]).all()
+def test_a_cell_claims_no_more_than_its_seeds_allow():
+    assert cell_text([10.0], 3) == "10.0 *"
+    assert cell_text([10.0, 12.0], 3) == "11.0 (10.0 to 12.0)"
+    assert cell_text([10.0, 11.0, 12.0], 3) == "11.0 ± 2.5"  # 4.3027 * 1 / sqrt(3)
+    assert cell_text([10.0, 11.0, 12.0], 5, 2) == "11.00 ± 2.48 (3 of 5 seeds)"
+    assert cell_text([1.0, 2.0, 3.0], 3, sign="+") == "+2.0 ± 2.5"
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def test_results_csv_has_a_row_for_each_run_actor_and_mode(comparison, tmp_path):
-    write_report(comparison, tmp_path / "results", "config.yaml")
-    with open(tmp_path / "results" / "results.csv") as file:
+    comparison.write(tmp_path)
+    with open(tmp_path / "results.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 18 * 3 * 2
     keys = [tuple(row[name] for name in ("dataset", "w2_weights", "seed", "actor", "mode")) for row in rows]
-    assert len(set(keys)) == len(rows)
-    row = rows[keys.index(("walker2d-medium-v2", "0.4 1 2", "2", "1", "stochastic"))]
-    assert float(row["score"]) == 80 + 2 + 2 - 1 and float(row["best_score_in_training"]) == 83 + 7
-    assert (row["step"], row["best_step"], row["episodes"], row["seconds"]) == ("300", "200", "4", "12.0")
-    assert (row["data_score"], row["official_data"], row["actors"]) == ("40.0", "True", "3")
-    local = next(row for row in rows if row["dataset"].startswith("local/"))
-    assert local["official_data"] == "False"
+    assert len(rows) == len(set(keys)) == 18 * 2 * 2
+    row = rows[keys.index(("walker2d-medium-v2", "0.4 2", "2", "1", "stochastic"))]
+    expected = {"score": "83.0", "algorithm": "pogo", "official_data": "True", "updates": "200", "data_score": "40"}
+    assert expected.items() <= row.items()
+    assert {row["official_data"] for row in rows if row["dataset"].startswith("local/")} == {"False"}
 
 
-def test_the_table_gives_statistics_over_seeds_beside_published_figures(comparison, tmp_path):
-    table = report.last_actor_table(collect(comparison))
-    rows = {row[:2]: dict(zip(table.header, row, strict=True)) for row in table.rows}
-    row = rows["walker2d-medium-v2", "0.4 1 2"]
-    assert row["mean [95%]"] == "85.0 [84.0, 86.0]"
-    assert (row["seeds"], row["episodes"], row["data"], row["minutes"]) == ("3", "12", "40.0", "0.2")
+def test_the_table_gives_every_actor_beside_published_figures_and_means_of_suites(comparison):
+    rows = comparison.grid()
+    by_label = {(row["dataset"], row["chain"]): row for row in rows}
+    row = by_label["walker2d-medium-v2", "pogo 0.4 2"]
+    assert (row["the data"], row["actor 0"], row["actor 1"]) == ("40.0", "81.0 ± 2.5", "83.0 ± 2.5")
     assert row["TD3+BC"] == "82.7" and row["POGO paper, 1 / 2 steps"] == "85.7 / 86.7"
+    assert by_label["hopper-medium-v2", "pogo 0.4 0.5"]["actor 0"] == "61.0 ± 2.5 (3 of 4 seeds)"
+    suite, middle = by_label["2 MuJoCo datasets", "pogo 0.4 2"], by_label["2 MuJoCo datasets, IQM", "pogo 0.4 2"]
+    assert suite["actor 1"] == "73.0 [72.3, 73.7]" and middle["actor 1"].startswith("73.0 [")
+    assert suite["TD3+BC"] == f"{(60.4 + 82.7) / 2:.1f}" and suite["POGO paper, 1 / 2 steps"] == "75.2 / 80.8"
+    assert middle["TD3+BC"] == by_label["local/hopper-medium-v2", "pogo 0.4 2"]["TD3+BC"] == "–"
 
 
-def test_the_terminal_gets_a_table_that_fits_it(comparison, tmp_path):
-    """Aligned columns of at most 100 characters, the same figures as the wide table, and the best actor's number."""
-    long = "local/halfcheetah-medium-replay-v2"
-    comparison += [make_run(tmp_path, long, (0.4, 0.5, 0.25), seed, 100.0) for seed in range(3)]
-    text = write_report(comparison, tmp_path / "out", "config.yaml")
-    lines = text.split("\n")
-    assert max(map(len, lines)) <= 100 and "|" not in text and "TD3+BC" not in text
-    header, row = lines[0], next(line for line in lines if re.match("walker2d-medium-v2 +0.4 1 2 ", line))
-    assert header.split() == ["dataset", "w2_weights", "seeds", "data", "mean", "[95%]", "best"]
-    assert row.split() == ["walker2d-medium-v2", "0.4", "1", "2", "3", "40.0", "85.0", "[84.0,", "86.0]", "2"]
-    assert len(row) == len(header) and row.index("0.4") == header.index("w2_weights")
-    assert any(line.startswith("2 MuJoCo datasets") for line in lines)
+def test_a_suite_leaves_out_a_dataset_of_fewer_seeds(comparison):
+    comparison.add("hopper-medium-v2", (0.4, 0.5), 4)
+    ((name, weights, members),) = report.suites(comparison.chains())
+    assert (name, weights) == ("2 MuJoCo datasets", "pogo 0.4 2")
+    assert [chain.label[0] for chain in members] == ["hopper-medium-v2", "walker2d-medium-v2"]
 
 
-def test_published_figures_stand_beside_official_data_alone(tmp_path):
+def test_algorithms_are_pooled_apart_and_other_weights_named_by_their_place(made):
+    for dataset, weight in (("hopper-medium-v2", 0.5), ("walker2d-medium-v2", 0.7)):
+        made.add(dataset, (0.4, weight), 0)
+        made.add(dataset, (0.4, 1.0), 0, 60.0, algorithm="td3_bc")
+    assert [label for _, label, _ in report.suites(made.chains())] == ["pogo, list 1 of each", "td3_bc 0.4 1"]
+    assert [row["actor 1"] for row in made.grid()][4:] == ["52.0 *", "52.0 *", "62.0 *", "62.0 *"]
+
+
+def test_published_figures_stand_beside_official_data_alone(made):
     """A local id has none, nor has a small file under an official name, which says so."""
-    local = make_run(tmp_path, "local/hopper-medium-v2", (0.4,), 0)
-    small = make_run(tmp_path, "hopper-medium-v2", (0.4,), 0, transitions=100_000)
-    true = make_run(tmp_path, "walker2d-medium-v2", (0.4,), 0)
-    table = report.last_actor_table(collect([local, small, true]))
+    made.add("local/hopper-medium-v2", (0.4,), 0)
+    made.add("hopper-medium-v2", (0.4,), 0, rows="100000")
+    assert "IQL" not in made.grid()[0]
+    made.add("walker2d-medium-v2", (0.4,), 0)
     names = ["local/hopper-medium-v2", "hopper-medium-v2 (not the official file)", "walker2d-medium-v2"]
-    assert [row[0] for row in table.rows] == [*names, "2 MuJoCo datasets"]
-    assert [row[table.header.index("IQL")] for row in table.rows] == ["–", "–", "80.9", "–"]
-    assert "IQL" not in report.last_actor_table(collect([local, small])).header
+    assert [(row["dataset"], row["IQL"]) for row in made.grid()][:3] == list(
+        zip(names, ["–", "–", "80.9"], strict=True)
+    )
 
 
 def test_every_published_row_names_an_official_dataset():
@@ -231,133 +207,74 @@ def test_every_published_row_names_an_official_dataset():
         assert is_official(dataset, 2_000_000) and not is_official(dataset, 100_000)
 
 
-def test_a_suite_pools_datasets_of_the_same_place_and_seeds(comparison, tmp_path):
-    """hopper has a fourth seed at the first weights, so walker2d, with three, is left out there."""
-    comparison[-1] = make_run(tmp_path, "hopper-medium-v2", (0.4, 1.0, 0.5), 3)
-    groups = collect(comparison)
-    ((name, weights, members),) = report.suites(groups)
-    assert (name, weights) == ("2 MuJoCo datasets", "0.4 1 2")
-    assert [group.run.dataset for group in members] == ["hopper-medium-v2", "walker2d-medium-v2"]
-    table = report.last_actor_table(groups)
-    (row,) = (row for row in table.rows if row[0] == name)
-    cells = dict(zip(table.header, row, strict=True))
-    assert row[1:3] == ("0.4 1 2", "75.0 [74.3, 75.7]") and cells["episodes"] == "24"
-    assert cells["TD3+BC"] == f"{(60.4 + 82.7) / 2:.1f}" and cells["POGO paper, 1 / 2 steps"] == "75.2 / 80.8"
-
-
-def test_algorithms_are_pooled_apart(tmp_path):
-    runs = []
-    for dataset in ("hopper-medium-v2", "walker2d-medium-v2"):
-        for algorithm, score in (("pogo", 50.0), ("td3_bc", 60.0)):
-            run = make_run(tmp_path / algorithm, dataset, (0.4, 1.0), 0, score)
-            run.algorithm = algorithm
-            runs.append(run)
-    groups = collect(runs)
-    assert [group.run.label for group in groups] == ["0.4 1", "td3_bc 0.4 1"] * 2
-    assert [weights for _, weights, _ in report.suites(groups)] == ["0.4 1", "td3_bc 0.4 1"]
-    means = [row[2] for row in report.last_actor_table(groups).rows]
-    assert means == ["52.0", "62.0", "52.0", "62.0", "52.0", "62.0"]
-
-
-def test_the_highest_of_training_cannot_be_taken_for_the_result(comparison, tmp_path):
-    """It stands last, apart from the results, under a header that says so, in a softer colour, with a note."""
-    table = report.actor_table(collect(comparison))
-    rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
-    assert len(rows) == 6 * 3 * 2 and table.header[-1] == report.BEST and "no result" in table.header[-1]
-    assert (rows[0]["actor"], rows[0]["mode"], rows[0][report.BEST]) == ("0", "deterministic", "68.0")
-    assert rows[0]["mean [95%]"] == "61.0 [60.0, 62.0]"  # of the last checkpoint
-    cells = re.findall(r'<td class="(\w+(?: soft)?)">([^<]*)', table.html())[: len(table.header)]
-    assert [text for kind, text in cells if "soft" in kind] == ["68.0"]
-    write_report(comparison, tmp_path / "out", "x")
-    for name in ("results.md", "report.html"):
-        text = (tmp_path / "out" / name).read_text()
-        assert text.index("Actor by actor") < text.index(report.NO_RESULT) < text.index("What each step")
+def test_what_each_step_did(made):
+    for seed, gain in enumerate((2.1, 1.9, 2.0)):
+        made.add("hopper-medium-v2", (0.4, 1.0), seed, gain=gain)
+    grid = report.steps_grid(made.chains())
+    first, second = (dict(zip(grid.header, row, strict=True)) for row in grid.rows)
+    assert second["step"] == "moved and helped" and second["score gained"] == "+2.0 ± 0.2"
+    assert first["score gained"] == "+11.0 ± 2.5" and (first["its floor"], second["its floor"]) == ("–", "0.004")
+    assert [first[name] for name in ("energy before", "energy after", "fell in rows")] == ["-0.300", "-0.500", "100%"]
 
 
 @pytest.mark.parametrize(
-    "chain,scores,words",
+    ("actor", "distance", "floor", "gains", "words"),
     [
-        ({}, (50.0, 50.0, 50.0), "moved and helped"),
-        ({"distance": 0.005}, (50.0, 50.0, 50.0), "did not move"),
-        ({"distance": 1e-9, "floor": 0.0}, (50.0, 50.0, 50.0), "did not move"),
-        ({"distance": 1e-3, "floor": 0.0}, (50.0, 50.0, 50.0), "moved and helped"),
-        ({}, (50.0, 50.0), "too few seeds"),
+        (1, 0.005, 0.004, (2.1, 1.9, 2.0), "did not move"),
+        (1, 1e-9, 0.0, (2.1, 1.9, 2.0), "did not move"),
+        (1, 1e-3, 0.0, (2.1, 1.9, 2.0), "moved and helped"),
+        (0, 0.0, math.nan, (2.1, 1.9, 2.0), "moved and helped"),  # the first has no floor
+        (1, 1.0, 0.1, (-2.0, -1.8, -2.2), "moved and hurt"),
+        (1, 1.0, 0.1, (-2.0, 4.0, 1.0), "moved, no clear gain"),
+        (1, 1.0, 0.1, (4.0, 4.0, 4.0), "moved, no clear gain"),  # scores that move in steps are alike by chance
+        (1, 1.0, 0.1, (1.9, 2.0), "moved; too few seeds to say more"),
     ],
 )
-def test_diagnostics_say_whether_a_step_moved_and_helped(tmp_path, chain, scores, words):
-    gains = (2.1, 1.9, 2.0)  # of each seed
-    runs = [
-        make_run(tmp_path, "hopper-medium-v2", (0.4, 1.0), seed, score, chain=chain, gain=gain)
-        for seed, (score, gain) in enumerate(zip(scores, gains, strict=False))
-    ]
-    table = report.diagnostics_table(collect(runs))
-    first, second = (dict(zip(table.header, row, strict=True)) for row in table.rows)
-    assert words in second["step"] and second["score gained [95%]"].startswith("+2.0")
-    assert first["score gained [95%]"].startswith(f"{np.mean(scores) + np.mean(range(len(scores))) - 40:+.1f}")
-    assert (first["energy before"], first["energy after"], first["fell, % of rows"]) == ("-0.300", "-0.500", "100")
+def test_verdicts_follow_the_distance_and_the_interval_of_the_gain(actor, distance, floor, gains, words):
+    assert report.verdict(actor, distance, floor, np.array(gains)) == words
 
 
-def test_verdicts_follow_the_interval_of_the_gain():
-    say = report.verdict
-    assert say(1, 1.0, 0.1, np.array([-2.0, -1.8, -2.2])) == "moved and hurt"
-    assert say(1, 1.0, 0.1, np.array([-2.0, 4.0, 1.0])) == "moved, no clear gain"
-    assert say(0, 0.0, 0.0, np.array([1.9, 2.1, 2.0])) == "moved and helped"  # the first has no floor
-    assert say(1, 1.0, 0.1, np.array([1.9, 2.0])) == "moved; too few seeds to say more"
-    # Scores that move in steps are alike by chance.
-    assert say(1, 1.0, 0.1, np.array([4.0, 4.0, 4.0])) == "moved, no clear gain"
-
-
-def test_seeds_of_other_data_are_not_pooled(tmp_path):
-    first = make_run(tmp_path, "hopper-medium-v2", (0.4, 1.0), 0)
-    for more in ({"data_score": 41.0}, {"transitions": 999}):
-        second = make_run(tmp_path / str(more), "hopper-medium-v2", (0.4, 1.0), 1, **more)
-        with pytest.raises(UserError, match=f"seed_1: trained on other data .*seed_0 .{next(iter(more))}"):
-            collect([first, second])
-
-
-def test_unfinished_runs_are_listed_with_their_reason(comparison, tmp_path):
-    text = write_report(comparison, tmp_path / "out", "config.yaml")
-    assert "\nhopper-medium-v2, w2 0.4 1 0.5 seed 3: exit code 2: mean Q <is> 9" in text
-    row = "| hopper-medium-v2 | w2 0.4 1 0.5 seed 3 | exit code 2: mean Q <is> 9 |"
-    assert row in (tmp_path / "out/results.md").read_text()
-    page = (tmp_path / "out/report.html").read_text()
-    assert "18 of 19 runs finished" in page and "mean Q &lt;is&gt; 9" in page and "<is>" not in page
-
-
-def test_a_damaged_run_is_listed_and_stops_nothing(comparison, tmp_path):
-    for number in (0, 1):
-        comparison[number].run_dir = shutil.copytree(comparison[number].run_dir, tmp_path / str(number))
-    (comparison[0].run_dir / "training" / "evaluations.csv").write_text("no such table\n")
-    (comparison[1].run_dir / "finished.json").write_text("{}")
-    write_report(comparison, tmp_path / "out", "config.yaml")
-    text = (tmp_path / "out/results.md").read_text()
-    assert text.count("evaluations.csv") == 1 and text.count("finished.json") == 1
-    assert not comparison[0].finished and comparison[2].finished
-
-
-def test_nothing_finished_still_makes_a_report(tmp_path):
-    runs = [ComparedRun("hopper-medium-v2", (0.4,), 0, 0, tmp_path / "x", False)]
-    assert write_report(runs, tmp_path / "out", "config.yaml").startswith("No run is finished yet")
-    assert "No run is finished yet" in (tmp_path / "out/report.html").read_text()
-    assert "not started" in (tmp_path / "out/results.md").read_text()
+def test_seeds_of_other_data_are_not_pooled(made, tmp_path):
+    made.add("hopper-medium-v2", (0.4, 1.0), 0)
+    made.add("hopper-medium-v2", (0.4, 1.0), 1, rows="999")
+    with pytest.raises(UserError, match=r"rows of hopper-medium-v2 differ in rows \(999, 999906\)"):
+        made.write(tmp_path)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_fetches_nothing_and_has_a_chart_a_dataset(comparison, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "dataset_chart", charts.dataset_chart)
-    write_report(comparison, tmp_path, "config.yaml")
+def test_runs_without_a_result_are_told_with_their_reason(comparison, tmp_path):
+    text = comparison.write(tmp_path)
+    assert "\nhopper-medium-v2, pogo 0.4 0.5 seed 3: exit 2: Q <is> 9" in text and "TD3+BC" not in text
+    assert re.search(r"^walker2d-medium-v2 +pogo 0.4 2 +40\.0 +81\.0 ± 2\.5 +83\.0 ± 2\.5$", text, re.M), text
+    row = "| hopper-medium-v2 | pogo 0.4 0.5 seed 3 | exit 2: Q <is> 9 |"
+    assert row in (tmp_path / "results.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "exit 2: Q &lt;is&gt; 9" in page and "<is>" not in page
+
+
+def test_nothing_finished_still_makes_a_report(comparison, tmp_path):
+    comparison.rows.clear()
+    assert "No run is finished yet" in comparison.write(tmp_path)
+    assert "No run is finished yet" in (tmp_path / "report.html").read_text()
+    assert "| walker2d-medium-v2 | 6 runs | exit 2" in (tmp_path / "results.md").read_text()
+
+
+def test_the_page_fetches_nothing_and_holds_its_pictures(made, tmp_path):
+    made.add("hopper-medium-v2", (0.4, 1.0), 0)
+    made.write(tmp_path)
     text = (tmp_path / "report.html").read_text()
-    assert (text.count("<img"), text.count("<table>"), text.count("</table>")) == (3, 4, 4) and "<script" not in text
+    assert (text.count("<table>"), text.count("</table>")) == (2, 2) and "<script" not in text
+    assert base64.b64decode(re.search(r"base64,([^\"]*)", text)[1]).startswith(b"\x89PNG")
     bare = re.sub(r"base64,[^\"]*", "", text)
     assert not re.search(r"url\(|@import|\bnan\b|(?:src|href)=\"(?!data:)", bare)
 
 
 def test_a_chart_that_is_there_is_not_drawn_again(comparison, tmp_path, monkeypatch):
     kept, drawn = {}, []
-    draw = report.dataset_chart
-    monkeypatch.setattr(report, "dataset_chart", lambda groups: drawn.append(groups[0].run.dataset) or draw(groups))
-    write_report(comparison[1:], tmp_path, "c.yaml", kept)
-    write_report(comparison, tmp_path, "c.yaml", kept)
-    assert drawn == ["hopper-medium-v2", "walker2d-medium-v2", "local/hopper-medium-v2", "hopper-medium-v2"]
+    monkeypatch.setattr(report, "chart_png", lambda title, chains: drawn.append(title) or b"")
+    comparison.write(tmp_path, kept)
+    comparison.add("walker2d-medium-v2", (0.4, 0.5), 3)
+    comparison.write(tmp_path, kept)
+    assert drawn == ["hopper-medium-v2", "walker2d-medium-v2", "local/hopper-medium-v2", "walker2d-medium-v2"]

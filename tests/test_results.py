@@ -5,24 +5,20 @@ and notes every start in a ledger.
 """
 
 import contextlib
-import hashlib
 import json
+import multiprocessing
 import os
-import random
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from running import error_line
 
-import pogo_main
 import run_comparison
 from comparison import glance, jobs, queue, registry, rows, tables
 from comparison.jobs import Job
 from comparison.registry import COMMANDS, check_flags, read_table, settings_digest, settings_of
-from make_dataset import generate
 from runs.directory import plain_config
 from utils import UserError
 
@@ -78,8 +74,8 @@ class Place:
         self.script, self.seconds = folder / "trainer.py", 0.0
         self.script.write_text(TRAINER)
         self.table = folder / "results" / "first.yaml"
-        monkeypatch.setattr(queue.TableQueue, "job", lambda table_queue, run: self.job(run, table_queue.config))
-        monkeypatch.setattr(queue.TableQueue, "datasets", lambda table_queue, run: ([], None))
+        monkeypatch.setattr(queue.Queue, "job", lambda table_queue, run: self.job(run, table_queue.config))
+        monkeypatch.setattr(queue.Queue, "lacks", lambda table_queue, run: {})
         monkeypatch.setattr(queue, "POLL_SECONDS", 0.01)
 
     def job(self, run, config) -> Job:
@@ -207,14 +203,7 @@ def test_rows_of_the_walker(tmp_path):
     record(run, tmp_path, summary, {"evaluation.csv": text})
     walk, ran = rows.rows_of(run, tmp_path, None)
     assert tuple(walk) == rows.COLUMNS
-    expected = {
-        "table": "t",
-        "system": "walker",
-        "method": "BC",
-        "dataset": "local/__all__",
-        "seed": "0",
-        "task": "walk",
-    }
+    expected = {"table": "t", "system": "walker", "method": "BC", "dataset": "local/__all__", "task": "walk"}
     expected |= {"updates": "5", "environment_steps": "0", "episodes": "2", "mean": "920", "std": "20", "score": "920"}
     expected |= {"best_in_training": "950", "data_score": "949", "seconds": "12", "processor": "a chip"}
     expected |= {"precision": "float32", "commit": "0123456789ab", "command": run.text, "actor": "", "rows": ""}
@@ -225,14 +214,8 @@ def test_rows_of_the_walker(tmp_path):
 def test_rows_of_the_maze_stages(tmp_path):
     flags = {"dataset": "local/pointmaze-medium-navigate-v0"}
     run = only_run(tmp_path, {"method": "all losses", "command": "offline_trainer", "flags": flags})
-    summary = {
-        "value_distance_spearman": 0.95,
-        "proposer_cosine": 0.9,
-        "code_std": 0.6,
-        "code_rank": 45.0,
-        "updates": 420,
-        "dataset": run.dataset,
-    }
+    summary = {"value_distance_spearman": 0.95, "proposer_cosine": 0.9, "code_std": 0.6, "code_rank": 45.0}
+    summary |= {"updates": 420, "dataset": run.dataset}
     record(run, tmp_path, summary, {})
     found = {row["task"]: (row["score"], row["episodes"]) for row in rows.rows_of(run, tmp_path, str(tmp_path))}
     figures = {"value_distance_spearman": "0.95", "proposer_cosine": "0.9", "code_rank": "45", "code_std": "0.6"}
@@ -248,28 +231,6 @@ def test_rows_of_the_maze_stages(tmp_path):
     assert [found["all"][name] for name in ("score", "episodes", "best_in_training")] == ["90", "100", "95"]
     assert [found["task5"][name] for name in ("mean", "std", "score", "episodes")] == ["0.5", "0.5", "50", "20"]
     assert found["all"]["environment_steps"] == "1234"
-
-
-def test_rows_of_a_chain_by_its_command(tmp_path, monkeypatch):
-    """A real run, so that the rows are made from what it writes."""
-    monkeypatch.setattr(pogo_main.POGORun, "plot", lambda run: None)
-    flags = {"env": "local/hopper-medium-v2", "max_timesteps": 4, "eval_freq": 2, "log_freq": 2, "eval_episodes": 1}
-    flags |= {"final_runs": 2, "hidden_dim": 8, "batch_size": 8, "w2_weights": [0.4, 0.5]}
-    run = only_run(tmp_path, {"method": "POGO", "command": "pogo_main", "flags": flags})
-    path = generate("local/hopper-medium-v2", 300, 0, tmp_path / "data", progress=False)
-    arguments = run.arguments(tmp_path, str(tmp_path / "data"))
-    summary = pogo_main.main([*arguments, "--eval_workers", "0", "--no_tensorboard", "--resume"])
-    found = rows.rows_of(run, tmp_path, str(tmp_path / "data"))
-    assert [(row["actor"], row["mode"]) for row in found] == [
-        (actor, mode) for actor in "01" for mode in ("deterministic", "stochastic")
-    ]
-    for row in found:
-        score = summary[f"actor_{row['actor']}/{row['mode']}/score"]
-        assert (
-            float(row["score"]) == pytest.approx(score, rel=1e-4) and row["episodes"] == "2" and row["updates"] == "4"
-        )
-        assert (row["rows"], row["data_sha256"]) == ("300", hashlib.sha256(path.read_bytes()).hexdigest()[:12])
-    assert rows.rows_of(run, tmp_path, str(tmp_path / "elsewhere"))[0]["data_sha256"] == ""
 
 
 def test_a_finished_run_of_other_settings_has_no_rows(tmp_path):
@@ -405,42 +366,18 @@ def test_a_run_waits_for_the_one_that_it_needs(place):
     assert {row["method"] for row in place.rows()} == {"random"}
 
 
-def start(place: Place, *more: str) -> int:
-    """The command in a process of its own, which shares what is imported here; its id."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setsid()
-            place.run(*more)
-        finally:
-            os._exit(0)
-    return child
-
-
 def test_a_kill_between_finishing_and_appending_loses_nothing(place, monkeypatch):
     write_table(place.table, AGENT, seeds=[0, 1])
     with monkeypatch.context() as patch:
         patch.setattr(queue, "append_csv", lambda path, found: os.kill(os.getpid(), signal.SIGKILL))
-        child = start(place, "--jobs", "1")
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        killed = multiprocessing.get_context("fork").Process(target=place.run, args=("--jobs", "1"))
+        killed.start()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
     assert not place.rows() and len(list((place.folder / "logs").rglob("finished.json"))) == 1
     place.run("--jobs", "1")
     assert sorted({row["seed"] for row in place.rows()}) == ["0", "1"] and len(place.rows()) == 4
     assert [note.split()[0] for note in place.notes()] == ["start", "start"]
-
-
-def test_kills_at_any_moment_repeat_no_finished_run(place):
-    write_table(place.table, AGENT, BC, seeds=[0, 1, 2])
-    place.seconds, moments = 0.05, random.Random(0)
-    for _ in range(6):
-        child = start(place, "--jobs", "2")
-        time.sleep(moments.uniform(0.05, 0.6))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    place.run("--jobs", "2")
-    assert not [note for note in place.notes() if note.startswith("again")]
-    commands = [row["command"] for row in place.rows()]
-    assert len(commands) == 12 and len(set(commands)) == 6
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -459,13 +396,6 @@ def test_a_cell_at_a_glance_that_no_table_has_is_refused(tmp_path):
     (tmp_path / "comparison" / "glance.yaml").write_text(text)
     with pytest.raises(UserError, match="has no cell BC, crawl"):
         glance.render(tmp_path)
-
-
-def test_statistics():
-    assert tables.cell_text([10.0], 3) == "10.0 *"
-    assert tables.cell_text([10.0, 12.0], 3) == "11.0 (10.0 to 12.0)"
-    assert tables.cell_text([10.0, 11.0, 12.0], 3) == "11.0 ± 2.5"  # 4.3027 * 1 / sqrt(3)
-    assert tables.cell_text([10.0, 11.0, 12.0], 5, 2) == "11.00 ± 2.48 (3 of 5 seeds)"
 
 
 def filled(place: Place, **layout):

@@ -504,7 +504,11 @@ def test_every_panel_has_a_y_label_and_no_legend_covers_the_success(tmp_path, mo
     plots.plot_training_curves(rows | {"critic_loss": [2.0, 1.0]}, tmp_path, "a")
     success = {"success_rate": [0.0, 1.0], "eval/success_rate": [1.0, 1.0], "epsilon": [1.0, float("nan")]}
     plots.plot_online_curves(rows | success, tmp_path, "b")
-    plots.plot_chain_curves(rows | {"chain/actor_0/q": [1.0, 2.0]}, tmp_path, "c", 1, 50.0)
+    chain = {f"chain/actor_{actor}/{name}": [0.5, 0.1] for actor in (0, 1) for name in ("energy", "distance")}
+    chain |= {f"chain/actor_{actor}/energy_before": [9.0, 9.0] for actor in (0, 1)} | {
+        "chain/actor_1/floor": [0.0, 0.0]
+    }
+    plots.plot_chain_curves(rows | chain | {"critic_loss": [float("nan"), 3.0]}, tmp_path, "c", 2, 50.0)
     plots.plot_study_curves(rows | {"eval/run/return": [1.0, 2.0]}, tmp_path, "d", {"run": 3.0})
     assert [len(figure.axes) for figure in figures] == [8, 2, 6, 2]
     assert all(axis.get_ylabel() and axis.get_xlabel() for figure in figures for axis in figure.axes)
@@ -512,6 +516,11 @@ def test_every_panel_has_a_y_label_and_no_legend_covers_the_success(tmp_path, mo
     figures[1].canvas.draw()
     lowest = axis.get_legend().get_window_extent().transformed(axis.transData.inverted()).y0
     assert axis.get_title() == "Success" and lowest > 1
+    _, _, distance, saved, _, critics = figures[2].axes
+    assert distance.get_yscale() == "log" and distance.get_ylim()[0] < 0.1 and distance.get_ylim()[1] > 0.5
+    assert [line.get_label() for line in distance.lines] == ["actor 0", "actor 1"]  # a floor of 0 has no place there
+    assert [line.get_label() for line in saved.lines[:-1]] == ["actor 1"] and "actor 0" in saved.get_xlabel()
+    assert [line.get_marker() for line in critics.lines] == ["."]  # one value alone is seen
 
 
 # --- run directories -------------------------------------------------------------------------------------------------
