@@ -157,6 +157,11 @@ def evaluate(agent: Agent, task: str, seeds: list[int], workers: int, desc: str,
     return np.concatenate(returns)
 
 
+def mean_text(returns: np.ndarray) -> str:
+    """Mean and standard deviation of returns [episodes]; of one episode, it alone."""
+    return f"{returns.mean():.1f}" + (f" ± {returns.std():.1f}" if len(returns) > 1 else "")
+
+
 def play(
     agents: dict[str, Agent], tasks: Iterable[str], seeds: list[int], workers: int, prefix: str = ""
 ) -> dict[tuple[str, str], np.ndarray]:
@@ -165,7 +170,7 @@ def play(
     for name, task in itertools.product(agents, tasks):
         title = f"{prefix}{name}, {task}"
         found[name, task] = returns = evaluate(agents[name], task, seeds, workers, title)
-        print(f"{title}: {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
+        print(f"{title}: {mean_text(returns)} over {len(returns)} episodes")
     return found
 
 

@@ -45,7 +45,7 @@ from utils import (
     progress,
     resolve_device,
 )
-from walker.agent import EXPERT_RETURNS, Agent, acting_state, evaluate, play, write_returns
+from walker.agent import EXPERT_RETURNS, Agent, acting_state, evaluate, mean_text, play, write_returns
 
 
 @dataclass
@@ -254,7 +254,7 @@ class StudyRun(Run):
         for task in self.trained_tasks():
             returns = evaluate(agent, task, seeds, num_workers(self.config.eval_workers), f"evaluate {task}")
             figures |= {f"eval/{task}/return": float(returns.mean()), f"eval/{task}/return_std": float(returns.std())}
-            lines.append(f"{task} {returns.mean():.1f} ± {returns.std():.1f}")
+            lines.append(f"{task} {mean_text(returns)}")
         score = np.mean([figures[f"eval/{task}/return"] / EXPERT_RETURNS[task] for task in self.trained_tasks()])
         tqdm.write(f"update {self.step}: {', '.join(lines)} over {len(seeds)} episodes each", file=sys.stdout)
         if score > self.best["score"]:
