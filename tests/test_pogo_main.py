@@ -166,14 +166,6 @@ def test_every_episode_is_kept_and_the_scores_are_theirs(finished):
     assert metrics["eval/actor_1/deterministic/return"][-1] == pytest.approx(expected)
 
 
-def test_the_evaluation_block_is_printed(arguments, tmp_path, capsys):
-    train(arguments(tmp_path / "run"))
-    out = capsys.readouterr()
-    block = (out.out + out.err).split("Update 6.\nEvaluation over 2 episodes:\n")[1].splitlines()[:4]
-    for line, (actor, mode) in zip(block, [(i, mode) for i in (0, 1) for mode in chain.MODES], strict=True):
-        assert line.startswith(f"  Actor {actor} - {mode.capitalize()}: ") and ", D4RL score: " in line
-
-
 def test_evaluation_equals_stepping_one_environment_by_hand(arguments, tmp_path, dataset_dir):
     run = POGORun(parse_config(POGOTrainerConfig, [*arguments(tmp_path / "run"), "--no_tensorboard"]))
     seeds = episode_seeds(5, 2)
@@ -194,21 +186,24 @@ def test_evaluation_equals_stepping_one_environment_by_hand(arguments, tmp_path,
 
 
 def test_actors_can_be_updated_less_often(arguments, tmp_path):
-    train(arguments(tmp_path / "run", policy_freq=2, log_freq=1))
+    train(arguments(tmp_path / "run", "--no_save_model", policy_freq=2, log_freq=1))
     metrics = read_metrics(tmp_path / "run/training")
+    assert not list(tmp_path.rglob("*.pth"))
     assert np.isfinite(metrics["critic_loss"]).all()
     assert np.isfinite(metrics["actor_1/loss"]).tolist() == [True, False] * 6
 
 
-def test_directories_carry_env_weights_and_seed(arguments, tmp_path, monkeypatch):
+def test_directories_carry_env_weights_and_seed_and_may_keep_every_checkpoint(arguments, tmp_path):
     config = POGOTrainerConfig(env="halfcheetah-medium-v2", w2_weights=(0.2, 0.25, 10.0), seed=3)
     assert str(POGORun.run_name(config)) == "halfcheetah-medium-v2/w2_0.2_0.25_10/seed_3"
     assert str(POGORun.default_run_dir(config)) == f"logs/{POGORun.run_name(config)}"
-    train(arguments(tmp_path / "run", "--checkpoint_dir", str(tmp_path / "kept")))
-    assert (tmp_path / "kept" / DATASET / "w2_0.4_1/seed_0/last.pth").exists()
+    train(arguments(tmp_path / "run", "--keep_checkpoints", "--checkpoint_dir", str(tmp_path / "kept")))
+    kept = tmp_path / "kept" / DATASET / "w2_0.4_1/seed_0"
+    assert sorted(path.name for path in kept.iterdir()) == ["last.pth", "step_12.pth", "step_6.pth"]
+    assert (
+        digest(kept / "last.pth") == digest(kept / "step_12.pth") and load_checkpoint(kept / "step_6.pth")["step"] == 6
+    )
     assert Policy(tmp_path / "run").act(np.zeros(11, np.float32)).shape == (3,)
-    train(arguments(tmp_path / "none", "--no_save_model"))
-    assert not list((tmp_path / "none").rglob("*.pth"))
 
 
 def test_ctrl_c_says_what_is_kept_and_the_last_line_what_was_done_since(arguments, tmp_path, capsys):
@@ -225,8 +220,12 @@ def test_ctrl_c_says_what_is_kept_and_the_last_line_what_was_done_since(argument
 # -- the same bits ----------------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, arguments, tmp_path):
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, arguments, tmp_path, capsys):
     train(arguments(tmp_path / "again"))
+    out = capsys.readouterr()
+    block = (out.out + out.err).split("Update 6.\nEvaluation over 2 episodes:\n")[1].splitlines()[:4]
+    for line, (actor, mode) in zip(block, [(i, mode) for i in (0, 1) for mode in chain.MODES], strict=True):
+        assert line.startswith(f"  Actor {actor} - {mode.capitalize()}: ") and ", D4RL score: " in line
     for name in OUTPUTS:
         assert digest(finished / name) == digest(tmp_path / "again" / name), name
     train(arguments(tmp_path / "other", seed=1))
@@ -368,14 +367,6 @@ def test_a_policy_acts_from_its_file_alone_as_in_training(finished, arguments, m
         policy.encode(raw)
 
 
-def test_a_checkpoint_of_each_evaluation_can_be_kept(finished, arguments, tmp_path):
-    train(arguments(tmp_path / "run", "--keep_checkpoints"))
-    kept = tmp_path / "run/checkpoints"
-    assert sorted(path.name for path in kept.iterdir()) == ["last.pth", "step_12.pth", "step_6.pth"]
-    assert digest(kept / "last.pth") == digest(kept / "step_12.pth") == digest(finished / "checkpoints/last.pth")
-    assert load_checkpoint(kept / "step_6.pth")["step"] == 6
-
-
 def test_another_folder_of_checkpoints_does_not_wipe_a_run(arguments, tmp_path, capsys):
     """Its log would be begun anew while its checkpoint lies elsewhere."""
     train_until(10, arguments(tmp_path / "run", "--checkpoint_dir", str(tmp_path / "kept")))
@@ -409,16 +400,19 @@ def folder(seed: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(arguments, tmp_path_factory) -> dict[int, Path]:
+def alone(finished, arguments, tmp_path_factory) -> dict[int, Path]:
     """Each seed's run by a command of its own."""
-    runs = {seed: tmp_path_factory.mktemp("alone") / f"seed_{seed}" for seed in range(3)}
+    runs = {seed: tmp_path_factory.mktemp("alone") / f"seed_{seed}" for seed in (1, 2)}
     for seed, run_dir in runs.items():
         train(arguments(run_dir, seed=seed))
-    return runs
+    return {0: finished, **runs}
 
 
 def test_seeds_at_once_equal_each_alone(alone, arguments, tmp_path, monkeypatch, capsys):
+    counted = []
+    monkeypatch.setattr(pogo_main, "data_values", lambda *own: counted.append(1) or data_values(*own))
     summaries = pogo_main.main(several(arguments, tmp_path, monkeypatch))
+    assert counted == [1]  # the data is valued once
     for seed, run_dir in alone.items():
         for name in OUTPUTS:
             assert digest(folder(seed) / name) == digest(run_dir / name), (seed, name)
@@ -432,7 +426,7 @@ def test_seeds_at_once_equal_each_alone(alone, arguments, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize(
     "method,stop_at,reached",
-    [("record", 3, [0, 0, 0]), ("save", 6, [6, 0, 0]), ("record", 9, [6, 6, 6]), ("save", 12, [12, 6, 6])],
+    [("save", 6, [6, 0, 0]), ("save", 12, [12, 6, 6])],
 )
 def test_seeds_that_were_cut_at_different_updates_come_together(
     method, stop_at, reached, alone, arguments, tmp_path, monkeypatch
@@ -444,15 +438,29 @@ def test_seeds_that_were_cut_at_different_updates_come_together(
     make_update = seeds.make_update
     monkeypatch.setattr(seeds, "make_update", lambda runs: groups.append(len(runs)) or make_update(runs))
     train([*flags, "--resume"])
-    assert groups == ([3] if len(set(reached)) == 1 else [2, 3] if reached[0] == 6 else [2])
+    assert groups == ([2, 3] if reached[0] == 6 else [2])
     for seed, run_dir in alone.items():
         for name in OUTPUTS:
             assert digest(folder(seed) / name) == digest(run_dir / name), (seed, name)
 
 
-def test_finished_seeds_are_left_and_counted(alone, arguments, tmp_path, monkeypatch, capsys):
+def test_finished_seeds_are_left_and_counted_where_they_are_of_the_same_data(
+    alone, arguments, tmp_path, monkeypatch, capsys
+):
     flags = several(arguments, tmp_path, monkeypatch)
     train([*flags, "--num_seeds", "2"])
+    summary = folder(0) / "finished.json"  # another's is told before anything trains, also where nothing is left
+    text = summary.read_text()
+    for change in ({"transitions": 7}, {"data_score": 7.5}):
+        summary.write_text(json.dumps(json.loads(text) | change))
+        for count in ("2", "3"):
+            line = exits(capsys, *flags, "--num_seeds", count)
+            assert "are not of the same data" in line and str(*change.values()) in line.split("seed_1")[0]
+    for damaged in ("{", json.dumps({"seed": 0}), "[]"):
+        summary.write_text(damaged)
+        assert "seed_0/finished.json: cannot be used" in exits(capsys, *flags)
+    assert not (folder(2) / "checkpoints" / "last.pth").exists()
+    summary.write_text(text)
     before = {seed: (folder(seed) / "finished.json").stat().st_mtime_ns for seed in (0, 1)}
     train(flags)
     out = capsys.readouterr().out
@@ -462,22 +470,6 @@ def test_finished_seeds_are_left_and_counted(alone, arguments, tmp_path, monkeyp
     with pytest.raises(RunFinished, match="all 3 runs are finished"):
         pogo_main.main(flags)
     assert "Last checkpoints of 3 seeds" in capsys.readouterr().out
-
-
-def test_finished_seeds_of_other_data_or_without_figures_are_one_line(arguments, tmp_path, monkeypatch, capsys):
-    """They are told before anything trains, and where nothing is left to train."""
-    flags, summaries = several(arguments, tmp_path, monkeypatch), [folder(seed) / "finished.json" for seed in (0, 1)]
-    train([*flags, "--num_seeds", "2"])
-    found = json.loads(summaries[0].read_text())
-    for change in ({"transitions": 7}, {"data_score": 7.5}):
-        summaries[0].write_text(json.dumps(found | change))
-        for count in ("2", "3"):
-            line = exits(capsys, *flags, "--num_seeds", count)
-            assert "are not of the same data" in line and str(*change.values()) in line.split("seed_1")[0]
-    for text in ("{", json.dumps({"seed": 0}), "[]"):
-        summaries[0].write_text(text)
-        assert "seed_0/finished.json: cannot be used" in exits(capsys, *flags)
-    assert not (folder(2) / "checkpoints" / "last.pth").exists()
 
 
 def test_every_failure_is_told_and_stops_no_other_seed(alone, arguments, tmp_path, monkeypatch, capsys):
@@ -547,31 +539,18 @@ def test_seeds_at_once_on_a_gpu_equal_each_alone(arguments, tmp_path, monkeypatc
         assert all(torch.allclose(alone[name], together[name], rtol=1e-3, atol=1e-4) for name in alone), seed
 
 
-def test_a_blur_wider_than_the_samples_is_told_once(arguments, tmp_path, capsys):
-    train(arguments(tmp_path / "run", "--sinkhorn_backend", "fused", sinkhorn_blur=5.0))
-    assert capsys.readouterr().err.count("warning: the blur is") == 1
-    train(arguments(tmp_path / "exact", sinkhorn_blur=5.0))
-    assert "the blur" not in capsys.readouterr().err
-
-
-def test_a_wide_blur_of_any_seed_is_told_once(arguments, tmp_path, monkeypatch, capsys):
-    flags = [*several(arguments, tmp_path, monkeypatch), "--sinkhorn_blur", "5", "--sinkhorn_backend", "fused"]
-    train([*flags, "--num_seeds", "1"])  # which has its word
-    capsys.readouterr()
-    train(flags)
-    assert capsys.readouterr().err.count("warning: the blur is") == 1
-
-
-def test_a_q_above_every_return_of_the_data_is_told_once(arguments, tmp_path, monkeypatch, capsys):
-    train(arguments(tmp_path / "run"))
+def test_a_wide_blur_and_a_q_above_every_return_are_told_once(arguments, tmp_path, monkeypatch, capsys):
+    """Of several seeds by one; the exact solver has no blur."""
+    train([*several(arguments, tmp_path, monkeypatch), "--sinkhorn_blur", "5", "--sinkhorn_backend", "fused"])
     told = capsys.readouterr()
+    assert told.err.count("warning: the blur is") == 1
     assert "actor 0 is not to be trusted" not in told.err and "; discounted returns " in told.out
     monkeypatch.setattr(pogo_main, "data_values", lambda *_: (-9.0, -9.0))
-    train(arguments(tmp_path / "small", "--q_start", "zero"))
+    train(arguments(tmp_path / "small", "--q_start", "zero", sinkhorn_blur=5.0))
     told = capsys.readouterr()
-    assert "discounted returns -9, at most -9" in told.out
-    told = told.err
-    assert told.count("no return of the data is above -9: actor 0 is not to be trusted") == 1 and "update 3" in told
+    assert "discounted returns -9, at most -9" in told.out and "the blur" not in told.err
+    assert told.err.count("no return of the data is above -9: actor 0 is not to be trusted") == 1
+    assert "update 3" in told.err
 
 
 def test_the_datas_values_equal_sums_over_its_episodes():
@@ -586,13 +565,6 @@ def test_the_datas_values_equal_sums_over_its_episodes():
     assert data_values(rewards, terminated, truncated, 0.5) == ((sum(values) - 6) / 5, 4 + 0.5 * 7)
     assert data_values(rewards[3:], zeros[3:], zeros[3:], 0.5) == (10.25, 11)
     assert data_values(rewards[:1], zeros[:1], zeros[:1], 0.5) == (2, 2)
-
-
-def test_seeds_side_by_side_value_the_data_once(arguments, tmp_path, monkeypatch):
-    counted = []
-    monkeypatch.setattr(pogo_main, "data_values", lambda *own: counted.append(1) or data_values(*own))
-    train(several(arguments, tmp_path, monkeypatch))
-    assert counted == [1]
 
 
 def test_a_diverging_run_stops_and_says_why(arguments, tmp_path, capsys):
