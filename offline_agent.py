@@ -9,38 +9,33 @@ Layout of a batch (B windows of L transitions):
     codes          z_0  z_1  z_2  ...  z_L          z_t = f(s_0 .. s_t)
     transition t   (z_t, z_{t+1}), goal z_g = f(g)  valid[B, L], steps_to_goal[B, L]
 
-Deviations from the original OPSO code, each with its reason (docs/notebook_opso.md has the measurements):
-- The expectile weighs 0.9 where the target is *above* V: the optimistic side, as its text says and its snippet
-  does not.
-- Targets run over up to `horizon` steps inside the window and stop at the goal. With horizon 1 (the original) value
-  creeps one step each 1 / tau updates, and a maze is hundreds of steps long.
+Deviations from the original OPSO code (docs/opso.md has more of the reasons, docs/notebook_opso.md the measurements):
+- The expectile weighs 0.9 where the target is *above* V, as the original's text has it and its snippet does not.
+- Targets run over up to `horizon` steps inside the window and stop at the goal; with 1, the original's, value creeps
+  one step each 1 / tau updates. V's target looks n - 1 steps ahead before it asks Q, so that its expectile chooses
+  among whole continuations. Bootstrapped values are clipped to [0, 1], where they lie.
 - The target network codes every state alone, f(s) (unless `target_history`), and so does the online network in a
-  share of the windows (`history_dropout`). A code with history knows where its trajectory is heading, so
-  bootstrapping from such codes learns the value of heading there instead of the best one: it orders a maze worse the
-  longer it trains.
-- V's target looks n - 1 steps ahead before it asks Q, so that its expectile chooses among whole continuations; with
-  Q's mean over them it stays the behaviour's value. Bootstrapped values are clipped to [0, 1], where they lie.
-- The critic and V losses weigh 20 and 100 (original: 1): their errors are squares of numbers below 1, and at weight
-  1 the other losses shape the codes alone. The EMA rate is 0.02 (original: 0.005).
-- `p_self` goals are the state that the transition arrives at, s_{t+1}: they are the share of certain positives. A
-  goal equal to s_t is never reached by its own transition.
+  share of the windows (`history_dropout`): a code with history knows where its trajectory is heading, and V would
+  learn the value of heading there instead of the best one.
+- The critic and V losses weigh 20 and 100 (original: 1), or the others alone shape the codes; tau is 0.02 (0.005).
+- `p_self` goals are s_{t+1}, certain positives: a goal equal to s_t is never reached by its own transition.
 - The proposer predicts a step from z, not the code itself, and learns most from the trajectories that get nearer to the
-  goal (`state_temperature`): else it goes where the data goes.
+  goal (`state_temperature`): else it goes where the data goes. reward(z', z_g) is told the goal.
 - The learning rate decays to 0 (`lr_decay`): V's order of far goals jitters otherwise, and the last checkpoint counts.
 - InfoNCE takes `nce_positions` transitions a window, evenly spaced from a random offset: neighbours in a window
   are nearly the same state, so more of them add cost and false negatives, not contrast.
 """
 
 import copy
-import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import MambaEncoder, OfflineModel
-from model_kernels import kernels_of, run_bank_logsumexp
+from model_kernels import Adam, cosine, kernels_of, run_bank_logsumexp
 from utils import (
     BelowOne,
     Count,
@@ -104,18 +99,17 @@ def masked_mean(x: Tensor, valid: Tensor) -> Tensor:
     return (x * valid).sum() / (valid.expand_as(x).sum().clamp(min=1))
 
 
-def effective_rank(codes: Tensor) -> Tensor:
-    """exp(entropy of the normalised singular values) (Roy & Vetterli, 2007). codes: [n, d] -> 0-d, in 1..d."""
-    s = torch.linalg.svdvals(codes - codes.mean(0))
-    p = s / s.sum().clamp(min=1e-12)
-    return torch.exp(-torch.special.xlogy(p, p).sum())
-
-
 def bank_logsumexp(rows: Tensor, bank: Tensor, absent: Tensor) -> Tensor:
     """logsumexp over the bank [m, d] of absent [m] + rows [n, d] bank^T -> [n]; no gradient to the bank."""
     if kernels_of(rows) != "plain":
         return run_bank_logsumexp(rows, bank, absent)
     return torch.logsumexp(torch.addmm(absent, rows, bank.t()), dim=1)
+
+
+def build_model(observation_dim: int, c: OfflineAgentConfig | SimpleNamespace, **more) -> OfflineModel:
+    """An untrained model of the sizes in the settings of offline_trainer.py. AttributeError where one is absent."""
+    shape = {"n_layers": c.n_layers, "d_state": c.d_state, "d_conv": c.d_conv, "expand": c.expand}
+    return OfflineModel(observation_dim, c.d_model, c.hidden_dim, **shape, **more)
 
 
 class OfflineAgent:
@@ -132,36 +126,17 @@ class OfflineAgent:
     PARTS = ("model", "target", "optimizer")
     REMEMBERED = ("bank", "bank_absent", "bank_next", "positive_rate")
 
-    def __init__(
-        self,
-        config: OfflineAgentConfig,
-        observation_dim: int,
-        mean: Tensor,
-        std: Tensor,
-        device="cpu",
-        total_updates: int | None = None,
-    ):
+    def __init__(self, config: OfflineAgentConfig, observation_dim, mean, std, device="cpu", total_updates=None):
         c = self.config = config
         self.total_updates = total_updates if c.lr_decay else None
         self.device = torch.device(device)
-        self.model = OfflineModel(
-            observation_dim,
-            c.d_model,
-            c.hidden_dim,
-            n_layers=c.n_layers,
-            d_state=c.d_state,
-            d_conv=c.d_conv,
-            expand=c.expand,
-            dropout=c.dropout,
-            backend=c.backend,
-        )
+        self.model = build_model(observation_dim, c, dropout=c.dropout, backend=c.backend)
         self.model.encoder.set_normalizer(mean, std)
         self.model.to(self.device)
         self.target = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.parameters, self.target_parameters = list(self.model.parameters()), list(self.target.parameters())
-        # A tensor, changed in place by the warm-up, and counters on the device: a CUDA graph can hold the update.
-        lr = torch.tensor(c.lr, device=self.device)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True, capturable=self.device.type == "cuda")
+        self.lr = torch.tensor(c.lr, device=self.device)  # changed in place: a CUDA graph can hold the update
+        self.optimizer = Adam(self.parameters, self.lr)
         self.step = 0
         # Statistics that the losses carry from update to update; tensors, so that an update never waits for the host.
         self.bank = torch.zeros(c.bank_size, c.d_model, device=self.device)
@@ -172,19 +147,13 @@ class OfflineAgent:
     # -- losses, in the order of the objective ----------------------------------------------------------------
 
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Codes of the online network and of its target, for windows [B, L+1, D] and goals [B, L, D].
-
-        The target's are codes of single states, unless `target_history`.
-        """
-        z = self._encode_states(self.model.encoder, batch["observations"])
-        z_goal = self.model.encoder.encode_goal(batch["goals"])
+        """Codes of the online network and of its target, for windows [B, L+1, D] and goals [B, L, D]."""
+        windows, goals, target = batch["observations"], batch["goals"], self.target.encoder
+        z, z_goal = self._encode_states(self.model.encoder, windows), self.model.encoder.encode_goal(goals)
         with torch.no_grad():
-            if self.config.target_history:
-                target_z = self._encode_states(self.target.encoder, batch["observations"])
-            else:
-                target_z = self.target.encoder.encode_goal(batch["observations"])
-            target_goal = self.target.encoder.encode_goal(batch["goals"])
-            n = self.n_steps(batch)
+            history = self.config.target_history
+            target_z = self._encode_states(target, windows) if history else target.encode_goal(windows)
+            target_goal, n = target.encode_goal(goals), self.n_steps(batch)
         return {
             "z": z[:, :-1],
             "z_next": z[:, 1:],
@@ -268,11 +237,7 @@ class OfflineAgent:
 
     @torch.no_grad()
     def state_weight(self, codes, batch) -> Tensor:
-        """Capped exp(temperature * advantage) [B, L].
-
-        The advantage: the steps to the goal that V counts at z_t, less those n steps later (none where the goal comes
-        first), less the steps taken.
-        """
+        """Capped exp(temperature * advantage) [B, L]: of the steps that V says were saved in n, beyond those taken."""
         c, v, goal, n, steps = self.config, self.target.v, codes["target_goal"], codes["n"], batch["steps_to_goal"]
         before = steps_by_value(v(codes["target_z"][:, :-1], goal), c.discount)
         after = torch.where(steps <= n, 0.0, steps_by_value(v(codes["target_ahead"], goal), c.discount))
@@ -315,10 +280,8 @@ class OfflineAgent:
         # A padded position is nobody's negative.
         absent = torch.where(valid, 0.0, ABSENT)
         both = torch.cat([z, z_next]) / c.temperature
-        logits = torch.cat(
-            [torch.addmm(absent, both[: len(z)], z_next.t()), torch.addmm(absent, both[len(z) :], z.t())]
-        )
-        partition = torch.logsumexp(logits, dim=1)
+        logits = [torch.addmm(absent, both[: len(z)], z_next.t()), torch.addmm(absent, both[len(z) :], z.t())]
+        partition = torch.logsumexp(torch.cat(logits), dim=1)
         if not held_out and c.bank_size > 0:
             partition = torch.logaddexp(partition, bank_logsumexp(both, self.bank, self.bank_absent))
         positive = (both[: len(z)] * z_next).sum(-1)
@@ -353,9 +316,8 @@ class OfflineAgent:
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One optimizer step on a batch, then the EMA targets. Returns 0-d tensors; nothing waits for the host."""
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"].fill_(self.learning_rate())
-        self.optimizer.zero_grad(set_to_none=True)
+        self.lr.fill_(self.learning_rate())
+        self.optimizer.zero_grad()
         total, info, codes = self.total_loss(batch)
         total.backward()
         info["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip).detach()
@@ -369,9 +331,7 @@ class OfflineAgent:
     def learning_rate(self) -> float:
         """Of the coming update: linear warm-up, then cosine decay to 0 at total_updates."""
         rate = self.config.lr * min(1.0, (self.step + 1) / max(self.config.warmup_steps, 1))
-        if self.total_updates is not None:
-            rate *= 0.5 * (1 + math.cos(math.pi * min(self.step / self.total_updates, 1.0)))
-        return rate
+        return rate if self.total_updates is None else rate * cosine(min(self.step / self.total_updates, 1.0))
 
     def _remember(self, codes: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
         """After the backward pass: the running share of positives, and the bank's oldest codes overwritten.
@@ -393,11 +353,10 @@ class OfflineAgent:
 
     @torch.no_grad()
     def evaluate_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The losses of a held-out batch, without a trace: no gradient, no dropout, nothing remembered.
+        """The losses of a held-out batch: no gradient, no dropout, nothing remembered.
 
-        InfoNCE contrasts within the batch alone and the reward loss weighs by the batch's own labels, so that the
-        figures do not depend on what training has seen so far. The targets of Q, V and the proposer are still the EMA
-        network's, and move with it.
+        InfoNCE without its bank, and the reward loss weighted by the batch's own labels, do not depend on what training
+        has seen; the EMA targets still move.
         """
         self.model.eval()
         return self.total_loss(batch, held_out=True)[1]
@@ -407,7 +366,8 @@ class OfflineAgent:
     @torch.no_grad()
     def encode_windows(self, observations: Tensor, lengths: Tensor) -> Tensor:
         """Codes of right-padded histories. [n, L, D], lengths [n] -> [n, d_model]."""
-        return self.model.eval().encoder.encode_last_valid(observations, lengths)
+        codes = self.model.eval().encoder(observations)
+        return codes[torch.arange(len(codes), device=self.device), lengths - 1]
 
     @torch.no_grad()
     def encode_states(self, observations: Tensor) -> Tensor:
@@ -421,11 +381,7 @@ class OfflineAgent:
 
     @torch.no_grad()
     def propose(self, z: Tensor, goals: Tensor) -> Tensor:
-        """The next code on the way to the goal; same shapes as `value`, -> [..., d_model].
-
-        This stands where other agents `act`: no action is read offline, and the online stage turns the proposal
-        into one by inverse dynamics.
-        """
+        """The next code on the way to the goal, in place of an action; same shapes as `value`, -> [..., d_model]."""
         return self.model.next_state(*torch.broadcast_tensors(z, self.encode_states(goals)))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------

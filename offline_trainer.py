@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 
 from benchmark_data.local import generate_if_missing
-from model import resolve_backend
+from model_kernels import resolve_backend
 from offline_agent import OfflineAgent, OfflineAgentConfig
 from ogbench_utils import TrajectoryDataset, make_env, parse_dataset_id
 from opso.diagnostics import HeldOut, value_map

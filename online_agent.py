@@ -12,23 +12,21 @@ z = f(s), as the offline stage's target codes are; the policy sees the state bes
                                                                                                             |
     s_t ---f---> z_t, s_t --------------------------------------> inverse_dynamics <--- z', some steps ahead on it
 
-Deviations from the original OPSO code, each with its reason (docs/notebook_opso.md has the measurements):
-- z' lies up to `subgoal_steps` ahead, not one: a step of an ant says little about where it goes. `subgoal_steps 1`
-  is the original.
-- Acting searches (`acting search`) among dataset states. `acting proposer` asks next_state(z, z_g), as the original
-  does, and takes the dataset state whose code is nearest.
+Deviations from the original OPSO code (docs/notebook_opso.md has the measurements):
+- z' lies up to `subgoal_steps` ahead, not one: a step of an ant says little about where it goes.
+- Acting searches among dataset states. `acting proposer` asks next_state(z, z_g), as the original does, and takes the
+  dataset state whose code is nearest.
 - The graph's links are short by a metric that InfoNCE trains on states a few steps apart. V is vague there: it takes
   states on both sides of a corner for near.
 - The proposer learns the graph's ways to `route_goals` of its nodes, and V their lengths beside its own targets
-  (opso/routes.py): acting then needs no search. Learning where the data went instead, weighted by the steps that V
-  says it saved (HIQL; Park et al., 2023), reached four goals of five on the point maze.
-- The policy's loss can be weighted by a capped exp(advantage) of its step towards z', counted in steps saved
-  (`action_temperature`; 0 is off).
+  (opso/routes.py): acting then needs no search. Where the data went, weighted by the steps that V says it saved (HIQL;
+  Park et al., 2023), led to four goals of five on the point maze.
+- Weights of the policy's loss, a capped exp(advantage) of the step towards z', are off (`action_temperature`).
 - Targets of Q and V span many steps, as offline.
 - Without the dataset's actions, the inverse dynamics model learns from the agent's own transitions, random ones at
   first, and infers the action between two states of the dataset; the policy then learns from those as from known ones
-  (behavioural cloning from observation; Torabi et al., 2018). One step tells much of its action; many steps of random
-  actions, which the policy would have to learn from, tell almost nothing.
+  (behavioural cloning from observation; Torabi et al., 2018). One step tells much of its action; many random ones,
+  which the policy would have to learn from, tell almost nothing.
 """
 
 import copy
@@ -40,8 +38,10 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from model import InverseDynamics, InverseDynamicsModel, OfflineModel, StateMetric
+from model_kernels import Adam
 from utils import (
     BelowOne,
     Count,
@@ -86,52 +86,41 @@ class OnlineAgentConfig:
     goal_discount: BelowOne = 0.99  # discount of the geometric distribution of p_future
 
 
-def minimize(
-    optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], updates: Collection[int], floor: float = 0.0
-) -> float:
-    """Optimizer steps at a learning rate that decays by a cosine to `floor` of itself. Returns the last loss.
+def minimize(net: nn.Module, lr: float, loss: Callable[[], Tensor], updates: Collection[int], floor=0.0, decay=0.0):
+    """Steps of AdamW with a weight decay, at a rate that falls along a cosine to `floor` of itself; then net is frozen.
 
-    updates: 0, 1, ..., a range or a progress bar over it.
+    updates: 0, 1, ..., a range or a progress bar over it. Returns the last loss.
     """
-    (group,), last = optimizer.param_groups, torch.zeros(())
-    lr = group["lr"]
+    parameters, last = list(net.requires_grad_(True).parameters()), torch.zeros(())
+    moments = [[torch.zeros_like(each) for each in parameters] for _ in range(2)]
+    steps = [torch.zeros((), device=each.device) for each in parameters]
+    usual = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "maximize": False}
     for number in updates:
-        group["lr"] = lr * ((1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * number / len(updates)))
         last = loss()
-        optimizer.zero_grad(set_to_none=True)
-        last.backward()
-        optimizer.step()
+        grads = list(torch.autograd.grad(last, parameters))
+        rate = lr * ((1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * number / len(updates)))
+        with torch.no_grad():  # the function alone: torch.optim's classes take seconds and 70 MB to import a compiler
+            own = {"lr": rate, "weight_decay": decay, "decoupled_weight_decay": True}
+            adam(parameters, grads, *moments, [], steps, **usual, **own)
+    net.requires_grad_(False)
     return float(last.detach())
 
 
 class OnlineAgent:
     """The frozen encoder, the heads that go on learning, their EMA targets and one optimizer.
 
-    Args:
-        config: settings of the losses and of acting.
-        model: what the offline stage trained; its encoder is frozen, its heads are copied.
-        action_dim: numbers in an action.
-        hidden_dim: width of the inverse dynamics.
-        discount: that of the pretrained values; another one would make them wrong.
-        device: where everything lives.
+    model: what the offline stage trained; its encoder is frozen, its heads are copied. hidden_dim: width of the inverse
+    dynamics. discount: that of the pretrained values; another one would make them wrong.
     """
 
     POLICY = ("encoder", "heads", "metric")  # what acts
+    LEARNING = ("idm", "target", "optimizer")  # what only learning needs
 
-    def __init__(
-        self,
-        config: OnlineAgentConfig,
-        model: OfflineModel,
-        action_dim: int,
-        hidden_dim: int,
-        discount: float,
-        device: str | torch.device = "cpu",
-    ):
+    def __init__(self, config: OnlineAgentConfig, model: OfflineModel, action_dim, hidden_dim, discount, device="cpu"):
         self.config, self.discount, self.device = config, discount, torch.device(device)
-        self.action_dim = action_dim
+        self.action_dim, self.code_dim = action_dim, model.encoder.d_model
         self.encoder = model.encoder.to(self.device).eval().requires_grad_(False)
         self.heads = nn.ModuleDict({name: copy.deepcopy(getattr(model, name)) for name in ("q", "v", "next_state")})
-        self.code_dim = self.encoder.d_model
         features = self.code_dim + self.encoder.observation_dim
         self.heads["inverse_dynamics"] = InverseDynamics(features, hidden_dim, action_dim)
         self.heads.to(self.device).requires_grad_(True)
@@ -141,18 +130,13 @@ class OnlineAgent:
         self.target.requires_grad_(False)
         self.online_parameters = [p for name in ("q", "v") for p in self.heads[name].parameters()]
         self.target_parameters = [p for name in ("q", "v") for p in self.target[name].parameters()]
-        lr = torch.tensor(config.lr, device=self.device)
-        self.optimizer = torch.optim.Adam(
-            self.heads.parameters(), lr=lr, fused=True, capturable=self.device.type == "cuda"
-        )
+        self.lr = torch.tensor(config.lr, device=self.device)
+        self.optimizer = Adam(self.heads.parameters(), self.lr)
         self.step = 0
 
     @torch.no_grad()
-    def encode(self, observations: Tensor, block: int = 4096) -> Tensor:
-        """Features of single states: the code and the normalised state, [..., D] -> [..., d_model + D].
-
-        In blocks that bound the memory.
-        """
+    def encode(self, observations: Tensor, block: int = 1024) -> Tensor:
+        """Features of single states: code and normalised state, [..., D] -> [..., d_model + D]. Blocks bound memory."""
         flat = observations.reshape(-1, observations.shape[-1])
         features = flat.new_empty(len(flat), self.code_dim + flat.shape[-1])
         for part, into in zip(flat.split(block), features.split(block), strict=True):
@@ -183,9 +167,7 @@ class OnlineAgent:
             own = torch.arange(len(logits), device=self.device)
             return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
-        optimizer = torch.optim.Adam(self.metric.requires_grad_(True).parameters(), self.config.metric_lr)
-        last = minimize(optimizer, loss, updates)
-        self.metric.requires_grad_(False)
+        last = minimize(self.metric, self.config.metric_lr, loss, updates)
         with torch.no_grad():
             parts = [sample() for _ in range(20)]
             squares = torch.cat([(self.embed(x) - self.embed(y)).square().sum(-1) for x, y, _ in parts])
@@ -220,10 +202,7 @@ class OnlineAgent:
             states, later, actions = sample()
             return F.smooth_l1_loss(self.idm(states, later), actions, beta=0.1)
 
-        optimizer = torch.optim.AdamW(self.idm.requires_grad_(True).parameters(), lr, weight_decay=1e-4)
-        last = minimize(optimizer, loss, updates, floor=0.02)
-        self.idm.requires_grad_(False)
-        return last
+        return minimize(self.idm, lr, loss, updates, floor=0.02, decay=1e-4)
 
     def scale_idm(self, states: Tensor, later: Tensor) -> None:
         """Take the mean and deviation of a step from normalised states [n, D] and the next ones."""
@@ -301,13 +280,11 @@ class OnlineAgent:
     def update(self, batch: dict[str, Tensor], route: dict[str, Tensor], lr_scale: float = 1.0) -> dict[str, Tensor]:
         """One optimizer step on a batch of codes, then the EMA targets. Returns 0-d tensors, without a host sync.
 
-        batch: z, z_next, z_before, z_ahead, z_sub, z_goal [n, d_model] (z_{t+n-1}, z_{t+n}, the code the inverse
-        dynamics aims at), features x, x_sub, x_goal [n, d_model + D], actions [n, A], acted [n] 0/1 where the action is
-        known, steps_to_goal, n, sub_steps [n] int64. route: `Routes.sample`'s, for V and the proposer.
+        batch: codes z, z_next, z_before, z_ahead (z_{t+n-1}, z_{t+n}), z_sub (what inverse dynamics aims at), z_goal;
+        features x, x_sub, x_goal; actions [n, A], acted [n] 0/1 where the action is known; steps_to_goal, n, sub_steps
+        [n] int64. route: `Routes.sample`'s, for V and the proposer.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"].fill_(self.config.lr * lr_scale)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.lr.fill_(self.config.lr * lr_scale)
         terms = {
             "critic": self.critic_loss(batch),
             "v": self.v_loss(batch),
@@ -316,8 +293,7 @@ class OnlineAgent:
             "route_v": self.route_value_loss(route),
         }
         # No weights: but for V's two, no losses share a parameter, as the encoder is frozen; Adam ignores their scales.
-        sum(loss for loss, _ in terms.values()).backward()
-        self.optimizer.step()
+        self.optimizer.minimise(sum(loss for loss, _ in terms.values()))
         with torch.no_grad():
             torch._foreach_lerp_(self.target_parameters, self.online_parameters, self.config.tau)
         self.step += 1
@@ -329,30 +305,19 @@ class OnlineAgent:
         """The action that leads from x towards x_sub, in [-1, 1]. Features [n, d_model + D] -> [n, A]."""
         return self.heads["inverse_dynamics"](x, x_sub, x_goal)
 
-    @torch.no_grad()
-    def propose(self, z: Tensor, z_goal: Tensor) -> Tensor:
-        """The proposer's code on the way to the goal. Codes [n, d_model] -> [n, d_model]."""
-        return self.heads["next_state"](z, z_goal)
-
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
         """Everything the next update depends on; the encoder too, so that the file acts by itself."""
-        others = {name: getattr(self, name).state_dict() for name in ("idm", "target", "optimizer")}
+        others = {name: getattr(self, name).state_dict() for name in self.LEARNING}
         return self.policy_state_dict() | others | {"step": self.step}
 
     def policy_state_dict(self) -> dict:
         """What acting needs, and no more."""
         return {name: getattr(self, name).state_dict() for name in self.POLICY}
 
-    def load_policy_state_dict(self, state: dict) -> None:
-        """Raises KeyError or RuntimeError where the state is another model's."""
-        for name in self.POLICY:
-            getattr(self, name).load_state_dict(state[name])
-
     def load_state_dict(self, state: dict) -> None:
-        """Raises KeyError or RuntimeError where the state is another model's."""
-        self.load_policy_state_dict(state)
-        for name in ("idm", "target", "optimizer"):
+        """Continue from either dict. Raises KeyError or RuntimeError where the state is another model's."""
+        for name in self.POLICY + (self.LEARNING if "step" in state else ()):
             getattr(self, name).load_state_dict(state[name])
-        self.step = int(state["step"])
+        self.step = int(state.get("step", 0))

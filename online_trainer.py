@@ -10,9 +10,7 @@ online_training_curves.png and paths.png.
 """
 
 import functools
-import json
 import math
-import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,23 +23,13 @@ from benchmark_data.local import generate_if_missing
 from ogbench_utils import max_episode_steps, parse_dataset_id
 from online_agent import OnlineAgent, OnlineAgentConfig
 from opso.batches import CodeSet, sample_batch, sample_pairs, steps_to_travel
-from opso.episodes import (
-    EVAL_ENVS,
-    TRAIN_SEED_OFFSET,
-    Evaluation,
-    GoalEnv,
-    RandomPolicy,
-    check_video,
-    episode_code,
-    rollout,
-)
-from opso.policy import MazePolicy
+from opso.episodes import TRAIN_SEED_OFFSET, RandomPolicy, episode_code, rollout
+from opso.evaluation import Evaluation, evaluate_file, open_evaluator, open_video, print_metrics
 from opso.pretrained import load_pretrained
 from opso.routes import Routes
 from opso.search import Planner, StateGraph, spaced_rows
 from runs.cli import parse_config, run_cli
 from runs.directory import mark_finished, save_checkpoint
-from runs.evaluation import Evaluator, num_workers
 from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_online_curves
 from runs.run import DeviceRunConfig, Run
@@ -53,13 +41,10 @@ from utils import (
     MayChange,
     NonNegative,
     Positive,
-    RandomStreams,
     UserError,
     Whole,
     Workers,
     progress,
-    resolve_device,
-    write_text_atomic,
 )
 
 
@@ -115,7 +100,7 @@ def check(config: OnlineTrainerConfig) -> None:
             "offline for the policy without interaction, or --max_episodes above 0"
         )
     if config.record_video:  # say now what would fail after hours
-        check_video(config.dataset)
+        open_video(config.dataset)[0].close()
 
 
 def resolve(config: OnlineTrainerConfig) -> OnlineTrainerConfig:
@@ -125,18 +110,6 @@ def resolve(config: OnlineTrainerConfig) -> OnlineTrainerConfig:
     return replace(config, **absent)
 
 
-# -- the pretrained model ------------------------------------------------------------------------------------------
-
-
-def offline_command(config: OnlineTrainerConfig) -> str:
-    """The command that makes the pretrained model this run asks for."""
-    flags = [f" --dataset {config.dataset}"] if config.dataset != OnlineTrainerConfig.dataset else []
-    flags += [f" --dataset_dir {shlex.quote(config.dataset_dir)}"] if config.dataset_dir else []
-    flags += [f" --seed {config.seed}"] if config.seed else []
-    flags += [f" --run_dir {shlex.quote(config.offline_run_dir)}"] if config.offline_run_dir else []
-    return "python offline_trainer.py" + "".join(flags)
-
-
 class OnlineRun(Run):
     """One run: the pretrained model, the data, the agent, its environments, its random streams and its directory."""
 
@@ -144,12 +117,9 @@ class OnlineRun(Run):
 
     def __init__(self, config: OnlineTrainerConfig):
         check(config)
-        config = resolve(config)
-        folder = config.offline_run_dir
-        usual = Path("logs") / "offline" / config.dataset / f"seed_{config.seed}"
-        self.model, self.pretrained = load_pretrained(Path(folder or usual), config.dataset, offline_command(config))
+        self.model, self.pretrained = load_pretrained(config)
         trajectories = config.max_trajectories or self.pretrained["max_trajectories"]
-        super().__init__(replace(config, max_trajectories=trajectories))
+        super().__init__(replace(resolve(config), max_trajectories=trajectories))
 
     @property
     def step(self) -> int:
@@ -237,9 +207,7 @@ class OnlineRun(Run):
         """What comes first: the metric."""
         config = self.config
 
-        def sample() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            return sample_pairs(self.codes, config.metric_steps, METRIC_PAIRS, self.streams.sampling)
-
+        sample = functools.partial(sample_pairs, self.codes, config.metric_steps, METRIC_PAIRS, self.streams.sampling)
         updates = progress(range(config.metric_updates), "fit the metric", unit="update", leave=False)
         losses = {"metric_loss": self.agent.fit_metric(sample, updates)}
         self.check_metrics(losses, "lower --metric_lr")
@@ -252,12 +220,11 @@ class OnlineRun(Run):
 
     def fit_idm(self, updates: int, lr: float) -> dict[str, float]:
         """Train the inverse dynamics model on own transitions and infer the dataset's actions by it."""
-        source = self.replay
+        own, size, generator = self.replay, (IDM_TRANSITIONS,), self.streams.sampling
 
         def sample() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            number = torch.randint(len(source), (IDM_TRANSITIONS,), generator=self.streams.sampling, device=self.device)
-            rows = source.transitions[number]
-            return *self.neighbours(source, rows), source.actions[rows]
+            rows = own.transitions[torch.randint(len(own), size, generator=generator, device=self.device)]
+            return *self.neighbours(own, rows), own.actions[rows]
 
         bar = progress(range(updates), "fit the inverse dynamics model", unit="update", leave=False)
         losses = {"idm_loss": self.agent.fit_idm(sample, bar, lr)}
@@ -394,6 +361,7 @@ class OnlineRun(Run):
     def plot(self) -> None:
         """online_training_curves.png, paths.png of the last evaluation and, if asked for, evaluation.mp4."""
         config = self.config
+        vars(self).pop("routes", None)  # nothing learns any more: the pictures get its memory
         data = f"{config.dataset} ({len(self.data.observations):,} states)"
         title = f"{data}, {config.inverse_dynamics_data} actions, seed {config.seed}"
         plot_online_curves(read_metrics(self.run_dir), self.run_dir / "online_training_curves.png", title)
@@ -401,36 +369,6 @@ class OnlineRun(Run):
         self.evaluation.plot(self.run_dir / "paths.png", nodes, f"{title}, {self.episodes} episodes")
         if config.record_video:
             self.evaluation.record_video(self.run_dir / "evaluation.mp4")
-
-
-def open_evaluator(config: OnlineTrainerConfig, dataset: str) -> Evaluator:
-    """Environments for rounds of episodes and for evaluations."""
-    make_env = functools.partial(GoalEnv, dataset, max_episode_steps(dataset))
-    return Evaluator(make_env, max(config.num_envs, EVAL_ENVS), num_workers(config.eval_workers))
-
-
-def evaluate_file(config: OnlineTrainerConfig) -> None:
-    """`--evaluate`: the episodes that the run's own evaluation takes, as many as asked for, in a folder beside it."""
-    policy = MazePolicy(config.evaluate, resolve_device(config.device))
-    if policy.agent is None:
-        raise UserError(f"{policy.path}: not a policy of online_trainer.py; give the best_model.pth of one of its runs")
-    dataset, seed = policy.dataset, policy.config["seed"]
-    if config.record_video:
-        check_video(dataset)
-    folder = Path(config.run_dir or policy.path.parent / "evaluation")
-    with open_evaluator(config, dataset) as evaluator:
-        evaluation = Evaluation(evaluator, dataset, RandomStreams(seed).evaluation_seed)
-        metrics = evaluation.run(policy.agent, policy.graph, config.eval_episodes)
-    write_text_atomic(folder / "evaluation.json", json.dumps({"dataset": dataset, **metrics}, indent=2) + "\n")
-    actions, states = policy.config["inverse_dynamics_data"], policy.state["data_states"]
-    title = f"{dataset} ({states:,} states), {actions} actions, seed {seed}"
-    evaluation.plot(folder / "paths.png", policy.state["nodes"][:, :2].cpu().numpy(), title)
-    if config.record_video:
-        evaluation.record_video(folder / "evaluation.mp4")
-    print(f"{title}: {policy.path}, after {policy.state['episodes']} episodes of its own")
-    for name, value in metrics.items():
-        print(f"  {name}: {value:.3f}")
-    print(f"outputs in {folder}: evaluation.json, paths.png{', evaluation.mp4' if config.record_video else ''}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -454,8 +392,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{config.dataset}, {config.inverse_dynamics_data} actions, seed {config.seed}: last checkpoint after "
         f"{run.episodes} episodes, {run.env_steps} environment steps, {time.perf_counter() - began:.0f} seconds{since}"
     )
-    for name, value in summary.items():
-        print(f"  {name}: {value:.3f}")
+    print_metrics(summary)
     print(f"outputs in {run.run_dir}: best_model.pth, checkpoints/last.pth, metrics.csv, *.png")
 
 

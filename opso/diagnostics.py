@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from offline_agent import OfflineAgent, effective_rank
+from offline_agent import OfflineAgent
 from ogbench_utils import TrajectoryDataset
 from opso.maze import Maze, Task, distances
 
@@ -51,6 +51,13 @@ class HeldOut:
         z, xy = agent.encode_states(self.states), self.states[:, :2]
         arrows = [proposal_ends(agent, z, z, xy, goal) - xy for goal in self.goals[:WAY_GOALS]]
         return mean_cosine(torch.stack(arrows).cpu().numpy(), self.directions)
+
+
+def effective_rank(codes: torch.Tensor) -> torch.Tensor:
+    """exp(entropy of the normalised singular values) (Roy & Vetterli, 2007). codes: [n, d] -> 0-d, in 1..d."""
+    s = torch.linalg.svdvals(codes - codes.mean(0))
+    p = s / s.sum().clamp(min=1e-12)
+    return torch.exp(-torch.special.xlogy(p, p).sum())
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

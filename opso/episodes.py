@@ -1,25 +1,16 @@
-"""OPSO's episodes: played in environments that the evaluator spreads over processes; their pictures and films."""
+"""OPSO's episodes, played in environments that the evaluator spreads over processes."""
 
-import contextlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import gymnasium
 import numpy as np
 
 from ogbench_utils import NUM_TASKS, make_env, seeded_reset
-from online_agent import OnlineAgent
-from opso.maze import Maze
-from opso.search import Planner, StateGraph
+from opso.search import Planner
 from runs.evaluation import Evaluator
-from runs.plots import plot_paths
-from utils import UserError, progress
 
 TRAIN_SEED_OFFSET = 10**6  # training episodes are reset with seeds from here on, evaluation with those below
-EVAL_ENVS = 20  # evaluation episodes at once
-VIDEO_SKIP = 3  # environment steps a frame
 
 
 class GoalEnv(gymnasium.Wrapper):
@@ -54,8 +45,7 @@ class RandomPolicy:
     """Acts as `Planner` does, uniformly in [-1, 1], anew at each step; aims at nothing."""
 
     def __init__(self, seeds: list[int], action_dim: int):
-        # Not the seeds themselves: the environment's numbers come from those.
-        self.generators = [np.random.default_rng([seed, 1]) for seed in seeds]
+        self.generators = [np.random.default_rng([seed, 1]) for seed in seeds]  # not the environment's own
         self.action_dim, self.chosen = action_dim, np.full(len(seeds), -2)
 
     def act(self, observations: np.ndarray, live: np.ndarray) -> np.ndarray:
@@ -112,109 +102,3 @@ def rollout(
         success = bool(played.successes[0, env])
         episodes.append(Episode(seen, actions[env, :length], goal, chosen[env, :length], reward, success))
     return episodes, policy
-
-
-class Evaluation:
-    """Episodes of the five tasks, without exploration or noise, and their pictures.
-
-    The same episodes every time: one depends on the seed, its task and its number alone, but for rounding, as states
-    are encoded together.
-    """
-
-    def __init__(self, evaluator: Evaluator, dataset: str, seed: int):
-        self.evaluator, self.dataset, self.seed = evaluator, dataset, seed
-        self.episodes: list[tuple[int, Episode]] = []  # those of the last run: task and episode
-
-    def reset_seed(self, number: int) -> int:
-        """Of the number-th episode of each task; training resets use TRAIN_SEED_OFFSET and more."""
-        return (self.seed + number) % TRAIN_SEED_OFFSET
-
-    def run(self, agent: OnlineAgent, graph: StateGraph, episodes: int) -> dict[str, float]:
-        """Play `episodes` episodes of each task; returns success in all and by task, and the mean length."""
-        jobs = [(task, self.reset_seed(number)) for number in range(episodes) for task in range(1, NUM_TASKS + 1)]
-        self.episodes = []
-        with progress(len(jobs), "evaluate", unit="episode", leave=False) as bar:
-            for start in range(0, len(jobs), EVAL_ENVS):
-                part = jobs[start : start + EVAL_ENVS]
-                seeds = [seed * NUM_TASKS + task for task, seed in part]
-                played, _ = rollout(
-                    self.evaluator,
-                    [episode_code(seed, task) for task, seed in part],
-                    lambda goals, seeds=seeds: Planner(agent, graph, goals, seeds),
-                    bar.update,
-                )
-                self.episodes += zip([task for task, _ in part], played, strict=True)
-        by_task = {
-            f"eval/success_task{task}": float(np.mean([episode.success for episode in self.of_task(task)]))
-            for task in range(1, NUM_TASKS + 1)
-        }
-        steps = float(np.mean([len(episode.actions) for _, episode in self.episodes]))
-        return {"eval/success_rate": float(np.mean(list(by_task.values()))), **by_task, "eval/episode_steps": steps}
-
-    def of_task(self, task: int) -> list[Episode]:
-        """The episodes of one task, in the order of their seeds."""
-        return [episode for number, episode in self.episodes if number == task]
-
-    def record_video(self, path: Path) -> None:
-        """The first episode of each task as an MP4, its actions replayed from the same reset."""
-        env = renderer(self.dataset)
-        part = path.with_suffix(f".part{path.suffix}")
-        with contextlib.closing(env), find_video_writer().get_writer(part, fps=30) as writer:
-            for task in progress(range(1, NUM_TASKS + 1), "video", unit="episode"):
-                seeded_reset(env, self.reset_seed(0), {"task_id": task})
-                for step, action in enumerate(self.of_task(task)[0].actions):
-                    env.step(action)
-                    if step % VIDEO_SKIP == 0:
-                        writer.append_data(env.render())
-        part.replace(path)
-
-    def plot(self, path: Path, nodes: np.ndarray, title: str) -> None:
-        """The paths over the maze, and of nodes [n, 2] those that the first episode of each task aimed at."""
-        panels = []
-        for task in range(1, NUM_TASKS + 1):
-            played = self.of_task(task)
-            chosen = played[0].subgoals
-            success = [episode.success for episode in played]
-            panels.append(
-                {
-                    "name": f"task {task}: {np.mean(success):.0%}",
-                    "paths": [episode.observations[:, :2] for episode in played],
-                    "success": success,
-                    "goal_xy": played[0].goal[:2],
-                    "subgoals": nodes[chosen[(chosen >= 0) & (chosen < len(nodes))]],
-                }
-            )
-        with contextlib.closing(make_env(self.dataset)) as env:
-            plot_paths(Maze.from_env(env), panels, path, title)
-
-
-def renderer(dataset: str) -> gymnasium.Env:
-    """An environment that renders without a display. Raises UserError where nothing here can."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    chosen = os.environ["MUJOCO_GL"]
-    try:
-        env = make_env(dataset, render_mode="rgb_array", width=320, height=320)
-        seeded_reset(env, 0)
-        env.render()
-    except Exception as error:  # each OpenGL library fails in its own way
-        raise UserError(
-            f"--record_video: cannot render with MUJOCO_GL={chosen} ({type(error).__name__}); it needs EGL (a GPU's "
-            "driver) or OSMesa (libosmesa6 and MUJOCO_GL=osmesa); leave --record_video out where there is neither"
-        ) from None
-    return env
-
-
-def check_video(dataset: str) -> None:
-    """Raises UserError where no film can be made."""
-    renderer(dataset).close()
-    find_video_writer()
-
-
-def find_video_writer():
-    """imageio with its MP4 writer; raises UserError without the package."""
-    try:
-        import imageio.v2 as imageio
-        import imageio_ffmpeg  # noqa: F401
-    except ImportError:
-        raise UserError("--record_video needs imageio-ffmpeg: pip install -r requirements/video.txt") from None
-    return imageio

@@ -2,25 +2,17 @@
 
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-from model import OfflineModel
+from offline_agent import build_model
 from online_agent import OnlineAgent, OnlineAgentConfig
 from opso.search import Planner, StateGraph
 from runs.directory import checkpoint_file, load_checkpoint
 from utils import UserError, one_line
-
-
-def build_model(observation_dim: int, settings: dict[str, Any]) -> OfflineModel:
-    """An untrained model of the sizes in the settings of offline_trainer.py, with the backend that fits this machine.
-
-    Raises KeyError where a setting is absent.
-    """
-    shape = {name: settings[name] for name in ("n_layers", "d_state", "d_conv", "expand")}
-    return OfflineModel(observation_dim, settings["d_model"], settings["hidden_dim"], **shape)
 
 
 class MazePolicy:
@@ -55,16 +47,16 @@ class MazePolicy:
             ) from None
 
     def _build_offline(self, state: dict[str, Any]) -> None:
-        model = build_model(state["observation_dim"], self.config)
+        model = build_model(state["observation_dim"], SimpleNamespace(**self.config))
         model.load_state_dict(state["target"] if "target" in state else state["agent"]["target"])
         self.encoder, self.v = model.encoder.to(self.device).eval(), model.v.to(self.device)
 
     def _build_online(self, state: dict[str, Any]) -> None:
         before = state["pretrained"]
-        model = build_model(state["nodes"].shape[1], before)
+        model = build_model(state["nodes"].shape[1], SimpleNamespace(**before))
         own = OnlineAgentConfig(**{field.name: self.config[field.name] for field in fields(OnlineAgentConfig)})
         self.agent = OnlineAgent(own, model, state["action_dim"], before["hidden_dim"], before["discount"], self.device)
-        self.agent.load_policy_state_dict(state["agent"])
+        self.agent.load_state_dict(state["agent"])
         nodes = self.agent.encode(state["nodes"])
         self.graph = StateGraph(self.agent, nodes, state["node_rows"], state["node_episode_end"])
         self.encoder, self.v = self.agent.encoder, self.agent.heads["v"]

@@ -1,22 +1,29 @@
 """The model that a run of offline_trainer.py leaves, for the online stage."""
 
+import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from model import OfflineModel
-from opso.policy import build_model
+from offline_agent import build_model
 from runs.directory import load_checkpoint
 from utils import UserError, one_line
 
 
-def load_pretrained(folder: Path, dataset: str, command: str) -> tuple[OfflineModel, dict[str, Any]]:
-    """The last EMA model of the run in a folder, and that run's settings.
+def load_pretrained(config: Any) -> tuple[OfflineModel, dict[str, Any]]:
+    """The last EMA model of the run that the settings of online_trainer.py ask for, and that run's settings.
 
     Raises UserError, naming the command that makes the right one, where there is none, and where it is another
     dataset's or not a model of ours.
     """
-    path, remedy = folder / "checkpoints" / "last.pth", f"make it with `{command}`"
+    dataset, usual = config.dataset, Path("logs") / "offline" / config.dataset / f"seed_{config.seed}"
+    flags = {"dataset": dataset, "dataset_dir": config.dataset_dir, "seed": config.seed or None}
+    flags |= {"run_dir": config.offline_run_dir}
+    given = [f" --{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
+    remedy = f"make it with `python offline_trainer.py{''.join(given)}`"
+    path = Path(config.offline_run_dir or usual) / "checkpoints" / "last.pth"
     if not path.exists():
         raise UserError(path.resolve(), "no pretrained model", f"{remedy}, or give its folder by --offline_run_dir")
     state = load_checkpoint(path)
@@ -25,11 +32,13 @@ def load_pretrained(folder: Path, dataset: str, command: str) -> tuple[OfflineMo
         raise UserError(path, fault, f"give a run of `python offline_trainer.py --dataset {dataset}`")
     try:
         settings = state["config"]
-        model = build_model(state["observation_dim"], settings)
+        model = build_model(state["observation_dim"], SimpleNamespace(**settings))
         model.load_state_dict(state["agent"]["target"])
         settings["discount"], settings["hidden_dim"], settings["max_trajectories"]  # noqa: B018  the run needs them
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+    except (KeyError, AttributeError, TypeError, RuntimeError, ValueError) as error:
         raise UserError(path, f"not a model of offline_trainer.py ({one_line(error)})", remedy) from None
-    if not (folder / "finished.json").exists():
-        print(f"{folder}: this pretraining is not finished; what it has learned so far is used", file=sys.stderr)
+    if not (path.parents[1] / "finished.json").exists():
+        print(
+            f"{path.parents[1]}: this pretraining is not finished; what it has learned so far is used", file=sys.stderr
+        )
     return model, settings

@@ -25,15 +25,12 @@ NODES_PER_AIM = 2  # nodes of the graph that aim_steps span at least
 class StateGraph:
     """Dataset states, joined along their trajectories and by links to the nearest states of the others.
 
-    A trajectory's edge costs the steps it took. A link of x steps by the metric costs link_cost + x (1 + x /
+    A trajectory's edge costs the steps it took. A link of x steps by the agent's metric costs link_cost + x (1 + x /
     trusted_steps), in both directions, so that a chain of short links is preferred to a long one. Only long links lead
     through a wall, since no trajectory passes there.
 
-    Args:
-        agent: whose metric measures the links.
-        features: [n, d_model + D] of the nodes, in the order of the dataset.
-        rows: [n] int64, increasing, their rows in the dataset.
-        episode_end: [n] int64, the last row of each node's episode.
+    features [n, d_model + D]: of the nodes, in the dataset's order; rows [n] int64, increasing: where they lie in it;
+    episode_end [n] int64: the last row of each node's episode.
     """
 
     def __init__(self, agent: OnlineAgent, features: Tensor, rows: Tensor, episode_end: Tensor):
@@ -84,11 +81,10 @@ class StateGraph:
     def shortest_paths(
         self, last: Sequence[int], last_cost: Sequence[float], blocked: Sequence[tuple[np.ndarray, np.ndarray]] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Shortest paths from all nodes to one goal.
+        """Shortest paths from all nodes to a goal, to which the nodes `last` [L] are linked at costs `last_cost` [L].
 
-        last, last_cost: [L] the nodes linked to the goal and the costs of these links; blocked: pairs of [n] bool, no
-        edge from the first set to the second is taken. Returns the steps [n], inf where no path leads, and the next
-        node on it [n]: n for the goal, or a negative number.
+        blocked: pairs of [n] bool, no edge from the first set to the second is taken. Returns the steps [n], inf where
+        no path leads, and the next node on it [n]: n for the goal, or a negative number.
         """
         n, cost = len(self), np.concatenate([self.cost, last_cost])
         for start, end in blocked:
@@ -116,41 +112,28 @@ def spaced_rows(episode_end: torch.Tensor, most: int, aim_steps: float) -> torch
 class Planner:
     """Acts in several environments at once, towards one goal each, from reset to the episode's end.
 
-    Args:
-        agent: the networks.
-        graph: the dataset's states.
-        goals: [E, D] observations of the goals.
-        seeds: [E], one for each environment: all that is random here comes from it, so no environment affects another.
-        epsilon: probability, at each choice of z', of exploring straight towards the goal:
-            z' = z + a (z_g - z), a uniform in [0.2, 1].
-        action_noise: standard deviation of the Gaussian noise on actions.
+    goals [E, D]: their observations. seeds [E]: all that is random comes from an environment's own, so none affects
+    another. epsilon: the probability, at each choice of z', of exploring straight towards the goal: z' = z + a (z_g -
+    z), a uniform in [0.2, 1]. action_noise: standard deviation of the Gaussian noise on actions.
     """
 
     def __init__(
-        self,
-        agent: OnlineAgent,
-        graph: StateGraph,
-        goals: np.ndarray,
-        seeds: Sequence[int],
-        epsilon: float = 0.0,
-        action_noise: float = 0.0,
+        self, agent: OnlineAgent, graph: StateGraph, goals, seeds: Sequence[int], epsilon=0.0, action_noise=0.0
     ):
         self.agent, self.graph = agent, graph
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.epsilon, self.action_noise = epsilon, action_noise
         self.goals = agent.encode(torch.as_tensor(np.asarray(goals, np.float32), device=agent.device))
-        count = len(self.goals)
-        self.clock = 0
+        count, self.clock = len(self.goals), 0
         self.choices = self.explorations = 0  # how often z' was chosen, and how often by exploring
         self.subgoals = self.goals.clone()  # [E, d_model + D]: z' and its state
         self.chosen = np.full(count, len(graph))  # the node that z' is; n for the goal
-        self.aim_steps = agent.aim_steps
+        self.aim_steps, self.goal_points = agent.aim_steps, agent.embed(self.goals)
         self.nearest = np.full(count, np.inf)  # search: fewest steps to the goal so far
         self.places: list[list[Tensor]] = [[] for _ in range(count)]  # proposer: where it was, aim_steps apart
         self.progress_at = np.zeros(count, dtype=int)  # when it last got nearer to the goal, or to a new place
         self.escape_left = np.zeros(count, dtype=int)  # steps left of the random escape
         self.escape_actions = torch.zeros(count, agent.action_dim)
-        self.goal_points = agent.embed(self.goals)
         if agent.config.acting == "search":
             links = zip(*graph.links(self.goal_points), strict=True)
             self.last = [(tuple(nodes), tuple(costs)) for nodes, costs in links]  # nodes linked to the goals, and costs
@@ -204,12 +187,11 @@ class Planner:
             self.explorations += int(explores.sum())
 
     def _propose(self, x: Tensor, points: Tensor, live: np.ndarray, to_goal: np.ndarray) -> None:
-        """Choose z' for `live`: the goal where it is near, else the node whose code is nearest to the proposal.
+        """Choose z': the goal where `to_goal` [m], the steps to it, are few, else the node nearest to the proposal.
 
-        to_goal: [m] steps to the goals by the metric. Progress is to come to new places: V cannot tell it, as its
-        values are all near 0 where the goal is far.
+        Progress is to come to new places: V cannot tell it, as its values are all near 0 where the goal is far.
         """
-        proposals = self.agent.propose(self.agent.code(x), self.agent.code(self.goals[live]))
+        proposals = self.agent.heads["next_state"](self.agent.code(x), self.agent.code(self.goals[live]))
         nodes = self.graph.nearest_codes(proposals)
         self.chosen[live] = np.where(to_goal <= self.aim_steps, len(self.graph), nodes)
         for env, point in zip(live, points, strict=True):
@@ -217,11 +199,8 @@ class Planner:
             if not places or self.agent.metric_steps(point[None], torch.stack(places)).min() > self.aim_steps:
                 places.append(point)
                 self.progress_at[env] = self.clock
-            if self._is_stuck(env):
+            if self.clock - self.progress_at[env] >= self.agent.config.patience:
                 self._escape(env)
-
-    def _is_stuck(self, env: int) -> bool:
-        return self.clock - self.progress_at[env] >= self.agent.config.patience
 
     def _escape(self, env: int) -> None:
         """Hold one random action for a while, and count progress anew."""
@@ -230,10 +209,7 @@ class Planner:
         self.escape_actions[env] = 2 * torch.rand(self.agent.action_dim, generator=self.generators[env]) - 1
 
     def _follow(self, env: int, point: Tensor, nodes: np.ndarray, costs: np.ndarray, to_goal: float) -> None:
-        """Choose one environment's z': the goal if it is near, else the node `aim_steps` ahead on the shortest path.
-
-        nodes, costs: [L] the links of the state it is in.
-        """
+        """Choose z': the goal if it is near, else the node `aim_steps` ahead on the shortest path by its links [L]."""
         ahead, count = self.aim_steps, len(self.graph)
         steps, next_node = self.paths[env]
         total = costs + steps[nodes]
@@ -254,13 +230,9 @@ class Planner:
                 node = int(next_node[node])
         if left < self.nearest[env] - 1:
             self.nearest[env], self.progress_at[env] = left, self.clock
-        if self._is_stuck(env):
-            self._block(env, point, node)
+        if self.clock - self.progress_at[env] >= self.agent.config.patience:
+            self._escape(env)
+            if node < count:  # going from here to it failed: these edges are blocked for the rest of the episode
+                self.blocked[env].append(self.graph.around(point, node))
+                self.paths[env] = self.graph.shortest_paths(*self.last[env], self.blocked[env])
         self.chosen[env] = node
-
-    def _block(self, env: int, point: Tensor, node: int) -> None:
-        """Going from here to `node` failed: block these edges for the rest of the episode, and escape at random."""
-        self._escape(env)
-        if node < len(self.graph):
-            self.blocked[env].append(self.graph.around(point, node))
-            self.paths[env] = self.graph.shortest_paths(*self.last[env], self.blocked[env])

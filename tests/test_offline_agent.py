@@ -12,14 +12,13 @@ from scipy.stats import spearmanr
 
 from model import MLP
 from model_kernels import choice
-from offline_agent import ABSENT, OfflineAgent, OfflineAgentConfig, bank_logsumexp, effective_rank
+from offline_agent import ABSENT, OfflineAgent, OfflineAgentConfig, bank_logsumexp
 from offline_trainer import OfflineTrainerConfig, resolve, sample_batch
 from ogbench_utils import NEVER, TrajectoryDataset
+from opso.diagnostics import effective_rank
 from utils import expectile_loss
 
 SMALL = {"context_length": 12, "d_model": 16, "hidden_dim": 32, "d_state": 8, "horizon": 5, "bank_size": 50}
-LOSSES = ("critic", "v", "state", "reward", "infonce", "alignment")
-BETAS = ("beta_critic", "beta_v", "beta_s", "beta_r", "beta_nce", "beta_a")
 
 
 def corridor(episodes=30, rows=41, seed=0) -> TrajectoryDataset:
@@ -76,12 +75,6 @@ def padded_batch(config) -> dict[str, torch.Tensor]:
 def test_expectile_is_optimistic():
     target = torch.tensor([1.0, -1.0])
     assert torch.allclose(expectile_loss(torch.zeros(2), target, 0.9), torch.tensor([0.9, 0.1]))
-    value = torch.zeros(1, requires_grad=True)
-    samples = torch.linspace(0, 1, 101)
-    for _ in range(2000):
-        (grad,) = torch.autograd.grad(expectile_loss(value, samples, 0.9).mean(), value)
-        value = (value - 0.5 * grad).detach().requires_grad_()
-    assert 0.7 < value.item() < 0.8  # the 0.9 expectile of the uniform distribution is 0.75
 
 
 def test_effective_rank_counts_directions():
@@ -120,18 +113,6 @@ def test_targets_equal_a_walk_along_each_window(batch_of):
         assert critic[b, t].item() == pytest.approx(expected["critic"], abs=1e-5)
         assert v[b, t].item() == pytest.approx(expected["v"], abs=1e-5)
     assert reached > 2  # both branches were walked
-
-
-def test_horizon_one_is_the_one_step_target_of_the_original():
-    agent = make_agent(horizon=1)
-    batch = make_batch(agent.config)
-    codes = agent.encode(batch)
-    z, z_next, goal = codes["target_z"][:, :-1], codes["target_z"][:, 1:], codes["target_goal"]
-    done = (batch["steps_to_goal"] == 1).float()
-    expected = done + agent.config.discount * (1 - done) * agent.target.v(z_next, goal).clamp(0, 1)
-    assert torch.allclose(agent.critic_target(codes, batch), expected, atol=1e-6)
-    smaller = torch.minimum(*agent.target.q(z, z_next, goal)).clamp(0, 1)
-    assert torch.allclose(agent.v_target(codes, batch), smaller, atol=1e-6)
 
 
 def test_critic_and_v_losses():
@@ -245,25 +226,28 @@ def test_the_weights_of_a_giant_maze_do_not_vanish_where_the_goal_is_far():
     assert torch.allclose(weight, torch.ones(1, 2), atol=1e-3)
 
 
-def test_the_proposer_goes_to_the_goal_though_the_data_goes_both_ways():
-    """In a corridor of walks that turn about, twenty proposals lead towards either end; unweighted ones hardly do."""
-    led = []
-    for temperature in (0.3, 0.0):
-        agent, data = make_agent(state_temperature=temperature, lr=2e-3), corridor()
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(250):
-            agent.update(sample_batch(data, agent.config, 16, generator))
-        states = data.observations[:200]
-        moves = []
-        for goal in (0.0, 20.0):
-            z = agent.encode_states(states)
-            for _ in range(8):
-                z = agent.propose(z, torch.tensor([goal, 0.0]))
-            nearest = torch.cdist(z, agent.encode_states(data.observations)).argmin(1)
-            move = (data.observations[nearest] - states)[:, 0] * (1 if goal else -1)
-            moves.append(move[(states[:, 0] - goal).abs() > 5].mean().item())
-        led.append(moves)
-    assert min(led[0]) > 2 and sum(led[0]) > sum(led[1]) + 2, led
+def test_value_and_proposer_learn_the_corridor():
+    """V must order held-out pairs by distance, though walks turn about, and proposals lead to either end."""
+    agent = make_agent(lr=2e-3, tau=0.05, warmup_steps=5, horizon=12, discount=0.95)
+    data, held_out = corridor(episodes=60), corridor(episodes=10, seed=9)
+    generator = torch.Generator().manual_seed(1)
+    infos = [agent.update(sample_batch(data, agent.config, 16, generator)) for _ in range(250)]
+    first, last = (torch.stack([info["critic_loss"] for info in part]).mean() for part in (infos[:10], infos[-10:]))
+    assert last < first
+    windows = held_out.sample_windows(64, 12, generator)["observations"]
+    z = agent.encode_windows(windows, torch.full((64,), 13))
+    goals = held_out.observations[torch.randint(len(held_out.observations), (64,), generator=generator)]
+    value = agent.value(z.unsqueeze(0), goals.unsqueeze(1)).numpy()
+    distance = (goals[:, None, 0] - windows[None, :, -1, 0]).abs().numpy()
+    assert spearmanr(value.ravel(), -distance.ravel()).statistic > 0.85
+    states = data.observations[:200]
+    for goal in (0.0, 20.0):
+        z = agent.encode_states(states)
+        for _ in range(8):
+            z = agent.propose(z, torch.tensor([goal, 0.0]))
+        nearest = torch.cdist(z, agent.encode_states(data.observations)).argmin(1)
+        move = (data.observations[nearest] - states)[:, 0] * (1 if goal else -1)
+        assert move[(states[:, 0] - goal).abs() > 5].mean() > 2
 
 
 def test_alignment_loss():
@@ -293,23 +277,22 @@ def test_padding_changes_no_loss_no_gradient_and_no_memory():
 
 
 def test_every_pair_of_a_window_is_coded_as_its_history():
+    """Whatever stands in the padding of a history."""
     agent = make_agent(history_dropout=0.0)
     batch = make_batch(agent.config)
-    codes = agent.encode(batch)
-    for t in (0, 5, 11):
-        history = agent.encode_windows(batch["observations"], torch.full((4,), t + 2))
-        assert torch.allclose(codes["z_next"][:, t], history, atol=1e-6)
+    codes, lengths = agent.encode(batch), torch.tensor([2, 7, 12, 13])
+    padded = batch["observations"].clone()
+    padded[torch.arange(13) >= lengths[:, None]] = 1e6
+    expected = codes["z_next"][torch.arange(4), lengths - 2]
+    assert torch.allclose(agent.encode_windows(padded, lengths), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name,beta", list(zip(LOSSES, BETAS, strict=True)))
-def test_each_loss_can_be_turned_off(name, beta):
-    batch = make_batch(OfflineAgentConfig(**SMALL))
-    agent, without = make_agent(), make_agent(**{beta: 0.0})
-    on, info, _ = agent.total_loss(batch)
-    off, _, _ = without.total_loss(batch)
-    weighted = getattr(agent.config, beta) * info[f"{name}_loss"]
-    assert weighted.abs() > 0
-    assert torch.allclose(on - off, weighted, atol=1e-4)
+def test_the_total_is_the_weighted_sum():
+    agent = make_agent(**{f"beta_{name}": 1.5**k for k, name in enumerate(("critic", "v", "s", "r", "nce", "a"))})
+    total, info, _ = agent.total_loss(make_batch(agent.config))
+    losses = [info[f"{name}_loss"] for name in ("critic", "v", "state", "reward", "infonce", "alignment")]
+    assert all(loss.abs() > 1e-3 for loss in losses)
+    assert total.item() == pytest.approx(sum(1.5**k * loss.item() for k, loss in enumerate(losses)), rel=1e-4)
 
 
 def test_no_gradient_through_targets():
@@ -323,7 +306,7 @@ def test_update_follows_the_ema_the_warm_up_and_the_bank():
     agent = make_agent(tau=0.25, warmup_steps=4, nce_positions=3)
     before = copy.deepcopy(agent.target.state_dict())
     info = agent.update(make_batch(agent.config))
-    assert agent.optimizer.param_groups[0]["lr"] == pytest.approx(agent.config.lr / 4)
+    assert agent.optimizer.lr.item() == pytest.approx(agent.config.lr / 4)
     assert all(value.ndim == 0 and not value.requires_grad for value in info.values())
     for name, value in agent.model.named_parameters():
         expected = 0.75 * before[name] + 0.25 * value
@@ -369,25 +352,6 @@ def test_unused_bank_and_no_future_goals_are_finite():
     assert (batch["steps_to_goal"] == NEVER).any()
     info = agent.update(batch)
     assert all(torch.isfinite(value) for value in info.values())
-
-
-def test_value_learns_the_corridor():
-    """V must order held-out pairs by distance, and the proposer must step towards the goal: not a loss, the point."""
-    agent = make_agent(lr=2e-3, tau=0.05, warmup_steps=5, horizon=12, discount=0.95)
-    data = corridor(episodes=60)
-    generator = torch.Generator().manual_seed(1)
-    infos = [agent.update(sample_batch(data, agent.config, 16, generator)) for _ in range(250)]
-    first, last = (
-        float(torch.stack([info["critic_loss"] for info in part]).mean()) for part in (infos[:10], infos[-10:])
-    )
-    assert last < first
-    held_out = corridor(episodes=10, seed=9)
-    windows = held_out.sample_windows(64, 12, generator)["observations"]
-    z = agent.encode_windows(windows, torch.full((64,), 13))
-    goals = held_out.observations[torch.randint(len(held_out.observations), (64,), generator=generator)]
-    value = agent.value(z.unsqueeze(0), goals.unsqueeze(1)).numpy()
-    distance = (goals[:, None, 0] - windows[None, :, -1, 0]).abs().numpy()
-    assert spearmanr(value.ravel(), -distance.ravel()).statistic > 0.85
 
 
 def test_golden_trace():

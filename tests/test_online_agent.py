@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import OfflineModel
+from model import InverseDynamicsModel, OfflineModel
 from ogbench_utils import NEVER
-from online_agent import OnlineAgent, OnlineAgentConfig
+from online_agent import OnlineAgent, OnlineAgentConfig, minimize
 from opso import search
 from opso.batches import MOST_TRAVEL_STEPS, CodeSet, sample_batch, sample_pairs, steps_to_travel
 from opso.routes import Routes
-from opso.search import KEPT_GOALS, Planner, StateGraph
+from opso.search import Planner, StateGraph
 from utils import MAX_WEIGHT, EpisodeReplay
 
 SETTINGS = {
@@ -154,17 +154,8 @@ def test_action_loss_equals_a_loop_over_the_known_actions():
     assert loss.item() == pytest.approx(total / 24, rel=1e-4)
     assert info["action_error"].item() == pytest.approx(np.mean(errors), rel=1e-4)
     assert info["action_weight"].item() == pytest.approx(np.mean(weights), rel=1e-4)
-
-
-def test_hidden_actions_have_no_gradient():
-    agent = make_agent()
-    batch = half_acted(agent)
     hidden = {key: value[batch["acted"] == 0] for key, value in batch.items()}
-    for part, learns in ((batch, True), (hidden, False)):
-        agent.heads.zero_grad()
-        agent.action_loss(part)[0].backward()
-        gradient = torch.cat([p.grad.flatten() for p in agent.heads["inverse_dynamics"].parameters()])
-        assert gradient.isfinite().all() and bool(gradient.any()) == learns
+    assert agent.action_loss(hidden)[0].item() == 0
 
 
 # -- update -----------------------------------------------------------------------------------------------------------
@@ -193,7 +184,7 @@ def test_every_head_learns_nothing_else_does_and_the_targets_follow_by_tau():
     info = update(agent, lr_scale=0.5)
     assert all(value.ndim == 0 and not value.requires_grad for value in info.values())
     assert {"critic_loss", "v_loss", "state_loss", "train_loss", "route_v_loss"} <= set(info)
-    assert agent.step == 1 and float(agent.optimizer.param_groups[0]["lr"]) == pytest.approx(5e-4)
+    assert agent.step == 1 and agent.optimizer.lr.item() == pytest.approx(5e-4)
     for name, value in agent.heads.state_dict().items():
         assert not torch.equal(value, heads[name]), name
     for name, value in agent.target.state_dict().items():
@@ -239,6 +230,22 @@ def pairs_of(source: CodeSet, metric_steps=4, count=64, seed=0):
 def states_only(states: torch.Tensor) -> torch.Tensor:
     """Features of states [n, 2] whose codes are nothing."""
     return F.pad(states, (WIDTH, 0))
+
+
+def test_minimize_is_adamw_with_a_cosine():
+    """Bit by bit, PyTorch's own; then the network is frozen."""
+    nets, x = [InverseDynamicsModel(3, 8, 2)], torch.randn(50, 3)
+    nets.append(copy.deepcopy(nets[0]))
+    mine, theirs = ((lambda net=net: net(x, x + 0.1).square().mean()) for net in nets)
+    minimize(nets[0], 1e-2, mine, range(20), floor=0.02, decay=1e-4)
+    optimizer = torch.optim.AdamW(nets[1].parameters(), weight_decay=1e-4)
+    for number in range(20):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (0.51 + 0.49 * math.cos(math.pi * number / 20))
+        optimizer.zero_grad()
+        theirs().backward()
+        optimizer.step()
+    for own, usual in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(own, usual) and not own.requires_grad
 
 
 def test_the_metrics_loss_is_infonce_both_ways():
@@ -331,11 +338,6 @@ def test_the_metric_learns_the_steps_along_a_corridor_and_sees_the_wall():
     mean = {k: steps[rows[:-k], rows[k:]].mean() for k in (1, 2, 4, 8, 12, 16)}
     assert list(mean.values()) == sorted(mean.values())  # on the whole
     assert mean[1] < 0.5 * mean[4] < 0.5 * mean[8]
-    told, known = 0.0, 0
-    for state, later, apart in (draw() for _ in range(20)):
-        told += agent.metric_steps(agent.embed(state), agent.embed(later)).trace().item()
-        known += int(apart.sum())
-    assert told == pytest.approx(known, rel=0.1)
     ordered = [steps[i, i + 2] < steps[i, i + 8] for i in range(37)]
     assert np.mean(ordered) > 0.95  # and state by state
     across = np.array([steps[i, 44 - i] for i in range(10)])  # the other side of the wall
@@ -403,7 +405,7 @@ def test_a_batch_never_crosses_an_episodes_end(make):
 
 
 def test_pairs_never_cross_an_episodes_end():
-    """Steps are uniform in 1..metric_steps, or what is left of the episode."""
+    """Steps are in 1..metric_steps, or what is left of the episode."""
     ends, generator = ENDS[counted_codes], torch.Generator().manual_seed(0)
     state, later, steps = sample_pairs(counted_codes(), 4, 4000, generator)
     assert torch.equal(state, counted(state[:, 0])) and torch.equal(later, counted(later[:, 0]))
@@ -413,10 +415,6 @@ def test_pairs_never_cross_an_episodes_end():
         assert row < after <= min(ends[row], row + 4) and apart == after - row
         seen.add((row, apart))
     assert seen == {(row, k) for row, end in ends.items() for k in range(1, min(4, end - row) + 1)}
-    free = torch.tensor([ends[row] - row >= 4 for row in state[:, 0].tolist()])
-    assert torch.bincount(steps[free], minlength=5)[1:].float().div(free.sum()).tolist() == pytest.approx(
-        [0.25] * 4, abs=0.05
-    )
 
 
 @pytest.mark.parametrize("make", [counted_codes, counted_replay])
@@ -525,34 +523,31 @@ def test_links_lead_both_ways_to_the_nearest(settings):
     found, expected = edges(graph), edges_by_hand(agent, places, rows, ends)
     assert set(found) == set(expected) and all((b, a) in found for a, b in found)
     assert all(found[pair] == pytest.approx(cost, rel=1e-3, abs=1e-4) for pair, cost in expected.items())
-    assert all(a != b for a, b in found)
-
-
-def test_no_node_is_linked_to_itself_however_many_lie_in_its_place():
-    agent = place_agent(num_links=2)
-    found = edges(join(agent, *[[(1, 1)]] * 7, [(5, 1)]))
+    found = edges(join(agent, *[[(1, 1)]] * 7, [(5, 1)]))  # so many in one place that a node is not its own nearest
     assert all(a != b for a, b in found) and {a for a, _ in found} == set(range(8))
-    assert all(sum(a == node for a, _ in found) >= 2 for node in range(8))
 
 
 def test_paths_to_a_goal_are_worked_out_once():
-    agent = place_agent(num_links=1)
-    graph, _, rows, _ = random_graph(agent, 0)
-    n = len(rows)
-    asked = [((node % n,), (0.5 * (node // n),)) for node in range(KEPT_GOALS)]
-    kept = [graph.paths_to(*goal) for goal in asked]
-    for goal, (steps, next_node) in zip(asked, kept, strict=True):
-        again = graph.shortest_paths(*goal)
-        assert np.array_equal(steps, again[0]) and np.array_equal(next_node, again[1])
-    assert all(graph.paths_to(*goal) is ways for goal, ways in zip(asked, kept, strict=True))
-    graph.paths_to(*asked[0]), graph.paths_to((0,), (99.0,))  # the one asked for longest ago gives way
-    assert graph.paths_to(*asked[0]) is kept[0] and graph.paths_to(*asked[1]) is not kept[1]
+    graph, *_ = random_graph(place_agent(num_links=1), 0)
+    asked = [((3,), (0.5,)), ((4,), (0.5,)), ((4,), (1.5,))]
+    for goal, kept in zip(asked, [graph.paths_to(*goal) for goal in asked], strict=True):
+        assert graph.paths_to(*goal) is kept
+        assert all(map(np.array_equal, kept, graph.shortest_paths(*goal)))
 
 
-@pytest.mark.parametrize("count", [0, 1, 3])
+def shortest(cost: np.ndarray) -> np.ndarray:
+    """Fewest steps between all nodes [n, n], by Floyd and Warshall."""
+    best = cost.copy()
+    np.fill_diagonal(best, 0)
+    for k in range(len(best)):
+        best = np.minimum(best, best[:, k : k + 1] + best[k : k + 1])
+    return best
+
+
+@pytest.mark.parametrize("count", [0, 3])
 @pytest.mark.parametrize("num_links", [1, 3])
 def test_routes_equal_an_exhaustive_search(count, num_links):
-    """Floyd and Warshall's over the edges written out by hand, without those blocked."""
+    """Over the edges written out by hand, without those blocked."""
     agent, ways = place_agent(num_links=num_links), []
     for seed in range(6):
         graph, places, rows, ends = random_graph(agent, seed)
@@ -568,10 +563,7 @@ def test_routes_equal_an_exhaustive_search(count, num_links):
                 cost[a, b] = price
         for k in near:  # the goal itself is never blocked
             cost[k, n] = link(agent, places[k], goal.tolist())
-        best = cost.copy()
-        np.fill_diagonal(best, 0)
-        for k in range(n + 1):
-            best = np.minimum(best, best[:, k : k + 1] + best[k : k + 1])
+        best = shortest(cost)
         steps, next_node = graph.shortest_paths(last, last_cost, blocked)
         assert np.allclose(steps, best[:n, n], rtol=1e-4)
         for node in range(n):
@@ -815,14 +807,10 @@ def test_noise_is_the_generators_and_actions_stay_in_their_bounds():
     torch.manual_seed(1)
     goals, seen, graph = torch.randn(3, 2).numpy(), torch.randn(6, 3, 2).numpy(), random_states(agent)
 
-    def act(seed, epsilon, noise):
-        planner = plan(agent, graph, *goals, seed=seed, epsilon=epsilon, action_noise=noise)
+    def act(seed, noise):
+        planner = plan(agent, graph, *goals, seed=seed, action_noise=noise)
         return np.stack([planner.act(observations, np.arange(3)) for observations in seen])
 
-    assert np.array_equal(act(0, 0.5, 0.2), act(0, 0.5, 0.2))
-    assert not np.array_equal(act(0, 0.5, 0.2), act(1, 0.5, 0.2))
-    assert np.array_equal(act(0, 0.0, 0.0), act(1, 0.0, 0.0))
-    noise = act(0, 0.0, 0.05) - act(0, 0.0, 0.0)
-    assert noise.std() == pytest.approx(0.05, rel=0.4)
-    loud = act(0, 0.0, 5.0)
-    assert np.abs(loud).max() == 1 and loud.dtype == np.float32
+    assert np.array_equal(act(0, 0.0), act(1, 0.0)) and not np.array_equal(act(0, 0.2), act(1, 0.2))
+    assert (act(0, 0.05) - act(0, 0.0)).std() == pytest.approx(0.05, rel=0.4)
+    assert np.abs(act(0, 5.0)).max() == 1 and act(0, 5.0).dtype == np.float32

@@ -18,10 +18,11 @@ import make_dataset
 import offline_trainer
 import online_trainer
 from ogbench_utils import MazeDataset, make_env, seeded_reset
-from online_agent import OnlineAgent
 from online_trainer import OnlineRun, OnlineTrainerConfig
 from opso import episodes as opso_episodes
-from opso.episodes import Evaluation, GoalEnv, episode_code, rollout
+from opso import evaluation as opso_evaluation
+from opso.episodes import GoalEnv, episode_code, rollout
+from opso.evaluation import VIDEO_SKIP, Evaluation
 from opso.policy import MazePolicy
 from opso.search import Planner, spaced_rows
 from policy import Policy
@@ -54,7 +55,8 @@ NO_INTERACTION = {"inverse_dynamics_data": "offline", "max_episodes": 0}
 @pytest.fixture(scope="module", autouse=True)
 def short_episodes():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(online_trainer, "max_episode_steps", lambda dataset: STEPS)
+        for module in (online_trainer, opso_evaluation):
+            patch.setattr(module, "max_episode_steps", lambda dataset: STEPS)
         patch.setattr(online_trainer, "METRIC_PAIRS", 32)
         yield
 
@@ -135,13 +137,9 @@ def test_a_run_writes_all_its_outputs(finished):
     assert not any(name.endswith(".tmp") or "part" in name for name in names)
     for picture in ("online_training_curves.png", "paths.png"):
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
-    summary = json.loads((finished / "finished.json").read_text())
+    summary, metrics = json.loads((finished / "finished.json").read_text()), read_metrics(finished)
     assert summary["dataset"] == DATASET and summary["env_steps"] == 6 * STEPS
-    assert summary["eval/success_rate"] == read_metrics(finished)["eval/success_rate"][-1]
-
-
-def test_metrics_hold_what_the_readme_names(finished):
-    metrics = read_metrics(finished)
+    assert summary["eval/success_rate"] == metrics["eval/success_rate"][-1]
     assert metrics["step"] == [0, 2, 4, 6]
     assert metrics["env_steps"] == [0, 2 * STEPS, 4 * STEPS, 6 * STEPS]
     for column in ("critic_loss", "v_loss", "state_loss", "train_loss", "idm_loss", "eval/success_rate"):
@@ -172,11 +170,11 @@ def test_the_first_steps_are_random_where_no_action_is_known(arguments, tmp_path
 # -- the same bits ----------------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, arguments, pretrained, tmp_path):
-    train(arguments(tmp_path / "again"))
+def test_the_same_seed_gives_the_same_bits_whoever_steps_and_another_does_not(finished, arguments, tmp_path):
+    train(arguments(tmp_path / "again", eval_workers=1))
     for name in ("checkpoints/last.pth", "best_model.pth", "metrics.csv", "finished.json"):
         assert digest(finished / name) == digest(tmp_path / "again" / name), name
-    train(arguments(tmp_path / "other", seed=1))
+    train(arguments(tmp_path / "other", seed=1, eval_freq=2, eval_episodes=1))
     first, other = last(finished), last(tmp_path / "other")
     assert differing(first["agent"]["encoder"], other["agent"]["encoder"]) == set()
     assert not torch.equal(first["replay"]["states"], other["replay"]["states"])
@@ -184,21 +182,15 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, argume
     assert names == set(tensors(first["agent"]["heads"]))
     names = differing(first["agent"]["metric"], other["agent"]["metric"])
     assert names == set(tensors(first["agent"]["metric"])) - {"/aim_steps"}  # the data's alone
-
-
-def test_how_often_a_run_evaluates_changes_no_training_number(finished, arguments, tmp_path):
-    train(arguments(tmp_path / "run", eval_freq=2, eval_episodes=1))
-    first, second = last(finished), last(tmp_path / "run")
-    assert differing(first, second) == set()
-    rows, fewer = read_metrics(finished), read_metrics(tmp_path / "run")
+    train(arguments(tmp_path / "fewer", eval_freq=2, eval_episodes=1))  # how often it evaluates changes no number
+    assert differing(first, last(tmp_path / "fewer")) == set()
+    rows, fewer = read_metrics(finished), read_metrics(tmp_path / "fewer")
     assert [np.isnan(value) for value in fewer["eval/success_rate"]] == [True, True, False, False]
     for column in ("train_loss", "v_loss", "episode_reward", "goal_biased_share"):
         assert np.array_equal(rows[column], fewer[column], equal_nan=True), column
 
 
-@pytest.mark.parametrize(
-    "stop_at,more", [(0, {}), (6, {}), (2, {"random_steps": 3 * STEPS}), (6, {"idm_updates_per_round": 0})]
-)
+@pytest.mark.parametrize("stop_at,more", [(0, {}), (2, {"random_steps": 3 * STEPS}), (6, {"idm_updates_per_round": 0})])
 def test_a_resumed_run_equals_the_uninterrupted_one(stop_at, more, arguments, tmp_path, monkeypatch):
     """Cut before the first episode, among random ones, a round past the checkpoint with the replay wrapped round."""
     settings = {"max_episodes": 8, "eval_freq": 2, "replay_episodes": 3, "random_steps": STEPS} | more
@@ -231,41 +223,24 @@ def test_a_run_cut_after_its_last_checkpoint_evaluates_the_same(finished, argume
     assert (run / "paths.png").exists() and digest(run / "metrics.csv") == digest(finished / "metrics.csv")
 
 
-def evaluator_of(workers: int = 0, num_envs: int = 20) -> Evaluator:
-    return Evaluator(functools.partial(GoalEnv, DATASET, STEPS), num_envs, workers)
-
-
-def same(episode, other) -> bool:
-    names = ("observations", "actions", "goal", "subgoals", "reward", "success")
-    return all(np.array_equal(getattr(episode, name), getattr(other, name)) for name in names)
-
-
 def test_the_best_model_acts_by_itself(arguments, tmp_path):
-    """From best_model.pth alone come the episodes of the run's own evaluation, bit by bit, whatever the workers."""
+    """From best_model.pth alone come the episodes of the run's own evaluation, bit by bit."""
     settings = NO_INTERACTION | {"eval_episodes": 1}
-    config = parse_config(OnlineTrainerConfig, arguments(tmp_path / "run", "--no_tensorboard", **settings))
-    run = OnlineRun(config)
-    run.train()
-    run.close()
-    assert [task for task, _ in run.evaluation.episodes] == [1, 2, 3, 4, 5]
-    for name, workers in (("best_model.pth", 0), ("checkpoints/last.pth", 2)):
+    with open_run(arguments(tmp_path / "run", **settings)) as run:
+        run.train()
+    assert list(run.evaluation.episodes) == [1, 2, 3, 4, 5]
+    for name in ("best_model.pth", "checkpoints/last.pth"):
         policy = MazePolicy(tmp_path / "run" / name)
         rows = policy.state["node_rows"]
         assert policy.dataset == DATASET and torch.equal(policy.state["nodes"], run.data.observations[rows])
-        with evaluator_of(workers) as evaluator:
+        with Evaluator(functools.partial(GoalEnv, DATASET, STEPS), 20) as evaluator:
             again = Evaluation(evaluator, DATASET, RandomStreams(policy.config["seed"]).evaluation_seed)
             assert again.run(policy.agent, policy.graph, 1) == run.metrics
-        for (_, episode), (_, other) in zip(run.evaluation.episodes, again.episodes, strict=True):
+        for (episode,), (other,) in zip(run.evaluation.episodes.values(), again.episodes.values(), strict=True):
             assert episode.actions.shape == (STEPS, 2) and np.abs(episode.actions).max() > 0
             assert (episode.subgoals < len(rows)).any()  # not the goal all the time
-            assert same(episode, other)
+            assert all(map(np.array_equal, vars(episode).values(), vars(other).values()))
     assert "optimizer" not in load_checkpoint(tmp_path / "run/best_model.pth")["agent"]
-
-
-def test_the_number_of_workers_changes_no_bit(finished, arguments, tmp_path):
-    train(arguments(tmp_path / "run", eval_workers=1))
-    for name in ("checkpoints/last.pth", "best_model.pth", "metrics.csv", "finished.json"):
-        assert digest(finished / name) == digest(tmp_path / "run" / name), name
 
 
 def test_a_file_is_evaluated_as_its_run_evaluated_it(finished, tmp_path, capsys):
@@ -306,28 +281,22 @@ def test_a_policy_acts_as_its_planner_does(finished):
 
 
 def test_a_policy_of_either_stage_encodes_and_values(finished, pretrained):
+    """`Policy`, that of all systems, finds it."""
     states = np.random.default_rng(0).normal(0, 4, (5, 2)).astype(np.float32)
     model = last(pretrained)["agent"]["target"]
-    for policy in (MazePolicy(finished), MazePolicy(pretrained), MazePolicy(pretrained / "best_model.pth")):
+    for policy in (Policy(finished), Policy(pretrained), Policy(pretrained / "best_model.pth")):
         z, value = policy.encode(states), policy.value(states, states[0])
         assert z.shape == (5, 16) and value.shape == (5,) and policy.value(states[1], states[0]).shape == ()
         assert np.allclose(policy.value(states[1], states[0]), value[1], atol=1e-5) and value.std() > 0
         assert np.allclose(policy.encode(states[2]), z[2], atol=1e-5)
-        assert torch.equal(policy.encoder.state_dict()["mean"], model["encoder.mean"])
     online, offline = MazePolicy(finished), MazePolicy(pretrained)
+    assert torch.equal(offline.encoder.state_dict()["mean"], model["encoder.mean"])
     assert np.allclose(online.encode(states), offline.encode(states), atol=1e-6)  # it is frozen
-    with pytest.raises(UserError, match="learns no action"):
-        MazePolicy(pretrained).act(states[0], states[1])
-
-
-def test_the_one_policy_of_all_systems_is_this_one(finished):
-    states, goal = np.random.default_rng(0).normal(0, 4, (5, 2)).astype(np.float32), np.ones(2, np.float32)
-    policy, own = Policy(finished), MazePolicy(finished)
-    assert np.array_equal(policy.act(states[0], goal), own.act(states[0], goal))
-    assert np.array_equal(policy.encode(states), own.encode(states))
-    assert np.array_equal(policy.value(states, goal), own.value(states, goal))
+    assert np.array_equal(Policy(finished).act(states[0], states[1]), online.act(states[0], states[1]))
     with pytest.raises(ValueError, match="needs a goal"):
-        policy.act(states[0])
+        Policy(finished).act(states[0])
+    with pytest.raises(UserError, match="learns no action"):
+        offline.act(states[0], states[1])
 
 
 def test_what_is_no_policy_is_named(tmp_path, finished):
@@ -509,24 +478,10 @@ def test_each_environment_plays_to_its_own_end(monkeypatch):
 
 
 class Filmed(gymnasium.Wrapper):
-    """Keeps what it sees since the last reset; its picture is the number of steps so far."""
-
-    def __init__(self, env, films):
-        super().__init__(env)
-        self.films = films
-
-    def reset(self, **options):
-        observation, info = self.env.reset(**options)
-        self.films.append([observation])
-        return observation, info
-
-    def step(self, action):
-        result = self.env.step(action)
-        self.films[-1].append(result[0])
-        return result
+    """Its picture is where it is."""
 
     def render(self):
-        return len(self.films[-1]) - 1
+        return self.env.unwrapped.get_xy().copy()
 
 
 class Writer(list):
@@ -546,15 +501,13 @@ class Writer(list):
 
 
 def test_the_video_replays_the_evaluated_actions(arguments, tmp_path, monkeypatch):
-    films, writer, runs = [], Writer(), []
-    monkeypatch.setattr(opso_episodes, "renderer", lambda dataset: Filmed(make_env(dataset), films))
-    monkeypatch.setattr(opso_episodes, "find_video_writer", lambda: writer)
+    writer, runs = Writer(), []
+    for module in (opso_evaluation, online_trainer):
+        monkeypatch.setattr(module, "open_video", lambda dataset: (Filmed(make_env(dataset)), writer))
     monkeypatch.setattr(Evaluation, "plot", lambda evaluation, *arguments: runs.append(evaluation))
     online_trainer.main(arguments(tmp_path / "run", "--record_video", "--no_tensorboard", **NO_INTERACTION))
-    assert len(films) == 5
-    for task, film in enumerate(films, 1):
-        assert np.array_equal(np.asarray(film, dtype=np.float32), runs[0].of_task(task)[0].observations)
-    assert writer == list(range(1, STEPS + 1, opso_episodes.VIDEO_SKIP)) * 5
+    expected = [episodes[0].observations[1::VIDEO_SKIP, :2] for episodes in runs[0].episodes.values()]
+    assert len(expected) == 5 and np.allclose(np.array(writer), np.concatenate(expected), atol=1e-5)
     assert (tmp_path / "run/evaluation.mp4").read_bytes() == b"film"
     assert not (tmp_path / "run/evaluation.part.mp4").exists()
 
@@ -647,12 +600,6 @@ def test_a_run_does_not_go_on_from_another_pretrained_model(arguments, finished,
     state["nodes"] += 1
     save_checkpoint(run / "checkpoints/last.pth", state)
     assert "other data" in exits(capsys, *arguments(run, "--resume"))
-
-
-def test_any_loss_that_is_no_number_stops_the_run(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(OnlineAgent, "state_loss", lambda self, route: (route["x"].sum() * float("nan"), {}))
-    line = exits(capsys, *arguments(tmp_path / "run"))
-    assert "state_loss is nan" in line and not (tmp_path / "run" / "best_model.pth").exists()
 
 
 def test_what_cannot_be_resumed_is_refused(finished, arguments, tmp_path, capsys):
