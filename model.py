@@ -18,28 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_kernels import (
-    FlatMLP,
-    chosen_kernels,
-    kernels_of,
-    linear,
-    resolve_backend,
-    run_causal_conv_silu,
-    run_dual_form,
-    run_frozen,
-    run_gated_rms_norm,
-    run_mamba2,
-    run_mlp,
-    run_mlp_with_gradients,
-    run_regression,
-)
+import model_kernels as fast
+from model_kernels import chosen_kernels, kernels_of
 
 
 class Linear(nn.Linear):
     """x W^T + b by the library that `choose_kernels` chose. x: [..., in_features] -> [..., out_features]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return fast.linear(x, self.weight, self.bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -48,17 +35,10 @@ class Linear(nn.Linear):
 
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> Tensor:
-    """Chunked state-space dual form of the selective scan above, without the skip term, from a zero state.
+    """The scan above from a zero state, without the skip term, chunk_size positions by one masked matrix product.
 
-    Args:
-        x: [batch, length, heads, headdim] inputs.
-        dt: [batch, length, heads] positive step sizes.
-        A: [heads] negative decay rates.
-        B, C: [batch, length, d_state], shared by all heads.
-        chunk_size: positions handled by one masked matrix product.
-
-    Returns:
-        y [batch, length, heads, headdim].
+    x [batch, length, heads, headdim], steps dt > 0 [batch, length, heads], decay rates A < 0 [heads]; B, C [batch,
+    length, d_state] are shared by all heads. Returns y, like x.
     """
     dt, x = dt.transpose(1, 2), x.transpose(1, 2)  # [b, h, l], [b, h, l, p]
     log_decay = dt * A.unsqueeze(-1)
@@ -80,18 +60,12 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int)
 def dual_form(C: Tensor, B: Tensor, total: Tensor, dt: Tensor, x: Tensor) -> Tensor:
     """One chunk of the scan as a masked matrix product: y = ((C B^T) * decay) (dt x), equation 6 of the paper.
 
-    decay[t, s] = exp(total_t - total_s) for s <= t, else 0.
-
-    Args:
-        C, B: [batch, length, d_state].
-        total: [batch, heads, length] log decay since the chunk began, the position itself included.
-        dt: [batch, heads, length]. x: [batch, heads, length, headdim].
-
-    Returns:
-        y [batch, heads, length, headdim].
+    decay[t, s] = exp(total_t - total_s) for s <= t, else 0; `total` [batch, heads, length] is the log decay since the
+    chunk began, the position itself included. C, B [batch, length, d_state], dt [batch, heads, length]; x and y
+    [batch, heads, length, headdim].
     """
     if chosen_kernels() != "plain":
-        return run_dual_form(C, B, total, dt, x)
+        return fast.run_dual_form(C, B, total, dt, x)
     # The mask goes in before the exponential: above the diagonal the sum is positive and would overflow.
     above = torch.full((C.shape[1], C.shape[1]), -torch.inf, dtype=total.dtype, device=total.device).triu(1)
     decay = torch.exp(total.unsqueeze(-1) - total.unsqueeze(-2) + above)
@@ -104,7 +78,7 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x: [batch, length, channels], weight: [channels, 1, width], bias: [channels] -> [batch, length, channels].
     """
     if chosen_kernels() != "plain":
-        return run_causal_conv_silu(x, weight, bias)
+        return fast.run_causal_conv_silu(x, weight, bias)
     before = F.pad(x.transpose(1, 2), (weight.shape[-1] - 1, 0))
     return F.silu(F.conv1d(before, weight, bias, groups=len(weight))).transpose(1, 2)
 
@@ -119,22 +93,17 @@ class RMSNormGated(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         if chosen_kernels() != "plain":
-            return run_gated_rms_norm(x, z, self.weight, self.eps)
+            return fast.run_gated_rms_norm(x, z, self.weight, self.eps)
         return F.rms_norm(x * F.silu(z), self.weight.shape, self.weight, self.eps)
 
 
 class Mamba2(nn.Module):
     """Mamba-2 mixer with the parameter names and shapes of `mamba_ssm.Mamba2` (one group, RMS norm on).
 
-    Args:
-        d_model: width of input and output.
-        d_state, d_conv, expand, headdim: as in the paper; expand * d_model must be a multiple of headdim.
-        chunk_size: positions in one masked matrix product.
-        backend: 'torch' (any device), 'cuda' (the kernels of mamba_ssm), or 'auto'.
+    d_model: width of input and output. d_state, d_conv, expand, headdim: as in the paper. chunk_size: positions in one
+    masked matrix product. backend: 'torch' (any device), 'cuda' (the kernels of mamba_ssm), or 'auto'.
 
-    Raises:
-        ValueError: sizes that do not divide, or an unknown backend.
-        ImportError: backend 'cuda' without mamba_ssm; the message says how to install it.
+    Raises ValueError for sizes that do not divide or an unknown backend, ImportError for 'cuda' without mamba_ssm.
     """
 
     def __init__(self, d_model, d_state=64, d_conv=4, expand=2, headdim=64, chunk_size=128, backend="auto"):
@@ -155,16 +124,12 @@ class Mamba2(nn.Module):
         self.norm = RMSNormGated(self.d_inner)
         self.out_proj = Linear(self.d_inner, d_model, bias=False)
 
-    def _split(self, u: Tensor):
-        """Input projection of u [..., d_model] -> gate z, convolution input xBC, raw step size dt."""
-        return self.in_proj(u).split([self.d_inner, self.d_inner + 2 * self.d_state, self.nheads], dim=-1)
-
     def forward(self, u: Tensor) -> Tensor:
         """u: [batch, length, d_model] -> [batch, length, d_model]; position t depends on positions <= t alone."""
         batch, length, _ = u.shape
-        if resolve_backend(self.backend, u.device) == "cuda" and length > 1:
-            return run_mamba2(self, u)
-        z, xBC, dt = self._split(u)
+        if fast.resolve_backend(self.backend, u.device) == "cuda" and length > 1:
+            return fast.run_mamba2(self, u)
+        z, xBC, dt = self.in_proj(u).split([self.d_inner, self.d_inner + 2 * self.d_state, self.nheads], dim=-1)
         # The scan and its exponentials stay in float32 (or better) under mixed precision.
         xBC = causal_conv_silu(_wide(xBC), self.conv1d.weight, self.conv1d.bias)
         dt = F.softplus(_wide(dt) + self.dt_bias)
@@ -177,28 +142,6 @@ class Mamba2(nn.Module):
                 y = ssd(x, dt, -self.A_log.exp(), B, C, self.chunk_size)
                 y = (x * self.D.unsqueeze(-1)).add_(y)  # in this order the sum is laid out as x is
         return self.out_proj(self.norm(y.reshape(batch, length, self.d_inner), _wide(z)))
-
-    def initial_state(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Convolution inputs [batch, conv_dim, d_conv - 1] and scan state [batch, heads, headdim, d_state]: zeros."""
-        weight = self.conv1d.weight
-        return (
-            weight.new_zeros(batch, weight.shape[0], weight.shape[-1] - 1),
-            weight.new_zeros(batch, self.nheads, self.headdim, self.d_state),
-        )
-
-    def step(self, u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One position of the recurrence. u: [batch, d_model] -> output [batch, d_model] and the next state."""
-        past, h = state
-        z, xBC, dt = self._split(u)
-        seen = torch.cat([past, xBC.unsqueeze(-1)], dim=-1)  # [batch, conv_dim, d_conv]
-        xBC = F.silu((seen * self.conv1d.weight.squeeze(1)).sum(-1) + self.conv1d.bias)
-        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
-        x = x.unflatten(-1, (self.nheads, self.headdim))
-        dt = F.softplus(dt + self.dt_bias)
-        h = h * torch.exp(-dt * self.A_log.exp())[..., None, None]
-        h = h + (dt.unsqueeze(-1) * x).unsqueeze(-1) * B[:, None, None]
-        y = (h @ C[:, None, :, None]).squeeze(-1) + x * self.D.unsqueeze(-1)
-        return self.out_proj(self.norm(y.flatten(1), z)), (seen[..., 1:], h)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -227,14 +170,8 @@ def rotary(x: Tensor, positions: Tensor) -> Tensor:
 class MambaEncoder(nn.Module):
     """Causal encoder of state sequences: z_t = f(s_{<=t}).
 
-    Input projection, rotary position embedding, n_layers of [LayerNorm, Mamba-2, dropout, residual], LayerNorm,
-    output projection. Observations are standardised first, with the statistics given by `set_normalizer`; they
-    are buffers, so a checkpoint carries them.
-
-    Args:
-        observation_dim: numbers in a state.
-        d_model: width of the network and of the codes; even, and expand * d_model a multiple of 64 or smaller.
-        n_layers, d_state, d_conv, expand, dropout, backend: see `Mamba2`.
+    Observations are standardised first; the statistics are buffers, so that a checkpoint carries them. d_model, the
+    width of the network and of the codes, is even, and expand * d_model a multiple of 64 or smaller.
     """
 
     def __init__(
@@ -270,40 +207,9 @@ class MambaEncoder(nn.Module):
             h = h + self.dropout(mixer(norm(h)))
         return self.output(self.norm(h))
 
-    def encode_last_valid(self, observations: Tensor, lengths: Tensor) -> Tensor:
-        """Codes at the last valid position of right-padded sequences.
-
-        observations: [batch, length, observation_dim], lengths: [batch] int64 in 1..length -> [batch, d_model].
-        What stands in the padding does not matter: the encoder is causal.
-        """
-        codes = self(observations)
-        return codes.gather(1, (lengths - 1).view(-1, 1, 1).expand(-1, 1, codes.shape[-1])).squeeze(1)
-
     def encode_goal(self, goals: Tensor) -> Tensor:
         """z_g = f(g), a goal seen as a sequence of one. goals: [..., observation_dim] -> [..., d_model]."""
         return self(goals.reshape(-1, 1, self.observation_dim)).view(*goals.shape[:-1], self.d_model)
-
-    def initial_state(self, batch: int) -> dict:
-        """What `step` carries for `batch` sequences: position [batch] and the layers' recurrent states.
-
-        A sequence that starts anew takes its rows from a fresh state; the others go on.
-        """
-        position = torch.zeros(batch, dtype=torch.int64, device=self.mean.device)
-        return {"position": position, "layers": [mixer.initial_state(batch) for mixer in self.mixers]}
-
-    def step(self, observation: Tensor, state: dict) -> tuple[Tensor, dict]:
-        """One more state of each sequence; equals `forward` over all of them, at constant cost.
-
-        observation: [batch, observation_dim] -> code [batch, d_model], and the state for the next call.
-        """
-        h = self.input((observation - self.mean) / self.std)
-        h = rotary(h, state["position"])
-        layers = []
-        for norm, mixer, layer in zip(self.norms, self.mixers, state["layers"], strict=True):
-            y, layer = mixer.step(norm(h), layer)
-            h = h + self.dropout(y)
-            layers.append(layer)
-        return self.output(self.norm(h)), {"position": state["position"] + 1, "layers": layers}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -311,23 +217,13 @@ class MambaEncoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class MLP(FlatMLP):
-    """Hidden layers of ReLU, then a linear one; with a `size`, so many networks side by side on one input.
-
-    squash: tanh of the output.
+class MLP(fast.FlatMLP):
+    """Hidden layers of ReLU, a linear one and, with `squash`, tanh; with a `size`, so many networks on one input.
 
     All parameters are one vector, `theta`: one step of Adam, one average, one copy. `layers()` shows its matrices.
     """
 
-    def __init__(
-        self,
-        input_dim: int,
-        hidden_dim: int,
-        output_dim: int,
-        hidden_layers: int = 2,
-        size: int | None = None,
-        squash: bool = False,
-    ):
+    def __init__(self, input_dim, hidden_dim, output_dim, hidden_layers=2, size=None, squash=False):
         super().__init__((input_dim, *[hidden_dim] * hidden_layers, output_dim), size)
         self.output_dim, self.squash = output_dim, squash
         with torch.no_grad():
@@ -351,7 +247,7 @@ class MLP(FlatMLP):
         """`forward` of the first `members` alone, with a gradient to the last input and none to the weights."""
         members = members or self.count
         if kernels_of(inputs[0]) != "plain":
-            return run_frozen(self, members, inputs)
+            return fast.run_frozen(self, members, inputs)
         return self._run(self.theta.detach(), members, [each.detach() for each in inputs[:-1]] + [inputs[-1]])
 
     def squared_error(
@@ -362,7 +258,7 @@ class MLP(FlatMLP):
         With an expectile, outputs above their target [n] weigh 1 - expectile in the error, others expectile.
         """
         if kernels_of(target) != "plain":
-            loss, y = run_regression(self, inputs, target, expectile)
+            loss, y = fast.run_regression(self, inputs, target, expectile)
             return loss, y.view(*(self.size,) if self.size else (), -1)
         y = self(*inputs).squeeze(-1)
         squared = (y - target).square()
@@ -373,17 +269,14 @@ class MLP(FlatMLP):
     def _run(self, theta: Tensor, members: int, inputs: Sequence[Tensor]) -> Tensor:
         """Inputs [n, ...] or one of [members, n, in] -> [members, n, out]."""
         if kernels_of(inputs[0]) != "plain":
-            return run_mlp(self, theta, members, inputs, self.squash)
-        h, (*hidden, last) = torch.cat(list(inputs), dim=-1), self.layers(theta)
-        if self.size is None:
-            for weight, bias in hidden:
-                h = F.relu(torch.addmm(bias, h, weight))
-            y = torch.addmm(last[1], h, last[0])
-        else:
-            h = h.expand(members, -1, -1)
-            for weight, bias in hidden:
-                h = F.relu(torch.baddbmm(bias[:members], h, weight[:members]))
-            y = torch.baddbmm(last[1][:members], h, last[0][:members])
+            return fast.run_mlp(self, theta, members, inputs, self.squash)
+        h, layers, affine = torch.cat(list(inputs), dim=-1), self.layers(theta), torch.addmm
+        if self.size is not None:
+            h, affine = h.expand(members, -1, -1), torch.baddbmm
+            layers = [(weight[:members], bias[:members]) for weight, bias in layers]
+        for weight, bias in layers[:-1]:
+            h = F.relu(affine(bias, h, weight))
+        y = affine(layers[-1][1], h, layers[-1][0])
         return torch.tanh(y) if self.squash else y
 
     def with_gradients(self, inputs: Sequence[Tensor], columns: int) -> tuple[Tensor, Tensor]:
@@ -392,7 +285,7 @@ class MLP(FlatMLP):
         Both are differentiable by the weights, as a chain of products through the ReLUs; not by the inputs.
         """
         if kernels_of(inputs[0]) != "plain":
-            return run_mlp_with_gradients(self, inputs, columns)
+            return fast.run_mlp_with_gradients(self, inputs, columns)
         h, masks = torch.cat(list(inputs), dim=-1).expand(self.count, -1, -1), []
         *hidden, last = self.layers()
         for weight, bias in hidden:
@@ -407,13 +300,13 @@ class MLP(FlatMLP):
 class TransitionQ(nn.Module):
     """Twin Q(z, z', z_g): value of moving from z to z' on the way to z_g. Codes [..., d_model] -> [2, ...]."""
 
-    def __init__(self, d_model: int, hidden_dim: int, size: int = 2):
+    def __init__(self, d_model: int, hidden_dim: int):
         super().__init__()
-        self.net = MLP(3 * d_model, hidden_dim, 1, size=size)
+        self.net = MLP(3 * d_model, hidden_dim, 1, size=2)
 
     def forward(self, z: Tensor, z_next: Tensor, z_goal: Tensor) -> Tensor:
         rows = [each.reshape(-1, each.shape[-1]) for each in (z, z_next, z_goal)]
-        return self.net(*rows).view(self.net.size, *z.shape[:-1])
+        return self.net(*rows).view(2, *z.shape[:-1])
 
 
 class GoalValue(nn.Module):
@@ -461,16 +354,14 @@ class InverseDynamics(nn.Module):
 
 
 class StateMetric(nn.Module):
-    """An embedding of states in which squared distance counts steps. Normalised states [..., D] -> [..., dim].
-
-    `steps_per_square`, a squared distance's worth, and `aim_steps`, how far an aim lies, are measured on the data."""
+    """An embedding of states in which squared distance counts steps. Normalised states [..., D] -> [..., dim]."""
 
     def __init__(self, observation_dim: int, hidden_dim: int, dim: int):
         super().__init__()
         self.net = MLP(observation_dim, hidden_dim, dim)
         self.log_scale = nn.Parameter(torch.zeros(()))  # the temperature of its InfoNCE
-        self.register_buffer("steps_per_square", torch.ones(()))
-        self.register_buffer("aim_steps", torch.ones(()))
+        self.register_buffer("steps_per_square", torch.ones(()))  # a squared distance's worth, measured on the data
+        self.register_buffer("aim_steps", torch.ones(()))  # how far an aim lies, measured on the data
 
     def forward(self, states: Tensor) -> Tensor:
         return self.net(states) * self.log_scale.exp()
@@ -479,8 +370,7 @@ class StateMetric(nn.Module):
 class InverseDynamicsModel(nn.Module):
     """The action between two successive states (s, s'), unbounded. Normalised states [n, D] twice -> [n, A].
 
-    `scale` is the deviation of s' - s, in which the difference is measured; `OnlineAgent` sets it from the dataset's
-    states. Inputs are cut at 10 deviations.
+    The difference s' - s is taken in deviations of the dataset's, and inputs are cut at 10 of them.
     """
 
     def __init__(self, observation_dim: int, hidden_dim: int, action_dim: int):

@@ -37,10 +37,19 @@ class BenchEncoderConfig:
 
 def sequential(block: Mamba2, u: torch.Tensor) -> torch.Tensor:
     """The block with its recurrence run position by position."""
-    state, outputs = block.initial_state(len(u)), []
+    sizes, outputs = (block.d_inner, block.d_state, block.d_state), []
+    z, xBC, dt = block.in_proj(u).split([sizes[0], sum(sizes), block.nheads], dim=-1)
+    taps = block.conv1d.weight.squeeze(1)
+    padded = F.pad(xBC, (0, 0, taps.shape[1] - 1, 0))
+    h = u.new_zeros(len(u), block.nheads, block.headdim, block.d_state)
     for t in range(u.shape[1]):
-        y, state = block.step(u[:, t], state)
-        outputs.append(y)
+        seen = padded[:, t : t + taps.shape[1]].transpose(1, 2)
+        x, B, C = F.silu((seen * taps).sum(-1) + block.conv1d.bias).split(sizes, dim=-1)
+        x, step = x.unflatten(-1, (block.nheads, block.headdim)), F.softplus(dt[:, t] + block.dt_bias)
+        h = h * torch.exp(-step * block.A_log.exp())[..., None, None]
+        h = h + (step.unsqueeze(-1) * x).unsqueeze(-1) * B[:, None, None]
+        y = (h @ C[:, None, :, None]).squeeze(-1) + x * block.D.unsqueeze(-1)
+        outputs.append(block.out_proj(block.norm(y.flatten(1), z[:, t])))
     return torch.stack(outputs, dim=1)
 
 

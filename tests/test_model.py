@@ -1,4 +1,4 @@
-"""The encoder against slow oracles: a float64 sequential scan, transformers' Mamba-2, and its own recurrence."""
+"""The encoder against slow oracles: a float64 sequential scan, and transformers' Mamba-2; the heads."""
 
 import logging
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import model
 from model import GoalValue, InverseDynamics, Mamba2, MambaEncoder, NextState, OfflineModel, RewardLogit, TransitionQ
-from model_kernels import choice, cuda
+from model_kernels import choice, cuda, linear
 
 
 def sequential_mamba2(block: Mamba2, u: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def test_hand_written_gradients_pass_gradcheck():
     assert torch.autograd.gradcheck(model.RMSNormGated(8).double(), (x, z))
 
 
-@pytest.mark.parametrize("length", [1, 50, 100])
+@pytest.mark.parametrize("length", [1, 100])
 def test_block_equals_transformers(length):
     mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     from transformers import Mamba2Config
@@ -127,43 +127,6 @@ def test_encoder_is_causal():
     codes = net(x)
     assert torch.equal(codes[:, :17], net(changed)[:, :17])
     assert not torch.allclose(codes[:, 17:], net(changed)[:, 17:])
-
-
-def test_step_recurrence_equals_the_window():
-    net, x = encoder().double(), torch.randn(3, 60, 5, dtype=torch.float64)
-    state, steps = net.initial_state(3), []
-    for t in range(60):
-        code, state = net.step(x[:, t], state)
-        steps.append(code)
-    assert relative(torch.stack(steps, 1), net(x)) < 1e-10
-
-
-def test_sequences_of_a_batch_step_and_restart_on_their_own():
-    net, x = encoder().double(), torch.randn(2, 9, 5, dtype=torch.float64)
-    state = net.initial_state(2)
-    for t in range(5):
-        _, state = net.step(x[:, t], state)
-    fresh = net.initial_state(2)
-    state["position"][1] = 0
-    for layer, new in zip(state["layers"], fresh["layers"], strict=True):
-        for part, new_part in zip(layer, new, strict=True):
-            part[1] = new_part[1]
-    for t in range(5, 9):
-        code, state = net.step(x[:, t], state)
-    assert relative(code[0], net(x)[0, -1]) < 1e-10
-    assert relative(code[1], net(x[1:, 5:])[0, -1]) < 1e-10
-
-
-def test_right_padding_changes_no_valid_output():
-    net, x = encoder(), torch.randn(4, 20, 5)
-    lengths = torch.tensor([1, 7, 19, 20])
-    padded = x.clone()
-    for i, n in enumerate(lengths):
-        padded[i, n:] = 1e6
-    last = net.encode_last_valid(padded, lengths)
-    assert torch.equal(last, net.encode_last_valid(x, lengths))
-    for i, n in enumerate(lengths):
-        assert torch.allclose(last[i], net(x[i : i + 1, :n])[0, -1], atol=1e-5)
 
 
 def test_goal_is_a_sequence_of_one():
@@ -271,7 +234,7 @@ FORMS = {  # name: the form, and the shapes of what it takes
     "convolution": (model.causal_conv_silu, [(2, 9, 6), (6, 1, 4), (6,)]),
     "convolution of fewer than its width": (model.causal_conv_silu, [(2, 3, 6), (6, 1, 4), (6,)]),
     "norm": (lambda x, z, weight: gated_norm(x, z, weight), [(2, 9, 6), (2, 9, 6), (6,)]),
-    "linear": (lambda x, weight, bias: model.linear(x, weight, bias), [(2, 9, 6), (4, 6), (4,)]),
+    "linear": (lambda x, weight, bias: linear(x, weight, bias), [(2, 9, 6), (4, 6), (4,)]),
 }
 
 
