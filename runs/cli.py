@@ -5,9 +5,11 @@ Parse with `parse_config`, start with `run_cli`.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
+import gc
 import inspect
 import os
 import re
@@ -36,6 +38,7 @@ def run_cli(main: Callable[[list[str] | None], None]) -> None:
     for a process that died, 130 for Ctrl-C, 0 for a run that was finished already. Any other exception is a defect of
     the program and keeps its traceback.
     """
+    atexit.register(gc.freeze)  # the interpreter's last collection would take half a second for torch's objects
     try:
         main(None)
     except UserError as error:

@@ -10,6 +10,8 @@ wake each other through pipes.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import math
 import multiprocessing
 import os
@@ -116,6 +118,7 @@ class _Subset:
 
 def _work(connection: Any, make_env: Callable, arguments: tuple, mine: range) -> None:
     """A worker's life: reset and step its subset when told to until the pipe closes. It answers b"", or an error."""
+    atexit.register(gc.freeze)  # as `run_cli`: who waits for it to end is done sooner
     subset = _Subset(make_env, _Shared(*arguments), mine)
     try:
         while True:
