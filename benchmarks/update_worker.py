@@ -8,6 +8,7 @@ set.
 """
 
 import functools
+import inspect
 import json
 import sys
 import time
@@ -30,7 +31,8 @@ def offline_update(device: torch.device, small: bool) -> Callable[[], object]:
     walk = 0.1 * torch.randn(20, 501, OBSERVATION_DIM, generator=generator).cumsum(1)
     arrays = {"observations": walk.flatten(0, 1), "actions": torch.zeros(20 * 501, ACTION_DIM)}
     arrays = {name: value.numpy() for name, value in (arrays | {"terminals": terminals.flatten()}).items()}
-    data = TrajectoryDataset(arrays, "random walks", device=device)
+    make = getattr(TrajectoryDataset, "from_arrays", TrajectoryDataset)  # its name before
+    data = make(arrays, "random walks", device=device)
     config = OfflineAgentConfig(context_length=10, d_model=32) if small else OfflineAgentConfig()
     agent = OfflineAgent(config, OBSERVATION_DIM, *data.normalizer(), device=device)
     sampling = torch.Generator(device).manual_seed(0)
@@ -38,7 +40,7 @@ def offline_update(device: torch.device, small: bool) -> Callable[[], object]:
 
 
 def online_update(device: torch.device, small: bool) -> Callable[[], object]:
-    """OPSO's online stage: five losses on codes, one step of 1,024 transitions."""
+    """OPSO's online stage: its losses on codes, five now and four before, one step of 1,024 transitions."""
     from model import OfflineModel
     from online_agent import OnlineAgent, OnlineAgentConfig
 
@@ -47,16 +49,17 @@ def online_update(device: torch.device, small: bool) -> Callable[[], object]:
     n = 16 if small else 1024
     features = {
         name: torch.randn(n, agent.code_dim + OBSERVATION_DIM, device=device)
-        for name in ("", "_next", "_before", "_ahead", "_sub", "_goal")
+        for name in ("", "_next", "_before", "_ahead", "_sub", "_far", "_goal")
     }
     batch = {f"z{name}": agent.code(value) for name, value in features.items()}
     batch |= {f"x{name}": features[name] for name in ("", "_sub", "_goal")}
-    steps = ("steps_to_goal", "n", "sub_steps")
+    steps = ("steps_to_goal", "n", "sub_steps", "far_steps")
     batch |= {name: torch.randint(1, 11, (n,), device=device) for name in steps}
     batch |= {"actions": 2 * torch.rand(n, ACTION_DIM, device=device) - 1, "acted": torch.ones(n, device=device)}
     route = {name: features[end] for name, end in (("x", ""), ("x_goal", "_goal"), ("x_aim", "_sub"))}
     route |= {"steps": 100 * torch.rand(n, device=device)}
-    return lambda: agent.update(batch, route=route)
+    more = {"route": route} if "route" in inspect.signature(agent.update).parameters else {}  # not in older ones
+    return lambda: agent.update(batch, **more)
 
 
 def decision_transformer_update(device: torch.device, small: bool) -> Callable[[], object]:
