@@ -165,13 +165,18 @@ def find(dataset_id: str, known: Mapping[str, AnyDataset], what: str) -> AnyData
     """
     if dataset_id in known:
         return known[dataset_id]
-    near = nearest_id(dataset_id, known)
-    raise UserError(f"dataset {dataset_id!r} is not {what}" + (f"; did you mean {near!r}?" if near else ""))
+    raise UserError(f"dataset {dataset_id!r} is not {what}{did_you_mean(dataset_id, known)}")
 
 
 def nearest_id(name: str, ids: Iterable[str]) -> str | None:
     """The id that `name` is near to, None where it is near none."""
     return next(iter(difflib.get_close_matches(str(name), ids, n=1, cutoff=0.7)), None)
+
+
+def did_you_mean(name: str, ids: Iterable[str]) -> str:
+    """The end of an error line: the id that is near where there is one."""
+    near = nearest_id(name, ids)
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def sha256(path: str | Path) -> str:

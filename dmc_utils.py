@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from dataset_files import Dataset, check_rows, read_npz
+from dataset_files import Dataset, check_rows, did_you_mean, read_npz
 from utils import UserError, one_line
 
 TASKS = ("walk", "run")
@@ -208,14 +208,15 @@ class WalkerDataset(Dataset):
 
 
 DATASETS = {dataset_id: WalkerDataset(dataset_id) for dataset_id in OFFICIAL_IDS + GENERATED_IDS}
+BY_SHORT_NAME = {dataset.short_name: dataset_id for dataset_id, dataset in DATASETS.items()}
 
 
 def parse_datasets(text: str) -> list[str]:
-    """Dataset ids of `walk_m`, `walk_m,run_mr`, `__all__`; in the order of SHORT_NAMES, each once.
+    """Dataset ids of `walk_m`, `walk_m,run_mr`, `__all__`, or of ids; in the order of SHORT_NAMES, each once.
 
     `local/walk_m`, `local/__all__` are data made on this machine. Raises UserError for another name.
     """
-    ids = {dataset.short_name: dataset_id for dataset_id, dataset in DATASETS.items()}
+    ids = BY_SHORT_NAME | {dataset_id: dataset_id for dataset_id in DATASETS}
     chosen: set[str] = set()
     for name in (name.strip() for name in text.split(",")):
         if name in ids:
@@ -223,8 +224,8 @@ def parse_datasets(text: str) -> list[str]:
         elif name in (ALL_DATASETS, f"local/{ALL_DATASETS}"):
             chosen |= set(GENERATED_IDS if name.startswith("local/") else OFFICIAL_IDS)
         else:
-            choices = ", ".join((*SHORT_NAMES, ALL_DATASETS))
-            raise UserError(f"--USE_DATASET_STR {text!r}: {name!r} is none of {choices}, nor one of these after local/")
+            words = f"none of {', '.join((*SHORT_NAMES, ALL_DATASETS))}, nor one of these after local/"
+            raise UserError(f"--USE_DATASET_STR {text!r}: {name!r} is {words}{did_you_mean(name, ids)}")
     return [dataset_id for dataset_id in DATASETS if dataset_id in chosen]
 
 

@@ -76,9 +76,9 @@ class MazePolicy:
         """
         if self.agent is None:
             raise UserError(f"{self.path}: offline_trainer.py learns no action; give a run of online_trainer.py")
-        states, goals = np.atleast_2d(self._checked(observation)), np.atleast_2d(self._checked(goal))
+        states, goals = np.atleast_2d(self._checked(observation)), np.atleast_2d(self._checked(goal, "goal"))
         if states.shape != goals.shape:
-            raise ValueError(f"{len(states)} states and {len(goals)} goals")
+            raise ValueError(f"{len(states)} observations and {len(goals)} goals, where each needs its own")
         if self.planner is None or not np.array_equal(goals, self._goals):
             self.planner, self._goals = Planner(self.agent, self.graph, goals, range(len(goals))), goals
         for name in ("epsilon", "action_noise"):
@@ -94,14 +94,14 @@ class MazePolicy:
     @torch.no_grad()
     def value(self, observation: np.ndarray, goal: np.ndarray) -> np.ndarray:
         """V(f(s), f(goal)), about discount^(steps to the goal - 1): [..., D] twice, which broadcast -> [...]."""
-        z, z_goal = torch.broadcast_tensors(self._codes(observation), self._codes(goal))
+        z, z_goal = torch.broadcast_tensors(self._codes(observation), self._codes(goal, "goal"))
         return self.v(z, z_goal).cpu().numpy()
 
-    def _codes(self, observation: np.ndarray) -> torch.Tensor:
-        return self.encoder.encode_goal(torch.as_tensor(self._checked(observation), device=self.device))
+    def _codes(self, observation: np.ndarray, name: str = "observation") -> torch.Tensor:
+        return self.encoder.encode_goal(torch.as_tensor(self._checked(observation, name), device=self.device))
 
-    def _checked(self, observation: np.ndarray) -> np.ndarray:
+    def _checked(self, observation: np.ndarray, name: str = "observation") -> np.ndarray:
         observation = np.asarray(observation, np.float32)
         if observation.shape[-1:] != (self.encoder.observation_dim,):
-            raise ValueError(f"the shape is {observation.shape}, not [..., {self.encoder.observation_dim}]")
+            raise ValueError(f"{name} has the shape {observation.shape}, not [..., {self.encoder.observation_dim}]")
         return observation

@@ -52,7 +52,7 @@ class ChainPolicy:
         Raises ValueError for observations of another size.
         """
         if np.shape(observation)[-1:] != self.mean.shape:
-            raise ValueError(f"observations have the shape {np.shape(observation)}, not [..., {len(self.mean)}]")
+            raise ValueError(f"observation has the shape {np.shape(observation)}, not [..., {len(self.mean)}]")
         states = torch.as_tensor(observation, dtype=torch.float32, device=self.mean.device)
         z = states.new_zeros(*states.shape[:-1], self.action_dim)
         actions = self.actors[actor]((states - self.mean) / self.std, z if deterministic else z.normal_())

@@ -1,12 +1,12 @@
 """One agent for every method of the study: loads any of their files and acts, or acts at random without one.
 
-    python -m walker.agent                                              the random policy
-    python -m walker.agent --load logs/walker/.../checkpoints/best.pth  any method's file
+    python -m walker.agent                               the random policy, 100 episodes a task
+    python -m walker.agent --load logs/walker/.../seed_0  a run of any method: the episodes of its own test
 
-plays 100 episodes a task and prints mean and standard deviation of their returns. From Python:
+prints mean and standard deviation of their returns. From Python:
 
     agent = Agent(state_dim=24, action_dim=6)
-    agent.load("logs/walker/.../checkpoints/best.pth")
+    agent.load("logs/walker/.../seed_0")
     agent.set_task("run")
     agent.reset()                     # an episode begins
     action = agent.act(observation)   # [24] -> [6], at every step
@@ -26,9 +26,9 @@ import torch
 
 from dmc_utils import ACTION_DIM, OBSERVATION_DIM, TASKS, WalkerEnv
 from runs.cli import parse_config, run_cli
-from runs.directory import expecting, load_checkpoint, lock_run, mark_finished, prepare_run
+from runs.directory import checkpoint_file, expecting, load_checkpoint, lock_run, mark_finished, prepare_run
 from runs.evaluation import Evaluator, episode_seeds, num_workers
-from utils import Count, Whole, Workers, resolve_device, write_text_atomic
+from utils import Count, RandomStreams, Whole, Workers, resolve_device, write_text_atomic
 from walker.policies import POLICIES
 
 EXPERT_RETURNS = {"walk": 962.8, "run": 318.4}  # of the study's data; a method's score is its return as % of these
@@ -49,11 +49,16 @@ class Agent:
         self.random = np.random.default_rng(seed)
         self.episodes = 0  # that the policy's memory is of; 0: it is to begin anew
 
-    def load(self, path: str | Path) -> None:
-        """Become the agent of a file, a best.pth or last.pth of any method; statistics travel in it."""
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Become the agent of a run's directory (its last one) or of a file, a best.pth or last.pth of any method.
+
+        Statistics travel in the file, whose content is returned.
+        """
+        path = checkpoint_file(path)
         state = load_checkpoint(path, self.device)
         with expecting(path, "a file of the walker study's agents"):
             self.load_acting(state["acting"])
+        return state
 
     def load_acting(self, acting: dict[str, Any]) -> None:
         """Become the agent that `acting_state` described."""
@@ -89,8 +94,10 @@ class Agent:
         """Actions [n, 6] in [-1, 1] of observations [n, 24], of n environments that step together.
 
         rewards: [n], of the step before. Only a policy that is told what return to reach reads them, and takes those it
-        was told to earn where they are left out.
+        was told to earn where they are left out. Raises ValueError for observations of another size.
         """
+        if np.ndim(states) != 2 or np.shape(states)[1] != self.state_dim:
+            raise ValueError(f"observations have the shape {np.shape(states)}, not [n, {self.state_dim}]")
         n = len(states)
         if self.policy is None:
             return self.random.uniform(-1.0, 1.0, (n, self.action_dim)).astype(np.float32)
@@ -170,7 +177,39 @@ def play(
     for name, task in itertools.product(agents, tasks):
         title = f"{prefix}{name}, {task}"
         found[name, task] = returns = evaluate(agents[name], task, seeds, workers, title)
-        print(f"{title}: {mean_text(returns)} over {len(returns)} episodes")
+        print(f"{title}: {in_words(returns)}")
+    return found
+
+
+def in_words(returns: np.ndarray) -> str:
+    """Mean and standard deviation of returns [episodes]; of a single episode there is no deviation."""
+    several = len(returns) > 1
+    spread = f" ± {returns.std():.1f}" if several else ""
+    return f"{returns.mean():.1f}{spread} over {len(returns)} episode{'s' * several}"
+
+
+def testing_seeds(seed: int, episodes: int) -> list[int]:
+    """Reset seeds of the test of a run with such a seed: episodes that nothing in its training has used."""
+    return episode_seeds((RandomStreams(seed).evaluation_seed + 1) % 2**31, episodes)
+
+
+def play_saved(
+    path: str | Path, episodes: int | None, seed: int | None, workers: int | None, device: str
+) -> dict[tuple[str, str], np.ndarray]:
+    """Returns by agent and task: of a run's directory its last and its best agent, of a file its own.
+
+    What is None is as in the run's own test, which so is played again.
+    """
+    folder, found = Path(path) / "checkpoints", {}
+    files = [folder / "last.pth", folder / "best.pth"] if Path(path).is_dir() else [Path(path)]
+    for file in files:
+        agent = Agent(device=resolve_device(device))
+        state = agent.load(file)
+        run = {"seed": 0, "test_episodes": 100} | state.get("config", {})  # a best.pth of before has no settings
+        number = episodes or run["test_episodes"]
+        seeds = testing_seeds(run["seed"], number) if seed is None else episode_seeds(seed, number)
+        tasks = state.get("tasks", TASKS)
+        found |= play({file.stem: agent}, tasks, seeds, num_workers(workers), f"{agent.method}, ")
     return found
 
 
@@ -184,30 +223,32 @@ def write_returns(path: str | Path, found: dict[tuple[str, str], np.ndarray]) ->
 
 @dataclass
 class AgentConfig:
-    load: str | None = None  # file of any method; default: the random policy
-    episodes: Count = 100  # episodes of each task
-    seed: Whole = 0  # seed of the episodes and of random actions
+    load: str | None = None  # run's directory, or a last.pth or best.pth of any method; default: the random policy
+    episodes: Count | None = None  # episodes of each task; default: as many as the run's own test, else 100
+    seed: Whole | None = None  # seed of the episodes and of random actions; default: the run's own test's, else 0
     eval_workers: Workers | None = None  # more processes that step environments; default: cores - 1, at most 7
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:<index>
     run_dir: str | None = None  # also write evaluation.csv, every episode, and finished.json to this folder
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Evaluate one file, or the random policy; returns the mean return of each task."""
+    """Evaluate a run, a file or the random policy; returns the mean return of each task, of a run the last agent's."""
     config = parse_config(AgentConfig, argv, __doc__)
     with contextlib.ExitStack() as stack:
         if config.run_dir is not None:
             stack.enter_context(lock_run(config.run_dir))
             prepare_run(config.run_dir, config, may_change={"device", "eval_workers"})
-        agent = Agent(seed=config.seed, device=resolve_device(config.device))
         if config.load is not None:
-            agent.load(config.load)
-        seeds = episode_seeds(config.seed, config.episodes)
-        found = play({agent.method: agent}, TASKS, seeds, num_workers(config.eval_workers))
-        means = {task: float(returns.mean()) for (_, task), returns in found.items()}
+            found = play_saved(config.load, config.episodes, config.seed, config.eval_workers, config.device)
+        else:
+            seed, workers = config.seed or 0, num_workers(config.eval_workers)
+            seeds = episode_seeds(seed, config.episodes or 100)
+            found = play({"random": Agent(seed=seed)}, TASKS, seeds, workers)
+        first = next(iter(found))[0]  # its figures are those of the last agent of a run
+        found = {("last" if name == first else name, task): returns for (name, task), returns in found.items()}
+        means = {task: float(returns.mean()) for (name, task), returns in found.items() if name == "last"}
         if config.run_dir is not None:
-            last = {("last", task): returns for (_, task), returns in found.items()}
-            write_returns(Path(config.run_dir, "evaluation.csv"), last)
+            write_returns(Path(config.run_dir, "evaluation.csv"), found)
             mark_finished(config.run_dir, {f"last/{task}/return": mean for task, mean in means.items()})
     return means
 

@@ -26,9 +26,10 @@ import torch
 from tqdm import tqdm
 
 from benchmark_data.local import generate_if_missing
+from dataset_files import did_you_mean
 from dmc_utils import ALL_DATASETS, DATASETS, TASKS, load_study_data, parse_datasets
 from runs.cli import parse_config
-from runs.directory import expecting, load_checkpoint, mark_finished, save_checkpoint
+from runs.directory import LAST, load_checkpoint, mark_finished, save_checkpoint
 from runs.evaluation import episode_seeds, num_workers
 from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_study_curves
@@ -38,14 +39,22 @@ from utils import (
     Count,
     MayChange,
     Number,
-    RandomStreams,
     ReplayBuffer,
     UserError,
     Workers,
     progress,
-    resolve_device,
 )
-from walker.agent import EXPERT_RETURNS, Agent, acting_state, evaluate, mean_text, play, write_returns
+from walker.agent import (
+    EXPERT_RETURNS,
+    Agent,
+    acting_state,
+    evaluate,
+    in_words,
+    play,
+    play_saved,
+    testing_seeds,
+    write_returns,
+)
 
 
 @dataclass
@@ -254,13 +263,18 @@ class StudyRun(Run):
         for task in self.trained_tasks():
             returns = evaluate(agent, task, seeds, num_workers(self.config.eval_workers), f"evaluate {task}")
             figures |= {f"eval/{task}/return": float(returns.mean()), f"eval/{task}/return_std": float(returns.std())}
-            lines.append(f"{task} {mean_text(returns)}")
+            lines.append(f"{task} {in_words(returns)}")
         score = np.mean([figures[f"eval/{task}/return"] / EXPERT_RETURNS[task] for task in self.trained_tasks()])
-        tqdm.write(f"update {self.step}: {', '.join(lines)} over {len(seeds)} episodes each", file=sys.stdout)
+        tqdm.write(f"update {self.step}: {', '.join(lines)}", file=sys.stdout)
         if score > self.best["score"]:
             self.best = {"score": float(score), "step": self.step}
-            save_checkpoint(self.run_dir / "checkpoints" / "best.pth", {"acting": self.acting(), "step": self.step})
+            save_checkpoint(self.run_dir / "checkpoints" / "best.pth", self.saved_agent())
         return figures
+
+    def saved_agent(self) -> dict[str, Any]:
+        """What a file needs to play the agent as it stands, and to test it as the run does."""
+        state = {"acting": self.acting(), "step": self.step, "config": self.model_config()}
+        return state | {"tasks": self.trained_tasks()}
 
     def acting(self) -> dict[str, Any]:
         """The agent as it stands, as `acting_state` gives it."""
@@ -276,7 +290,8 @@ class StudyRun(Run):
         """Both agents on episodes that nothing before has used: means and deviations; every episode in a file."""
         best = load_checkpoint(self.run_dir / "checkpoints" / "best.pth", self.device)["acting"]
         agents, figures = {"last": self.agent(self.acting()), "best": self.agent(best)}, {}
-        found = play_agents(agents, self.trained_tasks(), self.streams, self.config)
+        seeds = testing_seeds(self.config.seed, self.config.test_episodes)
+        found = play(agents, self.trained_tasks(), seeds, num_workers(self.config.eval_workers))
         for (name, task), returns in found.items():
             figures |= {f"{name}/{task}/return": float(returns.mean())}
             figures |= {f"{name}/{task}/return_std": float(returns.std())}
@@ -287,10 +302,9 @@ class StudyRun(Run):
 
     def save(self) -> None:
         """checkpoints/last.pth, whole or the one before."""
-        state = {"acting": self.acting(), "learner": self.learner.state_dict(), "streams": self.streams.state_dict()}
-        state |= {"step": self.step, "best": self.best, "config": self.model_config(), "method": self.method}
-        state |= {"data": self.fingerprint, "tasks": self.trained_tasks()}
-        save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state)
+        state = {"learner": self.learner.state_dict(), "streams": self.streams.state_dict(), "best": self.best}
+        state |= {"method": self.method, "data": self.fingerprint}
+        save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state | self.saved_agent())
 
     def load_state(self, path: Path, state: dict[str, Any]) -> None:
         """UserError where it is another method's, or began on other data."""
@@ -310,32 +324,15 @@ def run_command(
     words = list(sys.argv[1:] if argv is None else argv)
     action = words.pop(0) if words and not words[0].startswith("-") else "train"
     if action not in ("train", "test"):
-        raise UserError(f"{action!r}: the first word is train or test")
+        raise UserError(f"{action!r}: the first word is train or test{did_you_mean(action, ('train', 'test'))}")
     config = parse_config(config_class, words, description, default_run_dir=run_class.default_run_dir)
     return run_class(config).run() if action == "train" else retest(run_class, config)
 
 
-def play_agents(
-    agents: dict[str, Agent], tasks: list[str], streams: RandomStreams, config: StudyConfig, prefix: str = ""
-) -> dict[tuple[str, str], np.ndarray]:
-    """Returns [test_episodes] by agent and task, printed as they come; nothing in training has used these episodes."""
-    seeds = episode_seeds((streams.evaluation_seed + 1) % 2**31, config.test_episodes)
-    return play(agents, tasks, seeds, num_workers(config.eval_workers), prefix)
-
-
 def retest(run_class: type[StudyRun], config: StudyConfig) -> dict[str, float]:
     """`test`: play the last and the best agent of a run again, as at its end, from their files alone."""
-    folder, device = run_class.default_run_dir(config) / "checkpoints", resolve_device(config.device)
-    for name in ("last", "best"):
-        if not (folder / f"{name}.pth").is_file():
-            raise UserError(f"{folder / name}.pth: no such file; train first, with the same flags and `train`")
-    state = load_checkpoint(folder / "last.pth")
-    with expecting(folder / "last.pth", "a checkpoint of the walker study"):
-        method, tasks, streams = state["method"], state["tasks"], RandomStreams(state["config"]["seed"])
-    if method != run_class.method:
-        raise UserError(f"{folder.parent}: holds a run of {method}, not of {run_class.method}; use its own command")
-    agents = {name: Agent(device=device) for name in ("last", "best")}
-    for name, agent in agents.items():
-        agent.load(folder / f"{name}.pth")
-    found = play_agents(agents, tasks, streams, config, f"{method}, ")
+    run_dir = run_class.default_run_dir(config)
+    if not (run_dir / LAST).is_file():
+        raise UserError(f"{run_dir / LAST}: no such file; train first, with the same flags and `train`")
+    found = play_saved(run_dir, config.test_episodes, None, config.eval_workers, config.device)
     return {f"{name}/{task}/return": float(returns.mean()) for (name, task), returns in found.items()}

@@ -37,12 +37,12 @@ class OfflineConfig:
 
 
 class Learner:
-    """Networks, an Adam for each that is trained, and their checkpoint."""
+    """Networks, an optimizer for each that is trained (an Adam, where `add` makes it), and their checkpoint."""
 
     def __init__(self, device: str | torch.device = "cpu"):
         self.device, self.step = torch.device(device), 0
         self.networks: dict[str, nn.Module] = {}
-        self.optimizers: dict[str, Adam] = {}
+        self.optimizers: dict[str, Adam | torch.optim.Optimizer] = {}
 
     def add(self, name: str, network: nn.Module, lr: float | Tensor) -> nn.Module:
         """Keep a network that is trained by an Adam of its own."""

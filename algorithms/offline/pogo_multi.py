@@ -57,6 +57,7 @@ POLICIES = {
 class ChainConfig(DistanceConfig):
     w2_weights: Basic[tuple[float, ...]] = (10.0, 10.0, 10.0)  # weight of each actor's distance: more keeps it nearer
     follow: bool = True  # an actor first repeats the change of weights that the actor before it has just made
+    lr_decay: bool = False  # let the actors' learning rate fall to 0 along a cosine over the run, as IQL's always does
 
 
 class MultiActor(ActorChain):
@@ -79,6 +80,7 @@ class MultiActor(ActorChain):
         policies: Sequence[Callable[..., nn.Module] | None] | None = None,
     ):
         self.algorithm = algorithm(config, sizes, generator, device, policies[0] if policies else None)
+        self.algorithm.actor_lr_decay |= chain.lr_decay
         self.chain, self.actors, self.noise_owner = chain, [self.algorithm.actor], self.algorithm
         self.device = self.algorithm.device
         given = policies or [None] * len(chain.w2_weights)
