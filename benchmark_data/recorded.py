@@ -15,7 +15,6 @@ import d4rl_utils
 import dmc_utils
 import ogbench_utils
 from dataset_files import Dataset, whole_returns
-from opso.maze import Maze
 
 FAULT, NOTE = "fault", "note"
 LAYOUTS = {ogbench_utils.MazeDataset: "ogbench", d4rl_utils.D4RLDataset: "d4rl", dmc_utils.WalkerDataset: "walker"}
@@ -25,7 +24,7 @@ class Simulator:
     """The environment of a dataset, put into recorded states.
 
     A state [state_dim] holds MuJoCo's positions and velocities. Attributes: env, shape (numbers an observation and an
-    action), state_dim, positions (how many numbers an observation begins with that say where the body is), maze,
+    action), state_dim, positions (how many numbers an observation begins with that say where the body is), in_maze,
     padding (zeros before and after an observation that make it a state, None where it does not show the whole state).
     """
 
@@ -34,22 +33,15 @@ class Simulator:
         self.layout, self.robot = LAYOUTS[type(dataset)], self.env.unwrapped
         self.env.reset(seed=0)
         self.shape = self.env.observation_space.shape + self.env.action_space.shape
-        self.maze = self._maze() if "maze" in dataset.id else None
+        self.in_maze = "maze" in dataset.id
         if self.layout == "walker":
             self.state_dim, self.positions = dmc_utils.PHYSICS_DIM, 15
         else:
             model = self.robot.model
-            self.state_dim, self.positions = model.nq + model.nv, 2 if self.maze else model.nq - 1
+            self.state_dim, self.positions = model.nq + model.nv, 2 if self.in_maze else model.nq - 1
         # A runner's observation leaves out x, on which nothing depends, and a point's its velocity, which is set to
         # zero in each step. An ant's is the state; a humanoid's and the walker study's are other numbers.
         self.padding = {0: (0, 0), 1: (1, 0), 2: (0, 2)}.get(self.state_dim - self.shape[0])
-
-    def _maze(self) -> Maze:
-        if self.layout == "ogbench":
-            return Maze.from_env(self.env)
-        cells = self.env.get_wrapper_attr("cells")
-        offset_y, offset_x = np.argwhere(cells == "R")[0] * 4.0
-        return Maze(cells == "#", 4.0, offset_x, offset_y)
 
     def place(self, state: np.ndarray) -> np.ndarray:
         """Go to a state; returns its observation."""
@@ -57,7 +49,7 @@ class Simulator:
         if self.layout == "walker":
             return self.robot.set_physics(state)
         self.robot.set_state(*np.split(state, [self.robot.model.nq]))
-        return self.robot.get_ob() if self.maze else self.robot._get_obs()
+        return self.robot.get_ob() if self.in_maze else self.robot._get_obs()
 
     def step(self, states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Observations [n, obs_dim] and rewards [n] of one step from each state; nan where the physics diverge."""
@@ -81,7 +73,7 @@ class Simulator:
     def rebuild(self, observations: np.ndarray) -> np.ndarray:
         """States [n, state_dim] of observations [n, obs_dim]; nan where a runner's velocity may have been clipped."""
         states = np.pad(observations, ((0, 0), self.padding))
-        if self.maze is None:
+        if not self.in_maze:
             states[(np.abs(observations) == 10).any(axis=1)] = np.nan
         return states
 
