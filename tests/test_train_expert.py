@@ -27,13 +27,13 @@ from utils import RunFinished, UserError
 needs_sb3 = pytest.mark.skipif(importlib.util.find_spec("stable_baselines3") is None, reason="needs stable-baselines3")
 TINY = {
     "env": "hopper",
-    "max_timesteps": 500,
-    "start_steps": 150,
+    "max_timesteps": 125,
+    "start_steps": 30,
     "hidden_dim": 8,
     "batch_size": 16,
-    "snapshot_every": 250,
-    "log_every": 100,
-    "checkpoint_every": 60,
+    "snapshot_every": 62,
+    "log_every": 25,
+    "checkpoint_every": 15,
     "eval_episodes": 2,
     "card_episodes": 3,
     "tensorboard": False,
@@ -68,11 +68,11 @@ def finished(tmp_path_factory):
 @needs_sb3
 def test_a_run_writes_policies_cards_and_curves(finished, capsys):
     assert {path.name for path in (finished / "policies").iterdir()} == {
-        f"hopper_{step}{suffix}" for step in (250, 500) for suffix in (".safetensors", ".json")
+        f"hopper_{step}{suffix}" for step in (62, 124, 125) for suffix in (".safetensors", ".json")
     }
-    last = finished / "policies" / "hopper_500.safetensors"
+    last = finished / "policies" / "hopper_125.safetensors"
     policy, card = read_policy(last), read_card(last)
-    assert (policy.env, policy.step, policy.activation) == ("hopper", 500, "relu")
+    assert (policy.env, policy.step, policy.activation) == ("hopper", 125, "relu")
     assert (card["seed"], card["recipe"]["hidden_dim"], card["recipe"]["lr"]) == (0, 8, 3e-4)
     assert card["algorithm"].startswith("SAC of stable-baselines3 ")
     assert {kind: result["episodes"] for kind, result in card["returns"].items()} == {
@@ -81,12 +81,12 @@ def test_a_run_writes_policies_cards_and_curves(finished, capsys):
     }
     assert card["returns"]["deterministic"]["mean"] == round(evaluate_policy(policy, 3)["mean"], 4)
     metrics = read_metrics(finished)
-    assert metrics["step"] == [100, 200, 250, 300, 400, 500]
-    assert np.isfinite(metrics["eval_return"]).tolist() == [False, False, True, False, False, True]
-    assert np.isfinite(metrics["critic_loss"]).tolist() == [False, True, True, True, True, True]
+    assert metrics["step"] == [25, 50, 62, 75, 100, 124, 125]
+    assert np.isfinite(metrics["eval_return"]).tolist() == [False, False, True, False, False, True, True]
+    assert np.isfinite(metrics["critic_loss"]).tolist() == [False, True, True, True, True, True, True]
     summary = json.loads((finished / "finished.json").read_text())
     best = metrics["step"][int(np.nanargmax(metrics["eval_return"]))]
-    assert (summary["steps"], summary["best_step"]) == (500, best)
+    assert (summary["steps"], summary["best_step"]) == (125, best)
     assert (finished / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(RunFinished):
         train(finished)
@@ -100,7 +100,7 @@ def test_an_interrupted_run_goes_on_and_says_that_it_is_not_bit_exact(tmp_path, 
     record = ExpertRun.record
 
     def interrupted(self):
-        if self.step == 300:
+        if self.step == 75:
             raise KeyboardInterrupt
         record(self)
 
@@ -108,7 +108,7 @@ def test_an_interrupted_run_goes_on_and_says_that_it_is_not_bit_exact(tmp_path, 
         patch.setattr(ExpertRun, "record", interrupted)
         train(tmp_path)
     stored = load_checkpoint(tmp_path / "checkpoints" / "last.pth")
-    assert stored["step"] == 240 and len(stored["buffer"]["rewards"]) == 239  # the last is not stored yet
+    assert stored["step"] == 60 and len(stored["buffer"]["rewards"]) == 59  # the last is not stored yet
     with pytest.raises(UserError, match="--resume"):
         train(tmp_path)
     with pytest.raises(UserError, match="discount was 0.99 and is now 0.9"):
@@ -117,11 +117,11 @@ def test_an_interrupted_run_goes_on_and_says_that_it_is_not_bit_exact(tmp_path, 
         train(tmp_path, resume=True, max_timesteps=10)
     capsys.readouterr()
     train(tmp_path, resume=True)
-    assert "continuing from step 240; not bit-exact" in capsys.readouterr().err
-    assert read_metrics(tmp_path)["step"] == [100, 200, 250, 300, 400, 500]
+    assert "continuing from step 60; not bit-exact" in capsys.readouterr().err
+    assert read_metrics(tmp_path)["step"] == [25, 50, 62, 75, 100, 124, 125]
     after = load_checkpoint(tmp_path / "checkpoints" / "last.pth")
-    assert after["step"] == 500 and len(after["buffer"]["rewards"]) == 499
-    assert torch.equal(after["buffer"]["rewards"][:239], stored["buffer"]["rewards"])
+    assert after["step"] == 125 and len(after["buffer"]["rewards"]) == 124
+    assert torch.equal(after["buffer"]["rewards"][:59], stored["buffer"]["rewards"])
 
 
 @needs_sb3
@@ -136,15 +136,15 @@ def test_a_checkpoint_holds_the_whole_model(finished):
     assert len(flat[0]) > 40
     for mine, theirs in zip(*flat, strict=True):
         assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
-    policy = extract_policy(model, config, 500)
-    expected = read_policy(finished / "policies" / "hopper_500.safetensors")
+    policy = extract_policy(model, config, 125)
+    expected = read_policy(finished / "policies" / "hopper_125.safetensors")
     np.testing.assert_array_equal(policy.weights["mean.weight"], expected.weights["mean.weight"])
 
 
 @needs_sb3
 def test_evaluations_change_no_training_number(finished, tmp_path):
-    train(tmp_path, snapshot_every=70, eval_episodes=1)
-    name = "policies/hopper_500.safetensors"
+    train(tmp_path, snapshot_every=40, eval_episodes=1)
+    name = "policies/hopper_125.safetensors"
     assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
 

@@ -132,12 +132,12 @@ def test_the_transformer_learns_to_read_the_return_that_is_asked_for():
     torch.manual_seed(0)
     config = TransformerConfig(**SMALL, dropout=0.0, warmup_steps=1, lr=1e-2)
     learner = SequenceLearner(config, 5, 2, {})
-    for number in range(250):
+    for number in range(160):
         inputs, _, returns, times, valid = windows(32, seed=number)
         actions = torch.stack([returns, -returns], -1)
         batch = {"observations": inputs, "actions": actions, "returns": returns, "times": times, "valid": valid}
         loss = learner.update(batch)["action_loss"]
-    assert float(loss) < 0.005  # 0.083 for the mean
+    assert float(loss) < 0.01  # 0.083 for the mean
 
 
 def test_padding_is_not_learned_from():
@@ -161,12 +161,12 @@ def test_padding_is_not_learned_from():
 
 def test_cloning_overfits_a_few_rows_and_its_rate_falls_to_nothing():
     torch.manual_seed(0)
-    learner = BehaviorCloning(CloningConfig(hidden_dim=32, lr=3e-3), 5, 2)
+    learner = BehaviorCloning(CloningConfig(hidden_dim=32, lr=1e-2), 5, 2)
     batch = {"observations": torch.randn(8, 5), "actions": torch.rand(8, 2) * 1.8 - 0.9}
-    for number in range(400):
-        learner.anneal(number / 400)
+    for number in range(150):
+        learner.anneal(number / 150)
         loss = learner.update(batch)["cloning_loss"]
-    assert float(loss) < 1e-4 and float(learner.lr) < 1e-6
+    assert float(loss) < 1e-4 and float(learner.lr) < 1e-5
 
 
 # -- models --------------------------------------------------------------------------------------------------------
@@ -193,8 +193,8 @@ def statistics():
 def test_a_model_learns_a_linear_system(kind):
     torch.manual_seed(0)
     model = kind(4, 2, statistics(), hidden_dim=32)
-    optimizer, g = torch.optim.Adam(model.parameters(), 3e-3), generator(5)
-    for number in range(600):
+    optimizer, g = torch.optim.Adam(model.parameters(), 1e-2), generator(5)
+    for number in range(250):
         loss, _ = model.loss(linear_system(128, seed=number), g)
         optimizer.zero_grad()
         loss.backward()
@@ -359,7 +359,7 @@ def test_the_value_is_trained_before_the_policy_moves():
 
 
 def test_ppo_finds_the_action_that_pays():
-    ppo = make_ppo(horizon=5, ppo_lr=3e-3, discount=0.5, imagined_envs=64)
+    ppo = make_ppo(horizon=5, ppo_lr=1e-2, discount=0.5, imagined_envs=64, minibatches=2)
     starts, g = torch.zeros(64, 3), generator(4)
 
     def step(inputs, actions):
@@ -367,7 +367,7 @@ def test_ppo_finds_the_action_that_pays():
         return following, 1 - (actions[:, 0] - torch.sign(inputs[:, 0]) * 0.5).square(), torch.zeros(64) > 0
 
     rewards = []
-    for _ in range(60):
+    for _ in range(40):
         rollout, figures = ppo.imagine(starts, step)
         rewards.append(float(figures["imagined_reward"]))
         ppo.improve(rollout)

@@ -22,13 +22,13 @@ from runs.directory import load_checkpoint
 from runs.evaluation import episode_seeds
 from runs.metrics import read_metrics
 from utils import RunFinished, UserError
-from walker import train_cds, train_cqlsac, train_dt, train_il, train_model, train_morel, train_td3bc, value_run
+from walker import study_run, train_cds, train_cqlsac, train_dt, train_il, train_model, train_morel, train_td3bc
 from walker.agent import Agent, evaluate
 from walker.study_run import StudyRun
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
-    **{"max_timesteps": 6, "eval_freq": 3, "log_freq": 2, "eval_episodes": 2, "test_episodes": 3, "eval_workers": 0},
+    **{"max_timesteps": 6, "eval_freq": 3, "log_freq": 2, "eval_episodes": 2, "test_episodes": 2, "eval_workers": 0},
     **{"batch_size": 8, "hidden_dim": 8, "device": "cpu", "USE_DATASET_STR": "local/walk_m,local/run_m"},
 }
 IN_MODEL = {"model_updates": 3, "eval_freq": 1, "imagined_envs": 8, "horizon": 3, "value_warmup": 1}
@@ -59,8 +59,11 @@ class ShortEpisodes(gymnasium.Wrapper):
 
 @pytest.fixture(scope="module", autouse=True)
 def short_episodes():
+    """And no curves, but of cloning."""
+    plot = study_run.plot_study_curves
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agent_module, "WalkerEnv", lambda task: ShortEpisodes(WalkerEnv(task)))
+        patch.setattr(study_run, "plot_study_curves", lambda *most: most[2].startswith("bc:") and plot(*most))
         yield
 
 
@@ -91,14 +94,10 @@ def finished(arguments, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["td3bc", "cql", "cds"])
-def test_a_diverging_value_stops_the_run(method, arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(value_run, "largest_q", lambda *_: 1e-9)
-    with pytest.raises(
-        UserError,
-        match="q_data is .*, beyond the limit of 1e-09 .--q_limit.; lower",
-    ):
-        METHODS[method][0].main(["train", *arguments(method, tmp_path / "run")])
+def test_a_diverging_value_stops_the_run(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("walker.value_run.largest_q", lambda *_: 1e-9)
+    with pytest.raises(UserError, match="q_data is .*, beyond the limit of 1e-09 .--q_limit.; lower"):
+        train_cds.main(["train", *arguments("cds", tmp_path / "run")])
     assert not (tmp_path / "run/finished.json").exists()
 
 
@@ -173,11 +172,11 @@ def test_a_run_writes_its_outputs(method, finished):
     run_dir = finished / method
     summary = json.loads((run_dir / "finished.json").read_text())
     assert summary["steps"] == 6 and summary["datasets"] == parse_datasets(TINY["USE_DATASET_STR"])
-    assert (run_dir / "training_curves.png").stat().st_size > 10_000
+    assert method != "bc" or (run_dir / "training_curves.png").stat().st_size > 10_000
     with open(run_dir / "evaluation.csv") as file:
         rows = list(csv.DictReader(file))
     played = ["walk"] if method == "cds" else TASKS
-    assert len(rows) == 2 * len(played) * 3
+    assert len(rows) == 2 * len(played) * 2
     for name in ("last", "best"):
         for task in played:
             returns = [float(row["return"]) for row in rows if (row["agent"], row["task"]) == (name, task)]
@@ -186,11 +185,11 @@ def test_a_run_writes_its_outputs(method, finished):
     assert np.isfinite(metrics["eval/walk/return"][-1]) and metrics["step"][-1] == 6
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["bc", "cql", "dt", "morel", "cds"])  # td3bc is as cql, the other models as morel
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(method, finished, arguments, tmp_path, monkeypatch):
     module = METHODS[method][0]
     run_dir, saves = tmp_path / "run", []
-    learns_in_model = "model_updates" in METHODS[method][1]  # cut it in its second iteration of PPO
+    learns_in_model = method == "morel"  # cut it in its second iteration of PPO
 
     def cut(run, save=StudyRun.save):
         save(run)
@@ -246,10 +245,7 @@ def test_the_task_bit_tells_the_tasks_apart(finished, arguments, tmp_path):
     assert agent.task == "run" and np.abs(agent.act(state) - walking).max() > 0
     train_il.main(arguments("bc", tmp_path / "run", ADD_TASK_BIT="False", TEST_AFTER_TRAINING="False"))
     agent.load(tmp_path / "run" / "checkpoints" / "last.pth")
-    assert (
-        len(load_checkpoint(tmp_path / "run/checkpoints/last.pth")["acting"]["weights"]["network.net.0.weight"][0])
-        == 24
-    )
+    assert agent.policy.network.net[0].weight.shape[1] == 24
     agent.set_task("walk")
     walking = agent.act(state)
     agent.set_task("run")
@@ -285,12 +281,8 @@ def test_inputs_are_standardised_and_carry_the_bit(open_run, data):
     assert inputs[:2000, 24].unique().tolist() == [0.0] and inputs[2000:, 24].unique().tolist() == [1.0]
     raw = inputs[:, :24].numpy() * run.std + run.mean
     assert np.abs(raw - data.transitions().observations).max() < 1e-4
-    assert run.buffer.terminated.sum() == 0 and run.buffer.truncated.nonzero().flatten().tolist() == [
-        999,
-        1999,
-        2999,
-        3999,
-    ]
+    assert run.buffer.terminated.sum() == 0
+    assert run.buffer.truncated.nonzero().flatten().tolist() == [999, 1999, 2999, 3999]
 
 
 def test_noise_is_new_in_every_batch_and_never_on_the_bit(open_run):
@@ -335,15 +327,8 @@ def test_windows_of_the_transformer_are_rows_of_one_episode(open_run, data):
 
 
 def test_shared_transitions_are_the_most_valuable_and_paid_by_the_main_task(open_run, data):
-    run = open_run(
-        train_cds.CDSRun,
-        train_cds.CDSConfig,
-        "cds",
-        main_task="run",
-        batch_size=40,
-        share_candidates=5,
-        reward_scale=0.5,
-    )
+    settings = {"main_task": "run", "batch_size": 40, "share_candidates": 5, "reward_scale": 0.5}
+    run = open_run(train_cds.CDSRun, train_cds.CDSConfig, "cds", **settings)
     assert len(run.buffer) == len(run.others) == 2000
     assert set(run.buffer.observations[:, 24].tolist()) == set(run.others.observations[:, 24].tolist()) == {1.0}
     assert np.allclose(run.buffer.rewards.numpy(), 0.5 * data.rewards[2:].reshape(-1))
@@ -383,7 +368,7 @@ def test_cds_needs_both_tasks(arguments, tmp_path, capsys):
 
 
 def test_how_often_a_run_evaluates_changes_no_training_number(finished, arguments, tmp_path):
-    for method in ("dt", "cql"):
+    for method in ("dt", "cds"):  # the one draws dropout from torch's own generator, the other in its evaluations
         module = METHODS[method][0]
         module.main(arguments(method, tmp_path / method, "--no_TEST_AFTER_TRAINING", eval_freq=2, eval_episodes=1))
         found, expected = (load_checkpoint(folder / method / "checkpoints/last.pth") for folder in (tmp_path, finished))
@@ -391,10 +376,9 @@ def test_how_often_a_run_evaluates_changes_no_training_number(finished, argument
             assert torch.equal(found["acting"]["weights"][name], value), (method, name)
 
 
-@pytest.mark.parametrize("method", ["bc", "dt"])
-def test_an_evaluation_does_not_depend_on_how_many_go_on_at_once(method, finished):
+def test_an_evaluation_does_not_depend_on_how_many_go_on_at_once(finished):
     agent, seeds = Agent(), episode_seeds(3, 5)
-    agent.load(finished / method / "checkpoints" / "last.pth")
+    agent.load(finished / "dt")
     together, apart = (evaluate(agent, "walk", seeds, 0, "test", at_once) for at_once in (100, 2))
     assert np.abs(together - apart).max() < 1e-6 and len(set(together.tolist())) == 5
 
@@ -409,9 +393,8 @@ def test_the_agents_command(finished, capsys, tmp_path):
     assert "random, run:" in capsys.readouterr().out
     assert json.loads((tmp_path / "finished.json").read_text())["last/run/return"] == means["run"]
     with open(tmp_path / "evaluation.csv", newline="") as file:
-        returns = [
-            float(row["return"]) for row in csv.DictReader(file) if (row["agent"], row["task"]) == ("last", "run")
-        ]
+        rows = [row for row in csv.DictReader(file) if (row["agent"], row["task"]) == ("last", "run")]
+    returns = [float(row["return"]) for row in rows]
     assert len(returns) == 3 and np.isclose(np.mean(returns), means["run"])
     with pytest.raises(RunFinished):
         agent_module.main([*flags, "--run_dir", str(tmp_path)])
@@ -452,9 +435,8 @@ def test_bad_input_is_one_line(finished, arguments, tmp_path, capsys, data_dir):
     (tmp_path / "x.pth").write_bytes(b"no")
     assert "x.pth" in error_line(agent_module.main, capsys, "--load", tmp_path / "x.pth")
     torch.save({"acting": {"mean": torch.zeros(3)}}, tmp_path / "y.pth")
-    assert "not a file of the walker study's agents" in error_line(
-        agent_module.main, capsys, "--load", tmp_path / "y.pth"
-    )
+    line = error_line(agent_module.main, capsys, "--load", tmp_path / "y.pth")
+    assert "not a file of the walker study's agents" in line
 
 
 def test_default_directories_tell_settings_apart():
