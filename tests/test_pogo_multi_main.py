@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -306,3 +308,9 @@ def test_an_algorithm_must_be_named(arguments, tmp_path, capsys):
     assert "must be one of iql" in exits(capsys, "--config_path", tmp_path / "x.yaml")
     line = exits(capsys, *arguments("cql", tmp_path / "run"), "--actor_configs", "stochastic", "gaussian")
     assert "cql needs a density" in line
+
+
+def test_it_runs_as_a_file_from_anywhere(tmp_path):
+    command = [sys.executable, pogo_multi_main.__file__, "--algorithm", "sac"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: --algorithm sac: must be one of")
