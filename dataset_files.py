@@ -195,17 +195,17 @@ def sha256(path: str | Path) -> str:
 
 def bad_file(path: Path, fault: str) -> UserError:
     """The error for a file that cannot be used."""
-    remedy = "choose another --dataset_dir, or move the file away and it is fetched again"
-    if path.parent.name == "local":
-        remedy = "make it again with make_dataset.py --overwrite, or choose another --dataset_dir"
+    remedy = "choose another folder, or move the file away: what is published is fetched again"
+    if path.parent.name == "local" or path.parts[-5:-4] == ("local",):  # the latter of the walker study
+        remedy = "make it again with make_dataset.py --overwrite, or choose another folder"
     return UserError(path, fault, remedy)
 
 
 def _read(
-    load: Callable[[], Any], path: Path, kind: str, keys: Iterable[str], optional: Iterable[str], bad: Bad | None
+    load: Callable[[], Any], path: Path, kind: str, keys: Iterable[str], optional: Iterable[str]
 ) -> dict[str, np.ndarray]:
     """The arrays of these keys, and of the optional ones that are there. Whatever is wrong with it becomes one line."""
-    bad = bad or functools.partial(bad_file, path)
+    bad = functools.partial(bad_file, path)
     if not path.is_file():
         raise bad("no such file")
     path.open("rb").close()  # PermissionError, which names the file as HDF5's does not
@@ -223,14 +223,9 @@ def _read(
         raise bad(f"not a readable {kind}, or cut short ({one_line(error) or type(error).__name__})") from None
 
 
-def read_npz(
-    path: Path, keys: Iterable[str], optional: Iterable[str] = (), bad: Bad | None = None
-) -> dict[str, np.ndarray]:
-    """Arrays of an npz file as they are stored; UserError where it is missing, damaged or lacks one of the keys.
-
-    `bad` makes the error of a fault; else it is `bad_file`.
-    """
-    return _read(lambda: np.load(path, allow_pickle=False), path, "npz of plain arrays", keys, optional, bad)
+def read_npz(path: Path, keys: Iterable[str], optional: Iterable[str] = ()) -> dict[str, np.ndarray]:
+    """Arrays of an npz file as they are stored; UserError where it is missing, damaged or lacks one of the keys."""
+    return _read(lambda: np.load(path, allow_pickle=False), path, "npz of plain arrays", keys, optional)
 
 
 def read_hdf5(path: Path, keys: Iterable[str], optional: Iterable[str] = ()) -> dict[str, np.ndarray]:
@@ -240,7 +235,7 @@ def read_hdf5(path: Path, keys: Iterable[str], optional: Iterable[str] = ()) -> 
     # Without a lock, because files are renamed into place whole and read-only folders cannot lock. Without a cache of
     # chunks, because each is read once: HDF5 and malloc would keep a third of the data's size.
     options = {"locking": False, "rdcc_nbytes": 0}
-    return _read(lambda: h5py.File(path, "r", **options), path, "HDF5 file", keys, optional, None)
+    return _read(lambda: h5py.File(path, "r", **options), path, "HDF5 file", keys, optional)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from dataset_files import Dataset, check_rows, did_you_mean, read_npz
+from dataset_files import Dataset, bad_file, check_rows, did_you_mean, read_npz
 from utils import UserError, one_line
 
 TASKS = ("walk", "run")
@@ -261,8 +261,8 @@ def read_episode(path: str | os.PathLike) -> dict[str, np.ndarray]:
     Raises UserError naming the file and the fault: an unreadable file, a key missing, another shape or type, NaN,
     actions outside [-1, 1], rewards or discounts outside [0, 1], a first row that is not a reset's.
     """
-    bad = functools.partial(_bad_episode, Path(path))
-    episode = read_npz(Path(path), EPISODE_COLUMNS, bad=bad)
+    bad = functools.partial(bad_file, Path(path))
+    episode = read_npz(Path(path), EPISODE_COLUMNS)
     for key, columns in EPISODE_COLUMNS.items():
         array = episode[key]
         if array.dtype != np.float32:
@@ -273,10 +273,6 @@ def read_episode(path: str | os.PathLike) -> dict[str, np.ndarray]:
     if episode["action"][0].any() or episode["reward"][0].any():
         raise bad("row 0 has an action or a reward, but nothing led to the reset: rows are out of line")
     return episode
-
-
-def _bad_episode(path: Path, fault: str) -> UserError:
-    return UserError(path, fault, "delete or replace the file (a local/ dataset: make_dataset.py --overwrite)")
 
 
 def episode_paths(folder: str | os.PathLike) -> list[Path]:

@@ -272,8 +272,13 @@ def test_bad_rows(fault, copied, tmp_path):
     path = episode_path(tmp_path, 0)
     path.parent.mkdir()
     np.savez(path, **copied)
-    with pytest.raises(UserError, match=f"episode_000000_1000.npz: {fault}.*--overwrite"):
+    with pytest.raises(UserError, match=f"episode_000000_1000.npz: {fault}.*move the file away"):
         load_episodes(tmp_path)
+    made = tmp_path / "local/collected_data/walker_run-td3-medium"
+    made.mkdir(parents=True)
+    path.parent.rename(made / "data")
+    with pytest.raises(UserError, match="--overwrite"):
+        load_episodes(made)
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing key", "objects", "absent"])

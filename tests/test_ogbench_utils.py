@@ -154,7 +154,7 @@ def test_files_that_are_no_npz(tmp_path):
     for name, content in (contents | {"npy": npy.getvalue()}).items():
         path = tmp_path / f"{name}.npz"
         path.write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}.npz: .*; choose another --dataset_dir, or move the file away"):
+        with pytest.raises(UserError, match=f"{name}.npz: .*; choose another folder, or move the file away"):
             load_arrays(path)
     with pytest.raises(UserError, match="no such file"):
         load_arrays(tmp_path / "absent.npz")

@@ -29,7 +29,7 @@ from benchmark_data.local import generate_if_missing
 from dataset_files import did_you_mean
 from dmc_utils import ALL_DATASETS, DATASETS, TASKS, load_study_data, parse_datasets
 from runs.cli import parse_config
-from runs.directory import LAST, load_checkpoint, mark_finished, save_checkpoint
+from runs.directory import LAST, mark_finished, save_checkpoint
 from runs.evaluation import episode_seeds, num_workers
 from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_study_curves
@@ -44,17 +44,7 @@ from utils import (
     Workers,
     progress,
 )
-from walker.agent import (
-    EXPERT_RETURNS,
-    Agent,
-    acting_state,
-    evaluate,
-    in_words,
-    play,
-    play_saved,
-    testing_seeds,
-    write_returns,
-)
+from walker.agent import EXPERT_RETURNS, Agent, acting_state, evaluate, in_words, play_saved, write_returns
 
 
 @dataclass
@@ -258,7 +248,8 @@ class StudyRun(Run):
 
     def evaluate(self) -> dict[str, float]:
         """Returns on the episodes that choose the best agent, which is kept if this is it."""
-        agent, seeds = self.agent(self.acting()), episode_seeds(self.streams.evaluation_seed, self.config.eval_episodes)
+        agent, seeds = Agent(device=self.device), episode_seeds(self.streams.evaluation_seed, self.config.eval_episodes)
+        agent.load_acting(self.acting())
         figures, lines = {}, []
         for task in self.trained_tasks():
             returns = evaluate(agent, task, seeds, num_workers(self.config.eval_workers), f"evaluate {task}")
@@ -280,22 +271,14 @@ class StudyRun(Run):
         """The agent as it stands, as `acting_state` gives it."""
         return acting_state(self.method, *self.policy(), (self.mean, self.std), self.config.ADD_TASK_BIT)
 
-    def agent(self, acting: dict[str, Any]) -> Agent:
-        """The agent of a file, or of the present weights."""
-        agent = Agent(device=self.device)
-        agent.load_acting(acting)
-        return agent
-
     def test(self) -> dict[str, float]:
-        """Both agents on episodes that nothing before has used: means and deviations; every episode in a file."""
-        best = load_checkpoint(self.run_dir / "checkpoints" / "best.pth", self.device)["acting"]
-        agents, figures = {"last": self.agent(self.acting()), "best": self.agent(best)}, {}
-        seeds = testing_seeds(self.config.seed, self.config.test_episodes)
-        found = play(agents, self.trained_tasks(), seeds, num_workers(self.config.eval_workers))
+        """Both agents, from their files, on episodes that nothing before has used: means and deviations."""
+        found = play_saved(self.run_dir, None, None, self.config.eval_workers, self.config.device)
+        write_returns(self.run_dir / "evaluation.csv", found)
+        figures = {}
         for (name, task), returns in found.items():
             figures |= {f"{name}/{task}/return": float(returns.mean())}
             figures |= {f"{name}/{task}/return_std": float(returns.std())}
-        write_returns(self.run_dir / "evaluation.csv", found)
         return figures
 
     # -- files -------------------------------------------------------------------------------------------------------
