@@ -40,19 +40,8 @@ TINY = {
 }
 
 
-def flags(settings):
-    """A dict of settings as command-line arguments."""
-    arguments = []
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            arguments.append(f"--{name}" if value else f"--no_{name}")
-        else:
-            arguments += [f"--{name}", str(value)]
-    return arguments
-
-
 def train(run_dir, **settings):
-    train_expert.main(flags(TINY | settings | {"run_dir": str(run_dir)}))
+    train_expert.main([f"--{name}={value}" for name, value in (TINY | settings | {"run_dir": run_dir}).items()])
     return run_dir
 
 
@@ -75,10 +64,8 @@ def test_a_run_writes_policies_cards_and_curves(finished, capsys):
     assert (policy.env, policy.step, policy.activation) == ("hopper", 125, "relu")
     assert (card["seed"], card["recipe"]["hidden_dim"], card["recipe"]["lr"]) == (0, 8, 3e-4)
     assert card["algorithm"].startswith("SAC of stable-baselines3 ")
-    assert {kind: result["episodes"] for kind, result in card["returns"].items()} == {
-        "deterministic": 3,
-        "stochastic": 3,
-    }
+    episodes = {kind: result["episodes"] for kind, result in card["returns"].items()}
+    assert episodes == {"deterministic": 3, "stochastic": 3}
     assert card["returns"]["deterministic"]["mean"] == round(evaluate_policy(policy, 3)["mean"], 4)
     metrics = read_metrics(finished)
     assert metrics["step"] == [25, 50, 62, 75, 100, 124, 125]
@@ -171,25 +158,13 @@ def test_a_policy_acts_as_the_model_does(env):
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--env", "cartpole"], "--env cartpole.*hopper"),
-        (["--hidden_dim", "0"], "--hidden_dim 0"),
-    ],
-)
-def test_bad_input_is_one_line(arguments, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=words) as error:
-        train_expert.main(arguments)
-    assert "\n" not in str(error.value) and not os.listdir(tmp_path)
-
-
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
     with pytest.raises(UserError, match="pip install -r requirements/experts.txt"):
         train_expert.main(["--env", "hopper"])
+    with pytest.raises(UserError, match="--env cartpole.*hopper"):
+        train_expert.main(["--env", "cartpole"])
     assert not os.listdir(tmp_path)
 
 
