@@ -46,6 +46,7 @@ from runs.cli import parse_config, run_cli
 from runs.directory import mark_finished, save_checkpoint
 from runs.evaluation import Evaluator
 from runs.metrics import read_metrics
+from runs.plots import Panel, panels_figure
 from runs.run import Run, RunConfig
 from utils import Basic, Count, MayChange, PositiveFraction, UserError, Whole, progress
 
@@ -61,10 +62,9 @@ class TrainExpertConfig(RunConfig):
     tau: PositiveFraction = 0.005  # step of the target critics towards the critics
     start_steps: Whole = 10_000  # uniformly random actions before the first update
     buffer_size: Count = 1_000_000  # transitions in the replay buffer
-    snapshot_every: Count = 10_000  # steps between policy files, each of them evaluated
+    snapshot_every: Count = 10_000  # steps between policy files, each of them evaluated, and between checkpoints
     eval_episodes: Count = 10  # deterministic episodes of a snapshot's evaluation
     card_episodes: MayChange[Count] = CARD_EPISODES  # episodes behind the cards of the last and the best policy
-    checkpoint_every: MayChange[Count] = 25_000  # steps between checkpoints
     log_every: Count = 2_000  # steps between rows of metrics.csv
 
 
@@ -261,14 +261,15 @@ class ExpertRun(Run):
         return True
 
     def record(self) -> None:
-        """What is due at this step: a snapshot, a row of metrics.csv, a checkpoint."""
-        config, last = self.config, self.step == self.total
-        row = self.snapshot() if self.step % config.snapshot_every == 0 or last else {}
+        """What is due at this step: a snapshot and a checkpoint, a row of metrics.csv."""
+        config = self.config
+        saves = self.step % config.snapshot_every == 0 or self.step == self.total
+        row = self.snapshot() if saves else {}
         if row or self.step % config.log_every == 0:
             row |= self.training_figures()
             self.logger.log(self.step, row)
             self.bar.set_postfix({name: f"{row[name]:.1f}" for name in row if "return" in name}, refresh=False)
-        if self.step % config.checkpoint_every == 0 or last:
+        if saves:
             state = {"step": self.step, "evaluations": self.evaluations, "config": self.model_config()}
             save_checkpoint(self.checkpoint, state | model_state(self.model))
 
@@ -309,7 +310,10 @@ class ExpertRun(Run):
             returns[step] = measured["deterministic"]["mean"]
         summary = {"env": config.env, "steps": self.step, "best_step": best}
         summary |= {"last_return": returns[self.step], "best_return": returns[best]}
-        plot_learning_curve(self.run_dir, self.title())
+        metrics = read_metrics(self.run_dir)
+        panels = [Panel(name, name, [(metrics, name, {"color": "black"})]) for name in metrics if name != "step"]
+        figure = panels_figure(self.title(), panels, "step", "environment step", 4)
+        figure.savefig(self.run_dir / "learning_curve.png")
         mark_finished(self.run_dir, summary)
         return summary
 
@@ -325,23 +329,6 @@ def facts(config: TrainExpertConfig) -> dict[str, Any]:
         "recipe": {"source": RECIPES[config.env].source, **{name: getattr(config, name) for name in flags}},
         "seed": config.seed,
     }
-
-
-def plot_learning_curve(run_dir: Path, title: str) -> None:
-    """learning_curve.png: returns of training episodes and of snapshots against environment steps."""
-    from matplotlib.figure import Figure
-
-    metrics = read_metrics(run_dir)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    for column, marker in (("train_return", ""), ("eval_return", ".")):
-        if column in metrics:
-            known = np.isfinite(metrics[column])
-            axis.plot(np.array(metrics["step"])[known], np.array(metrics[column])[known], marker=marker, label=column)
-    axis.set(title=title, xlabel="environment step", ylabel="return")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(run_dir / "learning_curve.png")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -164,11 +164,6 @@ def evaluate(agent: Agent, task: str, seeds: list[int], workers: int, desc: str,
     return np.concatenate(returns)
 
 
-def mean_text(returns: np.ndarray) -> str:
-    """Mean and standard deviation of returns [episodes]; of one episode, it alone."""
-    return f"{returns.mean():.1f}" + (f" ± {returns.std():.1f}" if len(returns) > 1 else "")
-
-
 def play(
     agents: dict[str, Agent], tasks: Iterable[str], seeds: list[int], workers: int, prefix: str = ""
 ) -> dict[tuple[str, str], np.ndarray]:
