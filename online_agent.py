@@ -136,11 +136,16 @@ class OnlineAgent:
 
     @torch.no_grad()
     def encode(self, observations: Tensor, block: int = 1024) -> Tensor:
-        """Features of single states: code and normalised state, [..., D] -> [..., d_model + D]. Blocks bound memory."""
+        """Features of single states: code and normalised state, [..., D] -> [..., d_model + D].
+
+        In blocks that bound the memory, each filled up to a power of two: oneDNN keeps half a megabyte of code for each
+        number of rows that a layer has met, and episodes end after any number of steps.
+        """
         flat = observations.reshape(-1, observations.shape[-1])
         features = flat.new_empty(len(flat), self.code_dim + flat.shape[-1])
         for part, into in zip(flat.split(block), features.split(block), strict=True):
-            into[:, : self.code_dim] = self.encoder.encode_goal(part)
+            missing = (1 << (len(part) - 1).bit_length()) - len(part)
+            into[:, : self.code_dim] = self.encoder.encode_goal(F.pad(part, (0, 0, 0, missing)))[: len(part)]
             into[:, self.code_dim :] = (part - self.encoder.mean) / self.encoder.std
         return features.view(*observations.shape[:-1], -1)
 

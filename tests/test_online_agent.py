@@ -167,7 +167,10 @@ def test_features_are_the_code_and_the_normalised_state_whatever_the_block():
     observations = torch.randn(3, 7, 2)
     features = agent.encode(observations)
     assert features.shape == (3, 7, FEATURES)
+    rows, encode_goal = [], agent.encoder.encode_goal
+    agent.encoder.encode_goal = lambda part: rows.append(len(part)) or encode_goal(part)
     assert torch.allclose(agent.encode(observations, block=4), features, atol=1e-6)
+    assert torch.allclose(agent.encode(observations[0, :3]), features[0, :3], atol=1e-6) and set(rows) == {1, 4}
     code = agent.encoder(observations[1, 2].view(1, 1, 2)).flatten()
     assert torch.allclose(features[1, 2, :WIDTH], code, atol=1e-6)
     assert torch.equal(agent.code(features), features[..., :WIDTH])
