@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+parse = functools.cache(ast.parse)  # several rules read each file
 MAX_LINES = 60
 
 ENTRY_POINTS = {"offline_trainer", "online_trainer", "pogo_main", "run_comparison", "make_dataset"}
@@ -153,7 +154,7 @@ def import_violations(files: dict[str, str]) -> list[str]:
             found.append(f"{path}: not in the table of modules, add it to FLOORS")
         if own in UNRESTRICTED or own not in project:
             continue
-        tree = ast.parse(text)
+        tree = parse(text)
         for node in ast.walk(tree):
             for name in imported_names(path, node):
                 top = name.split(".")[0]
@@ -171,7 +172,7 @@ def length_violations(files: dict[str, str]) -> list[str]:
     """Functions, and blocks under `if __name__`, of more than MAX_LINES lines."""
     found = []
     for path, text in files.items():
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 name = node.name
             elif isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
@@ -206,7 +207,7 @@ def config_classes(files: dict[str, str]) -> list[tuple[str, ast.ClassDef]]:
     return [
         (path, node)
         for path, text in files.items()
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(parse(text))
         if isinstance(node, ast.ClassDef)
         and node.name.endswith("Config")
         and any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
@@ -217,7 +218,7 @@ def config_violations(files: dict[str, str]) -> list[str]:
     """Config fields that nothing outside their class reads, or that no comment explains."""
     read: dict[str, set[str]] = {}
     for path, text in files.items():
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parse(text)):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 read.setdefault(node.attr, set()).add(f"{path}:{node.lineno}")
     found = []
@@ -243,8 +244,8 @@ def config_violations(files: dict[str, str]) -> list[str]:
 def unturned_settings(files: dict[str, str], text: str) -> list[str]:
     """Names of config fields that a text (pages, YAML, tests, benchmarks) neither gives as a flag nor sets."""
     names = {node.target.id for _, owner in config_classes(files) for node in owner.body if hasattr(node, "annotation")}
-    turns = r"--(no_)?{0}\b|\b{0}:|[\"'`]{0}[\"'`]|\b{0}=|\.{0}\s*="
-    return sorted(name for name in names if not re.search(turns.format(name), text))
+    turns = (r"--(?:no_)?(\w+)", r"\b(\w+)[:=]", r"[\"'`](\w+)[\"'`]", r"\.(\w+)\s*=")
+    return sorted(names.difference(*(re.findall(turn, text) for turn in turns)))
 
 
 READERS = {"replace", "partition", "rpartition", "removeprefix", "removesuffix", "startswith", "endswith", "find"}
@@ -254,7 +255,7 @@ def prose_violations(files: dict[str, str]) -> list[str]:
     """Places that take an error's text apart or look for words in it, where its class or its parts would tell."""
     found = []
     for path, text in files.items():
-        tree = ast.parse(text)
+        tree = parse(text)
         errors = {node.name for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name}
 
         def is_text(node: ast.AST, errors: set[str] = errors) -> bool:
@@ -287,7 +288,7 @@ def unlisted_packages(files: dict[str, str], listed: set[str]) -> list[str]:
     known = set(sys.stdlib_module_names) | project
     found = set()
     for path, text in files.items():
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parse(text)):
             for name in imported_names(path, node):
                 top = name.split(".")[0]
                 if top not in known and DISTRIBUTIONS.get(top, top.replace("_", "-").lower()) not in listed:
@@ -355,34 +356,32 @@ json.dump(answers, sys.stdout)
 """
 
 
-def in_fresh_interpreters(kind: str, names: list[str], folder: Path = ROOT) -> dict[str, dict]:
-    """Import modules or ask scripts for --help; name -> exit code and everything it printed."""
+def in_fresh_interpreters(imports: list[str], helps: list[str], folder: Path = ROOT) -> dict[tuple[str, str], dict]:
+    """Import modules and ask scripts for --help; kind and name -> exit code and everything it printed."""
     environment = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
+    jobs = [("import", name) for name in imports] + [("help", name) for name in helps]
     done = subprocess.run(
         [sys.executable, "-c", FORKING_PARENT],
-        input=json.dumps([{"kind": kind, "name": name} for name in names]),
+        input=json.dumps([{"kind": kind, "name": name} for kind, name in jobs]),
         cwd=folder,
         env=environment | {"COLUMNS": "200", "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         check=True,
     )
-    return dict(zip(names, json.loads(done.stdout), strict=True))
+    return dict(zip(jobs, json.loads(done.stdout), strict=True))
 
 
-def help_violations(answers: dict[str, dict]) -> list[str]:
-    found = [
-        f"python {name} --help fails: {got['output'].strip()[-300:]}" for name, got in answers.items() if got["code"]
-    ]
-    for name, got in answers.items():
+def interpreter_violations(answers: dict[tuple[str, str], dict]) -> list[str]:
+    """Imports with an effect; helps that fail, or that import what they do not need."""
+    found = []
+    for (kind, name), got in answers.items():
         late = re.search(r"^late modules loaded: (.+)$", got["output"], re.MULTILINE)
-        found += [f"python {name} --help imports {late[1]}, which it does not need"] if late else []
+        if kind == "import" and got["output"] or got["code"]:
+            found.append(f"{kind} {name}: {got['output'].strip()[-500:]}")
+        elif late:
+            found.append(f"{kind} {name}: imports {late[1]}, which it does not need")
     return found
-
-
-def import_effects(names: list[str], folder: Path = ROOT) -> list[str]:
-    answers = in_fresh_interpreters("import", names, folder)
-    return [f"importing {name}: {got['output'].strip()[-500:]}" for name, got in answers.items() if got["output"]]
 
 
 # --- the repository keeps the rules ----------------------------------------------------------------------------------
@@ -433,15 +432,11 @@ def test_every_import_is_listed_in_a_requirements_file():
     assert_none(unlisted_packages(sources(), listed_packages()))
 
 
-def test_importing_has_no_effect():
-    assert_none(import_effects(module_names()))
-
-
-def test_every_command_has_a_help_and_imports_no_more_than_it_needs():
-    targets = [path for path, text in product_sources().items() if "\n    run_cli(main)" in text]
-    names = [f"-m {path.removesuffix('.py').replace('/', '.')}" if "/" in path else path for path in targets]
-    assert len(names) > 10
-    assert_none(help_violations(in_fresh_interpreters("help", names)))
+def test_importing_has_no_effect_and_every_command_has_a_help():
+    commands = [path for path, text in product_sources().items() if "\n    run_cli(main)" in text]
+    helps = [f"-m {path.removesuffix('.py').replace('/', '.')}" if "/" in path else path for path in commands]
+    assert len(helps) > 10
+    assert_none(interpreter_violations(in_fresh_interpreters(module_names(), helps)))
 
 
 @pytest.mark.parametrize("flag", ["--help", "--list"])
@@ -524,16 +519,17 @@ def test_an_unlisted_package_is_found():
     assert unlisted_packages(files, {"pyyaml"}) == ["a.py: jaxxy is in no requirements file"]
 
 
-def test_an_import_with_effects_is_found(tmp_path):
+def test_an_import_with_effects_and_a_help_that_fails_are_found(tmp_path):
     (tmp_path / "loud.py").write_text("print('hello')")
     (tmp_path / "setter.py").write_text("import os\nos.environ['MUJOCO_GL'] = 'egl'")
     (tmp_path / "quiet.py").write_text("import os")
     (tmp_path / "script.py").write_text("import sys\nprint(sys.argv, __name__)\nsys.exit(3)")
-    found = import_effects(["loud", "setter", "quiet", "missing"], tmp_path)
-    assert [line.split(":")[0] for line in found] == ["importing loud", "importing setter", "importing missing"]
-    assert "MUJOCO_GL" in found[1] and "ModuleNotFoundError" in found[2]
     (tmp_path / "late.py").write_text("import scipy.stats")
-    answers = in_fresh_interpreters("help", ["script.py", "late.py", "quiet.py"], tmp_path)
-    assert answers["script.py"] == {"code": 3, "output": "['script.py', '--help'] __main__\nlate modules loaded:\n"}
-    failed, late = help_violations(answers)
-    assert failed.startswith("python script.py --help fails") and "late.py --help imports scipy.stats" in late
+    helps = ["script.py", "late.py", "quiet.py"]
+    answers = in_fresh_interpreters(["loud", "setter", "quiet", "missing"], helps, tmp_path)
+    found = interpreter_violations(answers)
+    assert [line.split(":")[0] for line in found] == [
+        *("import loud", "import setter", "import missing", "help script.py", "help late.py")
+    ]
+    assert "MUJOCO_GL" in found[1] and "ModuleNotFoundError" in found[2] and "imports scipy.stats" in found[4]
+    assert "['script.py', '--help'] __main__" in found[3]
