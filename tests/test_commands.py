@@ -18,6 +18,7 @@ import offline_trainer
 import online_trainer
 import pogo_main
 from algorithms.offline import pogo_multi_main
+from runs import plots
 from walker import train_il, train_morel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,10 @@ DATASET = "local/pointmaze-medium-stitch-v0"
 OFFLINE = (
     f"--dataset {DATASET} --dataset_dir datasets --context_length 16 --d_model 16 --d_state 8 --hidden_dim 16 "
     "--batch_size 4 --updates_per_epoch 2 --num_epochs 1 --eval_batches 1 --eval_states 32 --eval_goals 16"
+)
+CHAIN = (
+    "--env local/hopper-medium-v2 --dataset_dir datasets --max_timesteps 4 --eval_freq 2 --log_freq 2 "
+    "--eval_episodes 1 --final_runs 1 --hidden_dim 8 --batch_size 8 --eval_workers 0"
 )
 EXPERT = "--max_timesteps 60 --start_steps 20 --snapshot_every 60 --eval_episodes 1 --card_episodes 1 --hidden_dim 8"
 WALKER = "--test_episodes 1 --eval_episodes 1 --eval_workers 0 --device cpu --data_dir made"
@@ -36,16 +41,8 @@ SMALLER = {
         "--max_episodes 0 --fit_updates 2 --batch_size 1 --graph_nodes 8 --eval_episodes 1",
         "eval/success_rate",
     ),
-    "pogo_main.py": (
-        "--env local/hopper-medium-v2 --dataset_dir datasets --max_timesteps 4 --eval_freq 2 --log_freq 2 "
-        "--eval_episodes 1 --final_runs 1 --hidden_dim 8 --batch_size 8 --eval_workers 0",
-        "D4RL score",
-    ),
-    "-m algorithms.offline.pogo_multi_main": (
-        "--env local/hopper-medium-v2 --dataset_dir datasets --max_timesteps 4 --eval_freq 2 --log_freq 2 "
-        "--eval_episodes 1 --final_runs 1 --hidden_dim 8 --batch_size 8 --eval_workers 0",
-        "D4RL score",
-    ),
+    "pogo_main.py": (CHAIN, "D4RL score"),
+    "-m algorithms.offline.pogo_multi_main": (CHAIN, "D4RL score"),
     "-m walker.agent": ("--episodes 1 --eval_workers 0 --device cpu", "random, run:"),
     "-m walker.train_il train": (f"{WALKER} --max_timesteps 1 --hidden_dim 8", "1 updates in"),
     "-m walker.train_il test": (WALKER, "best, run:"),
@@ -98,12 +95,6 @@ SMALLER = {
         "(not the default: 2 episodes, not 300) | 2 | 400 |",
     ),
 }
-# What a command reads and a newcomer made with the command shown before it.
-MADE_BEFORE = {
-    "datasets/local/antmaze-medium-navigate-v0.npz": ("local/antmaze-medium-navigate-v0", 1),
-    "datasets/local/hopper_medium-v2.hdf5": ("local/hopper-medium-v2", 300),
-}
-
 
 # The original texts' commands as they stand there, but for the name of a script that has another one here.
 OTHER_NAMES = {
@@ -169,28 +160,45 @@ def beginning(command: str) -> str:
     return max((known for known in SMALLER if command.startswith(known)), key=len, default="")
 
 
-def prepare(script: str, words: list[str], module: ModuleType) -> None:
-    """Make, in the current folder, what the command reads."""
-    if script.startswith("walker/train"):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """What commands read and a newcomer made with the command shown before: small data, and a pretraining."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(plots, "_png", lambda figure: b"")
+        for dataset_id, size in (
+            (DATASET, 2),
+            ("local/antmaze-medium-navigate-v0", 1),
+            ("local/hopper-medium-v2", 300),
+        ):
+            make_dataset.generate(dataset_id, size=size, dataset_dir="datasets", progress=False)
         for dataset_id in dmc_utils.GENERATED_IDS:
             make_dataset.generate(dataset_id, size=1, dataset_dir="made", progress=False)
         shutil.copytree("made/local/collected_data", "made/collected_data")  # the study's own, for all it can tell
-        if "test" in words:
-            train = f"-m {script.removesuffix('.py').replace('/', '.')} train"
-            module.main(shlex.split(f"{SMALLER[train][0]} --no_TEST_AFTER_TRAINING"))
-        return
-    make_dataset.generate(DATASET, size=2, dataset_dir="datasets", progress=False)
+        offline_trainer.main(shlex.split(f"{OFFLINE} --run_dir pretrained --no_plot_maps"))
+    return folder
+
+
+def prepare(script: str, words: list[str], module: ModuleType, made: Path) -> None:
+    """Put into the current folder what the command reads."""
+    walker = script.startswith("walker/train")
+    for name in ["made"] if walker else ["datasets", "pretrained"]:
+        shutil.copytree(made / name, name)
+    if walker and "test" in words:
+        train = f"-m {script.removesuffix('.py').replace('/', '.')} train"
+        module.main(shlex.split(f"{SMALLER[train][0]} --no_TEST_AFTER_TRAINING"))
     if "--report_only" in words:  # of one run that was begun; without any it is refused
         Path("logs/hopper-medium-v2/w2_0.4_0.5_0.25/seed_0").mkdir(parents=True)
     for word in words:
         if word.endswith(".yaml") and (ROOT / word).exists():
             Path(word).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / word, word)
-        if word in MADE_BEFORE:
-            dataset_id, size = MADE_BEFORE[word]
-            make_dataset.generate(dataset_id, size=size, dataset_dir="datasets", progress=False)
         elif word.endswith(".safetensors"):
             shutil.copytree(ROOT / "datasets" / "experts", "datasets/experts")
+    if "--evaluate" in words and script == "online_trainer.py":
+        run_dir = Path(words[words.index("--evaluate") + 1]).parent
+        online_trainer.main(shlex.split(f"{SMALLER['online_trainer.py'][0]} --run_dir {run_dir}"))
 
 
 def load(script: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -203,20 +211,16 @@ def load(script: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_runs_in_a_small_form(command, tmp_path, monkeypatch, capsys):
+def test_command_runs_in_a_small_form(command, made, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plots, "_png", lambda figure: b"")  # other tests draw
     script, *words = shlex.split(command)
     if script == "-m":
         script, *words = words
         script = f"{script.replace('.', '/')}.py"
     module = load(script, monkeypatch)
-    prepare(script, words, module)
-    if script == "online_trainer.py":
-        offline_trainer.main(shlex.split(f"{OFFLINE} --run_dir pretrained --no_plot_maps"))
-    if "--evaluate" in words and script == "online_trainer.py":
-        run_dir = Path(words[words.index("--evaluate") + 1]).parent
-        online_trainer.main(shlex.split(f"{SMALLER['online_trainer.py'][0]} --run_dir {run_dir}"))
-        capsys.readouterr()
+    prepare(script, words, module, made)
+    capsys.readouterr()
     if script == "benchmarks/bench_encoder.py":
         pytest.importorskip("transformers")
     if script == "benchmark_data/train_expert.py":
@@ -281,30 +285,29 @@ name: pogo-multi-iql
 """
 
 
-def test_the_original_texts_file_of_settings_runs(tmp_path, monkeypatch, capsys):
+def test_the_original_texts_file_of_settings_runs(made, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "datasets", "datasets")
     Path("iql.yaml").write_text(ORIGINAL_YAML, encoding="utf-8")
-    more, says = SMALLER["-m algorithms.offline.pogo_multi_main"]
-    pogo_multi_main.main(["--config_path", "iql.yaml", *shlex.split(more), "--wandb_project", "none"])
-    assert says in capsys.readouterr().out
+    pogo_multi_main.main(["--config_path", "iql.yaml", *shlex.split(CHAIN), "--wandb_project", "none"])
+    assert "D4RL score" in capsys.readouterr().out
     assert Path("logs/local/hopper-medium-v2/iql_w2_10_10_10/seed_0/finished.json").exists()
 
 
 SIZES = {"maze": (2, 2), "chain": (11, 3), "walker": (24, 6)}  # of an observation, of an action
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+def test_the_python_of_the_readme_runs(made, tmp_path, monkeypatch):
     """The block as it stands, after tiny runs in the places that it names."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plots, "_png", lambda figure: b"")
+    for name in ("datasets", "pretrained", "made"):
+        shutil.copytree(made / name, name)
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     maze, chain, over_iql, walker = re.findall(r'"(logs/.+?)"', block)
-    make_dataset.generate(DATASET, size=2, dataset_dir="datasets", progress=False)
-    offline_trainer.main(shlex.split(f"{OFFLINE} --run_dir pretrained --no_plot_maps"))
     online_trainer.main(shlex.split(f"{SMALLER['online_trainer.py'][0]} --run_dir {maze}"))
-    pogo_main.main(shlex.split(f"{SMALLER['pogo_main.py'][0]} --w2_weights 1 1 --run_dir {chain}"))
-    words = f"--algorithm iql {SMALLER['-m algorithms.offline.pogo_multi_main'][0]}"
-    pogo_multi_main.main(shlex.split(f"{words} --run_dir {over_iql}"))
-    make_dataset.generate("local/walker_run-td3-medium", size=1, dataset_dir="made", progress=False)
+    pogo_main.main(shlex.split(f"{CHAIN} --w2_weights 1 1 --run_dir {chain}"))
+    pogo_multi_main.main(shlex.split(f"--algorithm iql {CHAIN} --run_dir {over_iql}"))
     words = f"train {SMALLER['-m walker.train_il train'][0]} --USE_DATASET_STR local/run_m"
     train_il.main(shlex.split(f"{words} --run_dir {walker}"))
     names = {"goal": np.ones(2)}
