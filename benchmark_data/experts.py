@@ -22,7 +22,7 @@ import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -31,10 +31,7 @@ import d4rl_utils
 import dmc_utils
 from dataset_files import sha256
 from ogbench_utils import SeededDraws
-from utils import UserError, one_line, write_bytes_atomic, write_text_atomic
-
-if TYPE_CHECKING:
-    from runs.evaluation import Evaluator
+from utils import UserError, one_line, progress, write_bytes_atomic, write_text_atomic
 
 DEFAULT_EXPERTS_DIR = Path(__file__).resolve().parent.parent / "datasets" / "experts"
 CARD_EPISODES = 100  # episodes behind the returns of a card
@@ -268,23 +265,20 @@ def evaluate_policy(
     episodes: int = CARD_EPISODES,
     seed: int = CARD_SEED,
     stochastic: bool = False,
-    evaluator: Evaluator | None = None,
+    env: gymnasium.Env | None = None,
     show: bool = False,
 ) -> dict[str, Any]:
-    """Returns of `episodes` episodes in the policy's own environment, as the card shows them.
+    """Returns of `episodes` episodes in the policy's own environment (or `env`), as the card shows them.
 
-    All policies meet the same starts, and nothing is drawn from a global generator. `evaluator` has environments to use
-    again; `show` shows a bar.
+    Episode i has the seed (seed, i), whatever the policy, so that policies meet the same starts. Nothing is drawn
+    from a global generator. `show` shows a bar.
     """
-    from runs.evaluation import Evaluator, episode_seeds  # late: it imports torch, which making data does without
-
-    rng, kind = (np.random.default_rng(seed), "stochastic") if stochastic else (None, "deterministic")
-    title = f"{policy.env}_{policy.step} {kind}" if show else None
+    kind = "stochastic" if stochastic else "deterministic"
     with contextlib.ExitStack() as stack:
-        if evaluator is None:
-            evaluator = stack.enter_context(Evaluator(ENVIRONMENTS[policy.env].make, min(episodes, 10)))
-        played = evaluator.evaluate(lambda seen, _: policy.act(seen, rng), 1, episode_seeds(seed, episodes), title)
-    returns, lengths = played.returns[0], played.lengths[0]
+        own = stack.enter_context(contextlib.closing(ENVIRONMENTS[policy.env].make())) if env is None else env
+        bar = progress(range(episodes), f"{policy.env}_{policy.step} {kind}", unit="episode", disable=not show)
+        results = [_episode(policy, own, np.random.SeedSequence(seed, spawn_key=(i,)), stochastic) for i in bar]
+    returns, lengths = (np.array(column) for column in zip(*results, strict=True))
     return {
         "episodes": episodes,
         "seed": seed,
@@ -300,3 +294,17 @@ def describe_returns(returns: Iterable[float]) -> dict[str, float]:
     spread = np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist()
     named = dict(zip(("min", "25%", "50%", "75%", "max"), spread, strict=True))
     return {"mean": float(values.mean()), "std": float(values.std()), **named}
+
+
+def _episode(policy: Policy, env: gymnasium.Env, seed: np.random.SeedSequence, stochastic: bool) -> tuple[float, int]:
+    """Return and number of steps of one episode."""
+    start, noise = seed.spawn(2)
+    rng = np.random.default_rng(noise) if stochastic else None
+    observation, _ = env.reset(seed=int(start.generate_state(1)[0]))
+    total, steps, done = 0.0, 0, False
+    while not done:
+        observation, reward, terminated, truncated, _ = env.step(policy.act(observation, rng))
+        total += float(reward)
+        steps += 1
+        done = terminated or truncated
+    return total, steps

@@ -44,7 +44,6 @@ from benchmark_data.experts import (
 )
 from runs.cli import parse_config, run_cli
 from runs.directory import mark_finished, save_checkpoint
-from runs.evaluation import Evaluator
 from runs.metrics import read_metrics
 from runs.plots import Panel, panels_figure
 from runs.run import Run, RunConfig
@@ -207,10 +206,9 @@ class ExpertRun(Run):
     def build(self) -> None:
         """Make the environments and the model."""
         self.total = self.config.max_timesteps or RECIPES[self.config.env].steps
-        make = ENVIRONMENTS[self.config.env].make
-        train_env, self.evaluator = make(), Evaluator(make, self.config.eval_episodes)
+        train_env, self.eval_env = (ENVIRONMENTS[self.config.env].make() for _ in range(2))
         self.resources.callback(train_env.close)
-        self.resources.callback(self.evaluator.close)
+        self.resources.callback(self.eval_env.close)
         self.step, self.evaluations = 0, {}  # step of a snapshot -> its mean return
         self.model = build_model(self.config, train_env, self.streams.init_seed)
 
@@ -282,7 +280,7 @@ class ExpertRun(Run):
         policy = extract_policy(self.model, config, self.step)
         path = policy_path(self.run_dir / "policies", config.env, self.step)
         write_policy(path, policy)
-        result = evaluate_policy(policy, config.eval_episodes, self.streams.evaluation_seed, evaluator=self.evaluator)
+        result = evaluate_policy(policy, config.eval_episodes, self.streams.evaluation_seed, env=self.eval_env)
         write_card(path, facts(config), {"deterministic": result})
         self.evaluations[self.step] = result["mean"]
         return {"eval_return": result["mean"], "eval_std": result["std"], "eval_length": result["mean_length"]}

@@ -1,5 +1,6 @@
 """Policy files and their environments: what is written is read back and acts as the network does; cards are true."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -233,16 +234,39 @@ def test_evaluation_is_reproducible_and_draws_nothing_global():
     assert evaluate_policy(policy, 4, seed=2) != results[2]
 
 
+@pytest.mark.parametrize(
+    "stochastic,returns",
+    [(False, [191.496465325, 196.782992881, 200.200882166]), (True, [192.307295044, 193.911350420, 202.414501241])],
+)
+def test_episodes_of_a_card_stay_the_same(stochastic, returns):
+    """The shipped cards were measured with these seeds; no episode depends on those beside it or before it."""
+    policy = read_policy(experts.policy_path(experts.DEFAULT_EXPERTS_DIR, "hopper", 10_000))
+    with contextlib.closing(ENVIRONMENTS["hopper"].make()) as env:
+        alone = evaluate_policy(policy, 1, stochastic=stochastic, env=env)["mean"]
+        found = evaluate_policy(policy, 3, stochastic=stochastic, env=env)
+    assert [found[name] for name in ("min", "50%", "max")] == pytest.approx(returns, rel=1e-6)
+    assert alone in (found["min"], found["50%"], found["max"])
+    assert evaluate_policy(policy, 3, stochastic=stochastic) == found
+
+
 def test_evaluation_counts_rewards_and_steps():
-    class Played:
-        """Episode n (from 1) pays 2 a step for n steps."""
+    import gymnasium
 
-        returns, lengths = np.array([[2.0, 4.0, 6.0, 8.0]]), np.array([[1, 2, 3, 4]])
+    class Counter(gymnasium.Env):
+        """Episode n (from 1) pays 2 a step for n steps; every other one is cut, not ended."""
 
-        def evaluate(self, *arguments):
-            return self
+        episode = 0
 
-    result = evaluate_policy(hopper_policy(), 4, evaluator=Played())
+        def reset(self, *, seed=None, options=None):
+            self.episode, self.left = self.episode + 1, self.episode + 1
+            return np.zeros(11), {}
+
+        def step(self, action):
+            self.left -= 1
+            over, cut = self.left == 0, self.episode % 2 == 0
+            return np.zeros(11), 2.0, over and not cut, over and cut, {}
+
+    result = evaluate_policy(hopper_policy(), 4, env=Counter())
     assert (result["min"], result["mean"], result["max"], result["50%"]) == (2, 5, 8, 5)
     assert result["mean_length"] == 2.5 and result["reward_per_step"] == 2
     assert result["std"] == pytest.approx(np.std([2, 4, 6, 8]))
