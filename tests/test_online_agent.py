@@ -154,8 +154,17 @@ def test_action_loss_equals_a_loop_over_the_known_actions():
     assert loss.item() == pytest.approx(total / 24, rel=1e-4)
     assert info["action_error"].item() == pytest.approx(np.mean(errors), rel=1e-4)
     assert info["action_weight"].item() == pytest.approx(np.mean(weights), rel=1e-4)
+
+
+def test_hidden_actions_have_no_gradient():
+    agent = make_agent()
+    batch = half_acted(agent)
     hidden = {key: value[batch["acted"] == 0] for key, value in batch.items()}
-    assert agent.action_loss(hidden)[0].item() == 0
+    for part, learns in ((batch, True), (hidden, False)):
+        agent.heads.zero_grad()
+        agent.action_loss(part)[0].backward()
+        gradient = torch.cat([p.grad.flatten() for p in agent.heads["inverse_dynamics"].parameters()])
+        assert gradient.isfinite().all() and bool(gradient.any()) == learns
 
 
 # -- update -----------------------------------------------------------------------------------------------------------
@@ -408,7 +417,7 @@ def test_a_batch_never_crosses_an_episodes_end(make):
 
 
 def test_pairs_never_cross_an_episodes_end():
-    """Steps are in 1..metric_steps, or what is left of the episode."""
+    """Steps are uniform in 1..metric_steps, or what is left of the episode."""
     ends, generator = ENDS[counted_codes], torch.Generator().manual_seed(0)
     state, later, steps = sample_pairs(counted_codes(), 4, 4000, generator)
     assert torch.equal(state, counted(state[:, 0])) and torch.equal(later, counted(later[:, 0]))
@@ -418,6 +427,10 @@ def test_pairs_never_cross_an_episodes_end():
         assert row < after <= min(ends[row], row + 4) and apart == after - row
         seen.add((row, apart))
     assert seen == {(row, k) for row, end in ends.items() for k in range(1, min(4, end - row) + 1)}
+    free = torch.tensor([ends[row] - row >= 4 for row in state[:, 0].tolist()])
+    assert torch.bincount(steps[free], minlength=5)[1:].float().div(free.sum()).tolist() == pytest.approx(
+        [0.25] * 4, abs=0.05
+    )
 
 
 @pytest.mark.parametrize("make", [counted_codes, counted_replay])
