@@ -197,6 +197,8 @@ def expand(config: RunComparisonConfig) -> Table:
     runs: dict[Path, Run] = {}
     for where, dataset_id, entry, algorithm in entries:
         settings, lists = read_entry(where, {"env": dataset_id} | entry, algorithm, common | sinkhorn)
+        if not (seeds and lists):
+            raise UserError(where, "an empty list of seeds or weights leaves no run", "give one, or leave the list out")
         for weights in lists:
             for run in make_runs(where, config, settings | {"w2_weights": weights}, algorithm, seeds):
                 if run.folder in runs:
@@ -255,12 +257,7 @@ class Comparison(Queue):
         self.output, self.charts = config.apart(config.output), {}
         for run in self.runs:
             if is_finished(run.folder) or (run.folder / "checkpoints" / "last.pth").exists():
-                try:
-                    check_settings(run, config.log_dir, config.dataset_dir)
-                except UserError as error:
-                    raise UserError(
-                        f"{error.where}", error.fault, "choose another --log_dir, or the old settings"
-                    ) from None
+                check_settings(run, config.log_dir, config.dataset_dir)
 
     def known(self) -> tuple[Scores, Scores]:
         return Scores(self.rows.values()), Scores([])
@@ -278,7 +275,7 @@ class Comparison(Queue):
         self.output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=self.output).close()
         super().settle()
-        print(f"{len(self.runs)} runs, {len(self.runs) - len(self.left)} finished; {self.runs[0].name} is the first")
+        print(f"{len(self.runs)} runs, {len(self.rows)} finished; {self.runs[0].name} is the first")
 
     def train(self) -> None:
         importlib.import_module("matplotlib.backends.backend_agg")  # whole: Ctrl-C in its import spoils the last report

@@ -158,11 +158,6 @@ def fill(path: Path, where: str, template: Any, values: dict[str, Any]) -> str:
         raise UserError(f"{path}: {where}: {template!r} must hold no other braces than {known}") from None
 
 
-def is_table(sections: dict[str, Any]) -> bool:
-    """Whether a file names runs by command, rather than the datasets of a comparison of chains."""
-    return "runs" in sections
-
-
 def read_table(path: str | Path) -> Table:
     """A file's runs and layout. Raises UserError that names the file and the key."""
     path = Path(path)

@@ -70,6 +70,16 @@ class Chain:
         """Of the last checkpoint, [seeds]."""
         return np.array([float(rows[actor]["score"]) for rows in self.rows])
 
+    def gains(self, actor: int) -> np.ndarray:
+        """Score over that of the actor before, or over the data, of the same seed, [seeds]."""
+        data = [float(rows[0]["data_score"]) for rows in self.rows]
+        return self.scores(actor) - (self.scores(actor - 1) if actor else data)
+
+    def at_end(self, actor: int, name: str) -> float:
+        """A diagnostic over the last tenth of training, mean over seeds; nan where one of them has none."""
+        values = [last_tenth(metrics.get(f"chain/actor_{actor}/{name}", [])) for metrics in self.metrics]
+        return float(np.mean(values))
+
 
 def collect(runs: list[Run], scores: Scores) -> list[Chain]:
     """The chains that have finished runs, in the order of the runs."""
@@ -182,6 +192,10 @@ def unfinished_grid(runs: list[Run], scores: Scores, states: dict[Run, str]) -> 
 # What each step of the chain did
 # ----------------------------------------------------------------------------------------------------------------
 
+# Diagnostics in the order of the columns, and how each is written.
+AT_END = {"energy_before": ".3f", "energy": ".3f", "energy_fell": ".0%", "distance": ".2g", "floor": ".2g"}
+AT_END |= {"q": ".4g", "spread": ".2g", "blur_to_spread": ".2g"}
+
 
 def last_tenth(values: list[float]) -> float:
     """Mean over the last tenth of a run's rows, nan where none of them has a value."""
@@ -209,20 +223,14 @@ def steps_grid(chains: list[Chain]) -> Grid:
     rows = []
     for chain in chains:
         for actor in range(chain.actors):
-
-            def at_end(name: str, form: str, actor: int = actor, chain: Chain = chain) -> str:
-                """A diagnostic, or a dash where it was not logged."""
-                values = [last_tenth(metrics.get(f"chain/actor_{actor}/{name}", [])) for metrics in chain.metrics]
-                return f"{np.mean(values):{form}}" if np.isfinite(values).all() else UNKNOWN
-
-            gains = chain.scores(actor) - (chain.scores(actor - 1) if actor else chain.data_score)
-            distance, floor, blur = (at_end(name, ".2g") for name in ("distance", "floor", "blur_to_spread"))
-            moved = [math.nan if text == UNKNOWN else float(text) for text in (distance, floor)]
-            cells = [chain.dataset, chain.label[1], f"{actor}", verdict(actor, *moved, gains)]
-            cells += [cell_text(gains, len(gains), sign="+")]
-            cells += [at_end("energy_before", ".3f"), at_end("energy", ".3f"), at_end("energy_fell", ".0%")]
-            cells += [distance, floor if actor else UNKNOWN, at_end("q", ".4g"), at_end("spread", ".2g")]
-            rows.append([*cells, f"{blur} ⚠" if blur != UNKNOWN and float(blur) > 1 else blur])
+            found, gains = {name: chain.at_end(actor, name) for name in AT_END}, chain.gains(actor)
+            if actor == 0:
+                found["floor"] = math.nan  # there is no actor before it
+            step = verdict(actor, found["distance"], found["floor"], gains)
+            texts = [UNKNOWN if math.isnan(found[name]) else f"{found[name]:{form}}" for name, form in AT_END.items()]
+            texts[-1] += " ⚠" * (found["blur_to_spread"] > 1)
+            gained = cell_text(gains, len(gains), sign="+")
+            rows.append([chain.dataset, chain.label[1], f"{actor}", step, gained, *texts])
     header = ["dataset", "chain", "actor", "step", "score gained", "energy before", "energy after", "fell in rows"]
     return Grid([*header, "distance", "its floor", "Q", "spread", "blur / spread"], rows, 4)
 

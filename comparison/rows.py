@@ -21,10 +21,10 @@ import numpy as np
 from comparison.jobs import read_attempts, seconds_spent
 from comparison.registry import MACHINE, RESERVED, Run, settings_digest, settings_of
 from offline_data import find_dataset
-from runs.cli import load_yaml
-from runs.directory import plain_config
+from runs.cli import load_yaml, marked
+from runs.directory import LENGTHS, plain_config
 from runs.metrics import episodes_by_policy, read_metrics
-from utils import UserError, exclusive_folder, write_text_atomic
+from utils import MAY_CHANGE, UserError, exclusive_folder, write_text_atomic
 
 COLUMNS = (
     *("table", "system", "method", "dataset", "rows", "data_sha256", "seed", "actor", "mode", "task"),
@@ -152,19 +152,19 @@ def _text(value: Any) -> str:
 
 
 def check_settings(run: Run, log_dir: str | Path, dataset_dir: str | None) -> None:
-    """Raise UserError where a finished run was trained with other settings than its command has now.
+    """Raise UserError where a run was trained with other settings than its command has now.
 
-    A default may have changed since. What is still None is filled in by the run, from what it finds.
+    A default may have changed since. What is still None is filled in by the run, from what it finds; what may change
+    on resuming may, but for its length.
     """
     run_dir = run.run_dir(log_dir)
     stored = load_yaml(run_dir / "config.yaml")
-    now = plain_config(settings_of(run.command, run.arguments(log_dir, dataset_dir)))
-    for name in sorted(now.keys() - MACHINE - RESERVED):
+    config = settings_of(run.command, run.arguments(log_dir, dataset_dir))
+    now, free = plain_config(config), marked(type(config), MAY_CHANGE) - LENGTHS
+    for name in sorted(now.keys() - MACHINE - RESERVED - free):
         if now[name] is not None and stored.get(name) != now[name]:
-            raise UserError(
-                f"{run_dir}: {name} was {stored.get(name)} and is now {now[name]}; remove that directory to train it "
-                "again"
-            )
+            remedy = "take the old settings or another --log_dir, or remove that directory to train it again"
+            raise UserError(run_dir, f"{name} was {stored.get(name)} and is now {now[name]}", remedy)
 
 
 def _walker(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:

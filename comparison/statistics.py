@@ -55,7 +55,7 @@ def t_half_width(values: Iterable[float]) -> float:
 def cell_text(scores: Iterable[float], planned: int, digits: int = 1, sign: str = "") -> str:
     """Mean and 95% t-interval of scores [seeds]; of two seeds their range, of one its score with a star.
 
-    The number of seeds is added where more were planned.
+    Scores that are all the same have no interval. The number of seeds is added where more were planned.
     """
     found, form = list(scores), f"{sign}.{digits}f"
     n, center = len(found), math.fsum(found) / len(found)
@@ -64,4 +64,5 @@ def cell_text(scores: Iterable[float], planned: int, digits: int = 1, sign: str 
     if n < LEAST_SEEDS:
         return f"{center:{form}} ({min(found):{form}} to {max(found):{form}})"
     more = f" ({n} of {planned} seeds)" if n < planned else ""
-    return f"{center:{form}} ± {t_half_width(found):.{digits}f}{more}"
+    width = "" if min(found) == max(found) else f" ± {t_half_width(found):.{digits}f}"
+    return f"{center:{form}}{width}{more}"

@@ -69,11 +69,12 @@ class Grid:
 def matching(table: Table, scores: Scores) -> list[tuple[Run, Row]]:
     """Rows of the table's present runs that pass its `where`. Raises UserError where their data or precision differ."""
     found = [(run, row) for run in table.runs for row in scores.of(run)]
-    for name in ("data_sha256", "rows", "precision"):
+    groups = {"data_sha256": "{dataset}", "rows": "{dataset}", "data_score": "{dataset} {task}", "precision": "{label}"}
+    for name, group in groups.items():  # the score is of what a run saw, the sum of what lies there now
         kinds: dict[str, set[str]] = {}
         for run, row in found:
-            group = " ".join(run.row) if name == "precision" else row["dataset"]
-            kinds.setdefault(group, set()).update({row[name]} - {""})
+            key = group.format(**row, label=" ".join(run.row)).strip()
+            kinds.setdefault(key, set()).update({row[name]} - {""})
         for key, values in kinds.items():
             if len(values) > 1:
                 listed = ", ".join(sorted(values))

@@ -68,6 +68,11 @@ class Made:
         grid = report.scores_grid(self.table, Scores([self.rows]), self.chains())[1]
         return [dict(zip(grid.header, row, strict=True)) for row in grid.rows]
 
+    def steps(self) -> list[dict]:
+        """The table of what each step did."""
+        grid = report.steps_grid(self.chains())
+        return [dict(zip(grid.header, row, strict=True)) for row in grid.rows]
+
     def write(self, output: Path, charts: dict | None = None) -> str:
         return write_report(self.table, self.rows, dict.fromkeys(self.runs, "exit 2: Q <is> 9"), output, charts)
 
@@ -142,6 +147,7 @@ def test_a_cell_claims_no_more_than_its_seeds_allow():
     assert cell_text([10.0, 11.0, 12.0], 3) == "11.0 ± 2.5"  # 4.3027 * 1 / sqrt(3)
     assert cell_text([10.0, 11.0, 12.0], 5, 2) == "11.00 ± 2.48 (3 of 5 seeds)"
     assert cell_text([1.0, 2.0, 3.0], 3, sign="+") == "+2.0 ± 2.5"
+    assert cell_text([4.0, 4.0, 4.0], 4, sign="+") == "+4.0 (3 of 4 seeds)"  # alike by chance, not certain
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -210,11 +216,19 @@ def test_every_published_row_names_an_official_dataset():
 def test_what_each_step_did(made):
     for seed, gain in enumerate((2.1, 1.9, 2.0)):
         made.add("hopper-medium-v2", (0.4, 1.0), seed, gain=gain)
-    grid = report.steps_grid(made.chains())
-    first, second = (dict(zip(grid.header, row, strict=True)) for row in grid.rows)
+    first, second = made.steps()
     assert second["step"] == "moved and helped" and second["score gained"] == "+2.0 ± 0.2"
     assert first["score gained"] == "+11.0 ± 2.5" and (first["its floor"], second["its floor"]) == ("–", "0.004")
     assert [first[name] for name in ("energy before", "energy after", "fell in rows")] == ["-0.300", "-0.500", "100%"]
+
+
+def test_steps_are_judged_by_figures_and_not_by_their_rounded_text(made, monkeypatch):
+    monkeypatch.setitem(CHAIN, "distance", 0.01996)
+    monkeypatch.setitem(CHAIN, "floor", 0.01)
+    monkeypatch.setitem(CHAIN, "blur_to_spread", 1.04)
+    made.add("hopper-medium-v2", (0.4, 1.0), 0)
+    step = made.steps()[1]
+    assert (step["step"], step["distance"], step["blur / spread"]) == ("did not move", "0.02", "1 ⚠")
 
 
 @pytest.mark.parametrize(
@@ -234,11 +248,20 @@ def test_verdicts_follow_the_distance_and_the_interval_of_the_gain(actor, distan
     assert report.verdict(actor, distance, floor, np.array(gains)) == words
 
 
-def test_seeds_of_other_data_are_not_pooled(made, tmp_path):
-    made.add("hopper-medium-v2", (0.4, 1.0), 0)
-    made.add("hopper-medium-v2", (0.4, 1.0), 1, rows="999")
-    with pytest.raises(UserError, match=r"rows of hopper-medium-v2 differ in rows \(999, 999906\)"):
+@pytest.mark.parametrize(
+    ("name", "values"), [("rows", ("999", "999906")), ("data_score", ("40", "41")), ("data_score", ("40", "nan"))]
+)
+def test_seeds_of_other_data_are_not_pooled(name, values, made, tmp_path):
+    for seed, value in enumerate(values):
+        made.add("hopper-medium-v2", (0.4, 1.0), seed, **{name: value})
+    with pytest.raises(UserError, match=rf"rows of hopper-medium-v2 differ in {name} \({', '.join(values)}\)"):
         made.write(tmp_path)
+
+
+def test_data_without_a_score_is_the_same_for_every_seed(made, tmp_path):
+    for seed in range(2):
+        made.add("hopper-medium-v2", (0.4, 1.0), seed, data_score="nan")
+    assert "52.5 (52.0 to 53.0)" in made.write(tmp_path)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
