@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import walker.agent as agent_module
 from dmc_utils import DATASETS, TASKS, WalkerEnv, load_episodes, load_study_data, parse_datasets, rewards_in_task
 from policy import Policy
 from runs.cli import parse_config
-from runs.directory import load_checkpoint
+from runs.directory import load_checkpoint, save_checkpoint
 from runs.evaluation import episode_seeds
 from runs.metrics import read_metrics
 from utils import RunFinished, UserError
@@ -216,6 +217,17 @@ def test_a_run_is_played_again_as_at_its_end(method, finished, arguments, capsys
     for name, path in (("last", ""), ("best", "checkpoints/best.pth")):
         means = agent_module.main(["--load", str(finished / method / path), "--eval_workers", "0", "--device", "cpu"])
         assert means == {task: summary[f"{name}/{task}/return"] for task in (["walk"] if method == "cds" else TASKS)}
+
+
+def test_an_old_best_file_meets_the_episodes_of_its_last(finished, tmp_path):
+    """A best.pth of before has neither settings nor tasks, unlike the last.pth beside it."""
+    shutil.copytree(finished / "cds", tmp_path / "cds")
+    best = tmp_path / "cds/checkpoints/best.pth"
+    save_checkpoint(best, {"acting": load_checkpoint(best)["acting"], "step": 3})
+    found = agent_module.play_saved(tmp_path / "cds", None, None, 0, "cpu")
+    summary = json.loads((finished / "cds/finished.json").read_text())
+    means = {f"{name}/{task}/return": returns.mean() for (name, task), returns in found.items()}
+    assert means == {name: summary[name] for name in ("last/walk/return", "best/walk/return")}
 
 
 def test_agents_act_from_their_files_alone(finished):
@@ -434,6 +446,7 @@ def test_bad_input_is_one_line(finished, arguments, tmp_path, capsys, data_dir):
     assert "--minibatches 13" in model(*arguments("model", tmp_path / "a", minibatches=13))
     (tmp_path / "x.pth").write_bytes(b"no")
     assert "x.pth" in error_line(agent_module.main, capsys, "--load", tmp_path / "x.pth")
+    assert "unknown device" in error_line(agent_module.main, capsys, "--device=nonsense", "--episodes=1")
     torch.save({"acting": {"mean": torch.zeros(3)}}, tmp_path / "y.pth")
     line = error_line(agent_module.main, capsys, "--load", tmp_path / "y.pth")
     assert "not a file of the walker study's agents" in line

@@ -49,16 +49,12 @@ class Agent:
         self.random = np.random.default_rng(seed)
         self.episodes = 0  # that the policy's memory is of; 0: it is to begin anew
 
-    def load(self, path: str | Path) -> dict[str, Any]:
-        """Become the agent of a run's directory (its last one) or of a file, a best.pth or last.pth of any method.
-
-        Statistics travel in the file, whose content is returned.
-        """
+    def load(self, path: str | Path) -> None:
+        """Become the agent of a run's directory (its last one) or of a file, a best.pth or last.pth of any method."""
         path = checkpoint_file(path)
         state = load_checkpoint(path, self.device)
         with expecting(path, "a file of the walker study's agents"):
             self.load_acting(state["acting"])
-        return state
 
     def load_acting(self, acting: dict[str, Any]) -> None:
         """Become the agent that `acting_state` described."""
@@ -195,17 +191,16 @@ def play_saved(
 
     What is None is as in the run's own test, which so is played again.
     """
-    folder, found = Path(path) / "checkpoints", {}
+    folder, agents = Path(path) / "checkpoints", {}
     files = [folder / "last.pth", folder / "best.pth"] if Path(path).is_dir() else [Path(path)]
     for file in files:
-        agent = Agent(device=resolve_device(device))
-        state = agent.load(file)
-        run = {"seed": 0, "test_episodes": 100} | state.get("config", {})  # a best.pth of before has no settings
-        number = episodes or run["test_episodes"]
-        seeds = testing_seeds(run["seed"], number) if seed is None else episode_seeds(seed, number)
-        tasks = state.get("tasks", TASKS)
-        found |= play({file.stem: agent}, tasks, seeds, num_workers(workers), f"{agent.method}, ")
-    return found
+        agents[file.stem] = agent = Agent(device=resolve_device(device))
+        agent.load(file)
+    state = load_checkpoint(files[0])  # both files meet the same episodes, and an old best.pth has no settings
+    run = {"seed": 0, "test_episodes": 100} | state.get("config", {})
+    number = episodes or run["test_episodes"]
+    seeds = testing_seeds(run["seed"], number) if seed is None else episode_seeds(seed, number)
+    return play(agents, state.get("tasks", TASKS), seeds, num_workers(workers), f"{agent.method}, ")
 
 
 def write_returns(path: str | Path, found: dict[tuple[str, str], np.ndarray]) -> None:
@@ -238,7 +233,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         else:
             seed, workers = config.seed or 0, num_workers(config.eval_workers)
             seeds = episode_seeds(seed, config.episodes or 100)
-            found = play({"random": Agent(seed=seed)}, TASKS, seeds, workers)
+            found = play({"random": Agent(seed=seed, device=resolve_device(config.device))}, TASKS, seeds, workers)
         first = next(iter(found))[0]  # its figures are those of the last agent of a run
         found = {("last" if name == first else name, task): returns for (name, task), returns in found.items()}
         means = {task: float(returns.mean()) for (name, task), returns in found.items() if name == "last"}
