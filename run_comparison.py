@@ -22,6 +22,7 @@ import importlib
 import os
 import sys
 import tempfile
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,11 +96,10 @@ class RunComparisonConfig:
 
 SECTIONS = ("common", "sinkhorn", "environments")
 SINKHORN = {"K": "sinkhorn_K", "blur": "sinkhorn_blur", "backend": "sinkhorn_backend", "blur_relative": "blur_relative"}
-LISTS = {
+WEIGHTS = {
     "w2_weights": tuple[float, ...],
     "w2_weights_base": tuple[float, float],
     "w2_weights_third": tuple[float, ...],
-    "seeds": tuple[int, ...],
 }
 DECIDED_HERE = RESERVED | {"w2_weights", "env", "algorithm", "num_actors", "name", "evaluate_episodes", "evaluate_seed"}
 POGO = "pogo"
@@ -110,16 +110,23 @@ Settings = dict[str, Any]
 
 
 @functools.cache
-def settings_names(algorithm: str) -> dict[str, str]:
-    """What a file may set for an algorithm's command: as it stands in the file -> the flag."""
-    flags = [] if algorithm == POGO else ["--algorithm", algorithm]
-    names = vars(settings_of(COMMANDS[algorithm][0], flags)).keys() - DECIDED_HERE - set(SINKHORN.values())
-    return {name: name for name in names} | ({"learning_rate": "lr"} if "lr" in names else {})
+def settings_hints(algorithm: str) -> Settings:
+    """What a file may set for an algorithm's command, and of which type."""
+    found = settings_of(COMMANDS[algorithm][0], [] if algorithm == POGO else ["--algorithm", algorithm])
+    hints = typing.get_type_hints(type(found))
+    return {name: hints[name] for name in vars(found) if name not in DECIDED_HERE}
 
 
-def take_lists(where: str, section: Settings) -> Settings:
-    """Take weights and seeds out of a section, typed. Raises UserError."""
-    return check_values(where, {name: section.pop(name) for name in LISTS if name in section}, LISTS)
+def read(where: str, values: Any, hints: Settings) -> Settings:
+    """Settings of a section by field, typed as in a run's own YAML file. Raises UserError that names file and key."""
+    hints = {name: hint for name, hint in hints.items() if name not in SINKHORN.values()}
+    aliases = {"learning_rate": "lr"} if "lr" in hints else {}
+    return check_values(where, values, hints, aliases, {"actor_configs": pogo_multi_main.read_actor_configs})
+
+
+def read_sinkhorn(where: str, values: Any, hints: Settings) -> Settings:
+    """As `read`, of a section that has names of its own."""
+    return check_values(where, values, {name: hints[name] for name in SINKHORN.values()}, SINKHORN)
 
 
 def read_entries(path: Path, environments: Any, usual: str) -> Iterator[tuple[str, str, Settings, str]]:
@@ -148,15 +155,12 @@ def read_entry(where: str, entry: Settings, algorithm: str, shared: Settings) ->
 
     `shared` holds the settings of `common` and `sinkhorn`, of which it takes those that its algorithm has.
     """
-    weights, sinkhorn = take_lists(where, entry), entry.pop("sinkhorn", {})
-    known = settings_names(algorithm)
-    check_keys(where, entry, {*known, "env"})
-    check_keys(f"{where}.sinkhorn", sinkhorn, SINKHORN)
+    hints, sinkhorn = settings_hints(algorithm), entry.pop("sinkhorn", {})
     settings = shipped_settings(algorithm, entry["env"])
-    settings |= {known[name]: value for name, value in shared.items() if name in known}
-    sinkhorn = {name: shared[name] for name in SINKHORN if name in shared} | sinkhorn
-    settings |= {SINKHORN[name]: value for name, value in sinkhorn.items()}
-    settings |= {known.get(name, name): value for name, value in entry.items()}
+    settings |= {name: value for name, value in shared.items() if name in hints}
+    settings |= read_sinkhorn(f"{where}.sinkhorn", sinkhorn, hints)
+    settings |= read(where, entry, hints | WEIGHTS | {"env": str})
+    weights = {name: settings.pop(name) for name in WEIGHTS if name in settings}
     if weights.keys() == {"w2_weights"}:
         return settings, [weights["w2_weights"]]
     if weights.keys() == {"w2_weights_base", "w2_weights_third"}:
@@ -184,19 +188,17 @@ def expand(config: RunComparisonConfig) -> Table:
     entries = list(read_entries(path, environments, common.pop("algorithm", POGO)))
     if not entries:
         raise UserError(f"{path}: environments names no datasets; see docs/comparison.md")
-    lists, folder = take_lists(f"{path}: common", common), common.pop("dataset_dir", None)
-    config.dataset_dir = config.dataset_dir or (folder and str(folder))
-    check_keys(
-        f"{path}: common", common | lists, {"seeds"}.union(*(settings_names(algorithm) for *_, algorithm in entries))
-    )
-    check_keys(f"{path}: sinkhorn", sinkhorn, SINKHORN)
-    seeds = config.seeds or lists.get("seeds", (0,))
+    hints = {name: hint for *_, algorithm in entries for name, hint in settings_hints(algorithm).items()}
+    shared = read(f"{path}: common", common, hints | {"seeds": tuple[int, ...], "dataset_dir": str | None})
+    shared |= read_sinkhorn(f"{path}: sinkhorn", sinkhorn, hints)
+    config.dataset_dir = config.dataset_dir or shared.get("dataset_dir")
+    seeds = config.seeds or shared.get("seeds", (0,))
     if len(set(seeds)) != len(seeds):
         source = "--seeds" if config.seeds else f"{path}: common.seeds:"
         raise UserError(f"{source} {' '.join(map(str, seeds))}: holds a seed twice; give each once")
     runs: dict[Path, Run] = {}
     for where, dataset_id, entry, algorithm in entries:
-        settings, lists = read_entry(where, {"env": dataset_id} | entry, algorithm, common | sinkhorn)
+        settings, lists = read_entry(where, {"env": dataset_id} | entry, algorithm, shared)
         if not (seeds and lists):
             raise UserError(where, "an empty list of seeds or weights leaves no run", "give one, or leave the list out")
         for weights in lists:
@@ -221,8 +223,6 @@ def make_runs(where: str, config: RunComparisonConfig, settings: Settings, algor
             settings[name] = str(Path(settings[name]).expanduser().resolve())  # a Ray task runs in another folder
     command, run_class = COMMANDS[algorithm]
     try:
-        if settings.get("actor_configs") is not None:
-            settings["actor_configs"] = pogo_multi_main.read_actor_configs(settings["actor_configs"])
         settings = settings | ({} if algorithm == POGO else {"algorithm": algorithm})
         flags = tuple(word for name in sorted(settings) for word in as_flags(name, settings[name]))
         for seed in seeds:
@@ -234,8 +234,6 @@ def make_runs(where: str, config: RunComparisonConfig, settings: Settings, algor
             shown = {"row": (trainer.env, label), "column": "actor {actor}"}
             folder = config.apart(config.log_dir).resolve() / run_class.run_name(trainer)
             yield Run("", label, command, flags, trainer.env, seed, folder=folder, **shown)
-    except ValueError:
-        raise UserError(f"{where}: actor_configs must be a list of kinds, see docs/pogo_multi.md") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

@@ -236,7 +236,7 @@ def test_the_shipped_comparison_expands_wherever_the_command_is_given(tmp_path, 
     assert len(runs) == 15 * 3 * 3 and len(datasets) == 15
     assert datasets[0] == "halfcheetah-medium-v2" and datasets[-1] == "antmaze-large-diverse-v2"
     found = {("antmaze" in run.dataset, run.flags[run.flags.index("--lr") + 1]) for run in runs}
-    assert found == {(True, "1e-4"), (False, "3e-4")}
+    assert found == {(True, "0.0001"), (False, "0.0003")}
     first = [(config_of(run).w2_weights, run.seed) for run in runs[:9]]
     assert first == [((0.4, 0.27, w), seed) for w in (0.13, 0.27, 0.5) for seed in (0, 1, 2)]
     assert runs[0].folder == tmp_path / "halfcheetah-medium-v2" / "w2_0.4_0.27_0.13" / "seed_0"
@@ -389,6 +389,13 @@ BAD = [
         "medium",
         "earlier entry",
     ),
+    ("common: {batch_size: false}", "common: batch_size must be an integer, not False", ""),
+    ("common: {seeds: 1}", "common: seeds must be a list", ""),
+    ("common: {lr: true}", "common: lr must be a number, not True", ""),
+    ("common: {lr: 1e-3, learning_rate: 2e-3}", "common: learning_rate stands twice", "under another name"),
+    ("sinkhorn: {blur: x}", "sinkhorn: blur must be a number, not 'x'", ""),
+    ("environments: {hopper: {medium: {w2_weights: [1], sinkhorn: {K: x}}}}", "hopper.medium.sinkhorn: K must be", ""),
+    ("environments: {hopper: {medium: {w2_weights: [1], dataset_dir: x}}}", "medium: unknown key 'dataset_dir'", ""),
     ("common: {seeds: []}", "environments.hopper.medium: an empty list of seeds", "leave"),
     ("environments: {hopper: {medium: {w2_weights_base: [1, 2], w2_weights_third: []}}}", "medium: an empty", "leave"),
     ("common: {save_model: false}", "hopper.medium: save_model", "cannot be continued"),
