@@ -3,8 +3,11 @@
 import functools
 import importlib.util
 import json
+import resource
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -248,6 +251,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(stop_at, finished, arguments
     train(arguments(cut, "--resume"))
     for name in OUTPUTS:
         assert digest(finished / name) == digest(cut / name), name
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(arguments, tmp_path):
+    """A process whose files may hold half a checkpoint stands for the full disk."""
+    run_dir, flags = tmp_path / "run", arguments(tmp_path / "run", "--no_tensorboard")
+    train_until(8, flags)
+    checkpoint = run_dir / "checkpoints/last.pth"
+    before, limit = digest(checkpoint), checkpoint.stat().st_size // 2
+    limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    command = [sys.executable, pogo_main.__file__, *flags, "--resume"]
+    done = subprocess.run(command, preexec_fn=limited, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("error") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"error: {checkpoint}: the disk is full" in done.stderr
+    assert digest(checkpoint) == before and list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
