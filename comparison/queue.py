@@ -268,7 +268,7 @@ class Queue:
             print(f"Data: {len(names)} missing, will be {how}: {', '.join(names)}")
 
     def describe_time(self, left: list[Run]) -> None:
-        """Hours of the runs that are left, by those of their method that were trained, else by the file's guesses."""
+        """Hours of the runs that are left, by those of their method that were trained, else by guesses."""
         taken: dict[tuple, list[float]] = {}  # hours of whole runs
         for run in self.runs:
             part, seconds = self.trained(run), seconds_spent(self.run_dir(run))
@@ -281,7 +281,7 @@ class Queue:
         at_once, whole = self.config.jobs or 1, sum(known) / (self.config.jobs or 1)
         units = ((24, "days"), (1, "hours"), (1 / 60, "minutes"))
         size, unit = next((pair for pair in units if whole >= 2 * pair[0]), units[-1])
-        words = f"{whole / size:.1f} {unit}, with {at_once} at once, by what was trained and the file's guesses"
+        words = f"{whole / size:.1f} {unit}, with {at_once} at once, by what was trained and guesses"
         words += f"; without {len(left) - len(known)} runs of which nothing is known" if len(known) < len(left) else ""
         print(f"{len(left)} runs are left: about {words}")
 

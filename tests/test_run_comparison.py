@@ -232,6 +232,7 @@ def test_the_shipped_comparison_expands_wherever_the_command_is_given(tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert "one is 'pogo 0.4 0.27 0.13 halfcheetah-medium-v2 seed 0'" in exits(capsys, "--only", "no such run")
     runs = runs_of(ROOT / "config.yaml", "--log_dir", ".")
+    assert sum(run.hours for run in runs) / 24 == pytest.approx(20, abs=0.5)  # days, before anything has trained
     datasets = list(dict.fromkeys(run.dataset for run in runs))
     assert len(runs) == 15 * 3 * 3 and len(datasets) == 15
     assert datasets[0] == "halfcheetah-medium-v2" and datasets[-1] == "antmaze-large-diverse-v2"
@@ -437,7 +438,7 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(place, capsys):
     place.run("--dry_run", "--jobs", "2")
     out = capsys.readouterr().out
     assert "pogo 0.4 1 hopper-medium-v2 seed 1: not started" in out
-    assert "2 runs are left; how long they take, their progress will tell" in out
+    assert "2 runs are left: about 0.0 minutes, with 2 at once" in out
     assert {path.name for path in place.folder.iterdir()} == {"comparison.yaml", "notes", "trainer.py"}
     place.run("--only", "seed 0")
     attempts = json.loads((place.run_dir(0) / "attempts.json").read_text())
