@@ -30,7 +30,6 @@ Deviations from the original OPSO code (docs/notebook_opso.md has the measuremen
 """
 
 import copy
-import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from model import InverseDynamics, InverseDynamicsModel, OfflineModel, StateMetric
-from model_kernels import Adam
+from model_kernels import Adam, cosine
 from utils import (
     BelowOne,
     Count,
@@ -98,7 +97,7 @@ def minimize(net: nn.Module, lr: float, loss: Callable[[], Tensor], updates: Col
     for number in updates:
         last = loss()
         grads = list(torch.autograd.grad(last, parameters))
-        rate = lr * ((1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * number / len(updates)))
+        rate = lr * (floor + (1 - floor) * cosine(number / len(updates)))
         with torch.no_grad():  # the function alone: torch.optim's classes take seconds and 70 MB to import a compiler
             own = {"lr": rate, "weight_decay": decay, "decoupled_weight_decay": True}
             adam(parameters, grads, *moments, [], steps, **usual, **own)

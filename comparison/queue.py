@@ -12,7 +12,6 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from statistics import mean
 from typing import Any, ClassVar
 
 from comparison.jobs import (
@@ -268,14 +267,12 @@ class Queue:
             print(f"Data: {len(names)} missing, will be {how}: {', '.join(names)}")
 
     def describe_time(self, left: list[Run]) -> None:
-        """Hours of the runs that are left, by those of their method that were trained, else by guesses."""
-        taken: dict[tuple, list[float]] = {}  # hours of whole runs
-        for run in self.runs:
-            part, seconds = self.trained(run), seconds_spent(self.run_dir(run))
-            if part and seconds:
-                taken.setdefault(self.kind(run), []).append(seconds / part / 3600)
-        hours = [mean(taken[self.kind(run)]) if self.kind(run) in taken else run.hours for run in left]
-        known = [(1 - self.trained(run)) * whole for run, whole in zip(left, hours, strict=True) if whole is not None]
+        """Hours of the runs that are left: guesses, times what trained runs took of theirs on this machine."""
+        parts = {run: self.trained(run) for run in dict.fromkeys([*self.runs, *left])}
+        begun = [run for run in self.runs if run.hours and parts[run] and seconds_spent(self.run_dir(run))]
+        guessed = sum(run.hours * parts[run] for run in begun)
+        scale = sum(seconds_spent(self.run_dir(run)) for run in begun) / 3600 / guessed if begun else 1.0
+        known = [scale * run.hours * (1 - parts[run]) for run in left if run.hours is not None]
         if not known:
             return print(f"{len(left)} runs are left" + "; how long they take, their progress will tell" * bool(left))
         at_once, whole = self.config.jobs or 1, sum(known) / (self.config.jobs or 1)
@@ -284,11 +281,6 @@ class Queue:
         words = f"{whole / size:.1f} {unit}, with {at_once} at once, by what was trained and guesses"
         words += f"; without {len(left) - len(known)} runs of which nothing is known" if len(known) < len(left) else ""
         print(f"{len(left)} runs are left: about {words}")
-
-    @staticmethod
-    def kind(run: Run) -> tuple[str, str]:
-        """Runs that take about the same time."""
-        return run.command, run.method.split()[0]
 
     def report(self) -> str:
         """What the table's CSV has now."""

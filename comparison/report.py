@@ -336,14 +336,11 @@ def write_report(
     shown = [(head, grid.html(), note) for head, note, grid in parts]
     for dataset in dict.fromkeys(chain.label[0] for chain in chains):
         own = [chain for chain in chains if chain.label[0] == dataset]
-        shown.append(
-            (f"Curves of {html.escape(own[0].dataset)}", chart(own, charts if charts is not None else {}), CURVES)
-        )
+        drawn = chart(own, {} if charts is None else charts)
+        shown.append((f"Curves of {html.escape(own[0].dataset)}", drawn, CURVES))
     write_csv(output / "results.csv", CSV_COLUMNS, csv_rows(rows))
-    title, texts = (
-        f"Comparison: {table.path.name}",
-        [f"## {head}\n\n{grid.markdown()}\n\n{note}" for head, note, grid in parts],
-    )
+    title = f"Comparison: {table.path.name}"
+    texts = [f"## {head}\n\n{grid.markdown()}\n\n{note}" for head, note, grid in parts]
     write_text_atomic(output / "results.md", "\n\n".join([f"# {title}", *texts]) + "\n")
     write_text_atomic(output / "report.html", page(title, shown))
     return terminal_text(short, words, unfinished)

@@ -156,10 +156,8 @@ def render(table: Table, scores: Scores) -> str:
     found, missing = matching(table, scores), scores.missing(table.runs)
     text = f"{caption(table, found)}\n\n{make_grid(table, cells_of(table, found), missing).markdown()}\n"
     if missing:
-        there, command = (
-            len(table.runs) - len(missing),
-            f"run_comparison.py --config results/{table.path.name} --jobs 2",
-        )
+        there = len(table.runs) - len(missing)
+        command = f"run_comparison.py --config results/{table.path.name} --jobs 2"
         text += f"\n{there} of {len(table.runs)} runs are there; `python {command}` adds the rest.\n"
     return text
 

@@ -227,9 +227,7 @@ def plot_online_curves(metrics: Metrics, path: str | Path, title: str) -> None:
             evaluated = {"color": "tab:green", "marker": "o", "label": "evaluation, five tasks"}
             curves = [(metrics, column, acting), (metrics, "eval/success_rate", evaluated)]
             panels.append(Panel(*names, curves, ylim=(-0.02, 1.4)))  # the legend has its room above 1
-        elif np.isfinite(
-            metrics.get(column, [])
-        ).any():  # without episodes of its own, half of the curves have no point
+        elif np.isfinite(metrics.get(column, [])).any():  # an agent without episodes of its own has no such figures
             panels.append(Panel(*names, [(metrics, column, acting)]))
     _save(panels_figure(title, panels, "env_steps", "environment steps", 4), path)
 
