@@ -26,9 +26,7 @@ BLOCK_ROWS = 1 << 14  # rows checked at a time, so that checks need no second co
 Bad = Callable[[str], UserError]  # of a fault: the error that names the file and what to do about it
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# A dataset id
-# ----------------------------------------------------------------------------------------------------------------
+# -- A dataset id -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -188,9 +186,7 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Reading
-# ----------------------------------------------------------------------------------------------------------------
+# -- Reading ----------------------------------------------------------------------------------------------------------
 
 
 def bad_file(path: Path, fault: str) -> UserError:
@@ -238,9 +234,7 @@ def read_hdf5(path: Path, keys: Iterable[str], optional: Iterable[str] = ()) -> 
     return _read(lambda: h5py.File(path, "r", **options), path, "HDF5 file", keys, optional)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Checks, the same for every benchmark
-# ----------------------------------------------------------------------------------------------------------------
+# -- Checks, the same for every benchmark -----------------------------------------------------------------------------
 
 _FLAGS = ("terminals", "timeouts")
 
@@ -303,9 +297,7 @@ def jumps(places: np.ndarray, limit: float) -> np.ndarray:
     return np.flatnonzero(np.abs(np.diff(places, axis=0)).max(axis=1, initial=0.0) > limit)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Episodes laid end to end
-# ----------------------------------------------------------------------------------------------------------------
+# -- Episodes laid end to end -----------------------------------------------------------------------------------------
 
 
 def whole_returns(rewards: np.ndarray, terminated: np.ndarray, ends: np.ndarray, limit: float = 0) -> np.ndarray:
@@ -342,9 +334,7 @@ def following_rows(observations: np.ndarray, rows: np.ndarray, unknown: np.ndarr
     return following
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Downloads
-# ----------------------------------------------------------------------------------------------------------------
+# -- Downloads --------------------------------------------------------------------------------------------------------
 
 
 def download(url: str, path: Path, check: Callable[[Path], object], advice: str) -> None:

@@ -39,9 +39,7 @@ else:  # torch takes a second to import; `--help` and `make_dataset.py --list` d
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Errors -----------------------------------------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -88,9 +86,7 @@ def warn(text: object) -> None:
     tqdm.write(f"warning: {one_line(text)}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings: what the type of a config dataclass's field says beside its type; the comment behind it is its help
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Settings: what the type of a config dataclass's field says beside its type; the comment behind it is its help ----
 
 
 @dataclass(frozen=True)
@@ -120,9 +116,7 @@ BelowOne = Annotated[float, Range(0.0, 1 - 1e-9, below=1)]
 PositiveBelowOne = Annotated[float, Range(1e-9, 1 - 1e-9, below=1)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Device, randomness, progress
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Device, randomness, progress -------------------------------------------------------------------------------------
 
 
 def resolve_device(name: str) -> torch.device:
@@ -225,9 +219,7 @@ def progress(iterable_or_total: Iterable | int, desc: str, **options: Any) -> tq
     return tqdm(iterable_or_total, **shared)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files that are whole or absent
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Files that are whole or absent -----------------------------------------------------------------------------------
 
 
 def write_bytes_atomic(path: str | Path, data: bytes | memoryview) -> None:
@@ -285,9 +277,7 @@ def exclusive_folder(folder: str | Path, wait: bool = True) -> Iterator[None]:
         os.close(descriptor)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Replay
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Replay -----------------------------------------------------------------------------------------------------------
 
 
 class ReplayBuffer:
