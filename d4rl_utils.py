@@ -20,7 +20,7 @@ import os
 import tempfile
 import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,6 @@ REFERENCE_RETURNS = {
     "antmaze": (0.0, 1.0),
 }
 
-# Where a robot stands after a reset: height (what else a position holds is 0), and how far positions and velocities can
-# be from there and from 0. Gravity alone takes it out of this box within a step. halfcheetah's velocities are normal
-# with a deviation of 0.1.
-_RESETS = {"hopper": (1.25, 0.005, 0.005), "halfcheetah": (0.0, 0.1, 0.45), "walker2d": (1.25, 0.005, 0.005)}
-
 
 # -- Datasets ---------------------------------------------------------------------------------------------------------
 
@@ -118,55 +113,50 @@ class D4RLDataset(Dataset):
         return 700 if self.env_id == "antmaze-umaze" else MAX_EPISODE_STEPS
 
     def read(self, path: Path) -> dict[str, np.ndarray]:
-        """`load_arrays`, and the numbers a row must be those of the id's robot."""
-        return load_arrays(path, sizes=_DIMENSIONS[self.robot])
+        """`load_arrays`, and the rows must be those of the id's robot, with next_observations but in antmazes."""
+        arrays = load_arrays(path, sizes=_DIMENSIONS[self.robot])
+        if "next_observations" not in arrays and self.robot != "antmaze":
+            raise bad_file(path, "no array 'next_observations', which D4RL's v2 files have")
+        return arrays
 
-    def episode_ends(self, arrays: dict[str, np.ndarray], path: Path) -> np.ndarray:
+    def episode_ends(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
         """Rows that end an episode, int64 [E], ascending, the last row included.
 
-        Antmazes are recorded on at the goal, row after row with a terminal: an episode ends at a timeout, or where the
-        ant is elsewhere in the next row (it walks less than 1 m a step). The others end as `episode_ends` says, and,
-        where there are no next_observations, before each row that only a reset can lead to.
+        Beside terminals and timeouts, an episode ends where next_observations is not the following row's observation:
+        D4RL's medium-replay files do not mark every such place. Antmazes are recorded on at the goal, row after row
+        with a terminal: theirs ends at a timeout, or where the ant is elsewhere in the next row (it walks less than 1 m
+        a step).
         """
+        ends = arrays["timeouts"].copy()
+        ends[-1] = True  # often without a mark
         if self.robot == "antmaze":
-            ends = np.zeros(len(arrays["rewards"]), dtype=bool)
             ends[jumps(arrays["observations"][:, :2], 1.0)] = True
-            if "timeouts" in arrays:
-                ends |= arrays["timeouts"]
-            else:
-                _cut_after(ends, self.max_episode_steps)
-            ends[-1] = True
             return np.flatnonzero(ends)
-        if "next_observations" in arrays:
-            return episode_ends(arrays)
-        before_resets = _resets(arrays["observations"], self.robot) - 1
-        marked = arrays["terminals"] | arrays.get("timeouts", False)
-        missing = [row for row in before_resets if row >= 0 and not marked[row]]
-        if missing:
-            warn(
-                f"{path}: {len(missing)} episodes end without a mark in timeouts or terminals, the first at row "
-                f"{missing[0]}, which a reset follows; they are taken to end there"
-            )
-        return episode_ends(arrays, missing)
+        ends |= arrays["terminals"]
+        following, observations = arrays["next_observations"], arrays["observations"]
+        for start in range(0, len(ends) - 1, BLOCK_ROWS):
+            rows = slice(start, min(start + BLOCK_ROWS, len(ends) - 1))
+            later = observations[rows.start + 1 : rows.stop + 1]
+            ends[rows] |= np.abs(following[rows] - later).max(axis=1) > 1e-3  # a reset moves every robot further
+        return np.flatnonzero(ends)
 
     def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
         """Fields of offline_data.OfflineData: its transitions, and `whole_returns`.
 
         A transition is terminated where the file says `terminals`; truncated where its episode goes no further for
-        another reason.
+        another reason. Where the file has next_observations every row is a transition; D4RL's `qlearning_dataset` takes
+        the next row in all files, which loses one an episode.
 
-        Where the file has next_observations every row is a transition. Otherwise they are the next row's, as in D4RL's
-        `qlearning_dataset`: rows at a timeout or at an unmarked end, whose next observation is not in the file, are
-        left out, and so is the last one. Rows at a terminal stay; what follows them is not in the file either and never
-        bootstrapped from, so they carry their own observation (D4RL has the next episode's first). D4RL itself takes
-        the next row in all files; where next_observations are there, this keeps one more transition an episode.
+        Official antmazes have none. Theirs are the next row's: rows at a timeout or a jump, whose next observation is
+        not in the file, are left out, and so is the last one. Rows at a terminal stay; nothing bootstraps from what
+        follows them, so where that is not in the file they carry their own observation (D4RL: the next episode's
+        first).
 
         Raises UserError as `ensure` and `read` do.
         """
         (path,) = self.ensure(dataset_dir)
         arrays = self.read(path)
-        terminated, timeouts = arrays["terminals"], arrays.get("timeouts")
-        ends = self.episode_ends(arrays, path)
+        terminated, timeouts, ends = arrays["terminals"], arrays["timeouts"], self.episode_ends(arrays)
         returns = whole_returns(arrays["rewards"], terminated, ends, self.max_episode_steps)
         truncated = np.zeros(len(terminated), dtype=bool)
         truncated[ends] = ~terminated[ends]
@@ -175,7 +165,7 @@ class D4RLDataset(Dataset):
         if "next_observations" in arrays:
             columns["next_observations"] = arrays["next_observations"]
             return columns | {"terminated": terminated, "truncated": truncated}
-        dropped = truncated | timeouts if timeouts is not None else truncated.copy()
+        dropped = truncated | timeouts
         dropped[-1] = True
         truncated[:-1] = dropped[1:] & ~terminated[:-1]  # the last one kept of an episode
         rows = np.flatnonzero(~dropped)
@@ -224,65 +214,18 @@ def is_official(dataset_id: str, transitions: int) -> bool | None:
 
 
 def load_arrays(path: str | os.PathLike, sizes: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-    """Read and check one D4RL file.
+    """Read and check one D4RL file; infos/ and metadata/ are not read.
 
-    Returns observations [N, obs_dim], actions [N, act_dim] and rewards [N] float32, terminals [N] bool, and, where the
-    file has them, next_observations [N, obs_dim] float32 and timeouts [N] bool. A row is one transition; terminals says
-    that the state after it is absorbing, timeouts that the episode was cut there. infos/ and
-    metadata/ are not read.
+    Returns observations [N, obs_dim], actions [N, act_dim] and rewards [N] float32, terminals and timeouts [N] bool,
+    and, where the file has them, next_observations [N, obs_dim] float32. A row is one transition; terminals says that
+    the state after it is absorbing, timeouts that the episode was cut there.
 
-    Raises UserError for a file that cannot be read and for the faults of `dataset_files.check_arrays`. The last row
-    need not end an episode: in official files it often does not.
+    Raises UserError for a file that cannot be read and for the faults of `dataset_files.check_arrays`.
     """
-    path, needed = Path(path), ("observations", "actions", "rewards", "terminals")
-    arrays = read_hdf5(path, needed, ("next_observations", "timeouts"))
+    path, needed = Path(path), ("observations", "actions", "rewards", "terminals", "timeouts")
+    arrays = read_hdf5(path, needed, ("next_observations",))
     check_arrays(functools.partial(bad_file, path), arrays, sizes)
     return arrays
-
-
-# -- Episodes ---------------------------------------------------------------------------------------------------------
-
-
-def episode_ends(arrays: dict[str, np.ndarray], unmarked: Sequence[int] = ()) -> np.ndarray:
-    """Rows that end an episode, int64 [E], ascending, the last row included.
-
-    Beside terminals, timeouts and the rows given, an episode ends where next_observations is not the following row's
-    observation. D4RL's medium-replay files do not mark every such place, and a file's last episode is often cut without
-    a mark. In a file that has neither timeouts nor next_observations it ends after 1000 steps, as D4RL has it.
-    """
-    ends = arrays["terminals"] | arrays.get("timeouts", False)
-    ends[[*unmarked, -1]] = True
-    if "next_observations" in arrays:
-        following, observations = arrays["next_observations"], arrays["observations"]
-        for start in range(0, len(ends) - 1, BLOCK_ROWS):
-            rows = slice(start, min(start + BLOCK_ROWS, len(ends) - 1))
-            later = observations[rows.start + 1 : rows.stop + 1]
-            ends[rows] |= np.abs(following[rows] - later).max(axis=1) > 1e-3  # a reset moves every robot further
-    elif "timeouts" not in arrays:
-        _cut_after(ends, MAX_EPISODE_STEPS)
-    return np.flatnonzero(ends)
-
-
-def _cut_after(ends: np.ndarray, steps: int) -> None:
-    """Mark a further end after every `steps` rows without one, in place. ends: bool [N]."""
-    first = 0
-    for end in [*np.flatnonzero(ends).tolist(), len(ends)]:
-        ends[first + steps - 1 : end : steps] = True
-        first = end + 1
-
-
-def _resets(observations: np.ndarray, robot: str) -> np.ndarray:
-    """Rows [n] in which the robot is where only a reset can have put it."""
-    height, near, still = _RESETS[robot]
-    width = observations.shape[1]  # positions, then velocities
-    rest, within = np.zeros(width, np.float32), np.full(width, still + 1e-6, np.float32)
-    rest[0], within[: width // 2] = height, near + 1e-6
-    return np.concatenate(
-        [
-            start + np.flatnonzero((np.abs(observations[start : start + BLOCK_ROWS] - rest) <= within).all(axis=1))
-            for start in range(0, len(observations), BLOCK_ROWS)
-        ]
-    )
 
 
 # -- Environments -----------------------------------------------------------------------------------------------------

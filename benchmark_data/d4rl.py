@@ -41,7 +41,7 @@ import utils
 from benchmark_data import experts
 from benchmark_data.experts import describe_returns
 from benchmark_data.generation import Family, Plan, run_tasks
-from d4rl_utils import DATASETS, GENERATED_IDS, MAX_EPISODE_STEPS, D4RLDataset, episode_ends, make_env
+from d4rl_utils import DATASETS, GENERATED_IDS, MAX_EPISODE_STEPS, D4RLDataset, make_env
 from dataset_files import whole_returns
 
 WARM_UP_STEPS = 10_000  # training steps of medium-replay that are random
@@ -271,7 +271,7 @@ class D4RLFamily(Family):
         columns, path = make_columns(plan), stage / plan.dataset.files[0]
         write_file(path, columns, recipe, algorithms, experts.read_policy(paths[0]) if len(paths) == 1 else None)
         arrays = plan.dataset.read(path)
-        ends = episode_ends(arrays)
+        ends = plan.dataset.episode_ends(arrays)
         returns = whole_returns(arrays["rewards"], arrays["terminals"], ends, MAX_EPISODE_STEPS)
         counts = {"episodes": len(ends), "transitions": plan.size}
         return {"recipe": recipe, **counts, "returns": describe_returns(returns)}

@@ -172,13 +172,9 @@ def _read_maze(path: Path, dataset: Any) -> Data:
 
 def _read_d4rl(path: Path, dataset: Any) -> Data:
     arrays = dataset.read(path)
-    flags = {key: arrays[key] for key in ("terminals", "timeouts") if key in arrays}
+    flags = {key: arrays[key] for key in ("terminals", "timeouts")}
     data = Data(path, dataset, arrays["observations"], arrays["actions"], flags, arrays["rewards"])
     data.following = arrays.get("next_observations")
-    if "timeouts" not in arrays:
-        flags["timeouts"] = np.zeros(len(data.rewards), bool)
-        flags["timeouts"][dataset.episode_ends(arrays, path)] = True
-        data.note(f"no timeouts: episodes are cut after {data.limit} steps, as D4RL's loader does")
     with h5py.File(path, "r", locking=False) as file:
         _read_stored(data, file, "infos/qpos", "infos/qvel")
     return data

@@ -1,6 +1,5 @@
 """D4RL's ids, folders and files: what is read, fetched and refused and with which words, transitions, environments."""
 
-import functools
 import tracemalloc
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 import d4rl_utils
 import dataset_files
-from d4rl_utils import DATASETS, GENERATED_IDS, episode_ends, load_arrays, make_env
+from d4rl_utils import DATASETS, GENERATED_IDS, load_arrays, make_env
 from dataset_files import official_ids, whole_returns
 from offline_data import find_dataset
 from utils import UserError
@@ -133,9 +132,9 @@ def test_a_file_comes_back_as_it_was_written(tiny):
 
 
 def test_what_d4rls_loader_takes_is_taken(tmp_path):
-    """Columns of shape [rows, 1], numbers for booleans, float64, and no optional columns."""
+    """Columns of shape [rows, 1], numbers for booleans, and float64."""
     columns = tiny_columns()
-    older = {key: columns[key] for key in ("observations", "actions")}
+    older = {key: columns[key] for key in ("observations", "actions", "timeouts")}
     older |= {"rewards": columns["rewards"][:, None], "terminals": columns["terminals"][:, None].astype(np.float32)}
     older["observations"] = older["observations"].astype(np.float64)
     arrays = load_arrays(write(tmp_path / "older.hdf5", older))
@@ -155,6 +154,7 @@ def nan_at(column: np.ndarray, row: int) -> np.ndarray:
     "key, fault, message",
     [
         ("actions", lambda column: None, "no array 'actions' .it holds .*observations"),
+        ("timeouts", lambda column: None, "no array 'timeouts'"),
         ("observations", lambda column: nan_at(column, 7), "observations row 7 holds NaN"),
         ("rewards", lambda column: column.astype(np.float64) * 1e300, "rewards row 1 holds NaN or infinity"),
         ("rewards", lambda column: column[:-1], "arrays do not have the same number of rows.*rewards .11,"),
@@ -194,21 +194,12 @@ def test_damaged_files_are_one_line(tiny):
         load_arrays(tiny.parent)
 
 
-def test_a_good_file_is_not_called_damaged(tiny, monkeypatch):
-    """Where memory is short, or nobody may read it."""
+def test_a_file_that_memory_has_no_room_for_is_not_called_damaged(tiny, monkeypatch):
+    def load(*_, **__):
+        raise MemoryError
 
-    def raises(error):
-        def load(*_, **__):
-            raise error
-
-        return load
-
-    with monkeypatch.context() as patch:
-        patch.setattr(h5py, "File", raises(MemoryError()))
-        with pytest.raises(UserError, match="tiny.hdf5: does not fit in memory; use a smaller dataset"):
-            load_arrays(tiny)
-    monkeypatch.setattr(type(tiny), "open", raises(PermissionError(13, "Permission denied", str(tiny))))
-    with pytest.raises(PermissionError, match="tiny.hdf5"):  # `run_cli` tells it
+    monkeypatch.setattr(h5py, "File", load)
+    with pytest.raises(UserError, match="tiny.hdf5: does not fit in memory; use a smaller dataset"):
         load_arrays(tiny)
 
 
@@ -216,20 +207,18 @@ def test_a_good_file_is_not_called_damaged(tiny, monkeypatch):
 
 
 def test_episodes_end_at_falls_timeouts_jumps_and_the_end_of_the_file(tiny, monkeypatch):
-    arrays = load_arrays(tiny)
+    arrays, episode_ends = load_arrays(tiny), DATASETS[HOPPER].episode_ends
     assert episode_ends(arrays).tolist() == [4, 7, 11]
     assert whole_returns(arrays["rewards"], arrays["terminals"], episode_ends(arrays)).tolist() == [10.0, 18.0, 38.0]
     arrays["timeouts"][:] = False  # an end without a mark shows in the observations
     for rows in (1, 4, 5, ROWS - 1, ROWS):  # searched at a time
         monkeypatch.setattr(d4rl_utils, "BLOCK_ROWS", rows)
         assert episode_ends(arrays).tolist() == [4, 7, 11]
-    del arrays["next_observations"], arrays["timeouts"]
-    assert episode_ends(arrays).tolist() == [4, 11]
 
 
 # --- transitions -----------------------------------------------------------------------------------------------------
 
-HOPPER, ANTMAZE = "hopper-medium-replay-v2", "antmaze-umaze-v2"
+HOPPER, ANTMAZE, ANT = "hopper-medium-replay-v2", "antmaze-umaze-v2", (29, 8)
 
 
 def load(dataset_id: str, folder: Path | None = None) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -246,15 +235,23 @@ def put(folder: Path, columns: dict[str, np.ndarray], dataset_id: str = HOPPER) 
 
 
 def many_columns(rows: int = 500, dims: tuple[int, int] = (11, 3)) -> dict[str, np.ndarray]:
-    """Random rows with random ends: terminals, timeouts, some rows with both, some episodes of one row."""
+    """Random rows with random ends: terminals, timeouts, some rows with both, some episodes of one row.
+
+    An ant stays where it is, and its file has no next_observations, as the official ones.
+    """
     rng = np.random.default_rng(1)
-    return {
+    columns = {
         "observations": rng.normal(size=(rows, dims[0])).astype(np.float32),
         "actions": rng.uniform(-1, 1, size=(rows, dims[1])).astype(np.float32),
         "rewards": rng.normal(size=rows).astype(np.float32),
         "terminals": rng.random(rows) < 0.1,
         "timeouts": rng.random(rows) < 0.1,
     }
+    if dims == ANT:
+        columns["observations"][:, :2] = 0
+        return columns
+    ends = columns["terminals"] | columns["timeouts"]
+    return columns | {"next_observations": np.roll(columns["observations"], -1, axis=0) + ends[:, None]}
 
 
 def qlearning_dataset(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -271,11 +268,11 @@ def qlearning_dataset(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def test_rows_without_next_observations_become_d4rls_transitions(tmp_path, monkeypatch):
-    columns = many_columns()
+    columns = many_columns(dims=ANT)
     expected = qlearning_dataset(columns)
     for rows in (7, 1 << 16):  # blocks within blocks, and one for all
         monkeypatch.setattr(dataset_files, "BLOCK_ROWS", rows)
-        got, _ = load(HOPPER, put(tmp_path / "data", columns))
+        got, _ = load(ANTMAZE, put(tmp_path / "data", columns, ANTMAZE))
         assert set(got) == {*expected, "truncated"}
         for key in ("observations", "actions", "rewards", "terminated"):
             np.testing.assert_array_equal(got[key], expected[key])
@@ -283,15 +280,6 @@ def test_rows_without_next_observations_become_d4rls_transitions(tmp_path, monke
         np.testing.assert_array_equal(got["next_observations"][going_on], expected["next_observations"][going_on])
         # D4RL has another episode's state after a fall, here the state itself stands for the one that is not known.
         np.testing.assert_array_equal(got["next_observations"][~going_on], got["observations"][~going_on])
-
-
-def test_the_last_transition_kept_of_an_episode_is_truncated(tmp_path):
-    columns = tiny_columns()
-    del columns["next_observations"]
-    got, returns = load(HOPPER, put(tmp_path / "data", columns))
-    assert got["rewards"].tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]  # rows 7 and 11 lead nowhere
-    assert np.flatnonzero(got["terminated"]).tolist() == [4] and np.flatnonzero(got["truncated"]).tolist() == [6, 9]
-    assert returns.tolist() == [10.0]  # the two that were cut before the longest one's length are not whole
 
 
 def test_next_observations_are_taken_where_they_are(tmp_path):
@@ -312,56 +300,10 @@ def test_an_episode_cut_before_the_time_limit_is_not_whole(tmp_path):
         columns = many_columns(sum(lengths))
         ends = np.cumsum(lengths) - 1
         columns["terminals"][:], columns["timeouts"] = False, np.isin(np.arange(sum(lengths)), ends)
+        columns["next_observations"] = np.roll(columns["observations"], -1, axis=0)
         returns = load(HOPPER, put(tmp_path / "data", columns))[1]
         sums = [part.sum() for part in np.split(columns["rewards"].astype(np.float64), ends[:-1] + 1)]
         np.testing.assert_allclose(returns, np.array(sums)[whole])
-
-
-@functools.cache
-def recorded(dataset_id: str, steps: int, episodes: int) -> dict[str, np.ndarray]:
-    """Rows of episodes under small random actions, each flagged as timed out, without next_observations."""
-    env, rng, rows = make_env(dataset_id), np.random.default_rng(0), []
-    for seed in range(episodes):
-        observation, _ = env.reset(seed=seed)
-        for step in range(steps):
-            action = rng.uniform(-0.2, 0.2, env.action_space.shape).astype(np.float32)
-            following, reward, *_ = env.step(action)
-            rows.append((observation, action, reward, False, step == steps - 1))
-            observation = following
-    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
-    columns = {key: np.array(column) for key, column in zip(keys, zip(*rows, strict=True), strict=True)}
-    return {key: column if column.dtype == bool else column.astype(np.float32) for key, column in columns.items()}
-
-
-@pytest.mark.parametrize("dataset_id", ["hopper-medium-v2", "halfcheetah-medium-v2", "walker2d-medium-v2"])
-@pytest.mark.parametrize("flags", ["right", "renamed", "early", "late"])
-def test_no_transition_leads_into_the_next_episode_whatever_the_flags_say(tmp_path, capsys, dataset_id, flags):
-    columns = dict(recorded(dataset_id, 15, 4))
-    starts = columns["observations"][::15]
-    if flags == "renamed":
-        columns["truncations"] = columns.pop("timeouts")
-    elif flags != "right":
-        columns["timeouts"] = np.roll(columns["timeouts"], 1 if flags == "late" else -1)
-    got, returns = load(dataset_id, put(tmp_path / "data", columns, dataset_id))
-    assert not any((got["next_observations"] == start).all(axis=1).any() for start in starts)
-    # Each episode's last row leads nowhere; a flag a row off takes one more with it.
-    assert len(got["rewards"]) == 4 * (13 if flags in ("early", "late") else 14) and len(returns) <= 4
-    told = capsys.readouterr().err
-    missing = {"right": 0, "renamed": 3}.get(flags, 3)
-    assert f"{missing} episodes end without a mark in timeouts or terminals, the first at row 14" in told or not missing
-    assert missing or not told
-
-
-def test_episodes_without_any_mark_end_after_1000_steps(tmp_path):
-    columns = many_columns(2600)
-    del columns["timeouts"]
-    columns["terminals"] = np.arange(2600) == 1099
-    got, returns = load(HOPPER, put(tmp_path / "data", columns))
-    assert len(got["rewards"]) == 2600 - 3  # rows 999, 2099 and the last
-    assert np.flatnonzero(got["truncated"]).tolist() == [998, 2097, 2596]
-    assert np.flatnonzero(got["terminated"]).tolist() == [1098]
-    assert len(returns) == 3
-    np.testing.assert_allclose(returns[1], columns["rewards"][1000:1100].sum(), rtol=1e-5)
 
 
 def maze_columns() -> dict[str, np.ndarray]:
@@ -369,8 +311,7 @@ def maze_columns() -> dict[str, np.ndarray]:
 
     x: 0 .1 .2 .3 .4 .5 | 8 8.1 8.2 8.3 8.4 8.5 | 0 .1 .2
     """
-    columns = many_columns(15, (29, 8))
-    columns["observations"][:, :2] = 0
+    columns = many_columns(15, ANT)
     columns["observations"][:, 0] = np.r_[np.arange(6) * 0.1, 8 + np.arange(6) * 0.1, np.arange(3) * 0.1]
     columns["rewards"] = np.isin(np.arange(15), (3, 4)).astype(np.float32)
     columns["terminals"] = columns["rewards"] == 1
@@ -387,30 +328,27 @@ def test_antmaze_recordings_go_on_at_the_goal(tmp_path):
     assert returns.tolist() == [1.0, 0.0]  # an evaluation ends at the goal, so it counts once
 
 
-def test_a_file_of_another_robot_is_refused(tmp_path):
-    with pytest.raises(
-        UserError, match=r"hopper_medium_replay-v2.hdf5: 17 observation and 6 action numbers a row, not"
-    ):
+def test_files_that_are_not_of_the_id(tmp_path):
+    """Of another robot, without next_observations where the official file has them, and of single rows."""
+    with pytest.raises(UserError, match=r"medium_replay-v2.hdf5: 17 observation and 6 action numbers a row, not"):
         load(HOPPER, put(tmp_path / "data", many_columns(dims=(17, 6))))
-
-
-def test_a_file_of_single_rows_is_refused(tmp_path):
     columns = many_columns()
+    del columns["next_observations"]
+    with pytest.raises(UserError, match="no array 'next_observations', which D4RL's v2 files have"):
+        load(HOPPER, put(tmp_path / "data", columns))
+    columns = many_columns(dims=ANT)
     columns["timeouts"][:] = True
     with pytest.raises(UserError, match="no two rows of one episode follow each other"):
-        load(HOPPER, put(tmp_path / "data", columns))
+        load(ANTMAZE, put(tmp_path / "data", columns, ANTMAZE))
 
 
 @pytest.mark.parametrize("following", [True, False])
 def test_loading_needs_little_more_memory_than_the_data(tmp_path, following):
-    columns = many_columns(150_000)
-    columns["terminals"] &= np.random.default_rng(2).random(150_000) < 0.05
-    if following:
-        columns["next_observations"] = np.roll(columns["observations"], -1, axis=0)
-    folder = put(tmp_path / "data", columns)
+    dataset_id = HOPPER if following else ANTMAZE
+    folder = put(tmp_path / "data", many_columns(150_000, (11, 3) if following else ANT), dataset_id)
     tracemalloc.start()
     try:
-        got, _ = load(HOPPER, folder)
+        got, _ = load(dataset_id, folder)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
