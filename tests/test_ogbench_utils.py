@@ -62,17 +62,10 @@ def test_dataset_id_parts():
 
 @pytest.mark.parametrize(
     "bad",
-    ["pointmaze-medium-navigate", "../" + OFFICIAL, "/" + OFFICIAL, "local\\" + OFFICIAL, "local/../" + OFFICIAL]
-    + ["local/local/" + OFFICIAL, OFFICIAL + "\n", "pointmaze-medium-explore-v0", "visual-antmaze-medium-navigate-v0"],
+    ["pointmaze-medium-navigate", "../" + OFFICIAL, "local/../" + OFFICIAL, "pointmaze-medium-explore-v0"],
 )
 def test_other_ids_are_refused_with_the_nearest_one(bad, tmp_path):
     with pytest.raises(UserError, match="did you mean '(local/)?[a-z]+maze-"):
-        parse_dataset_id(bad).ensure(tmp_path)
-
-
-@pytest.mark.parametrize("bad", ["", "cube-single-play-v0", "local/hopper-medium-v2"])
-def test_an_id_that_is_near_no_other_gets_no_suggestion(bad, tmp_path):
-    with pytest.raises(UserError, match="is not an OGBench maze dataset .*--list.\\)$"):
         parse_dataset_id(bad).ensure(tmp_path)
 
 
@@ -140,22 +133,6 @@ def test_a_file_written_from_what_ogbenchs_loader_returns(tmp_path):
         np.savez(tmp_path / "again.npz", **arrays, **more)
         with pytest.raises(UserError, match="again.npz: was written from what OGBench's loader returns"):
             load_arrays(tmp_path / "again.npz")
-
-
-def test_files_that_are_no_npz(tmp_path):
-    whole = npz_bytes(episodes(400, 3))
-    broken = bytearray(whole)
-    broken[len(whole) // 3] ^= 0xFF
-    npy = io.BytesIO()
-    np.save(npy, np.zeros(3))
-    contents = {"cut": whole[: len(whole) // 2], "flipped": bytes(broken), "empty": b"", "page": b"<html>hello</html>"}
-    for name, content in (contents | {"npy": npy.getvalue()}).items():
-        path = tmp_path / f"{name}.npz"
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}.npz: .*; choose another folder, or move the file away"):
-            load_arrays(path)
-    with pytest.raises(UserError, match="no such file"):
-        load_arrays(tmp_path / "absent.npz")
 
 
 # -- Windows and goals ------------------------------------------------------------------------------------------------
@@ -324,23 +301,18 @@ def test_a_download_that_is_cut_twice_goes_on_in_the_next_run(server, tmp_path, 
     assert train.read_bytes() == server.files[train.name] and names(tmp_path) == WHOLE
 
 
-def test_what_is_left_of_another_file_is_refused_and_removed(server, tmp_path):
-    (tmp_path / f"{OFFICIAL}.npz.part").write_bytes(b"x" * 1000)
-    with pytest.raises(UserError, match="is not the dataset: .*not a readable npz"):
-        parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)
-    assert names(tmp_path) == [] and parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)
-
-
 @pytest.mark.parametrize(
-    "content, fault",
+    "content, left, fault",
     [
-        (b"<html>log in to continue</html>", "not a readable npz"),
-        (npz_bytes(episodes(20, dim=3)), "3 observation and 2 action numbers"),
-        (npz_bytes(with_value("observations", (3, 0), np.nan)), "row 3 holds NaN"),
+        (b"<html>log in to continue</html>", b"", "not a readable npz"),
+        (npz_bytes(episodes(20, dim=3)), b"", "3 observation and 2 action numbers"),
+        (npz_bytes(episodes(20_000, 10_000)), b"x" * 1000, "not a readable npz"),  # of an attempt at another file
     ],
 )
-def test_wrong_content_is_refused_and_removed(server, tmp_path, content, fault):
+def test_wrong_content_is_refused_and_removed(server, tmp_path, content, left, fault):
     server.files[f"{OFFICIAL}.npz"] = content
+    if left:
+        (tmp_path / f"{OFFICIAL}.npz.part").write_bytes(left)
     with pytest.raises(UserError, match=f"{server.url}.* is not the dataset: .*{fault}"):
         parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)
     assert names(tmp_path) == []
@@ -358,11 +330,6 @@ def test_absent_and_unreachable_addresses(server, tmp_path):
     with pytest.raises(UserError, match="is a file; give the folder that holds it"):
         parse_dataset_id(OFFICIAL).ensure(tmp_path / "file", server.url)
     assert names(tmp_path) == ["file"]
-
-
-def test_a_local_dataset_is_never_downloaded(tmp_path):
-    with pytest.raises(UserError, match=f"python make_dataset.py --dataset local/{OFFICIAL} --dataset_dir"):
-        parse_dataset_id("local/" + OFFICIAL).ensure(tmp_path, "http://127.0.0.1:9")
 
 
 # -- Environments -----------------------------------------------------------------------------------------------------
@@ -399,26 +366,6 @@ def test_five_tasks():
         assert tuple(maze.xy_to_ij(task.goal_xy)) == known["goal_ij"]
         np.testing.assert_allclose(task.goal_observation, task.goal_xy, rtol=1e-6)
         assert task.goal_observation.dtype == np.float32
-
-
-def test_teleporters_draw_from_the_episodes_seed():
-    env = make_env("pointmaze-teleport-navigate-v0")
-    entrance = env.unwrapped.ij_to_xy((4, 6))
-
-    def exits(disturb):
-        seeded_reset(env, 0, {"task_id": 1})
-        found = []
-        for k in range(12):
-            np.random.seed(k + disturb)
-            before = np.random.get_state()[1].copy()
-            env.unwrapped.set_xy(np.array(entrance))
-            env.step(np.zeros(2))
-            found.append(tuple(env.unwrapped.get_xy()))
-            np.testing.assert_array_equal(np.random.get_state()[1], before)
-        return found
-
-    first = exits(0)
-    assert first == exits(100) and len(set(first)) > 1
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads Linux's /proc")

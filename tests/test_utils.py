@@ -1,7 +1,6 @@
 """utils.py: command line, random streams, files that survive a kill or a full disk, replay, metrics, runs."""
 
 import errno
-import io
 import os
 import sys
 import types
@@ -22,16 +21,13 @@ from pogo_main import POGOTrainerConfig
 from runs import cli, plots
 from runs.cli import parse_config, run_cli
 from runs.directory import (
-    expecting,
     load_checkpoint,
-    lock_run,
     mark_finished,
     prepare_run,
     save_checkpoint,
-    telling_what_is_kept,
 )
 from runs.metrics import MetricLogger, RunningMeans, read_metrics
-from utils import RandomStreams, ReplayBuffer, RunFinished, RunLocked, UserError
+from utils import RandomStreams, ReplayBuffer, RunFinished, UserError
 from walker.train_morel import MORELConfig
 
 
@@ -92,21 +88,13 @@ def test_yaml_lies_between_defaults_and_flags(tmp_path):
     ("argv", "words"),
     [
         (["--zzz", "3"], ["unknown flag --zzz; see --help"]),
-        (
-            ["--sed", "1", "--lrr=2", "--seed", "x"],
-            ["unknown flag --sed; the nearest one is --seed; unknown flag --lrr"],
-        ),
+        (["--sed", "1", "--lrr=2"], ["unknown flag --sed; the nearest one is --seed; unknown flag --lrr"]),
         (["--seed", "1.5"], ["--seed", "an integer"]),
         (["--seed"], ["--seed", "value"]),
-        (["--seed", "1", "2"], ["--seed", "1 2"]),
-        (["--lr", "fast"], ["--lr", "a number"]),
         (["--mode", "exact"], ["--mode", "sinkhorn, gaussian"]),
         (["--w2_weights", "[0.1, x]"], ["--w2_weights", "a number"]),
         (["--resume", "yes"], ["--resume takes true, false or no value"]),
-        (["--resume", "true", "false"], ["--resume takes true, false or no value"]),
-        (["--resume=0"], ["--resume takes true, false or no value"]),
         (["stray"], ["stray"]),
-        (["--config"], ["--config"]),
     ],
 )
 def test_bad_flag_is_one_line_that_names_it(argv, words):
@@ -121,10 +109,7 @@ def test_bad_flag_is_one_line_that_names_it(argv, words):
     [
         ("sed: 1", ["'sed'", "'seed'"]),
         ("seed: true", ["seed", "an integer"]),
-        ("lr: quick", ["lr", "a number", "quick"]),
         ("dataset: 3", ["dataset", "text"]),
-        ("resume: 1", ["resume", "true or false"]),
-        ("mode: exact", ["mode", "sinkhorn, gaussian"]),
         ("w2_weights: 0.1", ["w2_weights", "a list"]),
         ("seed: 1\nlr: [1, 2", ["YAML", "line 2"]),
         ("- seed", ["key: value"]),
@@ -186,28 +171,6 @@ def test_run_cli_prints_one_line(capsys, error, code, words):
     assert words in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
-@pytest.mark.parametrize(
-    ("files", "words"),
-    [
-        ((), "nothing was saved yet; the same command starts again"),
-        (("last.pth",), "the last checkpoint is kept; the same command with --resume continues from it"),
-        (("last.pth", "finished.json"), "the run was finished, see "),
-    ],
-)
-def test_ctrl_c_says_what_is_kept(files, words, tmp_path, capsys):
-    for name in files:
-        (tmp_path / name).touch()
-
-    def main(argv):
-        new = telling_what_is_kept(tmp_path / "new", tmp_path / "new.pth")
-        with new, telling_what_is_kept(tmp_path, tmp_path / "last.pth"):  # of several runs, one that was saved counts
-            raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit):
-        run_cli(main)
-    assert capsys.readouterr().err.startswith(f"interrupted: {words}")
-
-
 def test_run_cli_reports_a_finished_run_and_keeps_tracebacks_of_defects(capsys):
     with pytest.raises(SystemExit) as caught:
         run_cli(raising(RunFinished("logs/a: finished")))
@@ -244,76 +207,7 @@ def test_streams_differ_from_each_other_and_repeat_with_the_seed():
         RandomStreams(-1)
 
 
-def test_initialising_is_reproducible_and_leaves_the_global_generator_alone():
-    before = torch.get_rng_state()
-    weights = []
-    for _ in range(2):
-        with RandomStreams(0).initialising():
-            weights.append(torch.nn.Linear(3, 3).weight)
-        assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(*weights)
-
-
-def test_streams_continue_exactly_from_a_checkpoint(tmp_path):
-    streams = RandomStreams(5)
-    torch.rand(7, generator=streams.sampling), torch.randn(3, generator=streams.policy)
-    save_checkpoint(tmp_path / "a.pth", streams.state_dict())
-    expected = torch.rand(9, generator=streams.sampling), torch.randn(9, generator=streams.policy)
-    resumed = RandomStreams(0)
-    resumed.load_state_dict(load_checkpoint(tmp_path / "a.pth"))
-    assert torch.equal(torch.rand(9, generator=resumed.sampling), expected[0])
-    assert torch.equal(torch.randn(9, generator=resumed.policy), expected[1])
-    assert (resumed.init_seed, resumed.evaluation_seed) == (streams.init_seed, streams.evaluation_seed)
-
-
-@pytest.mark.gpu
-def test_streams_on_a_gpu():
-    streams, again = RandomStreams(5, "cuda"), RandomStreams(6, "cuda")
-    before = torch.cuda.get_rng_state()
-    with streams.initialising():
-        first = torch.rand(3, device="cuda")
-    with streams.initialising():
-        assert torch.equal(first, torch.rand(3, device="cuda"))
-    assert torch.equal(before, torch.cuda.get_rng_state())
-    again.load_state_dict(streams.state_dict())
-    draws = [torch.rand(5, generator=item.sampling, device="cuda") for item in (streams, again)]
-    assert torch.equal(*draws)
-    with pytest.raises(UserError, match="--device"):
-        RandomStreams(0).load_state_dict(streams.state_dict())
-
-
 # --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def training_state():
-    """A network, an optimizer with moments, generators and plain values, built anew at each call."""
-    streams = RandomStreams(0)
-    with streams.initialising():
-        network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
-    optimizer = torch.optim.Adam(network.parameters())
-    network(torch.ones(2, 3)).square().sum().backward()
-    optimizer.step()
-    step = "".join(["st", "ep"])  # an equal text that is another object at each call
-    return {
-        "network": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "streams": streams.state_dict(),
-        step: np.int64(12),
-        "extra": [1, 2.5, None, True, ("a", step)],
-    }
-
-
-def test_checkpoint_reads_back_and_its_bytes_are_deterministic(tmp_path):
-    paths = [tmp_path / "deep" / name for name in ("a.pth", "b.pth", "c.pth")]
-    save_checkpoint(paths[0], training_state())
-    save_checkpoint(paths[1], training_state())
-    loaded = load_checkpoint(paths[0])
-    save_checkpoint(paths[2], loaded)
-    assert paths[0].read_bytes() == paths[1].read_bytes() == paths[2].read_bytes()
-    assert loaded["step"] == 12 and loaded["extra"] == [1, 2.5, None, True, ("a", "step")]
-    for name, value in training_state()["network"].items():
-        assert torch.equal(loaded["network"][name], value)
-    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["a.pth", "b.pth", "c.pth"]
 
 
 def test_unreadable_values_are_refused_before_writing(tmp_path):
@@ -322,41 +216,17 @@ def test_unreadable_values_are_refused_before_writing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("broken", ["fsync", "replace"])
-def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, monkeypatch, broken):
-    path = tmp_path / "last.pth"
-    save_checkpoint(path, {"step": 1})
-
-    def fail(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
-        patch.setattr(os, broken, fail)
-        save_checkpoint(path, {"step": 2})
-    assert caught.value.filename == str(path) and caught.value.errno == errno.ENOSPC
-    assert list(tmp_path.iterdir()) == [path] and load_checkpoint(path) == {"step": 1}
-
-
 class Exploit:
     def __reduce__(self):
         return os.mkdir, ("executed",)
 
 
-def damaged_files():
-    buffer = io.BytesIO()
-    torch.save({"weight": torch.arange(1000.0)}, buffer)
-    whole = buffer.getvalue()
-    flipped = bytearray(whole)
-    flipped[whole.index(torch.arange(1000.0).numpy().tobytes()) + 2001] ^= 1
-    hostile = io.BytesIO()
-    torch.save({"weight": Exploit()}, hostile)
-    return {"cut": whole[: len(whole) // 2], "flipped": bytes(flipped), "hostile": hostile.getvalue()}
-
-
-@pytest.mark.parametrize("kind", ["cut", "flipped", "hostile"])
+@pytest.mark.parametrize("kind", ["cut", "hostile"])
 def test_damaged_checkpoint_is_one_line_with_the_remedy(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "last.pth").write_bytes(damaged_files()[kind])
+    torch.save({"weight": Exploit() if kind == "hostile" else torch.arange(1000.0)}, "last.pth")
+    if kind == "cut":
+        os.truncate("last.pth", 2000)
     with pytest.raises(UserError, match=r"last\.pth.*give another, or move it away"):
         load_checkpoint(tmp_path / "last.pth")
     assert os.listdir(tmp_path) == ["last.pth"]
@@ -599,12 +469,6 @@ def test_overwrite_leaves_what_is_no_run(tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_a_held_run_ends_with_a_code_of_its_own(tmp_path):
-    with lock_run(tmp_path), pytest.raises(SystemExit) as stop:
-        run_cli(lambda argv: lock_run(tmp_path).__enter__())
-    assert stop.value.code == RunLocked.exit_code == 3
-
-
 COMMANDS = [POGOTrainerConfig, OfflineTrainerConfig, OnlineTrainerConfig, EDACRunConfig, MORELConfig]
 
 
@@ -617,9 +481,3 @@ def test_a_number_out_of_its_range_names_its_flag(config_class):
             with pytest.raises(UserError, match=f"--{name} .*: must be"):
                 parse_config(config_class, [f"--{name}", str(value)])
     assert sum(cli._range(hint) is not None for hint in hints.values()) > 15
-
-
-def test_a_foreign_state_is_one_line():
-    with pytest.raises(UserError) as caught, expecting("a.pth", "a model", "train one"):
-        {}["weights"]
-    assert str(caught.value) == "a.pth: not a model ('weights'); train one" and caught.value.remedy == "train one"
