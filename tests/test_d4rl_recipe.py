@@ -15,7 +15,6 @@ from benchmark_data.generation import Plan, make
 from benchmark_data.recorded import read
 from d4rl_utils import DATASETS, GENERATED_IDS, load_arrays, make_env
 from dataset_files import whole_returns
-from utils import UserError
 
 SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6), "walker2d": (17, 6)}
 MEDIUM, REPLAY = "local/hopper-medium-v2", "local/hopper-medium-replay-v2"
@@ -91,14 +90,6 @@ def test_bytes_depend_on_the_seed_and_not_on_the_jobs(generate, replay_file, mon
     assert generate(REPLAY, 1500, jobs=2).read_bytes() == replay_file.read_bytes()
     other = load_arrays(generate(REPLAY, 100, seed=1))["observations"]
     assert not np.array_equal(other, load_arrays(replay_file)["observations"][:100])
-
-
-def test_more_transitions_begin_with_the_same_ones(generate, monkeypatch):
-    monkeypatch.setattr(d4rl, "BLOCK_ROWS", 50)  # several blocks in few rows
-    fewer, more = load_arrays(generate(MEDIUM, 120)), load_arrays(generate(MEDIUM, 333))
-    for key in set(fewer) - {"timeouts"}:  # the cut differs
-        np.testing.assert_array_equal(more[key][:120], fewer[key])
-    assert len(np.unique(more["observations"], axis=0)) == 333  # no block repeats another
 
 
 def test_the_manifest_tells_how_it_was_made(replay_file, experts_dir):
@@ -205,20 +196,6 @@ def test_parts_follow_each_other_in_whole_episodes(generate, monkeypatch):
     assert not arrays["timeouts"][:-1].any() and marked[-1]
 
 
-def test_episodes_and_parts_begin_in_different_states(replay_file):
-    arrays = load_arrays(replay_file)
-    starts = np.concatenate([[0], episode_ends(arrays)[:-1] + 1])
-    first = arrays["observations"][starts]
-    assert len(np.unique(first, axis=0)) == len(starts) > 20
-
-
-@pytest.mark.parametrize("wanted, rows", [(1, 5), (5, 5), (6, 10), (10, 10), (99, 10)])
-def test_an_episode_is_taken_when_it_begins_before_the_row(wanted, rows):
-    flags = np.zeros((2, 10), dtype=bool)
-    flags[0, 4] = flags[1, 9] = True
-    assert d4rl._leading_episodes({"terminals": flags[0], "timeouts": flags[1]}, wanted) == rows
-
-
 class Countdown:
     """A simulator that falls at a given step."""
 
@@ -276,11 +253,3 @@ def test_the_shipped_policies_are_at_their_levels(tmp_path):
 
 
 # --- what cannot be made ---------------------------------------------------------------------------------------------
-
-
-def test_a_missing_policy_is_named_with_the_command_that_trains_it(experts_dir, tmp_path):
-    (tmp_path / "hopper_110000.safetensors").write_bytes((experts_dir / "hopper_110000.safetensors").read_bytes())
-    plan = Plan(MEDIUM, 10, 0, tmp_path, progress=False)
-    with pytest.raises(UserError, match="hopper_120000.safetensors: .*-m benchmark_data.train_expert --env hopper"):
-        make(D4RLFamily(), plan, tmp_path / "data")
-    assert not DATASETS[MEDIUM].paths(tmp_path / "data")[0].exists()

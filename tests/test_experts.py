@@ -2,14 +2,13 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
 from benchmark_data import experts
 from benchmark_data.experts import ENVIRONMENTS, Policy, evaluate_policy, read_policy, write_policy
@@ -105,70 +104,40 @@ def test_actions_do_not_depend_on_the_processor(name):
 
 
 def test_round_trip(tmp_path):
-    policy = hopper_policy()
-    path = experts.policy_path(tmp_path, "hopper", 7)
-    assert path.name == "hopper_7.safetensors"
+    """Of a transposed weight, too: safetensors writes memory as it lies, so that a view would come back transposed."""
+    square = network()["hidden.1.weight"]
+    assert not np.array_equal(square, square.T)
+    policy = hopper_policy(weights=network() | {"hidden.1.weight": np.ascontiguousarray(square.T).T})
+    path, other = experts.policy_path(tmp_path, "hopper", 7), tmp_path / "again.safetensors"
     write_policy(path, policy)
     again = read_policy(path)
-    assert {name: getattr(again, name) for name in experts.SETTINGS} == {
-        "env": "hopper",
-        "step": 7,
-        "activation": "gelu_tanh",
-        "log_std_min": -5,
-        "log_std_max": 2,
-    }
+    for name in experts.SETTINGS:
+        assert getattr(again, name) == getattr(policy, name)
     assert again.sizes == (11, 3) and set(again.weights) == set(policy.weights)
     for name, array in policy.weights.items():
         np.testing.assert_array_equal(again.weights[name], array)
-    write_policy(tmp_path / "again.safetensors", again)
-    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["again.safetensors", "hopper_7.safetensors"]
-
-
-def test_a_transposed_square_weight_comes_back_as_it_was(tmp_path):
-    """safetensors writes memory as it lies, so a view would silently come back as its transpose."""
-    policy = hopper_policy()
-    square = policy.weights["hidden.1.weight"]
-    weights = policy.weights | {"hidden.1.weight": np.ascontiguousarray(square.T).T}
-    assert not weights["hidden.1.weight"].flags.c_contiguous and not np.array_equal(square, square.T)
-    write_policy(tmp_path / "hopper_7.safetensors", hopper_policy(weights=weights))
-    np.testing.assert_array_equal(read_policy(tmp_path / "hopper_7.safetensors").weights["hidden.1.weight"], square)
-
-
-def damaged_files():
-    """What is wrong -> bytes of a policy file with that fault, and words of the message."""
-    good, settings = network(), {"env": "hopper", "step": 1, "activation": "relu"}
-    settings |= {"log_std_min": -20.0, "log_std_max": 2.0}
-
-    def file(changes=None, left_out=(), **other):
-        weights = {name: array for name, array in (good | (changes or {})).items() if name not in left_out}
-        return save(weights, {"policy": json.dumps(settings | other)})
-
-    bias = good["mean.bias"]
-    return {
-        "text": (b"hello, this is no policy at all", "not a policy file"),
-        "cut": (file()[:-40], "not a policy file"),
-        "NaN": (file({"mean.bias": bias * np.float32(np.nan)}), "NaN"),
-        "half a head": (file(left_out=["log_std.bias"]), "log_std.bias"),
-        "chain": (file({"hidden.1.weight": np.ones((31, 32), np.float32)}), "matmul"),
-        "sizes": (file(env="walker2d"), "walker2d"),
-        "name": (file(step=2), "the policy inside is hopper_2"),
+    write_policy(other, again)
+    assert other.read_bytes() == path.read_bytes() and {file.name for file in tmp_path.iterdir()} == {
+        path.name,
+        other.name,
     }
 
 
-@pytest.mark.parametrize("fault", sorted(damaged_files()))
-def test_a_wrong_file_is_refused_in_one_line(tmp_path, fault):
-    data, words = damaged_files()[fault]
+def test_a_wrong_file_is_refused_in_one_line(tmp_path):
     path = tmp_path / "hopper_1.safetensors"
-    path.write_bytes(data)
-    with pytest.raises(UserError) as error:
+    for words, policy in {
+        "NaN": hopper_policy(weights=network() | {"mean.bias": np.zeros(3, np.float32)}),
+        "walker2d": Policy("walker2d", 1, network()),
+        "the policy inside is hopper_7": hopper_policy(),
+    }.items():
+        if words == "NaN":
+            policy.weights["mean.bias"][0] = np.nan
+        write_policy(path, policy)
+        with pytest.raises(UserError, match=f"{path}.*{words}"):
+            read_policy(path)
+    os.truncate(path, 1000)
+    with pytest.raises(UserError, match="not a policy file"):
         read_policy(path)
-    assert str(path) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_missing_policy_is_told_with_the_command_that_trains_it(tmp_path):
-    with pytest.raises(UserError, match="hopper_7.safetensors: cannot read .*train_expert --env hopper`"):
-        read_policy(tmp_path / "hopper_7.safetensors")
 
 
 def test_cards(tmp_path):
@@ -220,18 +189,6 @@ def test_the_ants_directions_are_drawn_from_its_own_seed():
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
-
-
-def test_evaluation_is_reproducible_and_draws_nothing_global():
-    policy = hopper_policy()
-    before = np.random.get_state()[1].copy()
-    results = [evaluate_policy(policy, 4, seed=1, stochastic=stochastic) for stochastic in (True, True, False)]
-    np.testing.assert_array_equal(np.random.get_state()[1], before)
-    assert results[0] == results[1] != results[2]
-    assert results[0]["episodes"] == 4 and results[0]["std"] > 0
-    # Episodes do not depend on how many there are.
-    assert results[2]["min"] <= evaluate_policy(policy, 1, seed=1)["mean"] <= results[2]["max"]
-    assert evaluate_policy(policy, 4, seed=2) != results[2]
 
 
 @pytest.mark.parametrize(
@@ -294,13 +251,3 @@ def test_shipped_policies_have_true_cards(path):
         assert returns["min"] <= returns["25%"] <= returns["50%"] <= returns["75%"] <= returns["max"]
         assert returns["min"] <= returns["mean"] <= returns["max"] and returns["mean_length"] <= 1000
     assert sum(array.size for array in load_file(path).values()) < 100_000
-
-
-@pytest.mark.parametrize("stem", ["ant-xy_400000", "hopper_270000", "walker_run_90000"])
-def test_a_card_is_measured_again(stem):
-    path = experts.DEFAULT_EXPERTS_DIR / f"{stem}.safetensors"
-    returns = experts.read_card(path)["returns"]["deterministic"]
-    # One of the card's own episodes, so it lies among them wherever the simulator computes alike.
-    first = evaluate_policy(read_policy(path), 1, returns["seed"])["mean"]
-    slack = 0.02 * returns["mean"]
-    assert returns["min"] - slack <= first <= returns["max"] + slack

@@ -1,6 +1,5 @@
 """Datasets generated on this machine: the recipe, the files, and what happens when they are there already."""
 
-import dataclasses
 import errno
 import hashlib
 import itertools
@@ -11,7 +10,6 @@ import shutil
 import signal
 import threading
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ import d4rl_utils
 import dmc_utils
 import make_dataset
 import ogbench_utils
-from benchmark_data import experts, generation, local, maze
+from benchmark_data import generation, local, maze
 from benchmark_data.check import check
 from benchmark_data.local import find_family, generate, generate_if_missing
 from benchmark_data.maze import Ways, cell_distances, vertex_cells
@@ -68,20 +66,6 @@ def test_ways_equal_the_environments_oracle(large_env):
 def test_vertex_cells_leave_out_corridors():
     maze_map = np.array([[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [1, 0, 1, 1, 1], [1, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     assert vertex_cells(maze_map) == [(1, 1), (1, 3), (3, 1)]
-
-
-def test_files_follow_the_official_layout(stitch_dir):
-    train, val = parse_dataset_id(STITCH).ensure(stitch_dir)
-    with np.load(train, allow_pickle=False) as archive:
-        arrays = dict(archive)
-    rows = 12 * 201
-    expected = {key: ((rows, 2), np.float32) for key in ("observations", "actions", "qpos", "qvel")}
-    expected["terminals"] = ((rows,), bool)
-    assert {key: (array.shape, array.dtype) for key, array in arrays.items()} == expected
-    assert np.flatnonzero(arrays["terminals"]).tolist() == list(range(200, rows, 201))
-    np.testing.assert_array_equal(arrays["observations"], arrays["qpos"])  # a point mass observes its position
-    assert len(load_arrays(val)["terminals"]) == 201
-    assert all(info.date_time == (1980, 1, 1, 0, 0, 0) for info in zipfile.ZipFile(train).infolist())
 
 
 def test_episodes_follow_the_recipe(stitch_dir):
@@ -156,16 +140,6 @@ def test_existing_dataset_is_kept_or_replaced_on_request(tmp_path, capsys):
     assert parse_dataset_id(STITCH).manifest(tmp_path)["seed"] == 1 and names(tmp_path / "local") == FILES
 
 
-def test_a_run_that_stops_early_leaves_no_dataset(tmp_path, monkeypatch):
-    made = maze._make_episode
-    monkeypatch.setattr(maze, "_make_episode", lambda task: made(task) if task[1] == 0 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        generate(STITCH, 2, 0, tmp_path, progress=False)
-    assert names(tmp_path / "local") == []
-    with pytest.raises(UserError, match="no complete dataset"):
-        parse_dataset_id(STITCH).ensure(tmp_path)
-
-
 @pytest.mark.parametrize("damage", ["no manifest", "no val", "cut", "other id"])
 def test_an_incomplete_dataset_does_not_pass(stitch_dir, tmp_path, damage):
     folder = tmp_path / "local"
@@ -215,13 +189,6 @@ def test_ids_that_cannot_be_made(dataset_id, message, tmp_path):
     assert names(tmp_path) == []
 
 
-def test_sizes_are_counted_in_the_benchmarks_unit(tmp_path):
-    with pytest.raises(UserError, match="counted in episodes; use --num_episodes"):
-        make_dataset.main(["--dataset", STITCH, "--num_transitions", "5", "--dataset_dir", str(tmp_path)])
-    with pytest.raises(UserError, match="counted in transitions; use --num_transitions"):
-        make_dataset.main(["--dataset", "local/hopper-medium-v2", "--num_episodes", "5"])
-
-
 def test_a_full_maze_has_as_many_episodes_as_ogbenchs_scripts_make():
     episodes = {"navigate": 1000, "stitch": 5000, "explore": 10_000}
     for name in [name for name in ogbench_utils.GENERATED_IDS if "-full-" in name]:
@@ -229,28 +196,47 @@ def test_a_full_maze_has_as_many_episodes_as_ogbenchs_scripts_make():
         assert find_family(name).default_size(name.replace("-full", "")) < episodes[name.split("-")[2]] / 9
 
 
-def test_an_interrupted_run_says_that_nothing_was_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error, told, words",
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, "nothing was written; the same command starts again"),
+        (OSError(errno.ENOSPC, "No space left", "a.npz"), UserError, "^a.npz: the disk is full; nothing was written"),
+        (ZeroDivisionError(), ZeroDivisionError, None),
+    ],
+)
+def test_a_run_that_stops_early_leaves_no_dataset_and_says_so(tmp_path, monkeypatch, error, told, words):
     made = maze._make_episode
 
-    def interrupted(task):
+    def failing(task):
         if task[1] == 1:
-            raise KeyboardInterrupt
+            raise error
         return made(task)
 
-    monkeypatch.setattr(maze, "_make_episode", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="nothing was written; the same command starts again"):
+    monkeypatch.setattr(maze, "_make_episode", failing)
+    with pytest.raises(told, match=words):
         make_dataset.main(["--dataset", STITCH, "--num_episodes", "2", "--dataset_dir", str(tmp_path)])
     assert names(tmp_path / "local") == []
+    with pytest.raises(UserError, match=f"python make_dataset.py --dataset {STITCH} --dataset_dir"):
+        parse_dataset_id(STITCH).ensure(tmp_path, "http://127.0.0.1:9")  # nor is a local one downloaded
 
 
-def test_a_full_disk_says_that_nothing_was_written(tmp_path, monkeypatch):
-    def full(*arguments, **named):
-        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
-
-    monkeypatch.setattr(maze.np, "savez_compressed", full)
-    with pytest.raises(UserError, match="^somewhere: the disk is full; nothing was written"):
-        make_dataset.main(["--dataset", STITCH, "--num_episodes", "1", "--dataset_dir", str(tmp_path)])
-    assert names(tmp_path / "local") == []
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--dataset", STITCH, "--num_transitions", "5"], "counted in episodes; use --num_episodes"),
+        (["--dataset", "local/hopper-medium-v2", "--num_episodes", "5"], "counted in transitions; use --num_tran"),
+        (["--dataset", STITCH, "--experts_dir", "absent"], "^--experts_dir absent: no such folder"),
+        (
+            ["--dataset", "local/hopper-medium-v2", "--experts_dir", "."],
+            "cannot .*train_expert --env hopper`",
+        ),
+    ],
+)
+def test_flags_that_make_nothing(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        make_dataset.main([*flags, "--dataset_dir", "data"])
+    assert names(tmp_path) == []
 
 
 def test_the_families_cover_the_ids_that_are_offered():
@@ -282,26 +268,6 @@ def test_ant_episodes(tmp_path, task_type, rows):
     assert list(manifest["policies"]) == ["ant-xy_400000.safetensors"]
     assert f"noise of {1 if task_type == 'explore' else 0.2}" in manifest["recipe"]
     assert check(path).findings == []  # the simulator goes from each row's state to the next one's
-
-
-def test_a_missing_folder_of_policies(tmp_path):
-    for dataset_id in (STITCH, "local/hopper-medium-v2"):  # whether or not it needs a policy
-        with pytest.raises(UserError, match=f"^--experts_dir {tmp_path}/none: no such folder"):
-            generate(dataset_id, 1, 0, tmp_path / "data", progress=False, experts_dir=tmp_path / "none")
-    assert names(tmp_path) == []
-
-
-def test_a_policy_file_that_changed_is_read_again(tmp_path):
-    """Within one process, too: what the manifest's hash names is what walked."""
-    dataset_id, path = "local/antmaze-medium-stitch-v0", tmp_path / "ant-xy_400000.safetensors"
-    policy = experts.read_policy(EXPERTS / path.name)
-    actions = []
-    for scale in (1.0, 0.5):
-        weights = {name: array * np.float32(scale) for name, array in policy.weights.items()}
-        experts.write_policy(path, dataclasses.replace(policy, weights=weights))
-        made = generate(dataset_id, 1, 0, tmp_path / str(scale), progress=False, experts_dir=tmp_path)
-        actions.append(load_arrays(made)["actions"])
-    assert not np.array_equal(*actions)
 
 
 def test_ones_own_policy_of_the_most_steps_walks(tmp_path):
@@ -337,14 +303,6 @@ def test_a_killed_worker_is_told_in_one_line():
         list(generation.run_tasks(_die, [1, 2, 3], plan))
 
 
-def test_what_a_killed_run_left_is_swept(tmp_path):
-    stage = tmp_path / "local" / ".pointmaze-medium-stitch-v0.tmp"
-    stage.mkdir(parents=True)
-    (stage / "junk").write_text("half")
-    generate(STITCH, 1, 0, tmp_path, progress=False)
-    assert names(tmp_path / "local") == FILES
-
-
 def test_two_that_make_data_in_a_folder_take_turns_and_say_so(tmp_path, capsys):
     (tmp_path / "local").mkdir()
     second = threading.Thread(target=generate, args=(STITCH, 1, 0, tmp_path), kwargs={"progress": False})
@@ -360,12 +318,6 @@ def test_two_that_make_data_in_a_folder_take_turns_and_say_so(tmp_path, capsys):
         again.start()
         again.join(timeout=30)
         assert re.fullmatch(".*already at.*\n", capsys.readouterr().err)
-
-
-def test_an_empty_folder_in_a_datasets_place_is_nobodys(tmp_path):
-    (tmp_path / "local" / FILES[2]).mkdir(parents=True)
-    generate(STITCH, 1, 0, tmp_path, progress=False)
-    assert names(tmp_path / "local") == FILES and parse_dataset_id(STITCH).manifest(tmp_path)
 
 
 def test_the_table_marks_what_is_not_the_default():
