@@ -2,8 +2,8 @@
 
 import copy
 import itertools
-import logging
 import pickle
+import types
 
 import pytest
 import torch
@@ -219,7 +219,7 @@ def test_one_network_twice_in_one_graph_sums_both_gradients(kernels):
     close(found, torch.autograd.grad(through(s, through(s, a)).sum(), [a, through.theta]), 1e-5)
 
 
-@pytest.mark.parametrize("kernels", ["torch", pytest.param("onednn", marks=needs_onednn)])
+@fast
 @pytest.mark.parametrize("run", ["forward", "frozen", "squared_error", "with_gradients", "linear"])
 def test_a_second_derivative_is_refused_rather_than_zero(kernels, run):
     if run == "linear" and kernels == "torch":
@@ -296,16 +296,6 @@ def test_no_view_of_the_parameters_is_stale(made):
         assert torch.equal(net(s, a), first)  # which the copy's change leaves alone
 
 
-def test_its_layers_are_the_vector():
-    for size in (None, 1, 3):
-        net = make_net(16, 2, size=size)
-        assert sum(weight.numel() + bias.numel() for weight, bias in net.layers()) == net.theta.numel()
-        assert [name for name, _ in net.named_parameters()] == ["theta"]
-        with torch.no_grad():
-            net.layers()[-1][1].fill_(7.0)
-        assert int((net.theta == 7).sum()) == 2 * (size or 1)
-
-
 # -- Adam -------------------------------------------------------------------------------------------------------------
 
 
@@ -354,17 +344,6 @@ def test_adam_leaves_what_has_no_gradient_alone():
     assert not optimizer.first[0].any() and not optimizer.second[0].any()
 
 
-def test_adam_says_when_a_state_is_of_other_parameters():
-    optimizer = Adam([torch.ones(3, requires_grad=True)], torch.tensor(0.1))
-    for state in (
-        {"first": [], "second": [], "steps": []},
-        {"first": [torch.zeros(3)]},
-        Adam([torch.ones(4)], torch.tensor(0.1)).state_dict(),
-    ):
-        with pytest.raises((KeyError, ValueError, RuntimeError)):
-            optimizer.load_state_dict(state)
-
-
 # -- the choice -------------------------------------------------------------------------------------------------------
 
 
@@ -393,43 +372,10 @@ def test_the_processor_decides(capability, processor, works, expected, monkeypat
         assert "\n" not in str(told.value)
 
 
-class Operators:
-    """Stands for torch.ops.mkldnn."""
-
-    def __init__(self, **operators):
-        self.__dict__.update(operators)
-
-
-def refuse(*_):
-    raise RuntimeError("could not create a primitive")
-
-
-@pytest.mark.parametrize(
-    "operators",
-    [
-        Operators(),
-        Operators(_linear_pointwise=refuse),
-        Operators(_linear_pointwise=lambda x: x),  # another signature
-        Operators(_linear_pointwise=lambda *_: torch.zeros(2, 4)),  # which answers wrongly
-    ],
-    ids=["absent", "raises", "other_signature", "wrong"],
-)
+@pytest.mark.parametrize("operators", [{}, {"_linear_pointwise": lambda *_: torch.zeros(2, 4)}], ids=["no", "wrong"])
 def test_an_operator_that_does_not_do_its_work_counts_as_missing(operators, monkeypatch):
-    monkeypatch.setattr(torch.ops, "mkldnn", operators)
-    monkeypatch.setattr(choice, "onednn_works", onednn_works.__wrapped__)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(choice, "processor", lambda: ("AuthenticAMD", 26))
-    assert choose_kernels("auto") == "torch"
-    with pytest.raises(UserError, match="lacks the operator"):
-        choose_kernels("onednn")
-
-
-def test_a_choice_is_logged_once(caplog):
-    choose_kernels("plain")
-    with caplog.at_level(logging.INFO):
-        for _ in range(2):
-            choose_kernels("torch")
-    assert [record.getMessage() for record in caplog.records] == ["matrix products on a CPU: torch, float32"]
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace(**operators))
+    assert not onednn_works.__wrapped__()
 
 
 # -- bfloat16 ---------------------------------------------------------------------------------------------------------
@@ -528,7 +474,10 @@ def test_100_updates_by_either_form_lead_to_the_same_parameters(name):
 # -- what a fast form must not hide -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernels", ["torch", pytest.param("onednn", marks=needs_onednn), "plain"])
+every = pytest.mark.parametrize("kernels", ["torch", pytest.param("onednn", marks=needs_onednn), "plain"])
+
+
+@every
 def test_nan_goes_through_every_form(kernels):
     choose_kernels(kernels)
     net, x = MLP(5, 8, 1, size=2), torch.ones(4, 5)
@@ -539,29 +488,9 @@ def test_nan_goes_through_every_form(kernels):
     assert loss.isnan() and net.theta.grad.isnan().any()
 
 
-@pytest.mark.parametrize("kernels", ["torch", pytest.param("onednn", marks=needs_onednn), "plain"])
+@every
 def test_no_rows_give_no_gradient(kernels):
     choose_kernels(kernels)
     net = MLP(5, 8, 1, size=2)
     net(torch.zeros(0, 5)).sum().backward()
     assert (net.theta.grad == 0).all()
-
-
-@fast
-def test_rows_of_another_number_of_networks_are_refused(kernels):
-    choose_kernels(kernels)
-    with pytest.raises(ValueError, match="7 networks' own rows for 2"):
-        MLP(5, 8, 1, size=2)(torch.zeros(7, 6, 5))
-    with pytest.raises(ValueError, match="must be"):
-        MLP(5, 8, 1, size=2).squared_error([torch.zeros(6, 5)], torch.zeros(2, 6))
-
-
-@fast
-def test_forms_refuse_what_they_would_compute_wrongly(kernels):
-    choose_kernels(kernels)
-    x, target = torch.zeros(6, 5), torch.zeros(6)
-    for net in (MLP(5, 8, 2, size=2), MLP(5, 8, 1, size=2, squash=True)):
-        with pytest.raises(ValueError, match="one output without tanh"):
-            net.frozen(x)
-        with pytest.raises(ValueError, match="one output without tanh"):
-            net.squared_error([x], target)

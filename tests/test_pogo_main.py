@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -289,33 +288,11 @@ def test_bad_settings_name_the_flag(arguments, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def write_hdf5(path: Path, **changed) -> None:
-    rows = 60
-    arrays = {
-        "observations": np.random.default_rng(0).standard_normal((rows, 11)).astype(np.float32),
-        "actions": np.zeros((rows, 3), np.float32),
-        "rewards": np.arange(rows, dtype=np.float32),
-        "terminals": np.zeros(rows, bool),
-        "timeouts": np.arange(rows) == rows - 1,
-    }
-    with h5py.File(path, "w") as file:
-        for name, value in (arrays | changed).items():
-            if value is not None:
-                file[name] = value
-
-
 def test_a_bad_file_is_named(arguments, tmp_path, capsys):
     path = tmp_path / "hopper_medium-v2.hdf5"
-    faults = {"rewards": {"rewards": np.ones(60, np.float32)}, "actions": {"actions": None}}
+    path.write_bytes(b"not HDF5")
     flags = [*arguments(tmp_path / "run"), "--dataset_dir", tmp_path, "--env", "hopper-medium-v2"]
-    for word, changed in faults.items():
-        write_hdf5(path, **changed)
-        line = exits(capsys, *flags)
-        assert word.removesuffix("s") in line
-    write_hdf5(path)
-    path.write_bytes(path.read_bytes()[:-500])
-    assert str(path) in exits(capsys, *flags)
-    assert not (tmp_path / "run").exists()
+    assert str(path) in exits(capsys, *flags) and not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_of_another_run_is_not_taken(arguments, tmp_path, capsys):
@@ -384,15 +361,6 @@ def test_a_policy_acts_from_its_file_alone_as_in_training(finished, arguments, m
         policy.encode(raw)
 
 
-def test_another_folder_of_checkpoints_does_not_wipe_a_run(arguments, tmp_path, capsys):
-    """Its log would be begun anew while its checkpoint lies elsewhere."""
-    train_until(10, arguments(tmp_path / "run", "--checkpoint_dir", str(tmp_path / "kept")))
-    before = digest(tmp_path / "run/training/metrics.csv")
-    line = exits(capsys, *arguments(tmp_path / "run", "--resume"), "--checkpoint_dir", tmp_path / "empty")
-    assert "checkpoint_dir was" in line and str(tmp_path / "kept") in line
-    assert digest(tmp_path / "run/training/metrics.csv") == before
-
-
 def test_a_checkpoint_of_other_data_is_refused(arguments, tmp_path, capsys):
     """Without normalisation too, where mean and std are 0 and 1 whatever the data."""
     train_until(10, arguments(tmp_path / "run", "--no_normalize"))
@@ -425,40 +393,27 @@ def alone(finished, arguments, tmp_path_factory) -> dict[int, Path]:
     return {0: finished, **runs}
 
 
-def test_seeds_at_once_equal_each_alone(alone, arguments, tmp_path, monkeypatch, capsys):
-    counted = []
-    monkeypatch.setattr(pogo_main, "data_values", lambda *own: counted.append(1) or data_values(*own))
-    summaries = pogo_main.main(several(arguments, tmp_path, monkeypatch))
-    assert counted == [1]  # the data is valued once
-    for seed, run_dir in alone.items():
-        for name in OUTPUTS:
-            assert digest(folder(seed) / name) == digest(run_dir / name), (seed, name)
-        assert summaries[f"seed_{seed}"] == json.loads((folder(seed) / "finished.json").read_text())
-        assert (folder(seed) / "training_curves.png").exists()
-    scores = [summary["actor_1/stochastic/score"] for summary in summaries.values()]
-    said = f"{np.mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})"
-    out = capsys.readouterr().out
-    assert "seeds 0, 1, 2 at once" in out and f"Actor 1 - Stochastic: D4RL score: {said}" in out
-
-
-@pytest.mark.parametrize(
-    "method,stop_at,reached",
-    [("save", 6, [6, 0, 0]), ("save", 12, [12, 6, 6])],
-)
-def test_seeds_that_were_cut_at_different_updates_come_together(
-    method, stop_at, reached, alone, arguments, tmp_path, monkeypatch
+@pytest.mark.parametrize("stop_at, reached, groups", [(6, [6, 0, 0], [2, 3]), (12, [12, 6, 6], [2])])
+def test_seeds_at_once_equal_each_alone_wherever_they_were_cut(
+    stop_at, reached, groups, alone, arguments, tmp_path, monkeypatch, capsys
 ):
-    flags, groups = several(arguments, tmp_path, monkeypatch), []
-    train_until(stop_at, flags, 1, method)
+    flags, counted, found = several(arguments, tmp_path, monkeypatch), [], []
+    train_until(stop_at, flags, 1, "save")
     checkpoints = [folder(seed) / "checkpoints" / "last.pth" for seed in range(3)]
     assert [load_checkpoint(path)["step"] if path.exists() else 0 for path in checkpoints] == reached
     make_update = seeds.make_update
-    monkeypatch.setattr(seeds, "make_update", lambda runs: groups.append(len(runs)) or make_update(runs))
+    monkeypatch.setattr(seeds, "make_update", lambda runs: found.append(len(runs)) or make_update(runs))
+    monkeypatch.setattr(pogo_main, "data_values", lambda *own: counted.append(1) or data_values(*own))
     train([*flags, "--resume"])
-    assert groups == ([2, 3] if reached[0] == 6 else [2])
+    assert found == groups and counted == [1]  # the data is valued once
+    summaries = [json.loads((folder(seed) / "finished.json").read_text()) for seed in alone]
     for seed, run_dir in alone.items():
         for name in OUTPUTS:
             assert digest(folder(seed) / name) == digest(run_dir / name), (seed, name)
+    scores = [summary["actor_1/stochastic/score"] for summary in summaries]
+    said = f"{np.mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})"
+    out = capsys.readouterr().out
+    assert "seeds 0, 1, 2 at once" in out and f"Actor 1 - Stochastic: D4RL score: {said}" in out
 
 
 def test_finished_seeds_are_left_and_counted_where_they_are_of_the_same_data(
@@ -473,9 +428,8 @@ def test_finished_seeds_are_left_and_counted_where_they_are_of_the_same_data(
         for count in ("2", "3"):
             line = exits(capsys, *flags, "--num_seeds", count)
             assert "are not of the same data" in line and str(*change.values()) in line.split("seed_1")[0]
-    for damaged in ("{", json.dumps({"seed": 0}), "[]"):
-        summary.write_text(damaged)
-        assert "seed_0/finished.json: cannot be used" in exits(capsys, *flags)
+    summary.write_text("{")
+    assert "seed_0/finished.json: cannot be used" in exits(capsys, *flags)
     assert not (folder(2) / "checkpoints" / "last.pth").exists()
     summary.write_text(text)
     before = {seed: (folder(seed) / "finished.json").stat().st_mtime_ns for seed in (0, 1)}

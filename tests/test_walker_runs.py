@@ -3,7 +3,6 @@
 import csv
 import functools
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +15,10 @@ from running import digest, error_line
 
 import make_dataset
 import walker.agent as agent_module
-from dmc_utils import DATASETS, TASKS, WalkerEnv, load_episodes, load_study_data, parse_datasets, rewards_in_task
+from dmc_utils import TASKS, WalkerEnv, load_study_data, parse_datasets, rewards_in_task
 from policy import Policy
 from runs.cli import parse_config
-from runs.directory import load_checkpoint, save_checkpoint
+from runs.directory import load_checkpoint
 from runs.evaluation import episode_seeds
 from runs.metrics import read_metrics
 from utils import RunFinished, UserError
@@ -124,18 +123,6 @@ def data(data_dir):
     return load_study_data(parse_datasets("local/walk_m,local/run_m"), data_dir)
 
 
-def test_a_transition_is_what_the_simulator_makes_of_it(data):
-    """Alignment: from the physics of the row before, the action gives the observation and the reward."""
-    parts = data.transitions()
-    env = WalkerEnv("run")
-    for row in range(2000, 2300, 17):  # of the third episode, which is the first that runs
-        env.set_physics(data.physics[2, row - 2000])
-        observation, reward, *_ = env.step(parts.actions[row])
-        assert np.abs(observation - parts.next_observations[row]).max() < 1e-3
-        assert abs(reward - parts.rewards[row]) < 1e-3
-        assert np.abs(env.set_physics(data.physics[2, row - 2000]) - parts.observations[row]).max() < 1e-4
-
-
 def test_the_faulty_pairing_puts_an_action_beside_what_it_led_to(data):
     right, faulty = data.transitions(), data.transitions(faulty_pairing=True)
     assert len(faulty.rewards) == 4 * 999
@@ -146,12 +133,6 @@ def test_the_faulty_pairing_puts_an_action_beside_what_it_led_to(data):
         assert np.array_equal(faulty.rewards[other], right.rewards[own])
         later = slice(1000 * episode + 1, 1000 * (episode + 1))
         assert np.array_equal(faulty.next_observations[other], right.next_observations[later])
-
-
-def test_tasks_and_rewards_are_those_of_the_files(data, data_dir):
-    assert data.tasks.tolist() == [0, 0, 1, 1]
-    episodes = load_episodes(DATASETS["local/walker_run-td3-medium"].ensure(data_dir)[0])
-    assert np.array_equal(data.rewards[2], episodes[0]["reward"][1:, 0])
 
 
 def test_relabelled_rewards_are_the_simulators(data):
@@ -217,17 +198,6 @@ def test_a_run_is_played_again_as_at_its_end(method, finished, arguments, capsys
     for name, path in (("last", ""), ("best", "checkpoints/best.pth")):
         means = agent_module.main(["--load", str(finished / method / path), "--eval_workers", "0", "--device", "cpu"])
         assert means == {task: summary[f"{name}/{task}/return"] for task in (["walk"] if method == "cds" else TASKS)}
-
-
-def test_an_old_best_file_meets_the_episodes_of_its_last(finished, tmp_path):
-    """A best.pth of before has neither settings nor tasks, unlike the last.pth beside it."""
-    shutil.copytree(finished / "cds", tmp_path / "cds")
-    best = tmp_path / "cds/checkpoints/best.pth"
-    save_checkpoint(best, {"acting": load_checkpoint(best)["acting"], "step": 3})
-    found = agent_module.play_saved(tmp_path / "cds", None, None, 0, "cpu")
-    summary = json.loads((finished / "cds/finished.json").read_text())
-    means = {f"{name}/{task}/return": returns.mean() for (name, task), returns in found.items()}
-    assert means == {name: summary[name] for name in ("last/walk/return", "best/walk/return")}
 
 
 def test_agents_act_from_their_files_alone(finished):
@@ -371,11 +341,6 @@ def test_each_twentieth_episode_is_held_out_from_the_model(open_run, monkeypatch
     assert figures["held_out/change_error"] > 0 and figures["held_out/reward_error"] > 0
 
 
-def test_cds_needs_both_tasks(arguments, tmp_path, capsys):
-    flags = arguments("cds", tmp_path / "run", USE_DATASET_STR="local/walk_m")
-    assert "give data of both tasks" in error_line(train_cds.main, capsys, *flags)
-
-
 # -- evaluation and settings -----------------------------------------------------------------------------------------
 
 
@@ -446,6 +411,8 @@ def test_bad_input_is_one_line(finished, arguments, tmp_path, capsys, data_dir):
     assert "--minibatches 13" in model(*arguments("model", tmp_path / "a", minibatches=13))
     (tmp_path / "x.pth").write_bytes(b"no")
     assert "x.pth" in error_line(agent_module.main, capsys, "--load", tmp_path / "x.pth")
+    one_task = arguments("cds", tmp_path / "a", USE_DATASET_STR="local/walk_m")
+    assert "give data of both tasks" in error_line(train_cds.main, capsys, *one_task)
     assert "unknown device" in error_line(agent_module.main, capsys, "--device=nonsense", "--episodes=1")
     torch.save({"acting": {"mean": torch.zeros(3)}}, tmp_path / "y.pth")
     line = error_line(agent_module.main, capsys, "--load", tmp_path / "y.pth")
