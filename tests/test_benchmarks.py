@@ -17,7 +17,6 @@ from running import error_line
 import make_dataset
 from benchmarks import (
     bench_algorithms,
-    bench_evaluation,
     bench_pogo,
     bench_updates,
     peers,
@@ -53,21 +52,6 @@ def test_the_published_agent_is_measured_where_its_file_is_named(tmp_path, capsy
     bench_pogo.main([*SMALL, "--max_actors", "2", "--path", str(tmp_path / "agent.py")])
     said = capsys.readouterr().out
     assert said.count("_published_agent: ours") == 2 and said.count("_plain_scheme: ours") == 2
-
-
-@pytest.mark.parametrize(
-    "text", [None, "device = 0", "class POGO: pass", "device, POGO = 0, 0", "raise SystemError('broken')", "]"]
-)
-def test_another_file_is_one_line(tmp_path, capsys, text):
-    path = tmp_path / "agent.py"
-    if text is not None:
-        path.write_text(text)
-    assert "not the published agent.py" in error_line(bench_pogo.main, capsys, *SMALL, "--path", path)
-
-
-def test_a_published_agent_on_another_device_is_refused(tmp_path, capsys):
-    (tmp_path / "agent.py").write_text(STAND_IN.replace('device("cpu")', 'device("cuda")'))
-    assert "cuda" in error_line(bench_pogo.main, capsys, *SMALL, "--path", tmp_path / "agent.py")
 
 
 def as_nets(critic, actors):
@@ -152,13 +136,6 @@ def test_every_part_of_the_whole_run_takes_its_flags_on_a_gpu():
     assert (settings.device, settings.corl, settings.unifloral) == ("cuda", "there", "there")
 
 
-@pytest.mark.parametrize("part, config", [("pogo", "BenchPOGOConfig"), ("algorithms", "BenchAlgorithmsConfig")])
-def test_the_precision_of_the_whole_run_reaches_what_has_one(part, config):
-    command = run_all.command_of(part, run_all.RunAllConfig(precision="bf16"))
-    module = importlib.import_module(f"benchmarks.{Path(command[1]).stem}")
-    assert parse_config(getattr(module, config), command[2:]).precision == "bf16"
-
-
 def test_a_part_that_fails_or_takes_too_long_is_a_line_of_the_table(tmp_path, monkeypatch, capsys):
     scripts = {
         "good": "print('a_b: ours 1.5 ms (x), peer 3.0 ms, ratio 2.00 (y)')",
@@ -182,11 +159,6 @@ def test_a_part_that_fails_or_takes_too_long_is_a_line_of_the_table(tmp_path, mo
         "| late | not run: the 100 seconds were over | | |",
     ]
     assert "begun" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("flags", [("--only", "nothing"), ("--limit", "0"), ("--corl", "nowhere")])
-def test_settings_of_the_whole_run_are_checked(capsys, flags):
-    assert flags[0] in error_line(run_all.main, capsys, *flags)
 
 
 def test_rates_are_medians_of_turns_and_count_the_updates_of_a_call():
@@ -221,10 +193,6 @@ def test_a_file_of_a_peer_leaves_the_environment_as_it_was(tmp_path):
     module, before = peers.load_file("--corl", str(tmp_path), "x.py"), list(sys.argv)
     assert "wandb" not in sys.modules and "gym" not in sys.modules
     assert module.argv == [str(tmp_path / "x.py")] and sys.argv == before and os.environ.get("XLA_FLAGS") != "theirs"
-
-
-def test_an_evaluation_may_have_no_other_process(capsys):
-    assert "--workers -1" in error_line(bench_evaluation.main, capsys, "--workers", "-1")
 
 
 # A file as CORL's are: what it asks of its modules, and a policy that acts 0.

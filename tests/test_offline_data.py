@@ -7,7 +7,6 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
-import torch
 from test_d4rl_utils import ANTMAZE, HOPPER, many_columns, maze_columns, put
 
 import offline_data
@@ -25,6 +24,14 @@ def test_facts_and_memory(tmp_path):
     assert facts["transitions"] == len(data) == len(data.rewards) and facts["episodes"] == len(data.returns)
     assert facts["terminations"] == data.terminated.sum() and facts["mean_return"] == data.returns.mean()
     assert (data.observation_dim, data.action_dim, data.max_action) == (11, 3, 1.0)
+    buffer = data.replay_buffer()
+    for name in buffer.FIELDS:
+        np.testing.assert_array_equal(getattr(buffer, name).numpy(), getattr(data, name).astype(np.float32))
+    for name in ("observations", "next_observations", "actions", "rewards"):  # without a copy
+        assert getattr(buffer, name).data_ptr() == getattr(data, name).ctypes.data
+    equal = many_columns() | {"rewards": np.zeros(500, np.float32)}
+    with pytest.raises(UserError, match=f"dataset {HOPPER}: every reward is 0, there is nothing to learn"):
+        load_transitions(HOPPER, put(tmp_path / "equal", equal))
 
 
 def test_normalizer(monkeypatch):
@@ -39,19 +46,6 @@ def test_normalizer(monkeypatch):
     assert mean.dtype == scale.dtype == np.float32 and scale[2] == np.float32(1e-3)
 
 
-def test_tensors_and_buffer_hold_the_same_rows_without_a_copy(tmp_path):
-    data = load_transitions(HOPPER, put(tmp_path / "data", many_columns()))
-    buffer = data.replay_buffer()
-    assert len(buffer) == len(data)
-    for name in buffer.FIELDS:
-        np.testing.assert_array_equal(getattr(buffer, name).numpy(), getattr(data, name).astype(np.float32))
-        assert getattr(buffer, name).dtype == torch.float32
-    for name in ("observations", "next_observations", "actions", "rewards"):
-        assert getattr(buffer, name).data_ptr() == getattr(data, name).ctypes.data
-    batch = buffer.sample(8, torch.Generator().manual_seed(0))
-    assert batch["observations"].shape == (8, 11) and batch["terminated"].shape == (8,)
-
-
 def test_antmaze_rewards_are_shifted_unless_asked_otherwise(tmp_path):
     folder = put(tmp_path / "data", maze_columns(), ANTMAZE)
     shifted, plain = load_transitions(ANTMAZE, folder), load_transitions(ANTMAZE, folder, antmaze_reward_shift=0)
@@ -62,30 +56,13 @@ def test_antmaze_rewards_are_shifted_unless_asked_otherwise(tmp_path):
     np.testing.assert_array_equal(hopper.rewards, many_columns()["rewards"])
 
 
-@pytest.mark.parametrize("name, columns", [(HOPPER, many_columns()), (ANTMAZE, maze_columns())])
-def test_equal_rewards_are_refused(tmp_path, name, columns):
-    columns = columns | {"rewards": np.zeros_like(columns["rewards"])}
-    with pytest.raises(UserError, match=f"dataset {name}: every reward is 0, there is nothing to learn"):
-        load_transitions(name, put(tmp_path / "data", columns, name))
-
-
-@pytest.mark.parametrize("name", ["hopper-medium-v1", "foo", "", None])
-def test_unknown_ids(name, tmp_path):
-    for ask in (load_transitions, make_env):
-        with pytest.raises(UserError, match="is not a dataset of OGBench, D4RL or Minari"):
-            ask(name, tmp_path)
-
-
 @pytest.mark.parametrize(
     "name, words",
     [
-        (
-            "antmaze-medium-navigate-v0",
-            "has no rewards; a single task of it has, as antmaze-.*-singletask-v0",
-        ),
+        ("foo", "is not a dataset of OGBench, D4RL or Minari"),
+        ("antmaze-medium-navigate-v0", "has no rewards; a single task of it has, as antmaze-.*-singletask-v0"),
         ("walker_walk-td3-medium", "is not read as transitions with rewards"),
         ("antmaze-medium-navigate-singletask-task6-v0", "did you mean 'antmaze-medium-navigate-singletask-task"),
-        ("-singletask-v0", "is not a dataset of OGBench"),
     ],
 )
 def test_ids_without_transitions(name, words, tmp_path):

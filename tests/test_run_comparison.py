@@ -355,20 +355,11 @@ def test_cores_are_shared_among_jobs_unless_the_environment_says_how_many(place,
     assert (settings(place.config).run_threads, settings(place.config, "--threads", "3").run_threads) == (1, 3)
 
 
-@pytest.mark.parametrize(
-    ("only", "taken"),
-    [
-        ("BC", ["BC walker"]),
-        ("TD3+BC", ["TD3+BC walker"]),
-        ("hopper", ["pogo 0.4 1 hopper-medium-v2 seed 1", "pogo 10.4 hopper-medium-v2 seed 10"]),
-        ("seed 1", ["pogo 0.4 1 hopper-medium-v2 seed 1"]),
-        ("0.4 1", ["pogo 0.4 1 hopper-medium-v2 seed 1"]),
-    ],
-)
-def test_only_takes_whole_words(only, taken):
+def test_only_takes_whole_words():
     names = ("BC walker", "TD3+BC walker", "pogo 0.4 1 hopper-medium-v2 seed 1", "pogo 10.4 hopper-medium-v2 seed 10")
-    found = queue.choose([types.SimpleNamespace(name=name) for name in names], only)
-    assert [run.name for run in found] == taken
+    runs = [types.SimpleNamespace(name=name) for name in names]
+    for only, taken in (("BC", [0]), ("TD3+BC", [1]), ("hopper", [2, 3]), ("seed 1", [2]), ("0.4 1", [2])):
+        assert queue.choose(runs, only) == [runs[number] for number in taken], only
 
 
 BAD = [
@@ -379,26 +370,13 @@ BAD = [
     ("sinkhorn: {k: 4}", "sinkhorn: unknown key 'k'", "'K'"),
     ("common: {tau: 0.1, tau: 0.2}", "stands twice", "line 1"),
     ("environments: {hopper: {medium: }}", "environments.hopper.medium", "key: value"),
-    ("environments: {hopper: {medium: [], expert: {w2_weights: [1]}}}", "environments.hopper.medium:", "empty list"),
     ("environments: {hopper: {}, walker2d: {medium: {w2_weights: [1]}}}", "environments.hopper:", "names no datasets"),
     ("environments: {hopper: {medum: {w2_weights: [1]}}}", "environments.hopper.medum", "hopper-medium-v2"),
     ("environments: {hopper: {medium: {w2_weights: [-1]}}}", "environments.hopper.medium", "--w2_weights -1"),
     ("environments: {hopper: {medium: {w2_weights_base: [1, 2]}}}", "medium", "both w2_weights_base and"),
-    ("environments: {hopper: {medium: {w2_weights: [1], w2_weights_third: [1]}}}", "medium", "it has w2_weights and"),
-    (
-        "environments: {hopper: {medium: {w2_weights_base: [1, 1], w2_weights_third: [2, 2]}}}",
-        "medium",
-        "earlier entry",
-    ),
     ("common: {batch_size: false}", "common: batch_size must be an integer, not False", ""),
-    ("common: {seeds: 1}", "common: seeds must be a list", ""),
-    ("common: {lr: true}", "common: lr must be a number, not True", ""),
     ("common: {lr: 1e-3, learning_rate: 2e-3}", "common: learning_rate stands twice", "under another name"),
-    ("sinkhorn: {blur: x}", "sinkhorn: blur must be a number, not 'x'", ""),
-    ("environments: {hopper: {medium: {w2_weights: [1], sinkhorn: {K: x}}}}", "hopper.medium.sinkhorn: K must be", ""),
-    ("environments: {hopper: {medium: {w2_weights: [1], dataset_dir: x}}}", "medium: unknown key 'dataset_dir'", ""),
     ("common: {seeds: []}", "environments.hopper.medium: an empty list of seeds", "leave"),
-    ("environments: {hopper: {medium: {w2_weights_base: [1, 2], w2_weights_third: []}}}", "medium: an empty", "leave"),
     ("common: {save_model: false}", "hopper.medium: save_model", "cannot be continued"),
 ]
 
@@ -532,16 +510,6 @@ def test_a_crash_is_tried_again_from_the_checkpoint_and_divergence_is_not(place,
     assert len(place.rows()) == 12
 
 
-def test_other_settings_are_refused_before_anything_runs(place, capsys):
-    place.run("--only", "seed 0")
-    entry = BASE["environments"]["hopper"]["medium"] | {"batch_size": 3}
-    place.write(BASE | {"environments": {"hopper": {"medium": entry}}})
-    line = exits(capsys, *place.flags())
-    assert "batch_size was 256 and is now 3" in line and "--log_dir" in line
-    assert line.count(";") == 1, line  # one remedy
-    assert sum(place.count("start").values()) == 1
-
-
 def test_a_setting_that_may_change_on_resuming_may_change_between_two_commands(place, capsys):
     """A run that diverged says itself that --q_limit allows more."""
     place.behave(seed_1="diverge")
@@ -552,17 +520,12 @@ def test_a_setting_that_may_change_on_resuming_may_change_between_two_commands(p
     place.run()
     assert len(place.rows()) == 2 * 2 * 2
     place.write(BASE | {"common": BASE["common"] | {"max_timesteps": 60}})
-    assert "max_timesteps was 50 and is now 60" in exits(capsys, *place.flags())
-
-
-def test_a_quick_look_takes_no_place(place):
-    """--max_timesteps keeps runs and results apart from the file's own."""
-    place.run("--only", "seed 0", "--max_timesteps", "20")
-    assert not place.run_dir(0).exists() and not (place.folder / "results" / "results.csv").exists()
+    line, before = exits(capsys, *place.flags()), len(place.ledger())
+    assert "max_timesteps was 50 and is now 60" in line and "--log_dir" in line and line.count(";") == 1  # one remedy
+    place.run("--only", "seed 0", "--max_timesteps", "20")  # a quick look takes no place
     with open(place.folder / "results" / "updates_20" / "results.csv") as file:
         assert {row["updates"] for row in csv.DictReader(file)} == {"20"}
-    place.run("--only", "seed 0")
-    assert {row["updates"] for row in place.rows()} == {"50"}
+    assert {row["updates"] for row in place.rows()} == {"50"} and len(place.ledger()) == before + 2
 
 
 def test_a_run_that_another_process_trains_is_waited_for(place):
@@ -653,16 +616,6 @@ def test_ctrl_c_stops_the_runs_and_the_same_command_continues(place):
     assert len(place.rows()) == 16 and place.count("start")["w2_0.4_1/seed_0"] == 1
 
 
-def test_several_gpus_are_dealt_in_turn(monkeypatch):
-    monkeypatch.setattr(jobs, "execute", lambda job, stop: stop.wait(30))
-    for devices, expected in ((["2", "5"], ["2", "5", "2"]), (["0"], [None] * 3)):
-        pool, started = jobs.LocalPool(3, devices), [jobs.Job("", [], {}) for _ in range(3)]
-        for number, job in enumerate(started):
-            pool.start(number, job)
-        pool.stop()
-        assert [job.environment.get("CUDA_VISIBLE_DEVICES") for job in started] == expected
-
-
 # --- the real trainers -----------------------------------------------------------------------------------------------
 
 
@@ -714,8 +667,7 @@ def test_an_address_where_nobody_answers_is_one_line(place):
     for share, words in ((1.5, "whole number"), (0.00001, "four decimals")):
         with pytest.raises(UserError, match=f"--gpus_per_run {share}: .*{words}"):
             ray.check_gpus(share)
-    for share in (None, 0, 0.25, 0.3333, 1, 2):
-        ray.check_gpus(share)
+    ray.check_gpus(0.3333)
     for given in ("nowhere", "host:port", "host:"):
         with pytest.raises(UserError, match="must be host:port"):
             ray.probe(given)
