@@ -182,10 +182,8 @@ class D4RLDataset(Dataset):
         return QuickRunner(self.id) if self.robot in ENVIRONMENTS else make_env(self.id)
 
     def score(self, returns: ArrayLike, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:
-        """D4RL's score: 0 is a random policy, 100 D4RL's expert.
-
-        A local dataset has its robot's references. In antmaze the score is 100 for an episode that reaches the goal,
-        with the environment's rewards of 0 and 1.
+        """D4RL's score, of its robot's references: 0 is a random policy, 100 D4RL's expert; in antmaze the goal
+        reached.
         """
         low, high = REFERENCE_RETURNS[self.robot]
         return 100.0 * (np.asarray(returns, dtype=np.float64) - low) / (high - low)
@@ -202,9 +200,8 @@ DATASETS = {
 
 
 def is_official(dataset_id: str, transitions: int) -> bool | None:
-    """Whether so many transitions can be D4RL's own file: at least nine tenths of its rows, whatever a file is called.
-
-    None for an id that is not D4RL's, or whose file has a size that is not known here.
+    """Whether so many transitions can be D4RL's own file: nine tenths of its rows; None for other ids and unknown
+    sizes.
     """
     robot, _, level = dataset_id.removesuffix("-v2").partition("-")
     if dataset_id not in official_ids(DATASETS) or level in ("random", "expert", "full-replay"):
@@ -214,13 +211,10 @@ def is_official(dataset_id: str, transitions: int) -> bool | None:
 
 
 def load_arrays(path: str | os.PathLike, sizes: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-    """Read and check one D4RL file; infos/ and metadata/ are not read.
+    """Read and check one D4RL file; infos/ and metadata/ are not read. Raises UserError.
 
-    Returns observations [N, obs_dim], actions [N, act_dim] and rewards [N] float32, terminals and timeouts [N] bool,
-    and, where the file has them, next_observations [N, obs_dim] float32. A row is one transition; terminals says that
-    the state after it is absorbing, timeouts that the episode was cut there.
-
-    Raises UserError for a file that cannot be read and for the faults of `dataset_files.check_arrays`.
+    Returns observations [N, obs_dim], actions [N, act_dim] and rewards [N] float32, terminals (the state after the row
+    is absorbing) and timeouts (the episode was cut there) [N] bool, and, where the file has them, next_observations.
     """
     path, needed = Path(path), ("observations", "actions", "rewards", "terminals", "timeouts")
     arrays = read_hdf5(path, needed, ("next_observations",))
@@ -233,9 +227,8 @@ def load_arrays(path: str | os.PathLike, sizes: tuple[int, int] | None = None) -
 
 @contextlib.contextmanager
 def _without_known_warnings() -> Iterator[None]:
-    """Leave out what is known when a v4 environment is made: that there is a v5, and an attribute of its model file.
-
-    MuJoCo would print the latter and write it to a log file in the working folder.
+    """Leave out what is known of a v4 environment: that there is a v5, and an attribute that MuJoCo would log to a
+    file.
     """
     import mujoco
 

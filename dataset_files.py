@@ -1,7 +1,5 @@
-"""Data files of every benchmark: dataset ids and where their files are, reading, checks of what they hold, downloads.
-
-Nothing pickled is loaded. Every array's type, shape, range and rows are checked, and a fault is one line that names the
-file, the array and the row.
+"""Data files of every benchmark: dataset ids and where their files are, reading, checks, downloads. No pickle is
+loaded.
 """
 
 from __future__ import annotations
@@ -105,10 +103,7 @@ class Dataset(abc.ABC):
         return self.paths(dataset_dir)[0].with_suffix(".json")
 
     def manifest(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any] | None:
-        """The manifest of a complete local dataset, else None: its files are all there with the sizes it says.
-
-        It is written after them, so that a generation that was cut leaves none.
-        """
+        """The manifest, written last, of a complete local dataset whose files have the sizes it says; else None."""
         path = self.manifest_path(dataset_dir)
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -119,10 +114,10 @@ class Dataset(abc.ABC):
         return manifest if whole else None
 
     def ensure(self, dataset_dir: str | os.PathLike | None = None, base_url: str = "") -> tuple[Path, ...]:
-        """`paths`, all there: what is missing of an official dataset is downloaded first (from base_url if given).
+        """`paths`, after a download (from base_url if given) of what is missing of an official dataset.
 
-        Files that are there are used without touching the network. Raises UserError for a local dataset that is
-        missing or incomplete, and for a download that fails; it names the address, and where to put the file by hand.
+        Raises UserError for a local dataset that is missing or incomplete, and for a download that fails: it names the
+        address, and where to put the file by hand.
         """
         paths = self.paths(dataset_dir)
         if not self.local:
@@ -157,7 +152,7 @@ def official_ids(datasets: Mapping[str, Dataset]) -> tuple[str, ...]:
 
 
 def find(dataset_id: str, known: Mapping[str, AnyDataset], what: str) -> AnyDataset:
-    """The dataset of an id. Only listed ids pass, so that an id can never point outside the dataset folder.
+    """The dataset of an id. Only listed ids pass, so that none can point outside the dataset folder.
 
     Raises UserError, `what` being the end of "dataset x is not", and names an id that is near where there is one.
     """
@@ -275,9 +270,8 @@ def check_arrays(bad: Bad, arrays: dict[str, np.ndarray], sizes: tuple[int, int]
 
 
 def check_rows(bad: Bad, name: str, array: np.ndarray, low: ArrayLike = -np.inf, high: ArrayLike = np.inf) -> None:
-    """Raise `bad(fault)` at the first row of [N, ...] that is not finite, or beyond the bounds, one or for each number.
-
-    The bounds have a tolerance of 1e-5, for rounding alone.
+    """Raise `bad(fault)` at the first row of [N, ...] that is not finite, or beyond bounds by more than 1e-5
+    (rounding).
     """
     low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
     for start in range(0, len(array), BLOCK_ROWS):
@@ -340,8 +334,8 @@ def following_rows(observations: np.ndarray, rows: np.ndarray, unknown: np.ndarr
 def download(url: str, path: Path, check: Callable[[Path], object], advice: str) -> None:
     """Fetch one file to `<path>.part`, going on with what an earlier attempt left; check it, rename it into place.
 
-    One process at a time fetches into a folder. Raises UserError in one line, ending with `advice`, for a server that
-    fails, a file that arrives short and one that `check` refuses, which is removed.
+    Raises UserError, ending with `advice`, for a server that fails, a file that arrives short and one that `check`
+    refuses, which is removed.
     """
     import requests
 

@@ -51,10 +51,9 @@ ALL_DATASETS = "__all__"
 
 
 def _suite_walker() -> types.ModuleType:
-    """dm_control.suite.walker; raises UserError where dm_control cannot load the renderer that MUJOCO_GL names.
+    """dm_control.suite.walker; raises UserError where the renderer that MUJOCO_GL names cannot be loaded.
 
-    With MUJOCO_GL unset dm_control takes the first renderer that loads, and does without one where none does; all that
-    a machine without a display notices is GLFW's warning, which is no concern of an environment that draws nothing.
+    Where it names none and none loads, dm_control does without; GLFW warns, to no concern of what draws nothing.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -338,9 +337,8 @@ def load_study_data(ids: list[str], dataset_dir: str | os.PathLike | None = None
 
 
 def rewards_in_task(env: WalkerEnv, physics: np.ndarray) -> np.ndarray:
-    """Rewards [n] float32 that the environment's task gives for arriving in physics states [n, 18].
-
-    The simulator's own: reward depends on the state alone, so that an episode of one task can be paid by another.
+    """Rewards [n] float32 that the environment's task gives for arriving in physics states [n, 18], on which alone they
+    depend.
     """
     rewards = np.empty(len(physics), np.float32)
     for number, state in enumerate(physics):

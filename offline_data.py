@@ -19,7 +19,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -30,12 +30,7 @@ import dmc_utils
 import ogbench_utils
 from d4rl_utils import is_official as is_official  # None for another benchmark's id
 from dataset_files import Dataset, check_arrays, find, following_rows, take_rows, whole_returns
-from utils import LateImport, ReplayBuffer, UserError, one_line, warn
-
-if TYPE_CHECKING:
-    import torch
-else:  # what only asks where files are does without
-    torch = LateImport("torch", globals())
+from utils import ReplayBuffer, UserError, one_line, torch, warn
 
 _BLOCK_ROWS = 1 << 16  # rows summed at a time, so that float64 needs no second copy of the data
 
@@ -101,14 +96,11 @@ def load_transitions(
 ) -> OfflineData:
     """Read a dataset, downloading an official one that is missing, and compare it with its environment.
 
-    Args:
-        dataset_id: see the module's docstring.
-        dataset_dir: the folder of the benchmark's files; None takes the benchmark's own variable, then its default.
-        antmaze_reward_shift: added to the rewards of D4RL's antmazes, which are 1 at the goal and 0 elsewhere, as
-            IQL does; other datasets are left as they are.
+    antmaze_reward_shift is added to the rewards of D4RL's antmazes, which are 1 at the goal and 0 elsewhere, as IQL
+    does.
 
-    Raises UserError in one line: an unknown id, a file that is missing, damaged or cannot be fetched, an optional
-    package that is missing, rewards that are all equal, an environment that cannot be made or is not the data's.
+    Raises UserError for an unknown id, a file that is missing, damaged or cannot be fetched, an optional package that
+    is missing, rewards that are all equal, an environment that cannot be made or is not the data's.
     """
     dataset = find_dataset(dataset_id)
     data = OfflineData(dataset_id, **dataset.transitions(dataset_dir))
@@ -160,8 +152,8 @@ class SingleTask(ogbench_utils.MazeDataset):
     def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
         """The file's transitions with the rewards of the task, as OGBench's relabel_dataset has them.
 
-        One from a state within the goal's radius has reward 0 and terminates, any other has -1; the recording goes on.
-        The place is taken from the first two observation numbers, which are qpos in every maze.
+        One from a state within the goal's radius, by its first two numbers, has reward 0 and terminates, any other has
+        -1; the recording goes on.
         """
         data = self.load("train", dataset_dir)
         env = self.make_env()
@@ -189,9 +181,8 @@ class SingleTask(ogbench_utils.MazeDataset):
         }
 
     def score(self, returns: ArrayLike, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:
-        """100 for an episode that reaches the goal, else 0.
-
-        One that fails has return -1 for every step of the time limit, and any other has more.
+        """100 for an episode that reaches the goal, else 0: one that fails has return -1 for every step of the time
+        limit.
         """
         import ogbench  # noqa: F401  registers the environments
 
@@ -350,10 +341,8 @@ def is_minari(dataset_id: str) -> bool:
 
 
 def make_env(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> gymnasium.Env:
-    """The environment that a dataset's policies are evaluated in, with its time limit.
-
-    `functools.partial(make_env, dataset_id)` can be given to an Evaluator. `dataset_dir` matters for Minari alone,
-    whose datasets name their environments. Raises UserError.
+    """The environment that a dataset's policies are evaluated in, with its time limit. `dataset_dir` matters for Minari
+    alone.
     """
     return find_dataset(dataset_id).make_env(dataset_dir)
 

@@ -12,18 +12,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium
 import numpy as np
 
 from dataset_files import Dataset, bad_file, check_arrays, find, jumps, read_npz
-from utils import LateImport, UserError
-
-if TYPE_CHECKING:
-    import torch
-else:  # make_dataset.py does without
-    torch = LateImport("torch", globals())
+from utils import UserError, torch
 
 DATASET_URL = "https://rail.eecs.berkeley.edu/datasets/ogbench"
 NUM_TASKS = 5  # evaluation goals an environment
@@ -184,10 +179,7 @@ class TrajectoryDataset:
         max_trajectories: int | None = None,
         device: str | torch.device = "cpu",
     ):
-        """The first `max_trajectories` episodes of what `load_arrays` returns, or all.
-
-        Raises UserError when max_trajectories is below 1.
-        """
+        """The first `max_trajectories` episodes of what `load_arrays` returns, or all; UserError for fewer than 1."""
         if max_trajectories is not None and max_trajectories < 1:
             raise UserError(f"--max_trajectories {max_trajectories}: at least 1 is needed")
         ends = np.flatnonzero(arrays["terminals"])[:max_trajectories]
@@ -225,9 +217,8 @@ class TrajectoryDataset:
         return self.actions.shape[1]
 
     def normalizer(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the observations, [obs_dim] float32 each.
-
-        Deviations are at least 1e-3, and 1 for a column that never changes.
+        """Mean and deviation of the observations, [obs_dim] float32: at least 1e-3, and 1 for a column that never
+        changes.
         """
         mean = torch.zeros(self.observation_dim, dtype=torch.float64, device=self.device)
         variance = torch.zeros_like(mean)
@@ -392,10 +383,7 @@ def _discard_maze_file(env: gymnasium.Env, lowest_fd: int) -> None:
 
 
 def make_env(dataset_id: str, **kwargs: Any) -> SeededDraws:
-    """The Gymnasium environment of a dataset; `kwargs` go to `gymnasium.make` (render_mode, width, max_episode_steps).
-
-    No display is needed until it renders. Raises UserError for an unknown id.
-    """
+    """The Gymnasium environment of a dataset; `kwargs` go to `gymnasium.make`. Raises UserError for an unknown id."""
     env_id = parse_dataset_id(dataset_id).env_id
     import ogbench  # noqa: F401  registers the environments
 

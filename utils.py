@@ -15,27 +15,23 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 
 class LateImport:
-    """Stands for a module in the namespace given, and gives way to it when something of it is first used."""
+    """Stands for a module, which is imported when something of it is first used."""
 
-    def __init__(self, name: str, namespace: dict[str, Any]):
-        self._name, self._namespace = name, namespace
+    def __init__(self, name: str):
+        self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        self._namespace[self._name] = module = importlib.import_module(self._name)
-        return getattr(module, attribute)
+        return getattr(importlib.import_module(self._name), attribute)
 
 
-if TYPE_CHECKING:
-    import torch
-else:  # torch takes a second to import; `--help` and `make_dataset.py --list` do without, as does who imports it here
-    torch = LateImport("torch", globals())
+torch = LateImport("torch")  # which takes a second: `--help` and `make_dataset.py --list` do without
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -134,13 +130,17 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def processor_facts() -> dict[str, str]:
+    """What Linux tells of the first CPU, as `model name`; empty elsewhere."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
+        return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return {}
+
+
 def processor_name() -> str:
     """The CPU's model, where the system tells."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return processor_facts().get("model name") or platform.processor() or platform.machine()
 
 
 class RandomStreams:
@@ -201,10 +201,7 @@ def _seed_from(sequence: np.random.SeedSequence) -> int:
 
 
 def progress(iterable_or_total: Iterable | int, desc: str, **options: Any) -> tqdm:
-    """A tqdm bar on stderr over an iterable, or a manual one of so many steps; options go to tqdm.
-
-    Into a file or a pipe it writes a line every ten seconds at most.
-    """
+    """A tqdm bar on stderr over an iterable, or a manual one of so many steps; into a file a line every ten seconds."""
     terminal = sys.stderr.isatty()
     shared = {
         "desc": desc,
@@ -223,10 +220,7 @@ def progress(iterable_or_total: Iterable | int, desc: str, **options: Any) -> tq
 
 
 def write_bytes_atomic(path: str | Path, data: bytes | memoryview) -> None:
-    """Write beside the target, flush to the disk, rename: a reader sees the old file or the new one.
-
-    Raises OSError that names the file, and leaves no temporary one behind.
-    """
+    """Write beside the target, flush, rename: old file or new one, nothing else. Raises OSError that names the file."""
     path = Path(path)
     # One fixed temporary name: what a kill left behind is overwritten by the next write instead of piling up.
     temporary = path.with_name(f".{path.name}.tmp")
@@ -251,17 +245,13 @@ def write_bytes_atomic(path: str | Path, data: bytes | memoryview) -> None:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Replace a text file (UTF-8) as a whole; raises OSError that names it and leaves the old file on failure."""
+    """`write_bytes_atomic` of UTF-8 text."""
     write_bytes_atomic(path, text.encode())
 
 
 @contextlib.contextmanager
 def exclusive_folder(folder: str | Path, wait: bool = True) -> Iterator[None]:
-    """Hold a folder, so that processes side by side do not write the same files.
-
-    While another process holds it, wait, or raise BlockingIOError. The lock goes with the process, so that a killed one
-    leaves none behind.
-    """
+    """Hold a folder; while another process does, wait or raise BlockingIOError. The lock ends with the process."""
     import fcntl
 
     descriptor = os.open(folder, os.O_RDONLY)
@@ -386,9 +376,8 @@ def expectile_loss(prediction: torch.Tensor, target: torch.Tensor, expectile: fl
 
 
 def n_step_target(steps: torch.Tensor, span: torch.Tensor, discount: float, value: torch.Tensor) -> torch.Tensor:
-    """discount^(k-1) where the goal comes after k <= span steps, else discount^span of the value there, cut to [0, 1].
-
-    steps to the goal, span [...] int64, value [...] of the states after span steps -> [...].
+    """discount^(k-1) where the goal comes after k <= span steps, else discount^span of the value there in [0, 1];
+    [...].
     """
     known = discount ** (torch.minimum(steps, span) - 1).float()
     return torch.where(steps <= span, known, discount**span * value.clamp(0, 1))

@@ -1,9 +1,9 @@
 """Local D4RL antmazes: an ant policy follows waypoints through D4RL's mazes, recorded in D4RL's HDF5 layout.
 
-D4RL's recipe (Fu et al. 2020, appendix; its scripts/generation/generate_ant_maze_datasets.py): the way to a
-destination is the shortest one from cell to cell; the ant walks in the direction of the next cell's middle plus up to
-1 m in x and y, drawn anew at each step, and in the last cell of the destination itself; Gaussian noise of 0.2 is added
-to its actions. A policy sees joints and direction, data sees no destination.
+D4RL's recipe (Fu et al. 2020, appendix; its scripts/generation/generate_ant_maze_datasets.py): the way to a destination
+is the shortest one from cell to cell; the ant walks in the direction of the next cell's middle plus up to 1 m in x and
+y, drawn anew at each step, and in the last cell of the destination itself; Gaussian noise of 0.2 is added to its
+actions. A policy sees joints and direction, data sees no destination.
 
     umaze      from R to the evaluation's own goal in G
     diverse    from any free cell to any free cell
@@ -12,18 +12,9 @@ to its actions. A policy sees joints and direction, data sees no destination.
 A row pays 1 and has a terminal where its step ends within 0.5 m of the goal, which need not be the destination. As in
 D4RL the recording goes on there, row after row with a terminal, up to a timeout after 700 (umaze) or 1000 rows.
 
-Deviations from D4RL, whose files are said to have faults in this:
-- Rewards belong to their rows. D4RL labels a row by the state of the next row, also across a timeout.
-- Every episode is paid for the goal that its own reset drew, in infos/goal, as an evaluation draws it; D4RL labels a
-  whole file with one draw, and its infos/goal is the destination.
-- infos/qpos and infos/qvel are the state before the step, as in D4RL's other files, in float64, so that a recorded
-  action replays. D4RL's are the state after it.
-- There are next_observations, so that a timeout costs no transition.
-- The ant comes within 0.5 m of every cell's middle plus 0.5 m. D4RL's controller takes a cell to begin at its middle,
-  so that the ant comes near it only where it walks in the direction of x or y, and cuts the other corners.
-- But for umaze, a destination that is reached gives way to another one; D4RL's ant stays there.
-- The ant is this repository's own policy (datasets/experts/), a mean without D4RL's own sampling beside the noise.
-- 100,000 transitions unless asked for otherwise; D4RL has a million.
+Deviations from D4RL, whose files are said to have faults, stand in docs/recipes.md. The ant is this repository's own
+policy (datasets/experts/), a mean without D4RL's own sampling beside the noise; 100,000 transitions unless asked for
+otherwise.
 """
 
 from __future__ import annotations

@@ -57,9 +57,8 @@ def find_path(given: str | Path, dataset_dir: str | Path | None = None) -> Path:
 
 
 def identify(path: Path) -> tuple[Dataset, Path]:
-    """The dataset of a path by its name, and its --dataset_dir. Raises UserError where it is none's.
-
-    Of the walker study a path may be the dataset's folder, its data/ or an episode in that.
+    """The dataset of a path (of the walker's study also data/ or an episode) and its --dataset_dir; UserError where it
+    is none's.
     """
     place = path.absolute()
     place = place.parent if place.name.startswith("episode_") else place
@@ -252,9 +251,8 @@ def _check_falls(data: Data, rows: np.ndarray) -> None:
 
 
 def check_ends(data: Data) -> None:
-    """Without next_observations: the simulator must reach the next row, but not after an end.
-
-    It is asked at the ends, and at the rows from which the numbers change most.
+    """Without next_observations the simulator, asked at the ends and the largest changes, must not reach what follows
+    an end.
     """
     if data.following is not None:
         return

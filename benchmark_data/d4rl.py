@@ -9,18 +9,14 @@ D4RL's recipe (Fu et al. 2020, section 5), with the training steps of the snapsh
 As D4RL does it: actions are samples, an episode has at most 1000 steps, and one that falls at step 1000 exactly is a
 timeout and no terminal. The last episode of a file is cut where the number of transitions is reached.
 
-Deviations from D4RL:
-- Policies are this repository's own. Medium, sampling, returns 0.455 (hopper), 0.524 (halfcheetah) and 0.493
-  (walker2d) of the expert's mean action; of the expert that samples too, as it does in medium-expert, 0.55, 0.585
-  and 0.535.
-- hopper's medium takes two snapshots in turn: its return swings between them from about 1700 to 1200 of the expert's
-  3250 (walker2d's is about 1800 of 3650, halfcheetah's 4600 of 8700).
+Deviations from D4RL (docs/recipes.md has the levels of the policies):
+
+- hopper's medium takes two snapshots in turn: its return swings between them from about 1700 to 1200 of 3250.
 - medium-replay has no buffer to copy. The first 10,000 steps are uniform random actions, as SAC's warm-up is; every
   later training step is recorded anew by the snapshot nearest to it. Its policies so change in a few leaps.
 - The cut at the end is marked as a timeout; D4RL leaves it unmarked.
 - infos/qpos and infos/qvel are float64, so that a recorded action from a recorded state gives the recorded next one;
   rounded to float32 they miss it by more than 1e-4 where a contact begins or ends. infos/action_log_probs is left out.
-- Medium and the first half of medium-expert hold the same episodes at the same seed, as D4RL's own do.
 - 100,000 transitions unless asked for otherwise; the official files hold up to two million.
 """
 

@@ -22,7 +22,7 @@ import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -57,20 +57,14 @@ def _runner(robot: str) -> Callable[[], gymnasium.Env]:
     return functools.partial(d4rl_utils.make_env, f"{robot}-medium-v2")  # the same for every level
 
 
-class ExpertEnv(NamedTuple):
-    """An environment that a policy can be trained in, 1000 steps an episode at most."""
-
-    make: Callable[[], gymnasium.Env]
-    sizes: tuple[int, int]  # numbers in an observation and in an action
-
-
-ENVIRONMENTS = {
-    "ant-xy": ExpertEnv(_directional_ant, (29, 8)),  # qpos[2:15], qvel[0:14], unit direction [2]
-    "hopper": ExpertEnv(_runner("hopper"), (11, 3)),
-    "halfcheetah": ExpertEnv(_runner("halfcheetah"), (17, 6)),
-    "walker2d": ExpertEnv(_runner("walker2d"), (17, 6)),
-    "walker_walk": ExpertEnv(functools.partial(dmc_utils.WalkerEnv, "walk"), (24, 6)),
-    "walker_run": ExpertEnv(functools.partial(dmc_utils.WalkerEnv, "run"), (24, 6)),
+# What a policy can be trained in, 1000 steps an episode at most.
+ENVIRONMENTS: dict[str, Callable[[], gymnasium.Env]] = {
+    "ant-xy": _directional_ant,
+    "hopper": _runner("hopper"),
+    "halfcheetah": _runner("halfcheetah"),
+    "walker2d": _runner("walker2d"),
+    "walker_walk": functools.partial(dmc_utils.WalkerEnv, "walk"),
+    "walker_run": functools.partial(dmc_utils.WalkerEnv, "run"),
 }
 
 
@@ -164,9 +158,8 @@ def policy_path(experts_dir: str | Path, env: str, step: int) -> Path:
 
 
 def latest_policy(experts_dir: str | Path, env: str, step: int) -> Path:
-    """The policy of the most training steps in a folder, which need not be the one of the highest return.
-
-    Where there is none, the path that `step` would have.
+    """The policy of the most training steps in a folder, not of the highest return; where there is none, that of
+    `step`.
     """
     steps = [path.stem.removeprefix(f"{env}_") for path in Path(experts_dir).glob(f"{env}_*.safetensors")]
     return policy_path(experts_dir, env, max((int(text) for text in steps if text.isdecimal()), default=step))
@@ -189,10 +182,7 @@ def write_policy(path: str | Path, policy: Policy) -> None:
 
 
 def read_policy(path: str | Path) -> Policy:
-    """Read and check a policy file, whose name must be true of what it holds.
-
-    Raises UserError in one line where it is missing, damaged or of another kind.
-    """
+    """Read and check a policy file, whose name must be true of what it holds. Raises UserError."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -203,8 +193,6 @@ def read_policy(path: str | Path) -> Policy:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         settings = json.loads(header["__metadata__"]["policy"])
         policy = Policy(weights=weights, **{name: settings[name] for name in SETTINGS})
-        if policy.sizes != ENVIRONMENTS[policy.env].sizes:
-            raise ValueError(f"{policy.sizes[0]} observation and {policy.sizes[1]} action numbers of {policy.env!r}")
     except OSError as error:
         raise UserError(
             f"{path}: cannot read this policy ({error.strerror}); train it with `python -m benchmark_data.train_expert "
@@ -233,12 +221,7 @@ def algorithm(policy_file: str | Path) -> str:
 
 
 def write_card(policy_file: str | Path, facts: dict[str, Any], returns: dict[str, Any]) -> None:
-    """Write the card beside a policy file.
-
-    Args:
-        facts: algorithm, recipe, seed and what else only the one who trained it knows.
-        returns: "deterministic" and "stochastic" -> what `evaluate_policy` returned.
-    """
+    """Write the card beside a policy file. facts: what its trainer knows. returns: by kind, of `evaluate_policy`."""
     env, _, step = Path(policy_file).stem.rpartition("_")
     card = {"sha256": sha256(policy_file), "environment": env, "steps": int(step), **facts}
     card["returns"] = {kind: {key: round(v, 4) for key, v in result.items()} for kind, result in returns.items()}
@@ -267,7 +250,7 @@ def evaluate_policy(
     """
     kind = "stochastic" if stochastic else "deterministic"
     with contextlib.ExitStack() as stack:
-        own = stack.enter_context(contextlib.closing(ENVIRONMENTS[policy.env].make())) if env is None else env
+        own = stack.enter_context(contextlib.closing(ENVIRONMENTS[policy.env]())) if env is None else env
         bar = progress(range(episodes), f"{policy.env}_{policy.step} {kind}", unit="episode", disable=not show)
         results = [_episode(policy, own, np.random.SeedSequence(seed, spawn_key=(i,)), stochastic) for i in bar]
     returns, lengths = (np.array(column) for column in zip(*results, strict=True))

@@ -94,10 +94,7 @@ class Family(abc.ABC):
 def run_tasks(
     function: Callable[[Task], Result], tasks: list[Task], plan: Plan, unit: str = "episode"
 ) -> Iterator[Result]:
-    """function(task) for each task, in order, computed by `plan.jobs` processes, behind a bar that counts units.
-
-    With more than one process, function and tasks must be picklable. Raises UserError where a process was killed.
-    """
+    """function(task) for each task, in order, by `plan.jobs` processes behind a bar; UserError where one was killed."""
     results = map(function, tasks) if plan.jobs == 1 else _side_by_side(function, tasks, plan.jobs)
     return utils.progress(results, plan.dataset_id, total=len(tasks), unit=unit, disable=not plan.progress)
 
@@ -131,9 +128,8 @@ def _end_with_parent() -> None:
 def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, overwrite: bool = False) -> Path:
     """Make a dataset and return its main file or folder; one that is there already is kept.
 
-    Raises UserError for policies that are missing or another robot's, a folder that cannot be written, and, unless
-    `overwrite`, for another dataset of the same id (seed, size or policies differ) and for files in its place that have
-    no manifest.
+    Raises UserError for policies that are missing, a folder that cannot be written, and, unless `overwrite`, for
+    another dataset of the same id (seed, size or policies differ) and for files in its place that have no manifest.
     """
     policies = family.policies(plan.dataset_id, plan.experts_dir)
     for path in policies:

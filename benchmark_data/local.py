@@ -45,10 +45,9 @@ def generate(
     overwrite: bool = False,
     experts_dir: str | os.PathLike | None = None,
 ) -> Path:
-    """Make a local dataset and return its main file or folder; one that is there already is kept.
+    """`generation.make` of a local dataset; `size` counts what the benchmark counts, episodes or transitions.
 
-    `size` counts what the benchmark counts, episodes or transitions. Raises UserError for an id without a recipe, a
-    folder of policies that is missing, and as `generation.make` does.
+    Raises UserError for an id without a recipe, a folder of policies that is missing, and as `generation.make` does.
     """
     family = find_family(dataset_id)
     if experts_dir is not None and not Path(experts_dir).is_dir():
@@ -59,10 +58,7 @@ def generate(
 
 
 def generate_if_missing(dataset_id: str, dataset_dir: str | os.PathLike | None = None, jobs: int = 1) -> Dataset:
-    """The dataset of an id, made first where it is a local one that is missing, of the default size and seed.
-
-    Raises UserError for an unknown id, and as `generate`.
-    """
+    """The dataset of an id, made first where it is a local one that is missing. Raises UserError as `generate`."""
     dataset = find_dataset(dataset_id)
     if dataset.local and dataset.generated and dataset.manifest(dataset_dir) is None:
         generate(dataset.file_id, dataset_dir=dataset_dir, jobs=jobs)

@@ -202,7 +202,7 @@ class ExpertRun(Run):
     def build(self) -> None:
         """Make the environments and the model."""
         self.total = self.config.max_timesteps or RECIPES[self.config.env].steps
-        train_env, self.eval_env = (ENVIRONMENTS[self.config.env].make() for _ in range(2))
+        train_env, self.eval_env = (ENVIRONMENTS[self.config.env]() for _ in range(2))
         self.resources.callback(train_env.close)
         self.resources.callback(self.eval_env.close)
         self.step, self.evaluations = 0, {}  # step of a snapshot -> its mean return

@@ -68,13 +68,7 @@ def choose(runs: list[Run], only: str | None) -> list[Run]:
 
 
 class Queue:
-    """The runs of a table that have no rows yet. Rows are appended to the table's CSV.
-
-    Args:
-        config: the settings of run_comparison.py.
-        table: the runs.
-        runs: those of them that are asked for; default: all.
-    """
+    """The runs of a table that have no rows yet, or those of them that are asked for; rows go to the table's CSV."""
 
     machine: ClassVar[dict[str, Any]] = {"tensorboard": False}  # further settings of every run
 

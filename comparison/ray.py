@@ -42,13 +42,10 @@ def check_gpus(share: float | None) -> None:
 
 
 class RayPool(Pool):
-    """A cluster.
+    """A cluster at host:port of its head, ray://host:port, or auto for the one on this machine.
 
-    Args:
-        address: host:port of the cluster's head, ray://host:port, or auto for the one on this machine.
-        jobs: tasks that are submitted at once; None for as many as there are.
-        cpus, gpus: what a task takes of a node; a fraction of a GPU lets several share it. gpus None takes 0.25 where
-            the cluster has any.
+    jobs: tasks that are submitted at once; None for as many as there are. cpus, gpus: what a task takes of a node; a
+    fraction of a GPU lets several share it. gpus None takes 0.25 where the cluster has any.
 
     Raises UserError where Ray is missing, nobody answers or the cluster has no such node.
     """

@@ -56,10 +56,7 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def append_csv(path: Path, rows: list[Row]) -> bool:
-    """Add a run's rows to a CSV, whole or not at all; False where the file has rows of that run already.
-
-    Several processes may append to one file at the same time.
-    """
+    """Add a run's rows to a CSV, whole or not at all, whoever else does; False where it has that run's already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_folder(path.parent):
         present = read_csv(path)
@@ -113,10 +110,7 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def rows_of(run: Run, log_dir: str | Path, dataset_dir: str | None) -> list[Row]:
-    """Rows of a finished run, from its directory.
-
-    Raises UserError where a file is missing or damaged, and where the directory holds a run of other settings.
-    """
+    """Rows of a finished run, from its directory; UserError where that is damaged or of other settings."""
     run_dir = run.run_dir(log_dir)
     try:
         check_settings(run, log_dir, dataset_dir)

@@ -21,6 +21,7 @@ from typing import Any
 from comparison.registry import Run, Table, check_keys, fill, read_table
 from comparison.rows import COLUMNS, Row, Scores, read_csv
 from comparison.statistics import cell_text
+from runs.cli import load_yaml
 from utils import UserError, write_text_atomic
 
 MARKED = re.compile(r"^(<!-- table: (\S+) -->\n)(.*?)^(<!-- /table -->)$", re.DOTALL | re.MULTILINE)
@@ -162,16 +163,37 @@ def render(table: Table, scores: Scores) -> str:
     return text
 
 
+def render_glance(root: Path) -> str:
+    """README's table: cells of other tables, which comparison/glance.yaml names; UserError for one that none has."""
+    path = root / "comparison" / "glance.yaml"
+    glance = load_yaml(path)
+    lines, commits = [], set()
+    for cell in glance["cells"]:
+        table = read_table(root / "results" / f"{cell['table']}.yaml")
+        label, column = tuple(cell["row"]), cell["column"]
+        planned = {run.seed for run in table.runs if run.row == label}
+        if not planned or column not in table.layout["columns"]:
+            raise UserError(f"{path}: {table.path} has no cell {' '.join(label)}, {column}")
+        found = cells_of(table, matching(table, Scores([read_csv(table.csv)]))).get((label, column), {})
+        digits = table.layout.get("digits", 1)
+        scores = [float(row["score"]) for row in found.values()]
+        score = cell_text(scores, len(planned), digits) if scores else MISSING
+        lines.append([*cell["labels"], score, data_text(found.values(), digits)])
+        commits |= {row["commit"][:7] for row in found.values()} - {""}
+    grid = Grid([*glance["header"], "score", "the data's own"], lines, len(glance["header"]))
+    words = f"{glance['title']} Last checkpoints, mean over seeds, ± 95% t-interval, (lowest to highest) of two seeds, "
+    words += "* one seed, - not trained yet" + (f"; commits {', '.join(sorted(commits))}." if commits else ".")
+    return f"{words}\n\n{grid.markdown()}\n"
+
+
 def page_texts(root: Path) -> dict[Path, str]:
     """README*.md and docs/*.md of a checkout with their tables made anew. Raises UserError for an unknown table."""
-    from comparison import glance
-
     pages = {}
     for page in [*sorted(root.glob("README*.md")), *sorted((root / "docs").glob("*.md"))]:
 
         def between(match: re.Match, page: Path = page) -> str:
             if match[2] == "glance":
-                return f"{match[1]}{glance.render(root)}{match[4]}"
+                return f"{match[1]}{render_glance(root)}{match[4]}"
             path = root / "results" / f"{match[2]}.yaml"
             if not path.is_file():
                 raise UserError(f"{page}: table {match[2]}: there is no {path}")

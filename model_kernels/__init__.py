@@ -5,25 +5,3 @@ from model_kernels.choice import KernelConfig, choose_kernels, chosen_kernels, k
 from model_kernels.cuda import resolve_backend, run_mamba2
 from model_kernels.mlp import FlatMLP, linear, run_frozen, run_mlp, run_mlp_with_gradients, run_regression
 from model_kernels.opso import run_bank_logsumexp, run_causal_conv_silu, run_dual_form, run_gated_rms_norm
-
-__all__ = [
-    "Adam",
-    "KernelConfig",
-    "FlatMLP",
-    "choose_kernels",
-    "chosen_kernels",
-    "cosine",
-    "kernels_of",
-    "linear",
-    "resolve_backend",
-    "run_bank_logsumexp",
-    "run_causal_conv_silu",
-    "run_dual_form",
-    "run_frozen",
-    "run_gated_rms_norm",
-    "run_mamba2",
-    "run_mlp",
-    "run_mlp_with_gradients",
-    "run_regression",
-    "use_kernels",
-]

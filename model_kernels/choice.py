@@ -17,7 +17,6 @@ import ctypes
 import functools
 import logging
 import platform
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from utils import UserError
+from utils import UserError, processor_facts
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +58,8 @@ def use_kernels(config: KernelConfig, device: torch.device) -> None:
 
 
 def choose_kernels(kernels: Kernels = "auto", precision: Precision = "float32") -> str:
-    """Set what this process multiplies with, log it, and return it: torch, onednn or plain.
-
-    Raises UserError for onednn where this PyTorch lacks the operator or refuses it.
+    """Set and log what this process multiplies with; returns torch, onednn or plain. UserError where onednn does not
+    work.
     """
     if kernels == "onednn" and not onednn_works():
         raise UserError("--kernels onednn: this PyTorch lacks the operator, or it refuses this processor; use torch")
@@ -83,12 +81,8 @@ def fastest_kernels() -> str:
 @functools.cache
 def processor() -> tuple[str, int]:
     """The processor's maker, as AuthenticAMD, and its family; the platform's name and 0 where these are not told."""
-    try:
-        told = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        told = ""
-    vendor, family = (re.search(rf"^{name}\s*: (.*)$", told, re.M) for name in ("vendor_id", "cpu family"))
-    return vendor[1] if vendor else platform.processor(), int(family[1]) if family else 0
+    facts = processor_facts()
+    return facts.get("vendor_id") or platform.processor(), int(facts.get("cpu family", 0))
 
 
 @functools.cache
@@ -111,10 +105,7 @@ def uses_bf16() -> bool:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Have glibc keep up to 64 MB that were freed: pages that a step gives back are a tenth of its time in faults.
-
-    Elsewhere than on Linux with glibc nothing happens.
-    """
+    """Have glibc keep up to 64 MB that were freed: pages that a step gives back are a tenth of its time in faults."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-1, 1 << 26)  # M_TRIM_THRESHOLD

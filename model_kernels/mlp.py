@@ -92,10 +92,9 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class FlatMLP(nn.Module):
-    """The parameters of MLPs in one vector, `theta`: layer by layer all weights, then all biases.
+    """The parameters of `size` MLPs (None: one, shown without that dimension) in one vector, `theta`.
 
-    widths: of the input, the hidden layers and the output. size: how many networks; None: one, whose layers are shown
-    without that dimension.
+    Layer by layer all weights, then all biases; widths: of the input, the hidden layers and the output.
     """
 
     def __init__(self, widths: tuple[int, ...], size: int | None):
@@ -138,10 +137,7 @@ def _library(x: Tensor) -> str:
 
 
 def _passes(net, members: int, *tensors: Tensor) -> Iterator[tuple[int, bool, Sequence[Tensor]]]:
-    """A member's number, whether this is its first block, and the block's rows of tensors [n, ...], [members, n, ...].
-
-    What a block computes is still in the core's cache when its backward pass reads it.
-    """
+    """A member's number, whether this is its first block, the block's rows of tensors [n, ...], [members, n, ...]."""
     for k in range(members):
         own = [each if each.dim() == 2 else each[k] for each in tensors]
         if len(own[0]) <= net.rows:
@@ -404,14 +400,10 @@ def _by_input(d_x: Tensor | None, begin: int, widths: Sequence[int], wanted: Seq
 
 
 def run_mlp(net, theta: Tensor, members: int, inputs: Sequence[Tensor], squash: bool = False) -> Tensor:
-    """The first `members` of a `model.MLP`, as one node of the graph; differentiable once.
+    """The first `members` of a `model.MLP` with parameters theta as one node of the graph, [members, n, out].
 
-    Args:
-        net: the network. theta: its parameters, or those detached. squash: tanh of the output.
-        inputs: [n, ...], side by side the input of every member; or one of [members, n, in], each member's own.
-
-    Returns:
-        [members, n, out].
+    inputs: [n, ...], side by side the input of every member; or one of [members, n, in]. squash: tanh of the output.
+    Differentiable once.
     """
     if torch.is_grad_enabled():
         return _MLP.apply(theta, net, members, squash, *inputs)

@@ -103,12 +103,8 @@ class ChainRun(Run):
     """One run: the data, the agent, its environments, its random streams and its directory.
 
     The agent has `update(batch)`, `anneal(share)`, `diagnose(batch, seed)`, `state_dict()`, `load_state_dict()` and
-    `step`.
-
-    Args:
-        config: the settings.
-        beside: a run of the same settings and another seed, in this process: its data and environments serve both.
-        prefix: of what this run prints; `Seed 3: ` where there are several.
+    `step`. beside: a run of the same settings and another seed, in this process, whose data and environments serve
+    both. prefix: of what this run prints; `Seed 3: ` where there are several.
     """
 
     config: ChainRunConfig

@@ -51,10 +51,7 @@ class GraphedStep:
 
 
 class SideBySide:
-    """Steps that share nothing but data they only read, each on a CUDA stream of its own: branches of a captured graph.
-
-    A call returns what each step returned, and is ordered before and after what else the current stream does.
-    """
+    """Steps that share nothing but data they only read, each on a stream of its own: branches of a captured graph."""
 
     def __init__(self, steps: Iterable[Callable[[], Any]], device: torch.device):
         self.branches = [(step, torch.cuda.Stream(device)) for step in steps]

@@ -105,10 +105,9 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
 def prepare_run(
     run_dir: str | Path, config: Any, may_change: Iterable[str] = (), checkpoint: str | Path = LAST
 ) -> Path | None:
-    """Open a run's directory; returns the checkpoint to continue from, or None for a new run.
+    """Open a run's directory, inside `lock_run`; returns the checkpoint to continue from, or None for a new run.
 
-    Call it inside `lock_run`: a second start must not change the settings of a run that goes on. Writes config.yaml and
-    versions.json; with `config.overwrite` it removes the run that is there first. Arguments and errors are those of
+    Writes config.yaml and versions.json; with `config.overwrite` it removes the run that is there first. Raises as
     `check_run`.
     """
     run_dir, checkpoint = Path(run_dir), Path(run_dir) / checkpoint
@@ -126,11 +125,8 @@ def prepare_run(
 def check_run(run_dir: str | Path, config: Any, may_change: Iterable[str] = (), checkpoint: str | Path = LAST) -> None:
     """Whether a run may begin or go on here, as `prepare_run` asks, without writing anything: cheap, to ask first.
 
-    Args:
-        run_dir: the run's directory.
-        config: its settings, `resume` and `overwrite` among them where the command has these.
-        may_change: settings that, like run_dir, may differ from the stored config.yaml.
-        checkpoint: the file to continue from; a relative path is in run_dir.
+    may_change: settings that, like run_dir, may differ from the stored config.yaml. checkpoint: the file to continue
+    from; a relative path is in run_dir.
 
     Raises RunFinished for a finished run of these settings, and UserError where continuing would mix two runs: other
     settings, or a checkpoint without `--resume`.
@@ -153,7 +149,7 @@ def check_run(run_dir: str | Path, config: Any, may_change: Iterable[str] = (), 
         _check_same_config(run_dir, _stored_config(config), ALWAYS_MAY_CHANGE | set(may_change))
     if finished:
         remedy = f"choose another --run_dir to train again{replacing}"
-        raise RunFinished(f"{run_dir}: this run is finished{_last_metrics(run_dir)}; {remedy}")
+        raise RunFinished(f"{run_dir}: this run is finished; {remedy}")
     if started and not resume:
         remedy = f"continue it with --resume, or choose another --run_dir{replacing}"
         raise RunExists(run_dir, "holds an unfinished run", remedy)
@@ -168,21 +164,10 @@ def _clear(run_dir: Path, checkpoint: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
-def _last_metrics(run_dir: Path) -> str:
-    """` (name 0.123, ...)`: the first eight metrics of finished.json, or nothing where it cannot be read."""
-    try:
-        summary = json.loads((run_dir / "finished.json").read_text())
-        found = [f"{name} {value:.3f}" for name, value in summary.items() if isinstance(value, float) and "/" in name]
-    except (OSError, ValueError, AttributeError):
-        return ""
-    return f" ({', '.join(found[:8])})" if found else ""
-
-
 @contextlib.contextmanager
 def lock_run(run_dir: str | Path) -> Iterator[None]:
-    """Make a run's directory and keep it to one process.
-
-    Raises OSError where there can be no such directory, and RunLocked where another process trains in it.
+    """Make a run's directory and keep it to one process; raises RunLocked where another has it, OSError where it cannot
+    be.
     """
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as lock:

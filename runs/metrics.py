@@ -117,10 +117,7 @@ class MetricLogger:
 
 
 class RunningMeans:
-    """Means of what updates return, dicts of 0-d tensors, without waiting for the device until they are asked for.
-
-    Sums, not lists: thousands of small tensors that outlive an update would scatter the heap.
-    """
+    """Means of dicts of 0-d tensors, without waiting for the device until asked for. Lists would scatter the heap."""
 
     def __init__(self):
         self.sums: dict[str, torch.Tensor] = {}
@@ -220,10 +217,7 @@ def read_episodes(path: str | Path) -> list[dict[str, Any]]:
 
 
 def episodes_by_policy(path: str | Path) -> tuple[dict[Policy, list[dict]], dict[Policy, dict[int, list[float]]]]:
-    """Of an evaluations.csv by actor and mode: rows of the evaluation at the end, scores of those in training by step.
-
-    Raises UserError as `read_episodes`.
-    """
+    """By actor and mode of an evaluations.csv: rows of the last evaluation, scores of those in training by step."""
     final: dict[Policy, list[dict]] = {}
     training: dict[Policy, dict[int, list[float]]] = {}
     for row in read_episodes(path):
@@ -236,10 +230,7 @@ def episodes_by_policy(path: str | Path) -> tuple[dict[Policy, list[dict]], dict
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, list[float]]:
-    """Column -> values over the rows of metrics.csv, `step` as ints, nan where a row lacks the value.
-
-    Raises UserError when the directory has no metrics.csv.
-    """
+    """Column -> values of metrics.csv (UserError without it), `step` as ints, nan where a row lacks the value."""
     path = Path(run_dir) / "metrics.csv"
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the directory of a run")

@@ -16,17 +16,11 @@ from utils import RandomStreams
 
 
 class ChainPolicy:
-    """The actors of a run, each as acts on raw observations.
+    """The actors of a run (path: its directory, or a checkpoint), each as acts on raw observations.
 
-    Args:
-        path: a run's directory, whose checkpoints/last.pth is taken, or a checkpoint.
-        make_actors: of a checkpoint's content and a device, the actors in the order of the chain.
-        command: writes such checkpoints; named where the file is none.
-        device: where the actors compute.
-        state: the file's content, where it is read already.
-
-    Attributes: path, env (dataset id), config (the run's settings), step, actors, action_dim, mean and std [D].
-    Raises UserError for a file that is no such checkpoint.
+    make_actors: of a checkpoint's content and a device, the actors in the order of the chain. command: writes such
+    checkpoints. state: the file's content, where it is read already. Raises UserError for a file that is no such
+    checkpoint.
     """
 
     def __init__(
@@ -47,9 +41,8 @@ class ChainPolicy:
 
     @torch.no_grad()
     def act(self, observation: np.ndarray, actor: int = -1, deterministic: bool = True) -> np.ndarray:
-        """Actions [..., A] of raw observations [..., D]; with noise z ~ N(0, I) where not deterministic, else z = 0.
-
-        Raises ValueError for observations of another size.
+        """Actions [..., A] of raw observations [..., D] (ValueError for other sizes); with noise z ~ N(0, I) unless
+        deterministic.
         """
         if np.shape(observation)[-1:] != self.mean.shape:
             raise ValueError(f"observation has the shape {np.shape(observation)}, not [..., {len(self.mean)}]")
@@ -60,9 +53,8 @@ class ChainPolicy:
 
 
 def evaluate_again(config: ChainRunConfig, policy: ChainPolicy) -> dict[str, float]:
-    """`--evaluate`: print and return the scores of the evaluation at the end of a run once more, from its file alone.
-
-    config: this command's settings, which may ask for other episodes.
+    """`--evaluate`: print and return the scores of a run's last evaluation once more, from its file, or of other
+    episodes.
     """
     runs, episodes, seed = (policy.config[name] for name in ("final_runs", "eval_episodes", "seed"))
     at_once = episodes  # as the run had, so that the noise is the same

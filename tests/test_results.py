@@ -16,7 +16,7 @@ import yaml
 from running import error_line
 
 import run_comparison
-from comparison import glance, jobs, queue, registry, rows, tables
+from comparison import jobs, queue, registry, rows, tables
 from comparison.jobs import Job
 from comparison.registry import COMMANDS, check_flags, read_table, settings_digest, settings_of
 from runs.directory import plain_config
@@ -386,7 +386,7 @@ def test_a_cell_at_a_glance_that_no_table_has_is_refused(tmp_path):
     text = yaml.safe_dump({"title": "t", "header": ["data", "method"], "cells": [cell]})
     (tmp_path / "comparison" / "glance.yaml").write_text(text)
     with pytest.raises(UserError, match="has no cell BC, crawl"):
-        glance.render(tmp_path)
+        tables.render_glance(tmp_path)
 
 
 def filled(place: Place, **layout):

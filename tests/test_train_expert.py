@@ -5,6 +5,7 @@ import json
 import os
 import sys
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_a_checkpoint_holds_the_whole_model(finished):
     """Loaded into a model of another seed: the same networks, optimizers, temperature and buffer."""
     stored = load_checkpoint(finished / "checkpoints" / "last.pth")
     config = TrainExpertConfig(**TINY)
-    model = build_model(config, ENVIRONMENTS["hopper"].make(), 1)
+    model = build_model(config, ENVIRONMENTS["hopper"](), 1)
     load_model_state(model, stored)
     again = model_state(model)
     flat = [torch.utils._pytree.tree_leaves(state) for state in (again, {name: stored[name] for name in again})]
@@ -140,7 +141,7 @@ def test_evaluations_change_no_training_number(finished, tmp_path):
 @pytest.mark.parametrize("env", ["hopper", "ant-xy"])
 def test_a_policy_acts_as_the_model_does(env):
     config = TrainExpertConfig(env=env, hidden_dim=32, max_timesteps=100)
-    environment = ENVIRONMENTS[env].make()
+    environment = ENVIRONMENTS[env]()
     model = build_model(config, environment, 0)
     policy = extract_policy(model, config, 0)
     observations = np.random.default_rng(0).standard_normal((20, policy.sizes[0])).astype(np.float32)
@@ -164,3 +165,15 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--env cartpole.*hopper"):
         train_expert.main(["--env", "cartpole"])
     assert not os.listdir(tmp_path)
+
+
+@needs_sb3
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+    class Poor(gymnasium.RewardWrapper):
+        def reward(self, reward):
+            return float("nan")
+
+    hopper = ENVIRONMENTS["hopper"]
+    monkeypatch.setitem(ENVIRONMENTS, "hopper", lambda: Poor(hopper()))
+    with pytest.raises(UserError, match="critic's loss is nan.*--lr"):
+        train(tmp_path)

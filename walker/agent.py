@@ -112,8 +112,7 @@ def acting_state(
 ) -> dict[str, Any]:
     """What a checkpoint holds under `acting`, for `Agent.load_acting`.
 
-    kind, sizes: entry of POLICIES that the policy is, and what it is made with. normalizer: mean and standard deviation
-    [24] of the observations. task_bit: whether the policy reads the task's bit.
+    kind, sizes: entry of POLICIES, and what it is made with. normalizer: mean and deviation [24] of the observations.
     """
     mean, std = (torch.as_tensor(values) for values in normalizer)
     facts = {"method": method, "kind": kind, "sizes": sizes, "task_bit": task_bit, "action_dim": ACTION_DIM}
@@ -185,20 +184,19 @@ def testing_seeds(seed: int, episodes: int) -> list[int]:
 def play_saved(
     path: str | Path, episodes: int | None, seed: int | None, workers: int | None, device: str
 ) -> dict[tuple[str, str], np.ndarray]:
-    """Returns by agent and task: of a run's directory its last and its best agent, of a file its own.
-
-    What is None is as in the run's own test, which so is played again.
+    """Returns by agent and task: of a run's last and best agent, or of a file; what is None is as in the run's own
+    test.
     """
     folder, agents = Path(path) / "checkpoints", {}
     files = [folder / "last.pth", folder / "best.pth"] if Path(path).is_dir() else [Path(path)]
     for file in files:
         agents[file.stem] = agent = Agent(device=resolve_device(device))
         agent.load(file)
-    state = load_checkpoint(files[0])  # both files meet the same episodes, and an old best.pth has no settings
-    run = {"seed": 0, "test_episodes": 100} | state.get("config", {})
+    state = load_checkpoint(files[0])
+    run = state["config"]
     number = episodes or run["test_episodes"]
     seeds = testing_seeds(run["seed"], number) if seed is None else episode_seeds(seed, number)
-    return play(agents, state.get("tasks", TASKS), seeds, num_workers(workers), f"{agent.method}, ")
+    return play(agents, state["tasks"], seeds, num_workers(workers), f"{agent.method}, ")
 
 
 def write_returns(path: str | Path, found: dict[tuple[str, str], np.ndarray]) -> None:
