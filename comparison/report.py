@@ -219,9 +219,9 @@ def verdict(actor: int, distance: float, floor: float, gains: np.ndarray) -> str
 
 
 def steps_grid(chains: list[Chain]) -> Grid:
-    """What each step of each chain did at the end of training, means over seeds."""
+    """What each step of each chain did at the end of training, means over seeds; one actor alone is no chain."""
     rows = []
-    for chain in chains:
+    for chain in [chain for chain in chains if chain.actors > 1]:
         for actor in range(chain.actors):
             found, gains = {name: chain.at_end(actor, name) for name in AT_END}, chain.gains(actor)
             if actor == 0:
@@ -243,7 +243,10 @@ STYLE = """
 body { margin: 0 auto; padding: 16px; max-width: 1240px; background: #fff; color: #1d2329;
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2em; } p { max-width: 75ch; color: #5b6670; }
-.scroll { overflow-x: auto; margin: 0.8em 0; } img { max-width: 100%; min-width: 900px; }
+.scroll { overflow-x: auto; margin: 0.8em 0; /* its right edge is shaded while more of it lies beyond */
+  background: linear-gradient(to left, #fff 30%, #fff0) right / 40px 100% no-repeat local,
+    linear-gradient(to left, #0004, #0000) right / 14px 100% no-repeat scroll; }
+img { max-width: 100%; min-width: 900px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.75rem; overflow-wrap: normal; }
 th, td { padding: 4px; border-bottom: 1px solid #dde2e6; text-align: left; vertical-align: bottom; }
 th, td { white-space: nowrap; } .n { text-align: right; } th { color: #5b6670; }
@@ -266,7 +269,10 @@ HOW_TO_READ = (
     "the step; before: had the actor stayed where the chain stood. ⚠ marks a blur larger than the spread of the "
     "samples: the distance then understates how far apart two actors are, and hardly holds the later one back."
 )
-CURVES = "A line a seed. Dashed: the data's own episodes. Energy above 0 was saved by the step."
+CURVES = (
+    "An actor is a colour, and each of its lines a seed. Scores are deterministic, of a single seed stochastic too "
+    "(dotted). Dashed: the data's own episodes. Energy above 0 was saved by the step."
+)
 
 
 def csv_rows(rows: list[Row]) -> list[Row]:
@@ -332,7 +338,8 @@ def write_report(
     words = caption(table, matching(table, scores))
     parts = [("The actors of each chain", f"{words} {NOTES}", wide)]
     parts += [("Runs without a result", "", unfinished)] if unfinished.rows else []
-    parts += [("What each step of the chain did", HOW_TO_READ, steps_grid(chains))] if chains else []
+    steps = steps_grid(chains)
+    parts += [("What each step of the chain did", HOW_TO_READ, steps)] if steps.rows else []
     shown = [(head, grid.html(), note) for head, note, grid in parts]
     for dataset in dict.fromkeys(chain.label[0] for chain in chains):
         own = [chain for chain in chains if chain.label[0] == dataset]

@@ -38,7 +38,7 @@ def _new_figure(width: float, height: float, title: str) -> Figure:
     from matplotlib.figure import Figure  # late, since most that a command does draws nothing
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     return figure
 
 
@@ -55,29 +55,41 @@ def _save(figure: Figure, path: str | Path) -> None:
 
 
 def _draw(axis: Axes, panel: Panel, x: str) -> None:
-    """Curves, with a dot at each value where there are few; a value that has no place on the axis is left out."""
+    """Curves, with a dot at each value where there are few; the legend has room of its own above them.
+
+    A value that has no place on the axis is left out; where a curve has one alone, the legend says it.
+    """
     axis.set_yscale("log" if panel.log else "linear")
+    if not panel.log:
+        axis.ticklabel_format(axis="y", useOffset=False)
     for metrics, column, style in panel.curves:
         values = np.asarray(metrics.get(column, []), dtype=float)
         known = np.isfinite(values) & ((values > 0) | (not panel.log))
         if np.any(known):
             dots = {"marker": "."} if known.sum() <= FEW else {}
-            axis.plot(np.asarray(metrics[x])[known], values[known], **dots | style)
+            (line,) = axis.plot(np.asarray(metrics[x])[known], values[known], **dots | style)
+            if known.sum() == 1 and "label" in style:
+                line.set_label(f"{style['label']}: {values[known][0]:.4g}")
     for level, style in panel.levels:
         axis.axhline(level, linewidth=1, **style)
     axis.set(title=panel.title, ylabel=panel.ylabel)
     if panel.ylim is not None:
         axis.set_ylim(panel.ylim)
     axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=7)
+    if labels := axis.get_legend_handles_labels()[1]:
+        columns = 2 if len(labels) > 4 else 1
+        scale = axis.yaxis.get_transform()
+        low, high = scale.transform(axis.get_ylim())
+        room = 0.02 + 0.08 * math.ceil(len(labels) / columns)  # of the height, a line of the legend 8%
+        axis.set_ylim(top=scale.inverted().transform(low + (high - low) / (1 - room)))
+        axis.legend(fontsize=6.5, ncols=columns, loc="upper center", columnspacing=1, handlelength=1.5)
 
 
 def panels_figure(title: str, panels: Sequence[Panel], x: str, xlabel: str, columns: int) -> Figure:
     """A figure of panels, at most so many in a row, over a column of the metrics."""
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = _new_figure(min(14, 4.4 * columns), 3.2 * rows, title)
+    figure = _new_figure(min(14, max(8.8, 4.4 * columns)), 3.2 * rows, title)  # the title is long
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[len(panels) :]:
         axis.axis("off")
@@ -100,9 +112,9 @@ LOSS_NAMES = {  # column of metrics.csv -> name of the loss
     "infonce_loss": "InfoNCE",
     "alignment_loss": "Alignment",
 }
-WHY_IT_RISES = {  # under the curves that do not fall
+UNDER = {  # under the curves that may seem to fail
     "infonce_loss": "\ntrain rises while the bank of negatives fills",
-    "alignment_loss": "\nrises: it weighs 0.1 and yields to the others (--beta_a)",
+    "alignment_loss": "\nminus a cosine: -1 is the best",
 }
 
 
@@ -124,7 +136,7 @@ def plot_training_curves(metrics: Metrics, path: str | Path, title: str) -> None
             f"{name} loss",
             "loss",
             [curve(column, "train", "blue"), curve(f"val_{column}", "validation", "orange", marker=".")],
-            note=WHY_IT_RISES.get(column, ""),
+            note=UNDER.get(column, ""),
         )
         for column, name in LOSS_NAMES.items()
     ]
@@ -164,6 +176,7 @@ MAP_ARROWS = {  # of `opso.diagnostics.value_map` -> colour, name, and how many 
     "uphill": ("black", "towards higher V", 2),
     "proposals": ("white", "where the proposer leads", 1),
 }
+UNSEEN = "0.85"  # grey of the floor that no held-out state visited
 
 
 def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, title: str) -> None:
@@ -185,7 +198,7 @@ def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, ti
     limits = {"vmin": min(map(np.nanmin, values)), "vmax": max(map(np.nanmax, values))}
     for axis, entry, value in zip(axes, maps, values, strict=False):
         picture = axis.imshow(value, origin="lower", extent=extent, **limits)
-        axis.set_facecolor("0.85")  # floor that no held-out state visited
+        axis.set_facecolor(UNSEEN)
         for name, (colour, label, number) in MAP_ARROWS.items():
             size = maze.unit / number
             x, y = np.meshgrid(np.arange(left, right, size) + size / 2, np.arange(bottom, top, size) + size / 2)
@@ -195,6 +208,7 @@ def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, ti
             where = (x[seen], y[seen], *arrows[seen].T)
             axis.quiver(*where, color=colour, scale=22, width=0.008, headwidth=4.5, pivot="mid")
             axis.plot([], [], color=colour, marker=r"$\rightarrow$", linestyle="", markersize=15, label=label)
+        axis.plot([], [], "s", color=UNSEEN, markeredgecolor="black", markersize=12, label="no held-out state")
         _draw_maze(axis, maze, entry["name"], entry["start_xy"], entry["goal_xy"])
     figure.colorbar(picture, ax=axes, shrink=0.8, label="V(z, z_g), about discount^(steps to the goal - 1)")
     legend = {"loc": "lower right", "bbox_to_anchor": (0.86, 0.2), "fontsize": 14, "facecolor": "0.6"}
@@ -226,8 +240,8 @@ def plot_online_curves(metrics: Metrics, path: str | Path, title: str) -> None:
             acting |= {"label": "acting, with exploration"}
             evaluated = {"color": "tab:green", "marker": "o", "label": "evaluation, five tasks"}
             curves = [(metrics, column, acting), (metrics, "eval/success_rate", evaluated)]
-            panels.append(Panel(*names, curves, ylim=(-0.02, 1.4)))  # the legend has its room above 1
-        elif np.isfinite(metrics.get(column, [])).any():  # an agent without episodes of its own has no such figures
+            panels.append(Panel(*names, curves, ylim=(-0.02, 1.02)))
+        elif np.isfinite(metrics.get(column, [])).sum() > 1:  # an agent without episodes of its own has one or none
             panels.append(Panel(*names, [(metrics, column, acting)]))
     _save(panels_figure(title, panels, "env_steps", "environment steps", 4), path)
 
@@ -274,10 +288,10 @@ def chain_panels(runs: Sequence[Metrics], actors: int, data_score: float) -> lis
         return found
 
     runs = [metrics | _energy_saved(metrics, actors) for metrics in runs]
-    scores = curves("eval/actor_{}/deterministic/score", words=", deterministic", marker=".")
+    scores = curves("eval/actor_{}/deterministic/score", marker=".")
     if len(runs) == 1:
         scores += curves("eval/actor_{}/stochastic/score", words=", stochastic", line=":", marker=".")
-    data = {"color": "black", "linestyle": "--", "label": "the data's episodes"}
+    data = {"color": "black", "linestyle": "--", "label": "the data"}
     distances = curves("chain/actor_{}/distance")
     distances += curves("chain/actor_{}/floor", 1, ", floor", ":")  # the data has none
     first = min(actors - 1, 1)  # a step from the data is of another size, and would flatten the others

@@ -222,6 +222,13 @@ def test_what_each_step_did(made):
     assert [first[name] for name in ("energy before", "energy after", "fell in rows")] == ["-0.300", "-0.500", "100%"]
 
 
+def test_one_actor_alone_has_no_steps(made, tmp_path):
+    made.add("hopper-medium-v2", (0.0,), 0, algorithm="td3_bc")
+    assert made.steps() == []
+    made.write(tmp_path)
+    assert "What each step" not in (tmp_path / "report.html").read_text()
+
+
 def test_steps_are_judged_by_figures_and_not_by_their_rounded_text(made, monkeypatch):
     monkeypatch.setitem(CHAIN, "distance", 0.01996)
     monkeypatch.setitem(CHAIN, "floor", 0.01)

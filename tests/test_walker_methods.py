@@ -157,7 +157,7 @@ def test_cloning_overfits_a_few_rows_and_its_rate_falls_to_nothing():
     batch = {"observations": torch.randn(8, 5), "actions": torch.rand(8, 2) * 1.8 - 0.9}
     for number in range(150):
         learner.anneal(number / 150)
-        loss = learner.update(batch)["cloning_loss"]
+        loss = learner.update(batch)["bc_loss"]
     assert float(loss) < 1e-4 and float(learner.lr) < 1e-5
 
 

@@ -48,7 +48,7 @@ class BehaviorCloning(Learner):
         loss = F.mse_loss(self.policy.network(batch["observations"]), batch["actions"])
         self.minimise("policy", loss)
         self.step += 1
-        return {"cloning_loss": loss.detach()}
+        return {"bc_loss": loss.detach()}
 
     def anneal(self, share: float) -> None:
         self.lr.fill_(self.config.lr * cosine(share))

@@ -73,10 +73,10 @@ class InModelLearner(Learner):
         self.lr.fill_(self.config.model_lr * cosine(self.step / self.config.model_updates))
         model_loss, info = self.model.loss(batch, self.generator)
         first = len(batch["actions"]) // self.model.members
-        cloning_loss = F.mse_loss(self.ppo.actor(batch["noisy"][:first]), batch["actions"][:first])
+        bc_loss = F.mse_loss(self.ppo.actor(batch["noisy"][:first]), batch["actions"][:first])
         self.minimise("model", model_loss)
-        self.minimise("cloning", cloning_loss)
-        return info | {"cloning_loss": cloning_loss.detach()}
+        self.minimise("cloning", bc_loss)
+        return info | {"bc_loss": bc_loss.detach()}
 
     def iterate(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Imagine, and improve the policy; at first V alone."""

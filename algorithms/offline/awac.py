@@ -58,7 +58,7 @@ class AWAC(OfflineAlgorithm):
             observations, actions = batch["observations"].repeat(2, 1), torch.cat([batch["actions"], draw.actions])
             q, value = self.critic(observations, actions).amin(0).chunk(2)
             weight = ((q - value) / self.config.awac_lambda).exp().clamp(max=self.config.exp_adv_max)
-        loss = (weight * distribution.cloning_loss(batch["actions"], draw)).mean()
+        loss = (weight * distribution.bc_loss(batch["actions"], draw)).mean()
         return loss, {"weight": weight.mean(), "advantage": (q - value).mean()}
 
     def next_actor_loss(self, distribution: Distribution, draw: Draw, batch: Batch) -> tuple[Tensor, Info]:

@@ -71,7 +71,7 @@ class IQL(OfflineAlgorithm):
 
     def actor_loss(self, distribution: Distribution, draw: Draw, batch: Batch) -> tuple[Tensor, Info]:
         weight = (self.config.beta * batch["advantage"]).exp().clamp(max=LARGEST_WEIGHT)
-        loss = (weight * distribution.cloning_loss(batch["actions"], draw)).mean()
+        loss = (weight * distribution.bc_loss(batch["actions"], draw)).mean()
         return loss, {"weight": weight.mean()}
 
     def next_actor_loss(self, distribution: Distribution, draw: Draw, batch: Batch) -> tuple[Tensor, Info]:

@@ -63,7 +63,7 @@ class Samples:
     def draw(self, z: Tensor) -> Draw:
         return Draw(self.transport(z))
 
-    def cloning_loss(self, actions: Tensor, draw: Draw) -> Tensor:
+    def bc_loss(self, actions: Tensor, draw: Draw) -> Tensor:
         """||pi(s, z) - a||^2 at the draw, [n]."""
         return (draw.actions - actions).square().sum(-1)
 
@@ -82,7 +82,7 @@ class Density(abc.ABC):
     def log_prob(self, actions: Tensor) -> Tensor:
         """log pi(a | s), [n] or [n, K]."""
 
-    def cloning_loss(self, actions: Tensor, draw: Draw) -> Tensor:
+    def bc_loss(self, actions: Tensor, draw: Draw) -> Tensor:
         """-log pi(a | s), [n]."""
         return -self.log_prob(actions)
 

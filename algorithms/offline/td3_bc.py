@@ -66,7 +66,7 @@ class TD3BC(OfflineAlgorithm):
     def actor_loss(self, distribution: Distribution, draw: Draw, batch: Batch) -> tuple[Tensor, Info]:
         loss, info = self.next_actor_loss(distribution, draw, batch)
         cloning = F.mse_loss(draw.actions, batch["actions"])
-        return loss + cloning, info | {"cloning_loss": cloning.detach()}
+        return loss + cloning, info | {"bc_loss": cloning.detach()}
 
     def next_actor_loss(self, distribution: Distribution, draw: Draw, batch: Batch) -> tuple[Tensor, Info]:
         q = self.critic.frozen_q1(batch["observations"], draw.actions)
