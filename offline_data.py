@@ -14,6 +14,7 @@ minari/mujoco/halfcheetah/medium-v0          through Minari (pip install -r requ
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import warnings
@@ -334,6 +335,20 @@ def find_dataset(dataset_id: str) -> Dataset:
             raise UserError(f"dataset {dataset_id!r}: after minari/ comes Minari's id, as in mujoco/hopper/medium-v0")
         return MinariDataset(dataset_id)
     return find(dataset_id, DATASETS, "a dataset of OGBench, D4RL or Minari (see `python make_dataset.py --list`)")
+
+
+def made_here(ids: list[str], dataset_dir: str | os.PathLike | None) -> dict[str, Any]:
+    """What a run keeps of local datasets: their rows, and 12 hex digits of the SHA-256 of their file, or of all files.
+
+    Empty where a dataset has no manifest, as official ones.
+    """
+    manifests = [find_dataset(dataset_id).manifest(dataset_dir) for dataset_id in ids]
+    if None in manifests:
+        return {}
+    hashes = {name: entry["sha256"] for manifest in manifests for name, entry in manifest["files"].items()}
+    listed = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
+    digest = next(iter(hashes.values())) if len(hashes) == 1 else hashlib.sha256(listed.encode()).hexdigest()
+    return {"data_rows": sum(int(manifest["transitions"]) for manifest in manifests), "data_sha256": digest[:12]}
 
 
 def is_minari(dataset_id: str) -> bool:

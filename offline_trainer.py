@@ -16,11 +16,13 @@ import torch
 from benchmark_data.local import generate_if_missing
 from model_kernels import resolve_backend
 from offline_agent import OfflineAgent, OfflineAgentConfig
+from offline_data import made_here
 from ogbench_utils import TrajectoryDataset, make_env, parse_dataset_id
 from opso.diagnostics import HeldOut, value_map
 from opso.maze import Maze, evaluation_tasks
 from runs.cli import parse_config, run_cli
 from runs.directory import mark_finished, save_checkpoint
+from runs.evaluation import counted
 from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_training_curves, plot_value_maps
 from runs.run import DeviceRunConfig, Run
@@ -111,6 +113,7 @@ class OfflineRun(Run):
         dataset = generate_if_missing(config.dataset, config.dataset_dir)
         self.train_data = dataset.load("train", config.dataset_dir, config.max_trajectories, device)
         self.val_data = dataset.load("val", config.dataset_dir, None, device)
+        self.data_facts = made_here([config.dataset], config.dataset_dir)
 
     def build(self) -> None:
         """The agent, and the held-out pairs to judge it by."""
@@ -208,7 +211,7 @@ class OfflineRun(Run):
     def plot(self) -> None:
         """training_curves.png and, unless turned off, value_map.png."""
         config, data = self.config, self.train_data
-        size = f"{data.num_trajectories} episodes, {len(data.observations):,} states"
+        size = f"{counted(data.num_trajectories)}, {len(data.observations):,} states"
         title = f"{config.dataset} ({size}), seed {config.seed}, update {self.agent.step}"
         plot_training_curves(read_metrics(self.run_dir), self.run_dir / "training_curves.png", title)
         if config.plot_maps:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from benchmark_data.local import generate_if_missing
+from offline_data import made_here
 from ogbench_utils import max_episode_steps, parse_dataset_id
 from online_agent import OnlineAgent, OnlineAgentConfig
 from opso.batches import CodeSet, sample_batch, sample_pairs, steps_to_travel
@@ -30,6 +31,7 @@ from opso.routes import Routes
 from opso.search import Planner, StateGraph, spaced_rows
 from runs.cli import parse_config, run_cli
 from runs.directory import mark_finished, save_checkpoint
+from runs.evaluation import counted
 from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_online_curves
 from runs.run import DeviceRunConfig, Run
@@ -136,6 +138,7 @@ class OnlineRun(Run):
         config = self.config
         dataset = generate_if_missing(config.dataset, config.dataset_dir)
         self.data = dataset.load("train", config.dataset_dir, config.max_trajectories, self.device)
+        self.data_facts = made_here([config.dataset], config.dataset_dir)
 
     def build(self) -> None:
         """The agent, its codes and replay, and the environments."""
@@ -366,7 +369,7 @@ class OnlineRun(Run):
         title = f"{data}, {config.inverse_dynamics_data} actions, seed {config.seed}"
         plot_online_curves(read_metrics(self.run_dir), self.run_dir / "online_training_curves.png", title)
         nodes = self.data.observations[self.node_rows, :2].cpu().numpy()
-        self.evaluation.plot(self.run_dir / "paths.png", nodes, f"{title}, {self.episodes} episodes")
+        self.evaluation.plot(self.run_dir / "paths.png", nodes, f"{title}, {counted(self.episodes)}")
         if config.record_video:
             self.evaluation.record_video(self.run_dir / "evaluation.mp4")
 
@@ -390,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
         mark_finished(run.run_dir, {**summary, "env_steps": run.env_steps, "dataset": config.dataset})
     print(
         f"{config.dataset}, {config.inverse_dynamics_data} actions, seed {config.seed}: last checkpoint after "
-        f"{run.episodes} episodes, {run.env_steps} environment steps, {time.perf_counter() - began:.0f} seconds{since}"
+        f"{counted(run.episodes)}, {run.env_steps} environment steps, {time.perf_counter() - began:.0f} seconds{since}"
     )
     print_metrics(summary)
     print(f"outputs in {run.run_dir}: best_model.pth, checkpoints/last.pth, metrics.csv, *.png")

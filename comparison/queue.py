@@ -244,11 +244,16 @@ class Queue:
 
     def describe(self) -> None:
         """`--dry_run`: every run with its state, the data that is missing, and the time of the runs that are left."""
-        scores, left = self.known()[0], []
-        for run in dict.fromkeys(part for one in self.runs for part in (one.needs, one) if part is not None):
-            found = "has its rows" if scores.of(run) else describe_state(self.run_dir(run), self.is_finished(run))
-            print(f"{run.name}: {found}")
-            left += [run] if found not in ("has its rows", "finished") else []
+        scores, states = self.known(), {}
+        for run in self.runs:
+            if any(known.of(run) for known in scores):
+                states[run] = "has its rows"
+                continue
+            for part in filter(None, (run.needs, run)):
+                states[part] = describe_state(self.run_dir(part), self.is_finished(part))
+        for run, state in states.items():
+            print(f"{run.name}: {state}")
+        left = [run for run, state in states.items() if state not in ("has its rows", "finished")]
         self.describe_data(left)
         self.describe_time(left)
 

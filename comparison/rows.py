@@ -8,7 +8,6 @@ and is no result.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import math
@@ -20,7 +19,6 @@ import numpy as np
 
 from comparison.jobs import read_attempts, seconds_spent
 from comparison.registry import MACHINE, RESERVED, Run, settings_digest, settings_of
-from offline_data import find_dataset
 from runs.cli import load_yaml, marked
 from runs.directory import LENGTHS, plain_config
 from runs.metrics import episodes_by_policy, read_metrics
@@ -118,8 +116,6 @@ def rows_of(run: Run, log_dir: str | Path, dataset_dir: str | None) -> list[Row]
         scores = list({"walker": _walker, "opso": _opso}.get(run.system, _chain)(run_dir, summary))
         if not scores:
             raise ValueError("no score of a last checkpoint")
-        ids = summary.get("datasets") or ([summary["dataset"]] if "dataset" in summary else [])
-        count, digest = data_facts(ids, dataset_dir)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{run_dir}: its scores cannot be read ({error!r}); remove it to train it again") from None
     attempts, seconds = read_attempts(run_dir), seconds_spent(run_dir)
@@ -128,8 +124,8 @@ def rows_of(run: Run, log_dir: str | Path, dataset_dir: str | None) -> list[Row]
         "system": run.system,
         "method": run.method,
         "dataset": run.dataset,
-        "rows": count or summary.get("transitions", ""),
-        "data_sha256": digest,
+        "rows": versions.get("data_rows") or summary.get("transitions", ""),
+        "data_sha256": versions.get("data_sha256", ""),
         "seed": run.seed,
         "seconds": "" if seconds is None else round(seconds),
         "processor": attempts[-1].get("processor", "") if attempts else "",
@@ -214,17 +210,3 @@ def _opso(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _episodes(values: list[float]) -> dict[str, Any]:
     """Columns of so many episodes; the standard deviation is over episodes, divided by their number."""
     return {"episodes": len(values), "mean": float(np.mean(values)), "std": float(np.std(values))}
-
-
-def data_facts(ids: list[str], dataset_dir: str | None) -> tuple[int | str, str]:
-    """Transitions of local datasets, and 12 hex digits: SHA-256 of their one file, or of all files' names and hashes.
-
-    Empty texts for no data, and where a manifest is gone.
-    """
-    manifests = [find_dataset(dataset_id).manifest(dataset_dir) for dataset_id in ids]
-    if not manifests or None in manifests:
-        return "", ""
-    hashes = {name: entry["sha256"] for manifest in manifests for name, entry in manifest["files"].items()}
-    listed = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
-    digest = next(iter(hashes.values())) if len(hashes) == 1 else hashlib.sha256(listed.encode()).hexdigest()
-    return sum(int(manifest["transitions"]) for manifest in manifests), digest[:12]

@@ -71,7 +71,7 @@ def matching(table: Table, scores: Scores) -> list[tuple[Run, Row]]:
     """Rows of the table's present runs that pass its `where`. Raises UserError where their data or precision differ."""
     found = [(run, row) for run in table.runs for row in scores.of(run)]
     groups = {"data_sha256": "{dataset}", "rows": "{dataset}", "data_score": "{dataset} {task}", "precision": "{label}"}
-    for name, group in groups.items():  # the score is of what a run saw, the sum of what lies there now
+    for name, group in groups.items():
         kinds: dict[str, set[str]] = {}
         for run, row in found:
             key = group.format(**row, label=" ".join(run.row)).strip()

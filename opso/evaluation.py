@@ -16,7 +16,7 @@ from opso.episodes import TRAIN_SEED_OFFSET, Episode, GoalEnv, episode_code, rol
 from opso.maze import Maze
 from opso.policy import MazePolicy
 from opso.search import Planner, StateGraph
-from runs.evaluation import Evaluator, num_workers
+from runs.evaluation import Evaluator, counted, num_workers
 from runs.plots import plot_paths
 from utils import RandomStreams, UserError, progress, resolve_device, write_text_atomic
 
@@ -136,7 +136,7 @@ def evaluate_file(config: Any) -> None:
     evaluation.plot(folder / "paths.png", policy.state["nodes"][:, :2].cpu().numpy(), title)
     if config.record_video:
         evaluation.record_video(folder / "evaluation.mp4")
-    print(f"{title}: {policy.path}, after {policy.state['episodes']} episodes of its own")
+    print(f"{title}: {policy.path}, after {counted(policy.state['episodes'])} of its own")
     print_metrics(metrics)
     print(f"outputs in {folder}: evaluation.json, paths.png{', evaluation.mp4' if config.record_video else ''}")
 

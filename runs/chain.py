@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from offline_data import OfflineData, data_scores, is_official, make_env, normalized_score
+from offline_data import OfflineData, data_scores, is_official, made_here, make_env, normalized_score
 from runs.cuda_graphs import GraphedStep
 from runs.directory import mark_finished, save_checkpoint
-from runs.evaluation import Episodes, Evaluator, episode_seeds, num_workers, report_steps
+from runs.evaluation import Episodes, Evaluator, counted, episode_seeds, num_workers, report_steps
 from runs.metrics import EpisodeLog, RunningMeans, read_metrics
 from runs.plots import plot_chain_curves
 from runs.run import DeviceRunConfig, Run, largest_q, part_of
@@ -118,6 +118,7 @@ class ChainRun(Run):
     def load_data(self) -> None:
         """The transitions, which runs beside each other share."""
         self.data = self.load_transitions() if self.beside is None else self.beside.data
+        self.data_facts = made_here([self.config.env], self.config.dataset_dir)
 
     def build(self) -> None:
         """Normalise the data, make the agent and the environments to evaluate it in."""
@@ -237,7 +238,8 @@ class ChainRun(Run):
             metrics |= self.evaluate()
         self.logger.log(self.step, metrics)
         if evaluates:
-            self.save()
+            self.save()  # before the lines that say how far it is: whoever stops it then keeps what they tell of
+            self.print_evaluation(metrics)
 
     def is_evaluation(self, step: int) -> bool:
         """Whether the run evaluates and saves after this many updates."""
@@ -259,21 +261,27 @@ class ChainRun(Run):
         return float(data_scores(self.data, self.config.dataset_dir).mean())
 
     def evaluate(self) -> dict[str, float]:
-        """Score every actor on the run's evaluation episodes, print the block, keep every episode."""
+        """Score every actor on the run's evaluation episodes; keep every episode, and where the best score was."""
         seeds = episode_seeds(self.streams.evaluation_seed, self.config.eval_episodes)
         played = self.rollout(seeds, self.streams.evaluation_seed, "evaluate")
         names = policy_names(len(self.acting()))
         self.episodes.add(self.step, names, played.returns, played.lengths, self.score(played.returns))
-        metrics, lines = {}, [f"{self.prefix}Update {self.step:,}.", f"Evaluation over {len(seeds)} episodes:"]
+        metrics = {}
         for (number, mode), returns in zip(names, played.returns, strict=True):
             name, score = f"eval/actor_{number}/{mode}", float(self.score(returns).mean())
             metrics |= {f"{name}/return": float(returns.mean()), f"{name}/return_std": float(returns.std())}
             metrics[f"{name}/score"] = score
-            lines.append(f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, D4RL score: {score:.3f}")
             if score > self.best["score"]:
                 self.best = {"score": score, "actor": number, "mode": mode, "step": self.step}
-        tqdm.write("\n".join(lines))
         return metrics
+
+    def print_evaluation(self, metrics: dict[str, float]) -> None:
+        """The block of an evaluation, from its metrics."""
+        lines = [f"{self.prefix}Update {self.step:,}.", f"Evaluation over {counted(self.config.eval_episodes)}:"]
+        for number, mode in policy_names(len(self.acting())):
+            name, words = f"eval/actor_{number}/{mode}", f"  Actor {number} - {mode.capitalize()}"
+            lines.append(f"{words}: {metrics[f'{name}/return']:.3f}, D4RL score: {metrics[f'{name}/score']:.3f}")
+        tqdm.write("\n".join(lines))
 
     def final_evaluation(self) -> dict[str, float]:
         """`final_runs` evaluations on seeds of their own: mean score of each actor, and the spread over the runs."""
@@ -331,7 +339,7 @@ class ChainRun(Run):
         shift = f", rewards shifted by {data.reward_shift:g}" if data.reward_shift else ""
         other = " (too few to be D4RL's own file)" if is_official(data.dataset_id, len(data)) is False else ""
         return (
-            f"{data.dataset_id}: {len(data):,} transitions{other}, {facts['episodes']} episodes, mean return "
+            f"{data.dataset_id}: {len(data):,} transitions{other}, {counted(facts['episodes'])}, mean return "
             f"{facts['mean_return']:.1f} (score {self.data_score():.1f}){shift}; {self.device}"
         )
 
@@ -427,7 +435,7 @@ def report_final(title: str, played: Episodes, scores: np.ndarray, runs: int) ->
     """Print and return the mean score of each policy over runs of equally many episodes; scores [P, episodes]."""
     metrics = {}
     count = scores.shape[1] // runs
-    print(f"{title}: {runs} runs of {count} episodes:" if runs > 1 else f"{title}: {count} episodes:")
+    print(f"{title}: {f'{runs} runs of ' if runs > 1 else ''}{counted(count)}:")
     for (number, mode), returns, score in zip(policy_names(len(scores) // 2), played.returns, scores, strict=True):
         means = score.reshape(runs, -1).mean(1)
         metrics[f"actor_{number}/{mode}/score"] = float(means.mean())

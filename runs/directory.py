@@ -103,12 +103,16 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
 
 
 def prepare_run(
-    run_dir: str | Path, config: Any, may_change: Iterable[str] = (), checkpoint: str | Path = LAST
+    run_dir: str | Path,
+    config: Any,
+    may_change: Iterable[str] = (),
+    checkpoint: str | Path = LAST,
+    data: dict[str, Any] | None = None,
 ) -> Path | None:
     """Open a run's directory, inside `lock_run`; returns the checkpoint to continue from, or None for a new run.
 
-    Writes config.yaml and versions.json; with `config.overwrite` it removes the run that is there first. Raises as
-    `check_run`.
+    Writes config.yaml and versions.json, with what is known of the `data`; with `config.overwrite` it removes the run
+    that is there first. Raises as `check_run`.
     """
     run_dir, checkpoint = Path(run_dir), Path(run_dir) / checkpoint
     check_run(run_dir, config, may_change, checkpoint)
@@ -116,7 +120,7 @@ def prepare_run(
         _clear(run_dir, checkpoint)
     started = checkpoint.exists()
     write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(_stored_config(config), sort_keys=False))
-    write_text_atomic(run_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
+    write_text_atomic(run_dir / "versions.json", json.dumps(_versions() | (data or {}), indent=2) + "\n")
     if getattr(config, "resume", False) and not started:
         print(f"{run_dir}: nothing to resume, starting anew", file=sys.stderr)
     return checkpoint if started else None

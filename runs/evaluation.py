@@ -47,6 +47,11 @@ class Episodes:
     last_observations: np.ndarray  # [P, E, obs_dim] float32, where each episode ended
 
 
+def counted(episodes: int) -> str:
+    """`1 episode`, `10 episodes`."""
+    return f"{episodes} episode{'s' * (episodes != 1)}"
+
+
 def episode_seeds(seed: int, episodes: int) -> list[int]:
     """Reset seeds of the episodes of an evaluation; the first ones are the same for any number of them."""
     return [int(word) for word in np.random.SeedSequence(seed).generate_state(episodes, np.uint32)]
@@ -309,9 +314,10 @@ def report_steps(metrics: dict[str, float], scores: np.ndarray) -> dict[str, flo
             verdict = "cannot help here, Q promises nothing for it"
         elif len(gains) < LEAST_EPISODES:
             verdict = "too few episodes to tell"
+        spread = f" ± {error / 2:.2f}" if len(gains) > 1 else ""
         print(
             f"  Step to actor {number}: moved {step['moved']:.2g} (spread {step['spread']:.2g}), Q promised "
-            f"{step['q_gain']:+.3g}, scored {gain:+.2f} ± {error / 2:.2f} over actor {number - 1}: {verdict}"
+            f"{step['q_gain']:+.3g}, scored {gain:+.2f}{spread} over actor {number - 1}: {verdict}"
         )
         found |= {f"actor_{number}/{name}": value for name, value in step.items()}
     return found

@@ -59,6 +59,7 @@ class Run(abc.ABC):
     """
 
     step: int  # updates, or what else rows of metrics.csv count
+    data_facts: dict[str, Any]  # of the data that was loaded, for versions.json (`offline_data.made_here`)
     q_bound = math.inf  # mean Q beyond this, either way, has diverged: see `largest_q`
     best_value = math.inf  # mean Q of the data's actions above this overrates them: see `data_values`
     prefix = ""  # of what the run prints
@@ -92,7 +93,7 @@ class Run(abc.ABC):
         config = self.config
         for folder in {self.run_dir.resolve(), self.checkpoint.parent}:
             self.resources.enter_context(lock_run(folder))
-        checkpoint = prepare_run(self.run_dir, config, self.may_change(config), self.checkpoint)
+        checkpoint = prepare_run(self.run_dir, config, self.may_change(config), self.checkpoint, self.data_facts)
         self.build()
         if checkpoint is not None:
             self.load(checkpoint)
@@ -136,7 +137,7 @@ class Run(abc.ABC):
 
     @abc.abstractmethod
     def load_data(self) -> None:
-        """Load what is trained on; nothing is locked or written yet."""
+        """Load what is trained on, and set `data_facts`; nothing is locked or written yet."""
 
     @abc.abstractmethod
     def build(self) -> None:

@@ -138,6 +138,8 @@ def test_a_step_is_told_by_what_it_moved_promised_and_scored(gains, promised, wo
     scores = np.array([[50.0] * 3, [0.0] * 3, np.add(50, gains), [0.0] * 3])
     report_steps(metrics, scores)
     assert ("over actor 0: too few episodes to tell" in capsys.readouterr().out) == (promised > 0)
+    report_steps(metrics, scores[:, :1])
+    assert "±" not in capsys.readouterr().out
     found = report_steps(metrics, np.tile(scores, 4))
     assert words in capsys.readouterr().out and found["actor_1/gain"] == pytest.approx(np.mean(gains))
 
@@ -214,6 +216,8 @@ def test_ctrl_c_says_what_is_kept_and_the_last_line_what_was_done_since(argument
         patch.setattr(pogo_main, "generate_if_missing", lambda *_: signal.raise_signal(signal.SIGINT))
         exits(capsys, *arguments(run_dir), code=130, starts="interrupted: nothing was saved, and data that was being")
     assert "nothing was saved yet" in train_until(3, arguments(run_dir))
+    assert "nothing was saved yet" in train_until(6, arguments(run_dir), method="save")
+    assert "Update 6" not in capsys.readouterr().out  # what is told of is saved
     assert "--resume continues from it" in train_until(8, arguments(run_dir))
     train(arguments(run_dir, "--resume"))
     assert "the last 6 of 12 updates in " in capsys.readouterr().out

@@ -178,7 +178,8 @@ def record(run, log_dir: Path, summary: dict, files: dict[str, str]) -> Path:
     """The directory of a finished run, as its command leaves it."""
     run_dir = run.run_dir(log_dir)
     files = {"config.yaml": stored_settings(run, log_dir), "finished.json": json.dumps(summary), **files}
-    files |= {"versions.json": json.dumps({"commit": "0123456789abcdef"})}
+    versions = {"commit": "0123456789abcdef", "data_rows": 400, "data_sha256": "abc"}
+    files |= {"versions.json": json.dumps(versions)}
     attempt = {"began": "2026-01-01T00:00:00+00:00", "seconds": 12.4, "code": 0, "line": "", "processor": "a chip"}
     files["attempts.json"] = json.dumps([attempt])
     for name, text in files.items():
@@ -202,7 +203,8 @@ def test_rows_of_the_walker(tmp_path):
     expected = {"table": "t", "system": "walker", "method": "BC", "dataset": "local/__all__", "task": "walk"}
     expected |= {"updates": "5", "environment_steps": "0", "episodes": "2", "mean": "920", "std": "20", "score": "920"}
     expected |= {"best_in_training": "950", "data_score": "949", "seconds": "12", "processor": "a chip"}
-    expected |= {"precision": "float32", "commit": "0123456789ab", "command": run.text, "actor": "", "rows": ""}
+    expected |= {"precision": "float32", "commit": "0123456789ab", "command": run.text, "actor": ""}
+    expected |= {"rows": "400", "data_sha256": "abc"}  # of what the run read
     assert {name: walk[name] for name in expected} == expected
     assert (ran["task"], ran["episodes"], ran["score"]) == ("run", "1", "300")
 
@@ -355,6 +357,18 @@ def test_a_run_waits_for_the_one_that_it_needs(place):
     first, second = (jobs.read_attempts(path.parent)[0] for path in (pretraining, online))
     assert first["began"] < second["began"] and first["code"] == 0
     assert {row["method"] for row in place.rows()} == {"random"}
+
+
+def test_a_run_that_only_those_with_rows_need_is_no_work(place, capsys):
+    entry = {"method": "OPSO", "command": "online_trainer", "flags": {"dataset": "local/pointmaze-medium-navigate-v0"}}
+    (run,) = read_table(write_table(place.table, entry | {"needs": {"command": "offline_trainer"}})).runs
+    row = dict.fromkeys(rows.COLUMNS, "") | {"command": run.text, "score": "1"}
+    rows.write_csv(place.table.with_suffix(".csv"), rows.COLUMNS, [row])
+    place.run("--dry_run")
+    out = capsys.readouterr().out
+    assert "has its rows" in out and "pretraining" not in out and "missing" not in out and "0 runs are left" in out
+    place.run()
+    assert not place.notes()
 
 
 def test_a_kill_between_finishing_and_appending_loses_nothing(place, monkeypatch):

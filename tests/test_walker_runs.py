@@ -168,7 +168,7 @@ def test_a_run_writes_its_outputs(method, finished):
 
 
 @pytest.mark.parametrize("method", ["bc", "cql", "dt", "morel", "cds"])  # td3bc is as cql, the other models as morel
-def test_a_run_that_was_cut_goes_on_to_the_same_bits(method, finished, arguments, tmp_path, monkeypatch):
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(method, finished, arguments, tmp_path, monkeypatch, capsys):
     module = METHODS[method][0]
     run_dir, saves = tmp_path / "run", []
     learns_in_model = method == "morel"  # cut it in its second iteration of PPO
@@ -184,6 +184,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(method, finished, arguments
         with pytest.raises(KeyboardInterrupt):
             module.main(arguments(method, run_dir))
     assert saves[-1] == (5 if learns_in_model else 3) and not (run_dir / "finished.json").exists()
+    assert f"update {saves[-1]}:" not in capsys.readouterr().out  # what is told of is saved
     module.main(arguments(method, run_dir, "--resume"))
     for name in ("metrics.csv", "evaluation.csv", "checkpoints/best.pth", "checkpoints/last.pth", "finished.json"):
         assert digest(run_dir / name) == digest(finished / method / name), name

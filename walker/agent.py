@@ -27,7 +27,7 @@ import torch
 from dmc_utils import ACTION_DIM, OBSERVATION_DIM, TASKS, WalkerEnv
 from runs.cli import parse_config, run_cli
 from runs.directory import checkpoint_file, expecting, load_checkpoint, lock_run, mark_finished, prepare_run
-from runs.evaluation import Evaluator, episode_seeds, num_workers
+from runs.evaluation import Evaluator, counted, episode_seeds, num_workers
 from utils import Count, RandomStreams, Whole, Workers, resolve_device, write_text_atomic
 from walker.policies import POLICIES
 
@@ -171,9 +171,8 @@ def play(
 
 def in_words(returns: np.ndarray) -> str:
     """Mean and standard deviation of returns [episodes]; of a single episode there is no deviation."""
-    several = len(returns) > 1
-    spread = f" ± {returns.std():.1f}" if several else ""
-    return f"{returns.mean():.1f}{spread} over {len(returns)} episode{'s' * several}"
+    spread = f" ± {returns.std():.1f}" if len(returns) > 1 else ""
+    return f"{returns.mean():.1f}{spread} over {counted(len(returns))}"
 
 
 def testing_seeds(seed: int, episodes: int) -> list[int]:

@@ -28,9 +28,10 @@ from tqdm import tqdm
 from benchmark_data.local import generate_if_missing
 from dataset_files import did_you_mean
 from dmc_utils import ALL_DATASETS, DATASETS, TASKS, load_study_data, parse_datasets
+from offline_data import made_here
 from runs.cli import parse_config
 from runs.directory import LAST, mark_finished, save_checkpoint
-from runs.evaluation import episode_seeds, num_workers
+from runs.evaluation import counted, episode_seeds, num_workers
 from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_study_curves
 from runs.run import DeviceRunConfig, Run, part_of
@@ -80,6 +81,7 @@ class StudyRun(Run):
         for dataset_id in self.ids:
             generate_if_missing(dataset_id, self.config.data_dir)
         self.data = load_study_data(self.ids, self.config.data_dir)
+        self.data_facts = made_here(self.ids, self.config.data_dir)
         self.fingerprint, self.data_returns = self.data.fingerprint(), self.returns_by_task()
 
     def build(self) -> None:
@@ -204,7 +206,7 @@ class StudyRun(Run):
     def describe(self) -> str:
         """What is trained on, in one line."""
         found = self.data_returns.items()
-        means = ", ".join(f"{task} {returns.mean():.1f} in {len(returns)} episodes" for task, returns in found)
+        means = ", ".join(f"{task} {returns.mean():.1f} in {counted(len(returns))}" for task, returns in found)
         return f"{', '.join(self.ids)}: mean return of {means}; {self.device}"
 
     def returns_by_task(self) -> dict[str, np.ndarray]:
@@ -231,6 +233,8 @@ class StudyRun(Run):
                     self.logger.log(self.step, metrics)
                     if saves:
                         self.save()
+                    if evaluates:  # after saving: whoever stops the run then keeps what the line tells of
+                        tqdm.write(f"update {self.step}: {self.last_returns}", file=sys.stdout)
 
     def is_evaluation(self, step: int) -> bool:
         """Whether the run evaluates after so many updates."""
@@ -256,7 +260,7 @@ class StudyRun(Run):
             figures |= {f"eval/{task}/return": float(returns.mean()), f"eval/{task}/return_std": float(returns.std())}
             lines.append(f"{task} {in_words(returns)}")
         score = np.mean([figures[f"eval/{task}/return"] / EXPERT_RETURNS[task] for task in self.trained_tasks()])
-        tqdm.write(f"update {self.step}: {', '.join(lines)}", file=sys.stdout)
+        self.last_returns = ", ".join(lines)
         if score > self.best["score"]:
             self.best = {"score": float(score), "step": self.step}
             save_checkpoint(self.run_dir / "checkpoints" / "best.pth", self.saved_agent())
