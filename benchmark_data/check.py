@@ -154,7 +154,6 @@ def check_replay(data: Data) -> str:
     if not agrees:
         _say_what_is_wrong(data, rows[wrong], states[wrong], misses[wrong], len(rows))
     _check_rewards(data, rows, rewards, agrees)
-    _check_falls(data, rows)
     return f"{len(rows):,} rows; the simulator misses the next observation by {np.nanmedian(misses):.0e} (median)"
 
 
@@ -173,13 +172,7 @@ def _known_states(data: Data, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]
         states = data.simulator.rebuild(data.observations[rows])
     elif data.states is not None:
         states = data.states[rows]
-        shown = np.array([data.simulator.place(state) for state in states])
-        apart = rows[_distance(shown, data.observations[rows]) > DIFFERS]
-        if len(apart):
-            what = "state and observation of a row differ, one of them is shifted or changed; take the original file"
-            data.fault(f"{what}: {data.at(apart)} of {len(rows):,} sampled")
-            data.states = None
-    if data.simulator.padding is None and data.states is None:
+    else:
         return rows[:0], np.zeros(0)
     known = np.isfinite(states).all(axis=1)
     return rows[known], states[known]
@@ -232,22 +225,6 @@ def _check_rewards(data: Data, rows: np.ndarray, rewards: np.ndarray, agrees: bo
             f"rewards are not the simulator's, by {miss:.2g} in {wrong.sum():,} of {len(rows):,} sampled rows, first "
             f"{data.at(rows[wrong][:1])}: " + ("shifted by a row" if shifted else "scaled, changed or another task's")
         )
-
-
-def _check_falls(data: Data, rows: np.ndarray) -> None:
-    """Runners: terminals where the robot does not fall, and none where it does. Official halfcheetahs have one such."""
-    if data.layout != "d4rl" or data.goals:
-        return
-    fallen = data.simulator.fallen(data.next(rows))
-    terminals = data.flags["terminals"][rows]
-    at_limit = np.isin(rows, data.starts[data.lengths == data.limit] + data.limit - 1)  # a fall there is a timeout
-    standing, missing = rows[terminals & ~fallen], rows[fallen & ~terminals & ~at_limit]
-    if len(standing) > 1:
-        what = "where the robot has not fallen: a time limit, or a swapped end"
-        data.fault(f"terminals is set at {data.at(standing)}, {what}")
-    if len(missing) > 1:
-        what = "where the robot has fallen: learners bootstrap there"
-        data.fault(f"terminals is not set at {data.at(missing)}, {what}")
 
 
 def check_ends(data: Data) -> None:

@@ -62,14 +62,6 @@ class Simulator:
                 self.env.reset(seed=0)
         return observations, rewards
 
-    def fallen(self, observations: np.ndarray) -> np.ndarray:
-        """Whether a runner's episode ends at an observation [n, obs_dim]: [n] bool. No clipped velocity decides it."""
-        fallen = np.zeros(len(observations), bool)
-        for row, state in enumerate(np.pad(observations, ((0, 0), self.padding))):
-            self.place(state)
-            fallen[row] = getattr(self.robot, "terminated", False)  # halfcheetah never falls
-        return fallen
-
     def rebuild(self, observations: np.ndarray) -> np.ndarray:
         """States [n, state_dim] of observations [n, obs_dim]; nan where a runner's velocity may have been clipped."""
         states = np.pad(observations, ((0, 0), self.padding))
@@ -191,15 +183,7 @@ def _read_stored(data: Data, file: Mapping[str, Any], *state_keys: str) -> None:
             (data.note if known else data.fault)(f"{key} is {file[key].dtype}, not float32: {tail}")
     if data.simulator.padding is not None or not all(key in file for key in state_keys):
         return
-    parts, width = [file[key][()] for key in state_keys], data.simulator.state_dim
-    if any(part.shape[:-1] != data.ends.shape for part in parts) or sum(part.shape[-1] for part in parts) != width:
-        shapes = ", ".join(f"{key} {part.shape}" for key, part in zip(state_keys, parts, strict=True))
-        data.fault(f"{shapes}: not {width} numbers for each of {len(data.ends):,} rows; take the original file")
-        return
-    data.states = np.concatenate(parts, axis=1)
-    bad = np.flatnonzero(~np.isfinite(data.states).all(axis=1))
-    if len(bad):
-        data.fault(f"{' or '.join(state_keys)} holds NaN or infinity in {data.at(bad)}")
+    data.states = np.concatenate([file[key][()] for key in state_keys], axis=1)
 
 
 def _read_walker(path: Path, dataset: Any) -> Data:
@@ -211,7 +195,4 @@ def _read_walker(path: Path, dataset: Any) -> Data:
     actions, rewards = np.roll(columns["action"], -1, axis=0), np.roll(columns["reward"][:, 0], -1)
     data = Data(path, dataset, columns["observation"], actions, {"timeouts": ends}, rewards)
     data.states, data.files = columns["physics"], [file.name for file in paths]
-    if (columns["discount"] != 1).any():
-        rows = np.flatnonzero(columns["discount"][:, 0] != 1)
-        data.fault(f"discount is not 1 in {data.at(rows)}, though nothing terminates in this task; take the original")
     return data

@@ -34,18 +34,7 @@ from runs.metrics import EpisodeLog, RunningMeans, read_metrics
 from runs.plots import plot_chain_curves
 from runs.run import DeviceRunConfig, Run, largest_q, part_of
 from transport import MAX_EXACT
-from utils import (
-    Basic,
-    Count,
-    MayChange,
-    Positive,
-    RandomStreams,
-    Range,
-    UserError,
-    Whole,
-    Workers,
-    progress,
-)
+from utils import Basic, Count, MayChange, Positive, RandomStreams, Range, UserError, Whole, Workers, progress
 
 MODES = ("deterministic", "stochastic")
 Act = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of observations [..., D] and noise z [..., A]; z = 0: mode

@@ -232,22 +232,14 @@ def scaled(parts):
     parts[0]["rewards"] *= 1.1
 
 
-def exchanged_flags(parts):
-    parts[0]["terminals"], parts[0]["timeouts"] = parts[0]["timeouts"], parts[0]["terminals"]
-
-
 @pytest.mark.parametrize(
     ("family", "change", "words"),
     [
         ("ant", moved("actions", 1, slice(300, 350)), "one row late, in 50 of 800 sampled rows, first row 300"),
-        ("humanoid", moved("qpos", 1), "state and observation of a row differ"),
-        ("walker", moved("physics", 1), "state and observation of a row differ"),
         ("hopper", moved("rewards", 1), "rewards are not the simulator's, .*: shifted"),
         ("walker", moved("reward", -1, slice(1, None)), "rewards are not the simulator's, .*: shifted"),
         ("halfcheetah", scaled, "rewards are not the simulator's"),
         ("hopper", moved("next_observations", 1), "next_observations are not .* next rows: .* shifted"),
-        ("hopper", exchanged_flags, "terminals is not set at row .* has fallen"),
-        ("halfcheetah", exchanged_flags, "terminals is set at row 999.* has not fallen"),
     ],
 )
 def test_other_faults(family, change, words, tmp_path):
@@ -276,7 +268,7 @@ def test_rows_of_another_mujoco_are_good(dataset_id, tmp_path, monkeypatch):
     assert not report.faults and "another version of MuJoCo" in report.findings[0][1]
     wrong = {"actions are shifted": shifted}
     if dataset_id.startswith("hopper"):
-        wrong |= {"rewards are not .*: shifted": moved("rewards", 1), "terminals is not set at": exchanged_flags}
+        wrong |= {"rewards are not .*: shifted": moved("rewards", 1)}
     for number, (words, change) in enumerate(wrong.items()):
         change([changed := copy.deepcopy(arrays)])
         (tmp_path / str(number)).mkdir()
