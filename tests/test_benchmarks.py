@@ -181,13 +181,6 @@ def test_the_best_jax_file_leaves_other_work_out():
     ]
 
 
-def test_a_peer_that_is_not_there_is_one_line(tmp_path, capsys):
-    for flag in ("--jax_corl", "--unifloral") if importlib.util.find_spec("jax") else ():
-        assert f"{flag} {tmp_path}: no " in error_line(bench_algorithms.main, capsys, flag, tmp_path)
-    assert "no algorithms/offline/td3_bc.py there" in error_line(bench_algorithms.main, capsys, "--corl", tmp_path)
-    assert "not a checkout" in error_line(bench_updates.main, capsys, "--base", tmp_path)
-
-
 def test_a_file_of_a_peer_leaves_the_environment_as_it_was(tmp_path):
     (tmp_path / "x.py").write_text("import os, sys, wandb\nos.environ['XLA_FLAGS'] = 'theirs'\nargv = sys.argv\n")
     module, before = peers.load_file("--corl", str(tmp_path), "x.py"), list(sys.argv)
@@ -290,28 +283,3 @@ def test_a_finished_run_of_corl_is_not_trained_again(corl, capsys):
     make_dataset.generate("local/hopper-medium-v2", size=310, dataset_dir="other", progress=False)
     line = error_line(run_corl.main, capsys, *corl, "--max_timesteps", "20", "--dataset_dir", "other")
     assert "transitions was 300 and is now 310" in line
-
-
-def test_a_file_of_corl_with_other_settings_is_refused(corl, capsys):
-    text = (
-        Path("CORL/algorithms/offline/td3_bc.py").read_text().replace("    n_episodes: int", "    n_test_episodes: int")
-    )
-    Path("CORL/algorithms/offline/td3_bc.py").write_text(text)
-    assert "td3_bc: CORL's file has no n_episodes" in error_line(run_corl.main, capsys, *corl)
-
-
-def test_rewards_of_mazes_reach_corl_as_they_are_in_the_file(monkeypatch):
-    asked = {}
-    monkeypatch.setattr(run_corl, "load_transitions", lambda *a, **named: asked.update(named) or None)
-    with pytest.raises(AttributeError):
-        run_corl.qlearning_dataset(run_corl.OldEnv(NoEnv(), "antmaze-umaze-v2", None))
-    assert asked == {"antmaze_reward_shift": 0.0}
-
-
-class NoEnv:
-    observation_space = action_space = None
-
-
-def test_a_folder_without_corl_is_one_line(corl, capsys):
-    assert "iql.py: no such file" in error_line(run_corl.main, capsys, *corl, "--algorithms", "iql")
-    assert "no such file" in error_line(run_corl.main, capsys, *corl, "--path", "nowhere")

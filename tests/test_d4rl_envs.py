@@ -2,7 +2,6 @@
 
 import functools
 import os
-import pickle
 import signal
 
 import gymnasium
@@ -229,10 +228,3 @@ def test_failures_in_workers_are_told_and_do_not_last():
             evaluator.evaluate(numbered, 1, [0, 100])
         with pytest.raises(RuntimeError, match=r"(?s)in evaluation worker.*ZeroDivisionError: in the simulator"):
             evaluator.evaluate(numbered, 1, [0, 101])
-
-
-def test_ctrl_c_is_heard_again_where_no_worker_starts():
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises((AttributeError, pickle.PicklingError)):
-        Evaluator(lambda: Counter(), 2, num_workers=1)  # another process cannot get this function
-    assert signal.getsignal(signal.SIGINT) is handler

@@ -93,19 +93,6 @@ def test_ids_are_d4rls_and_the_local_ones():
     assert [find_dataset(f"antmaze-{maze}-v2").max_episode_steps for maze in ("umaze", "large-play")] == [700, 1000]
 
 
-@pytest.mark.parametrize(
-    "name, nearest",
-    [
-        ("hopper-medum-v2", "hopper-medium-v2"),
-        ("../hopper-medium-v2", "hopper-medium-v2"),
-        ("antmaze-medium-diverse", "antmaze-medium-diverse-v2"),
-    ],
-)
-def test_an_unknown_id_is_refused_with_the_nearest(name, nearest):
-    with pytest.raises(UserError, match=f"did you mean '{nearest}'"):
-        find_dataset(name)
-
-
 def test_folders(tmp_path, monkeypatch, repository):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("D4RL_DATASET_DIR", raising=False)
@@ -121,14 +108,6 @@ def test_folders(tmp_path, monkeypatch, repository):
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_file_comes_back_as_it_was_written(tiny):
-    arrays, columns = load_arrays(tiny), tiny_columns()
-    assert set(arrays) == {key for key in columns if not key.startswith("infos/")}
-    for key, array in arrays.items():
-        np.testing.assert_array_equal(array, columns[key])
-        assert array.dtype == (bool if key in ("terminals", "timeouts") else np.float32)
 
 
 def test_what_d4rls_loader_takes_is_taken(tmp_path):

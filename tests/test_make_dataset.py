@@ -22,8 +22,7 @@ import ogbench_utils
 from benchmark_data import generation, local, maze
 from benchmark_data.check import check
 from benchmark_data.local import find_family, generate, generate_if_missing
-from benchmark_data.maze import Ways, cell_distances, vertex_cells
-from benchmarks import data_table
+from benchmark_data.maze import Ways, cell_distances
 from dataset_files import official_ids
 from ogbench_utils import load_arrays, make_env, parse_dataset_id
 from opso.maze import Maze
@@ -61,11 +60,6 @@ def test_ways_equal_the_environments_oracle(large_env):
         found = ways.next_cell(large_env.xy_to_ij(start), large_env.xy_to_ij(goal))
         np.testing.assert_array_equal(large_env.ij_to_xy(found), expected)
     np.testing.assert_array_equal(cell_distances(large_env.maze_map, large_env.xy_to_ij(goal)), distances)
-
-
-def test_vertex_cells_leave_out_corridors():
-    maze_map = np.array([[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [1, 0, 1, 1, 1], [1, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    assert vertex_cells(maze_map) == [(1, 1), (1, 3), (3, 1)]
 
 
 def test_episodes_follow_the_recipe(stitch_dir):
@@ -318,13 +312,6 @@ def test_two_that_make_data_in_a_folder_take_turns_and_say_so(tmp_path, capsys):
         again.start()
         again.join(timeout=30)
         assert re.fullmatch(".*already at.*\n", capsys.readouterr().err)
-
-
-def test_the_table_marks_what_is_not_the_default():
-    family, manifest = make_dataset.find_family(STITCH), {"id": STITCH, "num_episodes": 300, "seed": 0}
-    assert data_table.deviation(family, manifest) == ""
-    assert "not the default: 2 episodes, not 300" in data_table.deviation(family, manifest | {"num_episodes": 2})
-    assert "not the default: seed 3" in data_table.deviation(family, manifest | {"seed": 3})
 
 
 def test_the_list_tells_what_is_there_and_how_to_get_the_rest(tmp_path, capsys):

@@ -334,16 +334,6 @@ def test_adam_equals_pytorchs_and_its_state_goes_round():
     assert float(kept[1]["steps"][0]) == 100  # loading copies
 
 
-def test_adam_leaves_what_has_no_gradient_alone():
-    used, idle = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
-    optimizer = Adam([idle, used], torch.tensor(0.1))
-    for _ in range(3):
-        optimizer.minimise(used.square().sum())
-    assert torch.equal(idle, torch.ones(2)) and (used < 1).all()
-    assert [float(steps) for steps in optimizer.steps] == [0, 3]
-    assert not optimizer.first[0].any() and not optimizer.second[0].any()
-
-
 # -- the choice -------------------------------------------------------------------------------------------------------
 
 

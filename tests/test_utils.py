@@ -27,7 +27,7 @@ from runs.directory import (
     save_checkpoint,
 )
 from runs.metrics import MetricLogger, RunningMeans, read_metrics
-from utils import RandomStreams, ReplayBuffer, RunFinished, UserError
+from utils import ReplayBuffer, RunFinished, UserError
 from walker.train_morel import MORELConfig
 
 
@@ -199,18 +199,6 @@ def test_resolve_device(monkeypatch):
     assert utils.resolve_device("auto").type == "cuda"
 
 
-def test_streams_differ_from_each_other_and_repeat_with_the_seed():
-    first, again, other = RandomStreams(3), RandomStreams(3), RandomStreams(4)
-    draw = {name: torch.rand(4, generator=getattr(first, name)) for name in ("sampling", "policy")}
-    assert torch.equal(draw["sampling"], torch.rand(4, generator=again.sampling))
-    assert not torch.equal(draw["sampling"], draw["policy"])
-    assert not torch.equal(draw["sampling"], torch.rand(4, generator=other.sampling))
-    seeds = {first.init_seed, first.evaluation_seed, other.init_seed, other.evaluation_seed}
-    assert len(seeds) == 4 and 0 <= first.evaluation_seed < 2**31
-    with pytest.raises(UserError, match="--seed"):
-        RandomStreams(-1)
-
-
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -283,15 +271,6 @@ def test_metrics_keep_late_columns_and_full_precision(tmp_path):
     assert write_metrics(tmp_path, [5]).decode().startswith("step,loss,rate\n5,0.2")  # a new run starts a new file
 
 
-def test_each_row_is_on_disk_when_log_returns(tmp_path):
-    logger = MetricLogger(tmp_path, tensorboard=False)
-    logger.log(1, {"loss": 2})
-    assert (tmp_path / "metrics.csv").read_text() == "step,loss\n1,2.0\n"
-    with pytest.raises(ValueError, match="a,b"):
-        logger.log(2, {"a,b": 1.0})
-    logger.close(), logger.close()
-
-
 @pytest.mark.parametrize("resume_step", [10, 40])
 def test_resumed_metrics_equal_the_uninterrupted_ones_wherever_the_kill_cut(tmp_path, resume_step):
     steps = [10, 20, 30, 40, 50]
@@ -326,15 +305,6 @@ def test_tensorboard_purges_what_a_resume_repeats(tmp_path):
     second.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
     assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-
-
-def test_missing_wandb_warns_once_and_says_how_to_install(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    logger = MetricLogger(tmp_path, tensorboard=False, wandb_project="p")
-    logger.log(1, {"loss": 1.0})
-    shown = capsys.readouterr().err
-    assert shown.startswith("warning: wandb") and "pip install" in shown and shown.count("\n") == 1
-    assert read_metrics(tmp_path)["loss"] == [1.0]
 
 
 @pytest.mark.parametrize("moment", ["init", "log", "finish"])

@@ -101,14 +101,6 @@ def test_acting_is_the_network_on_the_last_steps(transformer):
     assert torch.allclose(actions[5], expected[:, -1], atol=1e-6)
 
 
-def test_a_reward_that_is_not_known_is_an_even_share_of_the_target(transformer):
-    policy = ReturnConditioned(transformer, {"walk": 900.0, "run": 300.0}, 1000.0)
-    policy.begin(1, "walk")
-    for _ in range(3):
-        policy.act(torch.zeros(1, 5), torch.full((1,), torch.nan))
-    assert policy.seen[2][0].tolist() == pytest.approx([0.9, 0.9 - 0.0009, 0.9 - 0.0018])
-
-
 def test_after_the_last_step_an_episode_begins_anew():
     torch.manual_seed(0)
     network = DecisionTransformer(5, 2, **SMALL, max_steps=3).eval()

@@ -19,11 +19,10 @@ from dmc_utils import TASKS, WalkerEnv, load_study_data, parse_datasets, rewards
 from policy import Policy
 from runs.cli import parse_config
 from runs.directory import load_checkpoint
-from runs.evaluation import episode_seeds
 from runs.metrics import read_metrics
 from utils import RunFinished, UserError
 from walker import study_run, train_cds, train_cqlsac, train_dt, train_il, train_model, train_morel, train_td3bc
-from walker.agent import Agent, evaluate
+from walker.agent import Agent
 from walker.study_run import StudyRun
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,20 +101,6 @@ def test_a_diverging_value_stops_the_run(arguments, tmp_path, monkeypatch):
 
 
 # -- data ----------------------------------------------------------------------------------------------------------
-
-
-def test_dataset_strings():
-    assert parse_datasets("walk_m") == ["walker_walk-td3-medium"]
-    assert parse_datasets("run_mr, walk_m,walk_m") == ["walker_walk-td3-medium", "walker_run-td3-medium-replay"]
-    assert len(parse_datasets("__all__")) == 4 and parse_datasets("local/__all__")[3].startswith("local/walker_run-td3")
-    assert parse_datasets("local/run_m") == ["local/walker_run-td3-medium"]
-    with pytest.raises(UserError, match="'other/run_m' is none of"):
-        parse_datasets("other/run_m")
-    with pytest.raises(UserError, match="'fly' is none of walk_m, walk_mr, run_m, run_mr, __all__, nor .* local/$"):
-        parse_datasets("walk_m,fly")
-    with pytest.raises(UserError, match="did you mean 'local/run_m'"):
-        parse_datasets("local/run-m")
-    assert parse_datasets("local/walker_run-td3-medium") == parse_datasets("local/run_m")
 
 
 @pytest.fixture(scope="module")
@@ -352,13 +337,6 @@ def test_how_often_a_run_evaluates_changes_no_training_number(finished, argument
         found, expected = (load_checkpoint(folder / method / "checkpoints/last.pth") for folder in (tmp_path, finished))
         for name, value in expected["acting"]["weights"].items():
             assert torch.equal(found["acting"]["weights"][name], value), (method, name)
-
-
-def test_an_evaluation_does_not_depend_on_how_many_go_on_at_once(finished):
-    agent, seeds = Agent(), episode_seeds(3, 5)
-    agent.load(finished / "dt")
-    together, apart = (evaluate(agent, "walk", seeds, 0, "test", at_once) for at_once in (100, 2))
-    assert np.abs(together - apart).max() < 1e-6 and len(set(together.tolist())) == 5
 
 
 def test_the_agents_command(finished, capsys, tmp_path):
