@@ -100,7 +100,6 @@ class D4RLDataset(Dataset):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """D4RL's name of the file, e.g. hopper_medium_replay-v2.hdf5."""
         return (ANTMAZES.get(self.level, f"{self.robot}_{self.level.replace('-', '_')}-v2.hdf5"),)
 
     @property
@@ -109,7 +108,6 @@ class D4RLDataset(Dataset):
 
     @property
     def max_episode_steps(self) -> int:
-        """Steps after which D4RL's environment cuts an episode."""
         return 700 if self.env_id == "antmaze-umaze" else MAX_EPISODE_STEPS
 
     def read(self, path: Path) -> dict[str, np.ndarray]:
@@ -361,7 +359,6 @@ class AntMaze(gymnasium.Wrapper):
             super().__init__(AntEnv(xml_file=path))
 
     def _middle(self, cell: np.ndarray) -> np.ndarray:
-        """x and y of the middle of a cell [row, column]."""
         return (cell - np.argwhere(self.cells == "R")[0])[::-1] * self.CELL
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):

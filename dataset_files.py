@@ -52,12 +52,10 @@ class Dataset(abc.ABC):
 
     @property
     def local(self) -> bool:
-        """Whether it is made on this machine."""
         return self.file_id.startswith("local/")
 
     @property
     def name(self) -> str:
-        """The file's id without `local/`."""
         return self.file_id.removeprefix("local/")
 
     @property
@@ -147,7 +145,6 @@ AnyDataset = TypeVar("AnyDataset", bound=Dataset)
 
 
 def official_ids(datasets: Mapping[str, Dataset]) -> tuple[str, ...]:
-    """Those of the ids that have an official file."""
     return tuple(name for name, dataset in datasets.items() if not dataset.local)
 
 
@@ -173,7 +170,6 @@ def did_you_mean(name: str, ids: Iterable[str]) -> str:
 
 
 def sha256(path: str | Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -185,7 +181,6 @@ def sha256(path: str | Path) -> str:
 
 
 def bad_file(path: Path, fault: str) -> UserError:
-    """The error for a file that cannot be used."""
     remedy = "choose another folder, or move the file away: what is published is fetched again"
     if path.parent.name == "local" or path.parts[-5:-4] == ("local",):  # the latter of the walker study
         remedy = "make it again with make_dataset.py --overwrite, or choose another folder"

@@ -173,7 +173,6 @@ class WalkerDataset(Dataset):
 
     @property
     def task(self) -> str:
-        """walk or run."""
         return self.name.removeprefix("walker_").split("-")[0]
 
     @property
@@ -238,7 +237,6 @@ class Transitions(NamedTuple):
 
 
 def episode_path(folder: str | os.PathLike, index: int) -> Path:
-    """`<folder>/data/episode_<index>_<steps>.npz`, the folder being a dataset's."""
     return Path(folder) / "data" / f"episode_{index:06d}_{EPISODE_STEPS}.npz"
 
 

@@ -74,7 +74,6 @@ def requested_size(config: MakeDatasetConfig) -> int | None:
 
 
 def run(config: MakeDatasetConfig) -> None:
-    """List, check or make, as the settings say."""
     listing = config.list or config.only is not None
     if listing and config.check is not None:
         raise UserError("--check: cannot be had together with --list or --only; leave one out")

@@ -69,7 +69,6 @@ class OfflineData:
         return len(self.rewards)
 
     def facts(self) -> dict[str, Any]:
-        """What a run records of its data: plain numbers and text."""
         facts = {"dataset": self.dataset_id, "env": self.env_id, "transitions": len(self)}
         facts |= {"terminations": int(self.terminated.sum()), "episodes": len(self.returns)}
         facts |= {"mean_return": float(self.returns.mean()), "max_return": float(self.returns.max())}
@@ -283,7 +282,6 @@ class MinariDataset(Dataset):
         return observations[:-1], actions, rewards.astype(np.float64), observations[1:], terminations, last
 
     def make_env(self, dataset_dir: str | os.PathLike | None = None) -> gymnasium.Env:
-        """The environment that the dataset names."""
         dataset = self.read(*self.paths(dataset_dir))
         try:
             with warnings.catch_warnings():
@@ -312,7 +310,6 @@ class MinariDataset(Dataset):
 
 
 def _is_unit(space: gymnasium.spaces.Box) -> bool:
-    """Whether all bounds are -1 and 1."""
     return bool((space.low == -1).all() and (space.high == 1).all())
 
 

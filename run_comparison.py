@@ -46,7 +46,6 @@ ROOT = Path(__file__).resolve().parent
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -75,7 +74,6 @@ class RunComparisonConfig:
 
     @property
     def run_cores(self) -> int:
-        """Cores of a run."""
         return self.threads or (1 if self.backend == "ray" else max(usable_cores() // (self.jobs or 1), 1))
 
     @property
@@ -306,7 +304,6 @@ class Comparison(Queue):
 
 
 def check(config: RunComparisonConfig) -> None:
-    """One line for a flag that cannot work."""
     check_gpus(config.gpus_per_run)
     if config.address and config.backend != "ray":
         raise UserError(f"--address {config.address}: is of a Ray cluster; add --backend ray")

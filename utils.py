@@ -139,7 +139,6 @@ def processor_facts() -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """The CPU's model, where the system tells."""
     return processor_facts().get("model name") or platform.processor() or platform.machine()
 
 
@@ -245,7 +244,6 @@ def write_bytes_atomic(path: str | Path, data: bytes | memoryview) -> None:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """`write_bytes_atomic` of UTF-8 text."""
     write_bytes_atomic(path, text.encode())
 
 

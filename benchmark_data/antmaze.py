@@ -56,7 +56,6 @@ class EpisodeMaker:
         self.ways = Ways(self.walls)
 
     def cell(self, xy: np.ndarray) -> Cell:
-        """Row and column of the cell around a position [2]."""
         row, column = np.argwhere(self.maze.cells == "R")[0] + np.rint(xy[::-1] / self.maze.CELL).astype(int)
         return int(row), int(column)
 
@@ -113,7 +112,6 @@ class EpisodeMaker:
 
 @functools.lru_cache(maxsize=1)
 def _maker(plan: Plan) -> EpisodeMaker:
-    """One maze a process, however many episodes it makes."""
     return EpisodeMaker(plan.dataset, experts.read_policy(experts.latest_policy(plan.experts_dir, *ANT)))
 
 

@@ -93,7 +93,6 @@ def check_manifest(data: Data, dataset_dir: Path) -> None:
 
 
 def check_lengths(data: Data) -> None:
-    """Rows an episode."""
     odd = data.lengths > data.limit if data.layout == "d4rl" else data.lengths != data.limit
     if odd.any():
         rule = f"beyond the time limit of {data.limit:,}" if data.layout == "d4rl" else f"others {data.limit:,}"
@@ -282,7 +281,6 @@ class Report:
 
 
 def describe(data: Data) -> dict[str, str]:
-    """The report's table: label and text."""
     lengths, low, high = data.lengths, data.actions.min(), data.actions.max()
     each = f"{lengths.min():,} to {lengths.max():,} rows, median {np.median(lengths):,.0f}"
     facts = {

@@ -255,7 +255,6 @@ class D4RLFamily(Family):
     unit, size = "transitions", 100_000
 
     def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
-        """The policy files in the order of training."""
         dataset = DATASETS[dataset_id]
         steps = sorted({step for part in recipe_parts(dataset) for step in part.steps})
         return [experts.policy_path(experts_dir, dataset.robot, step) for step in steps]

@@ -123,7 +123,6 @@ class Policy:
 
     @property
     def layer_names(self) -> list[str]:
-        """Layers from the input to the outputs."""
         depth = sum(name.startswith("hidden.") and name.endswith(".weight") for name in self.weights)
         return [*(f"hidden.{index}" for index in range(depth)), "mean", "log_std"]
 
@@ -166,7 +165,6 @@ def latest_policy(experts_dir: str | Path, env: str, step: int) -> Path:
 
 
 def card_path(policy_file: str | Path) -> Path:
-    """The card beside a policy file."""
     return Path(policy_file).with_suffix(".json")
 
 
@@ -272,7 +270,6 @@ def describe_returns(returns: Iterable[float]) -> dict[str, float]:
 
 
 def _episode(policy: Policy, env: gymnasium.Env, seed: np.random.SeedSequence, stochastic: bool) -> tuple[float, int]:
-    """Return and number of steps of one episode."""
     start, noise = seed.spawn(2)
     rng = np.random.default_rng(noise) if stochastic else None
     observation, _ = env.reset(seed=int(start.generate_state(1)[0]))

@@ -60,7 +60,6 @@ class Plan:
 
     @property
     def dataset(self) -> Any:
-        """Its dataset, of the benchmark's own class."""
         return find_dataset(self.dataset_id)
 
 
@@ -72,7 +71,6 @@ class Family(abc.ABC):
     size: int  # Plan.size where none is asked for
 
     def default_size(self, dataset_id: str) -> int:
-        """Plan.size where none is asked for."""
         return self.size
 
     @abc.abstractmethod

@@ -66,7 +66,6 @@ HUMANOID_MESSAGE = (
 
 
 def find_recipe(dataset_id: str) -> Recipe:
-    """The recipe of one of GENERATED_IDS."""
     dataset = DATASETS[dataset_id]
     return RECIPES[dataset.maze_env, dataset.task_type]
 
@@ -229,7 +228,6 @@ class MazeFamily(Family):
         return [experts.latest_policy(experts_dir, *policy)] if policy else []
 
     def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
-        """Make the episodes of both splits and write one npz each."""
         counts = (plan.size, max(plan.size // 10, 1))
         tasks = [(plan, split, index) for split, count in enumerate(counts) for index in range(count)]
         made = list(run_tasks(_make_episode, tasks, plan))
@@ -242,7 +240,6 @@ class MazeFamily(Family):
 
 
 def _facts(plan: Plan, goals_reached: int) -> dict[str, Any]:
-    """What the manifest says of the training episodes."""
     task_type, recipe = plan.dataset.task_type, find_recipe(plan.dataset_id)
     goals = {
         "navigate": "oracle waypoints, a new goal from the cells outside corridors whenever one is reached",

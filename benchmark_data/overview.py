@@ -46,7 +46,6 @@ def _section(title: str, source: str, datasets: list[Dataset], dataset_dir: str 
 
 
 def _row(dataset: Dataset, dataset_dir: str | os.PathLike | None) -> tuple[str, ...]:
-    """What HEADINGS say of one dataset."""
     paths, manifest, content = dataset.paths(dataset_dir), dataset.manifest(dataset_dir), "official"
     if dataset.local:
         family = find_family(dataset.id)

@@ -91,7 +91,6 @@ class Data:
 
     @property
     def layout(self) -> str:
-        """ogbench, d4rl or walker."""
         return LAYOUTS[type(self.dataset)]
 
     @property

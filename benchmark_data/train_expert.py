@@ -187,7 +187,6 @@ class ExpertRun(Run):
 
     @classmethod
     def default_run_dir(cls, config: TrainExpertConfig) -> Path:
-        """The directory that the settings name, or logs/expert/<env>/seed_<seed>."""
         return Path(config.run_dir or Path("logs", "expert", config.env, f"seed_{config.seed}"))
 
     @classmethod
@@ -200,7 +199,6 @@ class ExpertRun(Run):
         """None: it acts in the environment."""
 
     def build(self) -> None:
-        """Make the environments and the model."""
         self.total = self.config.max_timesteps or RECIPES[self.config.env].steps
         train_env, self.eval_env = (ENVIRONMENTS[self.config.env]() for _ in range(2))
         self.resources.callback(train_env.close)
@@ -316,7 +314,6 @@ class ExpertRun(Run):
 
 
 def facts(config: TrainExpertConfig) -> dict[str, Any]:
-    """What a card says of the training."""
     flags = ("lr", "batch_size", "discount", "tau", "start_steps", "hidden_dim")
     return {
         "algorithm": f"SAC of stable-baselines3 {stable_baselines3().__version__}",

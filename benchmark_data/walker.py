@@ -106,7 +106,6 @@ class WalkerFamily(Family):
         return [experts.policy_path(experts_dir, f"walker_{recipe.task}", step) for step in recipe.shares]
 
     def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
-        """Make the episodes, one file each."""
         recipe, folder = RECIPES[plan.dataset_id], stage / plan.dataset.name
         steps = snapshot_steps(recipe, plan.size)
         tasks = [(plan, index, step, folder) for index, step in enumerate(steps)]

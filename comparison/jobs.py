@@ -77,7 +77,6 @@ def seconds_spent(run_dir: str | Path) -> float | None:
 
 
 def updates_done(run_dir: Path) -> int:
-    """Updates in the last row of a run's metrics."""
     for path in (run_dir / "training" / "metrics.csv", run_dir / "metrics.csv"):
         with contextlib.suppress(OSError, ValueError, IndexError), open(path, "rb") as file:
             file.seek(max(os.fstat(file.fileno()).st_size - 20_000, 0))
@@ -202,7 +201,6 @@ class Pool:
         self.running: dict[Future, Any] = {}
 
     def room(self) -> bool:
-        """Whether one more can start."""
         return self.jobs is None or len(self.running) < self.jobs
 
     def start(self, key: Any, job: Job) -> None:
@@ -238,6 +236,5 @@ class LocalPool(Pool):
         return future
 
     def stop(self) -> None:
-        """Interrupt all, and wait for them."""
         self.stopping.set()
         self.threads.shutdown()

@@ -43,7 +43,6 @@ POLL_SECONDS = 0.5
 
 
 def make_job(run_dir: Path, module: str, flags: list[str], threads: int) -> Job:
-    """A process of this checkout."""
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     return Job(str(run_dir), ["-c", RUN_MODULE, ROOT, module, *flags], environment)
 
@@ -103,11 +102,9 @@ class Queue:
         return make_job(self.run_dir(run), run.command, flags, self.config.run_threads)
 
     def known(self) -> tuple[Scores, Scores]:
-        """The rows that the table has, and those that any table has."""
         return Scores([read_csv(self.table.csv)]), Scores(map(read_csv, sorted(self.table.csv.parent.glob("*.csv"))))
 
     def add(self, run: Run, rows: list[Row]) -> None:
-        """Take up the rows of a finished run."""
         append_csv(self.table.csv, rows)
 
     def settle(self) -> None:
@@ -258,7 +255,6 @@ class Queue:
         self.describe_time(left)
 
     def describe_data(self, runs: list) -> None:
-        """`--dry_run`: the datasets that are missing, and how they come about."""
         places: dict[str, dict[str, None]] = {}
         for name, how in [pair for run in runs for pair in self.lacks(run).items()]:
             places.setdefault(how, {})[name] = None
@@ -282,7 +278,6 @@ class Queue:
         print(f"{len(left)} runs are left: about {words}")
 
     def report(self) -> str:
-        """What the table's CSV has now."""
         there, all_runs = len(self.table.runs) - len(self.known()[0].missing(self.table.runs)), len(self.table.runs)
         words = f"{self.table.name}: {there} of {all_runs} runs are in {self.table.csv}; {len(self.failed)} failed"
         return f"{words}\npython run_comparison.py --tables puts them into README and docs" if there else words

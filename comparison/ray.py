@@ -89,7 +89,6 @@ class RayPool(Pool):
         return future
 
     def stop(self) -> None:
-        """Cancel all, wait for them, and leave the cluster."""
         try:
             for future in self.running:
                 self.ray.cancel(self.references[future])

@@ -80,7 +80,6 @@ class Run:
 
     @property
     def datasets(self) -> list[str]:
-        """Full ids of the data that it reads."""
         if not self.dataset:
             return []
         return dmc_utils.parse_datasets(self.dataset) if self.system == "walker" else [self.dataset]

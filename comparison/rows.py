@@ -65,7 +65,6 @@ def append_csv(path: Path, rows: list[Row]) -> bool:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: list[Row]) -> None:
-    """Replace a file, whole or not at all."""
     file = io.StringIO()
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
@@ -96,7 +95,6 @@ class Scores:
         return self.found.get((run.text, settings_digest(run))) or self.found.get((run.text, ""), [])
 
     def missing(self, runs: list[Run]) -> set[str]:
-        """The commands of those without rows."""
         return {run.text for run in runs if not self.of(run)}
 
 

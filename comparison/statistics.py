@@ -16,7 +16,6 @@ LEAST_SEEDS = 3  # for an interval; two have a range
 
 
 def mean(scores: np.ndarray) -> np.ndarray:
-    """Mean over the last axis."""
     return scores.mean(-1)
 
 

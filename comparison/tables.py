@@ -38,7 +38,6 @@ class Grid:
     words: int  # leading columns that hold words rather than figures
 
     def markdown(self) -> str:
-        """As README and docs have it."""
         rule = "|" + "---|" * self.words + "---:|" * (len(self.header) - self.words)
         header, *rows = (
             f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in [self.header, *self.rows]
@@ -46,7 +45,6 @@ class Grid:
         return "\n".join([header, rule, *rows])
 
     def text(self) -> str:
-        """Aligned columns for a terminal."""
         lines = [self.header, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
@@ -208,7 +206,6 @@ def page_texts(root: Path) -> dict[Path, str]:
 
 
 def rewrite_pages(root: Path) -> None:
-    """Write the pages whose tables have changed."""
     changed: dict[Path, Any] = {page: text for page, text in page_texts(root).items() if text != page.read_text()}
     for page, text in changed.items():
         write_text_atomic(page, text)

@@ -74,7 +74,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b."""
     if not 1 < b.shape[-1] < NARROW:
         return torch.mm(a, b, out=out)
     product = torch.mm(b.t(), a.t()).t()
@@ -82,7 +81,6 @@ def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x W + b."""
     if 1 < weight.shape[-1] < NARROW:
         return _mm(x, weight).add_(bias)
     return torch.addmm(bias, x, weight)
@@ -175,7 +173,6 @@ def _assembled(passes: list[Tensor], members: int) -> Tensor:
 
 
 def _forward(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], library: str) -> tuple[Tensor, list[Tensor]]:
-    """The output of one MLP, and its hidden values."""
     hidden, dtype = [], x.dtype
     for weight, bias in layers[:-1]:
         if library == "onednn":
@@ -377,7 +374,6 @@ class _MLPWithGradients(torch.autograd.Function):
 
 
 def _times(a: Tensor, b: Tensor, library: str) -> Tensor:
-    """a b between hidden layers."""
     return onednn_linear(a, b.t()) if library == "onednn" else _mm(a, b)
 
 
@@ -386,7 +382,6 @@ def _concatenate(inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _wanted_columns(widths: Sequence[int], wanted: Sequence[bool]) -> tuple[int, int]:
-    """First and last column of those inputs that want a gradient."""
     columns = [(sum(widths[:i]), sum(widths[: i + 1])) for i, want in enumerate(wanted) if want]
     return (columns[0][0], columns[-1][1]) if columns else (0, 0)
 

@@ -82,7 +82,6 @@ def check_evaluate(config: ChainRunConfig) -> None:
 
 
 def check_weights(weights: Sequence[float]) -> None:
-    """One weight for each actor, none negative; UserError otherwise."""
     if not weights or not all(0 <= weight < math.inf for weight in weights):
         words = " ".join(f"{weight:g}" for weight in weights)
         raise UserError(f"--w2_weights {words}: give one weight for each actor, none negative, as in 0.4 0.5 0.5")
@@ -173,11 +172,9 @@ class ChainRun(Run):
         return True
 
     def is_captured(self) -> bool:
-        """Whether the update becomes a CUDA graph."""
         return self.device.type == "cuda" and self.config.cuda_graph and self.can_be_captured()
 
     def generators(self) -> list[torch.Generator]:
-        """What an update draws from."""
         return [self.streams.sampling, self.streams.policy]
 
     def diagnose(self) -> dict[str, float]:
@@ -191,7 +188,6 @@ class ChainRun(Run):
 
     @classmethod
     def default_run_dir(cls, config: ChainRunConfig) -> Path:
-        """The directory that the settings name, or the usual one."""
         return Path(config.run_dir or Path("logs") / cls.run_name(config))
 
     @classmethod
@@ -201,7 +197,6 @@ class ChainRun(Run):
 
     @classmethod
     def checkpoint_path(cls, config: ChainRunConfig) -> Path:
-        """Where the run's checkpoint lies."""
         if config.checkpoint_dir:
             return Path(config.checkpoint_dir).resolve() / cls.run_name(config) / "last.pth"
         return cls.default_run_dir(config).resolve() / "checkpoints" / "last.pth"
@@ -231,7 +226,6 @@ class ChainRun(Run):
             self.print_evaluation(metrics)
 
     def is_evaluation(self, step: int) -> bool:
-        """Whether the run evaluates and saves after this many updates."""
         return step % self.config.eval_freq == 0 or step == self.config.max_timesteps
 
     # -- evaluation --------------------------------------------------------------------------------------------------
@@ -242,11 +236,9 @@ class ChainRun(Run):
         return rollout(self.evaluator, self.acting(), self.data.action_dim, *normalizer, seeds, noise_seed, desc)
 
     def score(self, returns: np.ndarray) -> np.ndarray:
-        """Normalised scores of returns, of any shape."""
         return normalized_score(self.config.env, returns, self.config.dataset_dir)
 
     def data_score(self) -> float:
-        """Mean score of the dataset's own episodes."""
         return float(data_scores(self.data, self.config.dataset_dir).mean())
 
     def evaluate(self) -> dict[str, float]:
@@ -285,7 +277,6 @@ class ChainRun(Run):
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """checkpoints/last.pth, whole or the one before."""
         if not self.config.save_model:
             return
         self.agent.step = self.step
@@ -307,7 +298,6 @@ class ChainRun(Run):
             save_checkpoint(self.checkpoint.with_name(f"step_{self.step}.pth"), state)
 
     def load_state(self, path: Path, state: dict[str, Any]) -> None:
-        """UserError where the run began on other data."""
         mean, std = state["observation_mean"].cpu().numpy(), state["observation_std"].cpu().numpy()
         same = np.array_equal(mean, self.mean) and np.array_equal(std, self.std)
         if not same or state["data"] != self.data.facts():
@@ -317,13 +307,11 @@ class ChainRun(Run):
         self.step, self.best = state["step"], state["best"]
 
     def plot(self) -> None:
-        """training_curves.png."""
         title = str(self.run_name(self.config))
         metrics, path = read_metrics(self.run_dir / "training"), self.run_dir / "training_curves.png"
         plot_chain_curves(metrics, path, title, len(self.acting()), self.data_score())
 
     def describe(self) -> str:
-        """What is trained on: the data in one line."""
         facts, data = self.data.facts(), self.data
         shift = f", rewards shifted by {data.reward_shift:g}" if data.reward_shift else ""
         other = " (too few to be D4RL's own file)" if is_official(data.dataset_id, len(data)) is False else ""
@@ -387,7 +375,6 @@ def train(run: ChainRun) -> None:
 
 
 def policy_names(actors: int) -> list[tuple[int, str]]:
-    """Actor and mode of each policy that `rollout` plays."""
     return [(number, mode) for number in range(actors) for mode in MODES]
 
 

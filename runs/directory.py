@@ -216,7 +216,6 @@ def plain_config(config: Any) -> dict[str, Any]:
 
 
 def _stored_config(config: Any) -> dict[str, Any]:
-    """Settings as a run keeps them."""
     return {key: value for key, value in plain_config(config).items() if key not in HOW_IT_STARTED}
 
 

@@ -133,7 +133,6 @@ def make_update(runs: Sequence[ChainRun]) -> Callable[[], list[dict[str, torch.T
 
 
 def _report_seeds(summaries: dict[str, dict[str, Any]]) -> None:
-    """Print each policy's score over the seeds: mean and range."""
     if not summaries:
         return
     print(f"Last checkpoints of {len(summaries)} seeds, mean (lowest to highest):")

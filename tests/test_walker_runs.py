@@ -94,7 +94,7 @@ def finished(arguments, tmp_path_factory):
 
 
 def test_a_diverging_value_stops_the_run(arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr("walker.value_run.largest_q", lambda *_: 1e-9)
+    monkeypatch.setattr("walker.study_run.largest_q", lambda *_: 1e-9)
     with pytest.raises(UserError, match="q_data is .*, beyond the limit of 1e-09 .--q_limit.; lower"):
         train_cds.main(["train", *arguments("cds", tmp_path / "run")])
     assert not (tmp_path / "run/finished.json").exists()

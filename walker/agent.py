@@ -78,7 +78,6 @@ class Agent:
         self.reset()
 
     def reset(self) -> None:
-        """Episodes begin: forget what was seen."""
         self.episodes = 0
 
     def act(self, state: np.ndarray, reward: float | None = None) -> np.ndarray:
@@ -199,7 +198,6 @@ def play_saved(
 
 
 def write_returns(path: str | Path, found: dict[tuple[str, str], np.ndarray]) -> None:
-    """Every episode's return, by agent and task, as a CSV file."""
     lines = ["agent,task,episode,return\n"]
     for (name, task), returns in found.items():
         lines += [f"{name},{task},{number},{value!r}\n" for number, value in enumerate(returns.tolist())]

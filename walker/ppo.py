@@ -58,7 +58,6 @@ class GaussianActor(nn.Module):
         return (-0.5 * z.square() - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def entropy(self) -> Tensor:
-        """H, 0-d."""
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
 
@@ -91,7 +90,6 @@ class PPO:
         self.value_optimizer = torch.optim.Adam(self.value.parameters(), config.value_lr, fused=True)
 
     def values(self, inputs: Tensor) -> Tensor:
-        """V(s), [n]."""
         return self.value(inputs).squeeze(-1)
 
     @torch.no_grad()
@@ -141,7 +139,6 @@ class PPO:
         return figures | {"explained_variance": 1 - unexplained}
 
     def minibatch(self, rows: Rollout, train_actor: bool = True) -> dict[str, Tensor]:
-        """One update."""
         actor_loss, kl = self.actor_loss(rows)
         value_loss = (self.values(rows.inputs) - rows.returns).square().mean()
         if train_actor:
@@ -173,6 +170,5 @@ class PPO:
         return {name: getattr(self, name).state_dict() for name in self.PARTS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`."""
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])

@@ -25,27 +25,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from algorithms.offline.base import OfflineAlgorithm
 from benchmark_data.local import generate_if_missing
 from dataset_files import did_you_mean
-from dmc_utils import ALL_DATASETS, DATASETS, TASKS, load_study_data, parse_datasets
+from dmc_utils import ACTION_DIM, ALL_DATASETS, DATASETS, TASKS, load_study_data, parse_datasets
 from offline_data import made_here
 from runs.cli import parse_config
 from runs.directory import LAST, mark_finished, save_checkpoint
 from runs.evaluation import counted, episode_seeds, num_workers
 from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_study_curves
-from runs.run import DeviceRunConfig, Run, part_of
-from utils import (
-    Basic,
-    Count,
-    MayChange,
-    Number,
-    ReplayBuffer,
-    UserError,
-    Workers,
-    progress,
-)
+from runs.run import DeviceRunConfig, Run, largest_q, part_of
+from utils import Basic, Count, MayChange, Number, ReplayBuffer, UserError, Workers, progress
 from walker.agent import EXPERT_RETURNS, Agent, acting_state, evaluate, in_words, play_saved, write_returns
+from walker.policies import Markov
 
 
 @dataclass
@@ -76,7 +69,6 @@ class StudyRun(Run):
     config: StudyConfig
 
     def load_data(self) -> None:
-        """The episodes of all datasets."""
         self.ids = parse_datasets(self.config.USE_DATASET_STR)
         for dataset_id in self.ids:
             generate_if_missing(dataset_id, self.config.data_dir)
@@ -131,7 +123,6 @@ class StudyRun(Run):
 
     @property
     def input_dim(self) -> int:
-        """24, and one for the task's bit."""
         return len(self.mean) + int(self.config.ADD_TASK_BIT)
 
     def inputs(self, observations: np.ndarray, bits: np.ndarray) -> np.ndarray:
@@ -149,7 +140,6 @@ class StudyRun(Run):
         return inputs + self.config.random_noise * noise
 
     def noisy(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch with new noise on its observations."""
         return batch | {name: self.with_noise(batch[name]) for name in ("observations", "next_observations")}
 
     # -- directories -------------------------------------------------------------------------------------------------
@@ -198,19 +188,16 @@ class StudyRun(Run):
         return summary
 
     def plot(self) -> None:
-        """training_curves.png."""
         means = {task: float(found.mean()) for task, found in self.data_returns.items() if task in self.trained_tasks()}
         title, path = f"{self.method}: {', '.join(self.ids)}; seed {self.config.seed}", "training_curves.png"
         plot_study_curves(read_metrics(self.run_dir), self.run_dir / path, title, means)
 
     def describe(self) -> str:
-        """What is trained on, in one line."""
         found = self.data_returns.items()
         means = ", ".join(f"{task} {returns.mean():.1f} in {counted(len(returns))}" for task, returns in found)
         return f"{', '.join(self.ids)}: mean return of {means}; {self.device}"
 
     def returns_by_task(self) -> dict[str, np.ndarray]:
-        """Returns of the data's episodes, for each task that it has some of."""
         returns, tasks = self.data.rewards.sum(1, dtype=np.float64), self.data.tasks
         return {task: returns[tasks == number] for number, task in enumerate(TASKS) if (tasks == number).any()}
 
@@ -237,7 +224,6 @@ class StudyRun(Run):
                         tqdm.write(f"update {self.step}: {self.last_returns}", file=sys.stdout)
 
     def is_evaluation(self, step: int) -> bool:
-        """Whether the run evaluates after so many updates."""
         return step % self.config.eval_freq == 0 or step == self.config.max_timesteps
 
     def is_save(self, step: int) -> bool:
@@ -272,7 +258,6 @@ class StudyRun(Run):
         return state | {"tasks": self.trained_tasks()}
 
     def acting(self) -> dict[str, Any]:
-        """The agent as it stands, as `acting_state` gives it."""
         return acting_state(self.method, *self.policy(), (self.mean, self.std), self.config.ADD_TASK_BIT)
 
     def test(self) -> dict[str, float]:
@@ -288,7 +273,6 @@ class StudyRun(Run):
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """checkpoints/last.pth, whole or the one before."""
         state = {"learner": self.learner.state_dict(), "streams": self.streams.state_dict(), "best": self.best}
         state |= {"method": self.method, "data": self.fingerprint}
         save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state | self.saved_agent())
@@ -302,6 +286,25 @@ class StudyRun(Run):
         self.streams.load_state_dict(state["streams"])  # first: it says what another kind of device lacks
         self.learner.load_state_dict(state["learner"])
         self.step, self.best = state["step"], state["best"]
+
+
+class ValueRun(StudyRun):
+    """A learner of algorithms/offline. Settings need `reward_scale`, and its own. Time limits bootstrap: nothing terminates here."""
+
+    algorithm: type[OfflineAlgorithm]
+    kind: str  # entry of walker.policies.POLICIES that the actor is
+    learner: OfflineAlgorithm
+
+    def make_learner(self) -> OfflineAlgorithm:
+        self.q_bound = largest_q(self.rewards(self.data.rewards), self.config.discount)
+        sizes = (self.input_dim, ACTION_DIM, 1.0)
+        return self.algorithm(self.config, sizes, self.streams.policy, self.device)
+
+    def rewards(self, rewards: np.ndarray) -> np.ndarray:
+        return rewards * np.float32(self.config.reward_scale)
+
+    def policy(self) -> tuple[str, dict[str, Any], Markov]:
+        return self.kind, {"hidden_dim": self.config.hidden_dim}, Markov(self.learner.actor)
 
 
 def run_command(

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from algorithms.offline.cql import CQL, CQLConfig
 from runs.cli import run_cli
 from utils import Basic, Count, Positive
-from walker.study_run import StudyConfig, run_command
-from walker.value_run import ValueRun
+from walker.study_run import StudyConfig, ValueRun, run_command
 
 
 @dataclass

@@ -35,8 +35,6 @@ class CloningConfig(StudyConfig):
 
 
 class BehaviorCloning(Learner):
-    """The network and its Adam."""
-
     def __init__(self, config: CloningConfig, input_dim: int, action_dim: int, device: str | torch.device = "cpu"):
         super().__init__(device)
         self.config, self.sizes = config, {"hidden_dim": config.hidden_dim, "blocks": config.blocks}

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
 from runs.cli import run_cli
 from utils import Basic, Count, Positive
-from walker.study_run import StudyConfig, run_command
-from walker.value_run import ValueRun
+from walker.study_run import StudyConfig, ValueRun, run_command
 
 
 @dataclass
