@@ -289,7 +289,7 @@ class StudyRun(Run):
 
 
 class ValueRun(StudyRun):
-    """A learner of algorithms/offline. Settings need `reward_scale`, and its own. Time limits bootstrap: nothing terminates here."""
+    """A learner of algorithms/offline; settings need `reward_scale`, and its own. All ends are time limits."""
 
     algorithm: type[OfflineAlgorithm]
     kind: str  # entry of walker.policies.POLICIES that the actor is
