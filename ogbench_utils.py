@@ -250,10 +250,8 @@ class TrajectoryDataset:
         states counts as one window, from its first row, padded on the right. `generator` lives on the data's device.
 
         Returns rows [B, L + 1] int64 (the last state's row where padded), observations [B, L + 1, obs_dim] float32,
-        valid [B, L] bool (True where s_t and s_{t+1} both lie in the episode). Raises ValueError for sizes below 1.
+        valid [B, L] bool (True where s_t and s_{t+1} both lie in the episode).
         """
-        if batch_size < 1 or length < 1:
-            raise ValueError(f"batch_size {batch_size} and length {length} must be at least 1")
         first, last, total = self._window_table(length)
         window = torch.randint(total, (batch_size,), generator=generator, device=self.device)
         episode = torch.searchsorted(last, window, right=True)

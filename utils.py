@@ -273,7 +273,7 @@ class ReplayBuffer:
 
     observations, next_observations [N, observation_dim]; actions [N, action_dim]; rewards, terminated, truncated [N].
     The two ends are kept apart: bootstrap through `truncated` only. An array that is float32 on the device already is
-    shared, so that writing into one changes both. Raises ValueError where the row counts differ.
+    shared, so that writing into one changes both.
     """
 
     FIELDS = ("observations", "actions", "rewards", "next_observations", "terminated", "truncated")
@@ -282,8 +282,6 @@ class ReplayBuffer:
         self.device = torch.device(device)
         values = (observations, actions, rewards, next_observations, terminated, truncated)
         for name, value in zip(self.FIELDS, values, strict=True):
-            if len(value) != len(observations):
-                raise ValueError(f"{name} has {len(value)} rows, expected {len(observations)}")
             setattr(self, name, torch.as_tensor(value, dtype=torch.float32, device=self.device))
 
     def __len__(self) -> int:

@@ -147,8 +147,6 @@ def _passes(net, members: int, *tensors: Tensor) -> Iterator[tuple[int, bool, Se
 
 def _values(net, members: int, x: Tensor, keep: bool = True) -> tuple[Tensor, list[Tensor]]:
     """Outputs [members, n, out] of x [n, in] or [members, n, in], and all hidden values if they are to be kept."""
-    if x.dim() == 3 and len(x) != members:
-        raise ValueError(f"an input of {len(x)} networks' own rows for {members} networks")
     library, outputs, saved = _library(x), [], []
     for k, _, (rows,) in _passes(net, members, x):
         output, hidden = _forward(rows, net.members()[k], library)

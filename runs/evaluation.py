@@ -149,8 +149,6 @@ class Evaluator:
     """
 
     def __init__(self, make_env: Callable[[], gymnasium.Env], num_envs: int, num_workers: int = 0):
-        if num_envs < 1 or num_workers < 0:
-            raise ValueError(f"num_envs {num_envs} must be at least 1 and num_workers {num_workers} at least 0")
         self.num_envs, self.num_workers = num_envs, min(num_workers, num_envs - 1)
         self._make_env = make_env
         self._processes: list[Any] = []
@@ -209,8 +207,6 @@ class Evaluator:
         Raises UserError for actions that are not finite and for what make_env raises it for, ProcessDied where a worker
         died, RuntimeError with the traceback for any other failure in one. The evaluator can be used again after each.
         """
-        if num_policies < 1 or num_policies > self.num_envs or not len(seeds):
-            raise ValueError(f"{num_policies} policies and {len(seeds)} episodes in {self.num_envs} environments")
         if len(self._processes) < self.num_workers:
             self._start_workers()
         width = self.num_envs // num_policies

@@ -143,9 +143,6 @@ class RunningMeans:
 
 def _to_floats(metrics: dict[str, float | torch.Tensor]) -> dict[str, float]:
     """All values as floats; the tensors leave the device in one copy."""
-    for name in metrics:
-        if name == "step" or any(character in name for character in ',"\r\n'):
-            raise ValueError(f"a metric cannot be called {name!r}")
     tensors = {name: value.detach().double() for name, value in metrics.items() if isinstance(value, torch.Tensor)}
     moved = torch.stack(list(tensors.values())).tolist() if tensors else []
     return {name: float(value) for name, value in (metrics | dict(zip(tensors, moved, strict=True))).items()}
