@@ -52,8 +52,9 @@ ALSO_ALLOWED = {
     ("policy", "pogo_main"),
 }
 MAX_TOP_ENTRIES, MAX_TOP_MODULES = 41, 17  # the aim: 30 entries
-MAX_FILE_LINES = 480
-MAX_UNTURNED_SETTINGS = 12  # names of settings that no page, YAML, test or benchmark turns
+MAX_FILE_LINES = 465
+MAX_SOURCE_LINES, MAX_TEST_LINES = 17_200, 12_700  # the aims: 14,500 and 10,500
+MAX_UNTURNED_SETTINGS = 10  # names of settings that no page, YAML, test or benchmark turns
 UNRESTRICTED = {"tests", "benchmarks"}
 ONLY_PACKAGES = {
     "model": {"torch"},
@@ -193,6 +194,12 @@ def size_violations(lines: dict[str, int]) -> list[str]:
         if path.endswith(".py") and top_name(path) not in UNRESTRICTED
         if count > MAX_FILE_LINES
     ]
+    python = {path: count for path, count in lines.items() if path.endswith(".py")}
+    source = sum(count for path, count in python.items() if top_name(path) not in UNRESTRICTED)
+    tests = sum(count for path, count in python.items() if top_name(path) == "tests")
+    for what, count, most in (("source", source, MAX_SOURCE_LINES), ("tests", tests, MAX_TEST_LINES)):
+        if count > most:
+            found.append(f"{count} lines of {what}, at most {most} are allowed")
     entries = {Path(path).parts[0] for path in lines if not path.startswith(".")}
     for what, names, most in (
         ("entries", entries, MAX_TOP_ENTRIES),
