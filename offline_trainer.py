@@ -22,11 +22,10 @@ from opso.diagnostics import HeldOut, value_map
 from opso.maze import Maze, evaluation_tasks
 from runs.cli import parse_config, run_cli
 from runs.directory import mark_finished, save_checkpoint
-from runs.evaluation import counted
 from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_training_curves, plot_value_maps
 from runs.run import DeviceRunConfig, Run
-from utils import Basic, Count, MayChange, PositiveBelowOne, Range, UserError, progress, resolve_device
+from utils import Basic, Count, MayChange, PositiveBelowOne, Range, UserError, counted, progress, resolve_device
 
 
 @dataclass

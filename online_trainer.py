@@ -31,7 +31,6 @@ from opso.routes import Routes
 from opso.search import Planner, StateGraph, spaced_rows
 from runs.cli import parse_config, run_cli
 from runs.directory import mark_finished, save_checkpoint
-from runs.evaluation import counted
 from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_online_curves
 from runs.run import DeviceRunConfig, Run
@@ -46,6 +45,7 @@ from utils import (
     UserError,
     Whole,
     Workers,
+    counted,
     progress,
 )
 

@@ -40,7 +40,7 @@ from offline_data import is_minari, normalized_score
 from pogo_main import POGORun
 from runs.cli import check_values, load_yaml, parse_config, run_cli
 from runs.metrics import read_metrics
-from utils import Count, Range, UserError, Whole, warn
+from utils import Count, Range, UserError, Whole, counted, warn
 
 ROOT = Path(__file__).resolve().parent
 
@@ -272,7 +272,7 @@ class Comparison(Queue):
         self.output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=self.output).close()
         super().settle()
-        print(f"{len(self.runs)} runs, {len(self.rows)} finished; {self.runs[0].name} is the first")
+        print(f"{counted(len(self.runs), 'run')}, {len(self.rows)} finished; {self.runs[0].name} is the first")
 
     def train(self) -> None:
         importlib.import_module("matplotlib.backends.backend_agg")  # whole: Ctrl-C in its import spoils the last report
@@ -340,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
         queue.train()
     print(queue.report())
     if queue.failed:
-        print(f"{len(queue.failed)} runs failed; the same command tries them again", file=sys.stderr)
+        print(f"{counted(len(queue.failed), 'run')} failed; the same command tries them again", file=sys.stderr)
         sys.exit(1)
 
 

@@ -77,6 +77,11 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def counted(number: int, what: str = "episode") -> str:
+    """`1 episode`, `10 episodes`."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def warn(text: object) -> None:
     """Print one line `warning: ...` on stderr without tearing a progress bar."""
     tqdm.write(f"warning: {one_line(text)}", file=sys.stderr)

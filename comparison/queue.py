@@ -31,7 +31,7 @@ from comparison.registry import Run, Table, as_flags, resolved_settings, setting
 from comparison.rows import Row, Scores, append_csv, is_finished, read_csv, rows_of
 from offline_data import find_dataset
 from runs.directory import plain_config
-from utils import UserError, one_line, progress, torch, warn
+from utils import UserError, counted, one_line, progress, torch, warn
 
 # A module of this checkout as a command: -m alone would look for it in the current folder first.
 RUN_MODULE = (
@@ -269,13 +269,14 @@ class Queue:
         scale = sum(seconds_spent(self.run_dir(run)) for run in begun) / 3600 / guessed if begun else 1.0
         known = [scale * run.hours * (1 - parts[run]) for run in left if run.hours is not None]
         if not known:
-            return print(f"{len(left)} runs are left" + "; how long they take, their progress will tell" * bool(left))
+            return print(f"{counted(len(left), 'run')} left" + "; how long, their progress will tell" * bool(left))
         at_once, whole = self.config.jobs or 1, sum(known) / (self.config.jobs or 1)
         units = ((24, "days"), (1, "hours"), (1 / 60, "minutes"))
         size, unit = next((pair for pair in units if whole >= 2 * pair[0]), units[-1])
         words = f"{whole / size:.1f} {unit}, with {at_once} at once, by what was trained and guesses"
-        words += f"; without {len(left) - len(known)} runs of which nothing is known" if len(known) < len(left) else ""
-        print(f"{len(left)} runs are left: about {words}")
+        if len(known) < len(left):
+            words += f"; without {counted(len(left) - len(known), 'run')} of unknown length"
+        print(f"{counted(len(left), 'run')} left: about {words}")
 
     def report(self) -> str:
         there, all_runs = len(self.table.runs) - len(self.known()[0].missing(self.table.runs)), len(self.table.runs)

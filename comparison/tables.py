@@ -139,7 +139,7 @@ def caption(table: Table, found: list[tuple[Run, Row]]) -> str:
         return f"{table.title} No run is finished yet."
     words = [f"{table.title} Last checkpoints of seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"]
     episodes = sorted({int(row["episodes"]) for row in rows if row["episodes"]})
-    words += [f"{' or '.join(map(str, episodes))} episodes each"] if episodes else []
+    words += [f"{' or '.join(map(str, episodes))} episode{'s' * (episodes != [1])} each"] if episodes else []
     words.append("mean ± 95% t-interval over seeds, (lowest to highest) of two, * one seed")
     words += ["[standard deviation over episodes]"] if table.layout.get("spread") else []
     commits = sorted({row["commit"][:7] for row in rows} - {""})

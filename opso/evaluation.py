@@ -16,9 +16,9 @@ from opso.episodes import TRAIN_SEED_OFFSET, Episode, GoalEnv, episode_code, rol
 from opso.maze import Maze
 from opso.policy import MazePolicy
 from opso.search import Planner, StateGraph
-from runs.evaluation import Evaluator, counted, num_workers
+from runs.evaluation import Evaluator, num_workers
 from runs.plots import plot_paths
-from utils import RandomStreams, UserError, progress, resolve_device, write_text_atomic
+from utils import RandomStreams, UserError, counted, progress, resolve_device, write_text_atomic
 
 EVAL_ENVS = 20  # evaluation episodes at once
 VIDEO_SKIP = 3  # environment steps a frame

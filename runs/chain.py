@@ -29,12 +29,12 @@ from tqdm import tqdm
 from offline_data import OfflineData, data_scores, is_official, made_here, make_env, normalized_score
 from runs.cuda_graphs import GraphedStep
 from runs.directory import mark_finished, save_checkpoint
-from runs.evaluation import Episodes, Evaluator, counted, episode_seeds, num_workers, report_steps
+from runs.evaluation import Episodes, Evaluator, episode_seeds, num_workers, report_steps
 from runs.metrics import EpisodeLog, RunningMeans, read_metrics
 from runs.plots import plot_chain_curves
 from runs.run import DeviceRunConfig, Run, largest_q, part_of
 from transport import MAX_EXACT
-from utils import Basic, Count, MayChange, Positive, RandomStreams, Range, UserError, Whole, Workers, progress
+from utils import Basic, Count, MayChange, Positive, RandomStreams, Range, UserError, Whole, Workers, counted, progress
 
 MODES = ("deterministic", "stochastic")
 Act = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of observations [..., D] and noise z [..., A]; z = 0: mode

@@ -47,11 +47,6 @@ class Episodes:
     last_observations: np.ndarray  # [P, E, obs_dim] float32, where each episode ended
 
 
-def counted(episodes: int) -> str:
-    """`1 episode`, `10 episodes`."""
-    return f"{episodes} episode{'s' * (episodes != 1)}"
-
-
 def episode_seeds(seed: int, episodes: int) -> list[int]:
     """Reset seeds of the episodes of an evaluation; the first ones are the same for any number of them."""
     return [int(word) for word in np.random.SeedSequence(seed).generate_state(episodes, np.uint32)]

@@ -366,7 +366,7 @@ def test_a_run_that_only_those_with_rows_need_is_no_work(place, capsys):
     rows.write_csv(place.table.with_suffix(".csv"), rows.COLUMNS, [row])
     place.run("--dry_run")
     out = capsys.readouterr().out
-    assert "has its rows" in out and "pretraining" not in out and "missing" not in out and "0 runs are left" in out
+    assert "has its rows" in out and "pretraining" not in out and "missing" not in out and "0 runs left" in out
     place.run()
     assert not place.notes()
 

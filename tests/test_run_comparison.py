@@ -416,7 +416,7 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(place, capsys):
     place.run("--dry_run", "--jobs", "2")
     out = capsys.readouterr().out
     assert "pogo 0.4 1 hopper-medium-v2 seed 1: not started" in out
-    assert "2 runs are left: about 0.0 minutes, with 2 at once" in out
+    assert "2 runs left: about 0.0 minutes, with 2 at once" in out
     assert {path.name for path in place.folder.iterdir()} == {"comparison.yaml", "notes", "trainer.py"}
     place.run("--only", "seed 0")
     attempts = json.loads((place.run_dir(0) / "attempts.json").read_text())
@@ -425,7 +425,7 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(place, capsys):
     capsys.readouterr()
     place.run("--dry_run")
     out = capsys.readouterr().out
-    assert "seed 0: finished" in out and "1 runs are left: about 5.0 hours, with 1 at once, by what was trained" in out
+    assert "seed 0: finished" in out and "1 run left: about 5.0 hours, with 1 at once, by what was trained" in out
 
 
 def test_data_that_cannot_be_had_fails_once(place, capsys):

@@ -27,8 +27,8 @@ import torch
 from dmc_utils import ACTION_DIM, OBSERVATION_DIM, TASKS, WalkerEnv
 from runs.cli import parse_config, run_cli
 from runs.directory import checkpoint_file, expecting, load_checkpoint, lock_run, mark_finished, prepare_run
-from runs.evaluation import Evaluator, counted, episode_seeds, num_workers
-from utils import Count, RandomStreams, Whole, Workers, resolve_device, write_text_atomic
+from runs.evaluation import Evaluator, episode_seeds, num_workers
+from utils import Count, RandomStreams, Whole, Workers, counted, resolve_device, write_text_atomic
 from walker.policies import POLICIES
 
 EXPERT_RETURNS = {"walk": 962.8, "run": 318.4}  # of the study's data; a method's score is its return as % of these

@@ -32,11 +32,11 @@ from dmc_utils import ACTION_DIM, ALL_DATASETS, DATASETS, TASKS, load_study_data
 from offline_data import made_here
 from runs.cli import parse_config
 from runs.directory import LAST, mark_finished, save_checkpoint
-from runs.evaluation import counted, episode_seeds, num_workers
+from runs.evaluation import episode_seeds, num_workers
 from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_study_curves
 from runs.run import DeviceRunConfig, Run, largest_q, part_of
-from utils import Basic, Count, MayChange, Number, ReplayBuffer, UserError, Workers, progress
+from utils import Basic, Count, MayChange, Number, ReplayBuffer, UserError, Workers, counted, progress
 from walker.agent import EXPERT_RETURNS, Agent, acting_state, evaluate, in_words, play_saved, write_returns
 from walker.policies import Markov
 
