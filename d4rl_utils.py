@@ -11,8 +11,6 @@ actuators (five times as strong), contacts, the length of a step (0.05 s, not 0.
 trained on D4RL's files would not find its way in them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

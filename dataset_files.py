@@ -2,8 +2,6 @@
 loaded.
 """
 
-from __future__ import annotations
-
 import abc
 import difflib
 import functools

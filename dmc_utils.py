@@ -11,8 +11,6 @@ An episode file has 1001 rows. Row t holds what step t led to, beside the action
 so that a transition takes the observation of the row before: (o_{t-1}, a_t, r_t, d_t, o_t), t = 1 ... 1000.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math

@@ -22,8 +22,6 @@ SHA-256. With the same versions, the same id, size, seed and policies give the s
 has AVX2, whatever --jobs.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 

@@ -15,8 +15,6 @@ A file that names commands (`runs:`) is a table of results instead: see docs/res
     python run_comparison.py --tables
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import os

@@ -17,8 +17,6 @@ policy (datasets/experts/), a mean without D4RL's own sampling beside the noise;
 otherwise.
 """
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Any

@@ -12,8 +12,6 @@ from another version of MuJoCo misses by more in every row; its rows are right w
 actions misses by far more.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

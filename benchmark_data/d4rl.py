@@ -20,8 +20,6 @@ Deviations from D4RL (docs/recipes.md has the levels of the policies):
 - 100,000 transitions unless asked for otherwise; the official files hold up to two million.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import math

@@ -11,8 +11,6 @@ Acting takes NumPy alone, because data generation asks for one action at a time:
 than on the arithmetic.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.metadata

@@ -8,8 +8,6 @@ Files without their manifest do not count as a dataset, so whatever a kill leave
 may be someone's own, and are replaced with --overwrite only.
 """
 
-from __future__ import annotations
-
 import abc
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """Make `local/` datasets: which family makes an id, and one call that makes what a command is missing."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -16,8 +16,6 @@ Deviations: every episode has a random stream of its own, so that the files do n
 one validation episode (OGBench: a tenth, rounded down); fewer episodes than OGBench's 1,000 to 10,000 but for full ids.
 """
 
-from __future__ import annotations
-
 import collections
 import functools
 from collections.abc import Iterator

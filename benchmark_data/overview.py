@@ -1,7 +1,5 @@
 """`make_dataset.py --list`: every dataset id by benchmark, its size, and where it is or how to get it."""
 
-from __future__ import annotations
-
 import os
 
 import d4rl_utils

@@ -1,7 +1,5 @@
 """A dataset's rows in one form, whatever its benchmark, and the simulator that they are held against."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field

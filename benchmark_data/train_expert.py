@@ -17,8 +17,6 @@ logarithm of the temperature, bounds the log standard deviation by [-20, 2] inst
 the actor's last layer at the start.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time

@@ -12,8 +12,6 @@ Deviations: medium-replay is played by snapshots, not cut from one replay buffer
 training, whose returns the study's mean has no room for. No snapshot of run returns 318: two share its medium.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 from pathlib import Path

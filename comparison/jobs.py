@@ -4,8 +4,6 @@ A run's directory gains output.log, everything its processes printed, and attemp
 it took, how it ended. A process dies with the one that started it (on Linux), so that no run goes on unseen.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import json

@@ -4,8 +4,6 @@ A kill at any moment loses no finished run and repeats none: a run is finished o
 rows are appended in one step, and whatever lies between is made up for at the next start.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -1,7 +1,5 @@
 """Runs as tasks of a Ray cluster, whose nodes share this checkout, the data and --log_dir, each at the same path."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import sys

@@ -5,8 +5,6 @@ success rate in percent for mazes, and the return where data has no score. `best
 and is no result.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -4,8 +4,6 @@ The interquartile mean is the mean of the middle half of all scores. A bootstrap
 statistic over 10,000 draws of seeds, each dataset (stratum) drawn by itself.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 

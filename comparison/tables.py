@@ -8,8 +8,6 @@ their command is the one that the YAML file asks for and their settings are what
 other settings never mix with them.
 """
 
-from __future__ import annotations
-
 import html
 import math
 import re

@@ -11,8 +11,6 @@ So a machine gives the same bits every time. `--kernels`:
 float32. The Mamba-2 block has its fast forms on a GPU too.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import logging

@@ -4,8 +4,6 @@ With a node a layer, overhead would take as long as the products. Networks of an
 blocks of rows, so that what one computes is still in the core's cache when its backward pass reads it.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Training steps captured as CUDA graphs, and several of them side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 
