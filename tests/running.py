@@ -1,11 +1,13 @@
 """What the tests of several commands share."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from runs import chain, policy
 from runs.cli import run_cli
 
 
@@ -24,3 +26,19 @@ def error_line(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith((starts, "Traceback"))]
     assert stop.value.code == code and len(lines) == 1, lines
     return lines[0]
+
+
+@contextlib.contextmanager
+def short_chain_episodes(steps: int) -> Iterator[pytest.MonkeyPatch]:
+    """Episodes of chains are cut after a few steps, so that an evaluation takes no time."""
+    make = chain.make_env
+
+    def shortened(*arguments):
+        env = make(*arguments)
+        env._limit = steps
+        return env
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (chain, policy):
+            patch.setattr(module, "make_env", shortened)
+        yield patch

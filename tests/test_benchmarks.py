@@ -6,13 +6,11 @@ import importlib
 import json
 import os
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from running import error_line
 
 import make_dataset
 from benchmarks import (
@@ -136,31 +134,6 @@ def test_every_part_of_the_whole_run_takes_its_flags_on_a_gpu():
     assert (settings.device, settings.corl, settings.unifloral) == ("cuda", "there", "there")
 
 
-def test_a_part_that_fails_or_takes_too_long_is_a_line_of_the_table(tmp_path, monkeypatch, capsys):
-    scripts = {
-        "good": "print('a_b: ours 1.5 ms (x), peer 3.0 ms, ratio 2.00 (y)')",
-        "worse": "import sys; print('warning: x: CORL is left out (why)', file=sys.stderr)",
-        "bad": "import sys; sys.exit('what | went wrong')",
-        "endless": "import time; print('begun', flush=True); time.sleep(60)",
-        "late": "print('never')",
-    }
-    monkeypatch.setattr(run_all, "PARTS", dict.fromkeys(scripts))
-    monkeypatch.setattr(run_all, "PART_LIMIT", 2)
-    monkeypatch.setattr(run_all, "command_of", lambda name, _: [sys.executable, "-c", scripts[name]])
-    clock = iter([0.0, *[1.0] * 12])  # three looks a part, and then it is late
-    monkeypatch.setattr(run_all, "time", types.SimpleNamespace(perf_counter=lambda: next(clock, 1e6)))
-    run_all.main(["--limit", "100", "--output", str(tmp_path / "table.md")])
-    rows = (tmp_path / "table.md").read_text().splitlines()[4:]
-    assert rows == [
-        "| a_b | 1.5 ms (x) | 3.0 ms | 2.00 (y) |",
-        "| worse | warning: x: CORL is left out (why) | | |",
-        "| bad | failed: what / went wrong | | |",
-        "| endless | not finished in its 2 seconds | | |",
-        "| late | not run: the 100 seconds were over | | |",
-    ]
-    assert "begun" in capsys.readouterr().out
-
-
 def test_rates_are_medians_of_turns_and_count_the_updates_of_a_call():
     now = [0.0]
     lengths = iter([9.0, 9.0, 1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 2.0])  # a warm-up, a look how long a call is, turns of two
@@ -269,17 +242,3 @@ def test_a_file_of_corl_trains_on_our_data_and_is_scored(corl, capsys):
     stored = json.loads(Path("logs/corl/local/hopper-medium-v2/td3_bc/updates_20/seed_5.json").read_text())
     assert stored["score"] == pytest.approx(expected) and "gym" not in sys.modules
     assert stored["settings"]["lr"] == 3e-4 and stored["data"]["transitions"] == 300
-
-
-def test_a_finished_run_of_corl_is_not_trained_again(corl, capsys):
-    run_corl.main([*corl, "--max_timesteps", "20"])
-    first = capsys.readouterr().out
-    text = Path("CORL/algorithms/offline/td3_bc.py").read_text()
-    Path("CORL/algorithms/offline/td3_bc.py").write_text(text.replace("    env = gym.make", "    raise SystemError"))
-    run_corl.main([*corl, "--max_timesteps", "20"])
-    assert capsys.readouterr().out == first
-    line = error_line(run_corl.main, capsys, *corl, "--max_timesteps", "20", "--n_episodes", "7")
-    assert "n_episodes was 50 and is now 7; choose another --log_dir" in line
-    make_dataset.generate("local/hopper-medium-v2", size=310, dataset_dir="other", progress=False)
-    line = error_line(run_corl.main, capsys, *corl, "--max_timesteps", "20", "--dataset_dir", "other")
-    assert "transitions was 300 and is now 310" in line

@@ -71,21 +71,6 @@ def test_the_layout_is_d4rls(replay_file):
         assert "policy" not in file["metadata"]  # more than one acted
 
 
-def test_one_policys_weights_are_kept_in_d4rls_form(generate, experts_dir):
-    policy = experts.read_policy(experts.policy_path(experts_dir, "halfcheetah", 80_000))
-    path = generate("local/halfcheetah-medium-v2", 30)
-    with h5py.File(path) as file:
-        assert file["metadata/iteration"][()] == 80
-        stored = file["metadata/policy"]
-        assert stored["nonlinearity"][()] == b"relu" and stored["output_distribution"][()] == b"tanh_gaussian"
-        hidden = file["observations"][:].astype(float)
-        for name in ("fc0", "fc1"):  # a PyTorch layer's matrix: [out, in]
-            hidden = np.maximum(hidden @ stored[f"{name}/weight"][:].T + stored[f"{name}/bias"][:], 0)
-        mean = np.tanh(hidden @ stored["last_fc/weight"][:].T + stored["last_fc/bias"][:])
-        np.testing.assert_allclose(mean, policy.act(file["observations"][:]), atol=1e-7)
-        assert stored["last_fc_log_std/weight"].shape == (6, 8)
-
-
 def test_bytes_depend_on_the_seed_and_not_on_the_jobs(generate, replay_file, monkeypatch):
     assert generate(REPLAY, 1500, jobs=2).read_bytes() == replay_file.read_bytes()
     other = load_arrays(generate(REPLAY, 100, seed=1))["observations"]

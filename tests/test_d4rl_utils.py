@@ -22,10 +22,8 @@ ROWS = 12
     [
         ("hopper-medium-v2", 999_998, True),
         ("hopper-medium-v2", 100_000, False),
-        ("hopper-medium-replay-v2", 401_598, True),
         ("walker2d-medium-expert-v2", 1_000_000, False),
         ("antmaze-umaze-v2", 998_573, True),
-        ("hopper-expert-v2", 10, None),
         ("local/hopper-medium-v2", 10, None),
         ("minari/mujoco/hopper/medium-v0", 10, None),
     ],

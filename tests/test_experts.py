@@ -139,22 +139,6 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path):
         read_policy(path)
 
 
-def test_cards(tmp_path):
-    path = tmp_path / "hopper_7.safetensors"
-    write_policy(path, hopper_policy())
-    assert experts.read_card(path) == {} and "no card" in experts.algorithm(path)
-    result = {"episodes": 2, "seed": 0, "mean": 1 / 3}
-    experts.write_card(path, {"algorithm": "none", "seed": 5}, {"deterministic": result})
-    card = experts.read_card(path)
-    assert card["returns"] == {"deterministic": {"episodes": 2, "seed": 0, "mean": 0.3333}}
-    assert (card["environment"], card["steps"], card["algorithm"], card["seed"]) == ("hopper", 7, "none", 5)
-    assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert {"python", "numpy", "gymnasium", "mujoco"} == set(card["measured_with"])
-    assert experts.algorithm(path) == "none"
-    experts.card_path(path).write_text("[1")
-    assert experts.read_card(path) == {}
-
-
 # --- environments ----------------------------------------------------------------------------------------------------
 
 
@@ -203,29 +187,6 @@ def test_episodes_of_a_card_stay_the_same(stochastic, returns):
     assert [found[name] for name in ("min", "50%", "max")] == pytest.approx(returns, rel=1e-6)
     assert alone in (found["min"], found["50%"], found["max"])
     assert evaluate_policy(policy, 3, stochastic=stochastic) == found
-
-
-def test_evaluation_counts_rewards_and_steps():
-    import gymnasium
-
-    class Counter(gymnasium.Env):
-        """Episode n (from 1) pays 2 a step for n steps; every other one is cut, not ended."""
-
-        episode = 0
-
-        def reset(self, *, seed=None, options=None):
-            self.episode, self.left = self.episode + 1, self.episode + 1
-            return np.zeros(11), {}
-
-        def step(self, action):
-            self.left -= 1
-            over, cut = self.left == 0, self.episode % 2 == 0
-            return np.zeros(11), 2.0, over and not cut, over and cut, {}
-
-    result = evaluate_policy(hopper_policy(), 4, env=Counter())
-    assert (result["min"], result["mean"], result["max"], result["50%"]) == (2, 5, 8, 5)
-    assert result["mean_length"] == 2.5 and result["reward_per_step"] == 2
-    assert result["std"] == pytest.approx(np.std([2, 4, 6, 8]))
 
 
 # --- what is shipped -------------------------------------------------------------------------------------------------

@@ -257,42 +257,32 @@ def test_a_linear_layer_of_any_shape(kernels, dtype):
 # -- views of the vector ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("made", ["copied", "pickled", "doubled", "loaded", "stepped", "restored"])
+@pytest.mark.parametrize("made", ["copied", "loaded", "stepped"])
 def test_no_view_of_the_parameters_is_stale(made):
     """Each network is run, so that it has its views, then changed or copied: it runs on what it holds then."""
     choose_kernels("torch")
     net, (s, a) = make_net(16, 2, size=3), make_inputs(9)
     first = net(s, a).detach()
     if made == "copied":
-        other = copy.deepcopy(net)
-    elif made == "pickled":
         other = pickle.loads(pickle.dumps(net))
-    elif made == "doubled":
-        other, s, a = net.double(), s.double(), a.double()
     elif made == "loaded":
         other = make_net(16, 2, size=3)
-        with torch.no_grad():
-            other.theta.add_(1)
         other(s, a)
         other.load_state_dict(net.state_dict())
-    elif made == "stepped":
+    else:
         other, optimizer = net, Adam(net.parameters(), torch.tensor(0.1))
         optimizer.minimise(net(s, a).square().mean())
-    else:
-        other = net
-        with torch.no_grad():
-            other.theta.data = other.theta.data.clone().mul_(2)
-    if made not in ("stepped", "restored"):
-        assert torch.allclose(other(s, a).float(), first, atol=1e-6)
+    if made != "stepped":
+        assert torch.allclose(other(s, a), first, atol=1e-6)
         with torch.no_grad():
             other.theta.mul_(1.5)
     wanted = torch.stack([own(torch.cat([s, a], 1)) for own in plain_members(other)])
-    assert not torch.allclose(wanted.float(), first, atol=1e-3)
+    assert not torch.allclose(wanted, first, atol=1e-3)
     close([other(s, a)], [wanted], 1e-5)
     for own, views in zip(plain_members(other), other.members(), strict=True):
         for module, (weight, bias) in zip(own[::2], views, strict=True):
             assert torch.equal(module.weight, weight.t()) and torch.equal(module.bias, bias)
-    if made in ("copied", "pickled"):
+    if made == "copied":
         assert torch.equal(net(s, a), first)  # which the copy's change leaves alone
 
 
@@ -410,21 +400,6 @@ def test_bf16_is_within_2_percent_of_float32(kernels, block):
     assert apart(found[1][0], y) <= 0.005
     for wide, half in (wide_slope, wide_frozen):
         assert 0 < apart(half, wide) <= 0.15 and apart(half, slope) <= 0.02
-
-
-@fast
-def test_bf16_trains_parameters_and_adam_in_float32(kernels):
-    choose_kernels(kernels, "bf16")
-    net, (s, a) = make_net(64, 1, size=3), make_inputs(50)
-    optimizer, before = Adam(net.parameters(), torch.tensor(1e-3)), net.theta.detach().clone()
-    for _ in range(3):
-        loss, _ = net.squared_error([s, a], torch.ones(50))
-        optimizer.minimise(loss + net(s, a).square().mean())
-    state = [each for part in optimizer.state_dict().values() for each in part]
-    for each in (net.theta, net.theta.grad, *state):
-        assert each.dtype == torch.float32 and each.isfinite().all()
-    steps = (net.theta - before).abs()
-    assert 0 < steps.max() <= 3.1e-3 and (steps > 0).float().mean() > 0.9
 
 
 # -- whole agents -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import digest, error_line
+from running import digest, error_line, short_chain_episodes
 
 import make_dataset
 import pogo_main
@@ -39,17 +39,7 @@ WEIGHTS = ["--w2_weights", "0.4", "1"]
 
 @pytest.fixture(scope="module", autouse=True)
 def short_episodes():
-    """Episodes of a few steps, so that an evaluation takes no time."""
-    make = chain.make_env
-
-    def shortened(*arguments):
-        env = make(*arguments)
-        env._limit = STEPS
-        return env
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (chain, chain_policy):
-            patch.setattr(module, "make_env", shortened)
+    with short_chain_episodes(STEPS):
         yield
 
 

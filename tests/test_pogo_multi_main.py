@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from running import digest, error_line
+from running import digest, error_line, short_chain_episodes
 
 import make_dataset
 from algorithms.offline import make_configs, pogo_multi_main
 from algorithms.offline.pogo_multi_main import ALGORITHMS, MultiRun, find_config
 from offline_data import load_transitions
 from policy import Policy
-from runs import chain, plots
-from runs import policy as chain_policy
+from runs import plots
 from runs.directory import load_checkpoint
 from runs.metrics import read_episodes, read_metrics
 from utils import UserError
@@ -36,17 +35,7 @@ exits = functools.partial(error_line, pogo_multi_main.main)
 
 @pytest.fixture(scope="module", autouse=True)
 def short_episodes():
-    """Episodes of a few steps, so that an evaluation takes no time."""
-    make = chain.make_env
-
-    def shortened(*arguments):
-        env = make(*arguments)
-        env._limit = 12
-        return env
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (chain, chain_policy):
-            patch.setattr(module, "make_env", shortened)
+    with short_chain_episodes(12) as patch:
         patch.setattr(MultiRun, "plot", lambda run: None)
         yield
 
