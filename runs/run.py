@@ -59,7 +59,6 @@ class Run(abc.ABC):
     """
 
     step: int  # updates, or what else rows of metrics.csv count
-    data_facts: dict[str, Any]  # of the data that was loaded, for versions.json (`offline_data.made_here`)
     q_bound = math.inf  # mean Q beyond this, either way, has diverged: see `largest_q`
     best_value = math.inf  # mean Q of the data's actions above this overrates them: see `data_values`
     prefix = ""  # of what the run prints
@@ -68,6 +67,7 @@ class Run(abc.ABC):
         self.preflight(config)  # before the data is made or loaded
         self.config, self.device = config, self.choose_device(config)
         self.run_dir, self.checkpoint = self.default_run_dir(config), self.checkpoint_path(config)
+        self.data_facts: dict[str, Any] = {}  # of the data that is loaded, for versions.json (`offline_data.made_here`)
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
         self.resources.enter_context(telling_what_is_kept(self.run_dir, self.checkpoint))
         with contextlib.ExitStack() as opening:
@@ -137,7 +137,7 @@ class Run(abc.ABC):
 
     @abc.abstractmethod
     def load_data(self) -> None:
-        """Load what is trained on, and set `data_facts`; nothing is locked or written yet."""
+        """Load what is trained on, and set `data_facts` where there is any; nothing is locked or written yet."""
 
     @abc.abstractmethod
     def build(self) -> None:
