@@ -194,7 +194,7 @@ class ExpertRun(Run):
         return torch.device("cpu")
 
     def load_data(self) -> None:
-        self.data_facts = {}  # it acts in the environment
+        """None: it acts in the environment."""
 
     def build(self) -> None:
         self.total = self.config.max_timesteps or RECIPES[self.config.env].steps
