@@ -101,17 +101,6 @@ def test_acting_is_the_network_on_the_last_steps(transformer):
     assert torch.allclose(actions[5], expected[:, -1], atol=1e-6)
 
 
-def test_after_the_last_step_an_episode_begins_anew():
-    torch.manual_seed(0)
-    network = DecisionTransformer(5, 2, **SMALL, max_steps=3).eval()
-    policy = ReturnConditioned(network, {"walk": 900.0, "run": 300.0}, 1000.0)
-    policy.begin(1, "run")
-    states = torch.randn(6, 1, 5, generator=generator())
-    states[3:] = states[:3]
-    actions = [policy.act(states[t], torch.ones(1)) for t in range(6)]
-    assert all(torch.equal(actions[t], actions[t + 3]) for t in range(3))
-
-
 def test_the_transformer_learns_to_read_the_return_that_is_asked_for():
     torch.manual_seed(0)
     config = TransformerConfig(**SMALL, dropout=0.0, warmup_steps=1, lr=1e-2)
