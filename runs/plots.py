@@ -57,7 +57,7 @@ def _save(figure: Figure, path: str | Path) -> None:
 def _draw(axis: Axes, panel: Panel, x: str) -> None:
     """Curves, with a dot at each value where there are few; the legend has room of its own above them.
 
-    A value that has no place on the axis is left out; where a curve has one alone, the legend says it.
+    A value that has no place on the axis is left out. Where every curve has one alone, the panel says them in words.
     """
     axis.set_yscale("log" if panel.log else "linear")
     if not panel.log:
@@ -67,9 +67,16 @@ def _draw(axis: Axes, panel: Panel, x: str) -> None:
         known = np.isfinite(values) & ((values > 0) | (not panel.log))
         if np.any(known):
             dots = {"marker": "."} if known.sum() <= FEW else {}
-            (line,) = axis.plot(np.asarray(metrics[x])[known], values[known], **dots | style)
-            if known.sum() == 1 and "label" in style:
-                line.set_label(f"{style['label']}: {values[known][0]:.4g}")
+            axis.plot(np.asarray(metrics[x])[known], values[known], **dots | style)
+    found = [(line.get_label(), line.get_ydata()) for line in axis.lines]
+    if found and all(len(values) == 1 and not label.startswith("_") for label, values in found):
+        found += [(style["label"], [level]) for level, style in panel.levels if "label" in style]
+        axis.clear()
+        words = "\n".join(f"{label}: {values[0]:.4g}" for label, values in found)
+        axis.text(0.5, 0.5, words, ha="center", va="center")
+        axis.set_title(panel.title)
+        axis.set_axis_off()
+        return
     for level, style in panel.levels:
         axis.axhline(level, linewidth=1, **style)
     axis.set(title=panel.title, ylabel=panel.ylabel)
