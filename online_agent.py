@@ -14,8 +14,8 @@ z = f(s), as the offline stage's target codes are; the policy sees the state bes
 
 Deviations from the original OPSO code (docs/notebook_opso.md has the measurements):
 - z' lies up to `subgoal_steps` ahead, not one: a step of an ant says little about where it goes.
-- Acting searches among dataset states. `acting proposer` asks next_state(z, z_g), as the original does, and takes the
-  dataset state whose code is nearest.
+- Acting searches among dataset states. `acting value` takes the one of the highest V among those some steps away,
+  `acting proposer` the one whose code is nearest to next_state(z, z_g), which the original acts by.
 - The graph's links are short by a metric that InfoNCE trains on states a few steps apart. V is vague there: it takes
   states on both sides of a corner for near.
 - The proposer learns the graph's ways to `route_goals` of its nodes, and V their lengths beside its own targets
@@ -66,7 +66,7 @@ class OnlineAgentConfig:
     subgoal_steps: Count | None = None  # steps that z' lies ahead; default 10, ant and humanoid 25; the original has 1
     action_temperature: NonNegative = 0.0  # policy loss weights are exp(temperature x steps that the action saves)
     route_goals: Count = 400  # goals from all of the data whose ways along the graph V and the proposer learn
-    acting: Literal["search", "proposer"] = "search"  # z' comes from search among dataset states or from next_state
+    acting: Literal["search", "value", "proposer"] = "search"  # z' by search, or near by and chosen by V or next_state
     graph_nodes: Annotated[int, Range(2, 10**6)] = 150_000  # most dataset states in the graph, evenly spaced in time
     num_links: Count = 10  # nearest states by the metric that each state is linked to
     link_cost: NonNegative = 3.0  # steps that a link costs beside its length, for changing the trajectory

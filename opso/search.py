@@ -18,8 +18,10 @@ from torch import Tensor
 from online_agent import OnlineAgent
 
 KEPT_GOALS = 128  # goals whose paths are kept: each evaluation asks for the same 100
-ENOUGH_NODES = 20_000  # more come from more data alone, not from less time between two; codes are compared with so many
+ENOUGH_NODES = 20_000  # more come from more data alone, not from less time between two
 NODES_PER_AIM = 2  # nodes of the graph that aim_steps span at least
+RING = (0.75, 2.0)  # in aim_steps: how far z' lies without search, nearer to no place where the episode was or failed
+MOST_CANDIDATES = 64  # nodes that are compared to choose one without search
 
 
 class StateGraph:
@@ -72,11 +74,21 @@ class StateGraph:
         first[node], near[1, node] = False, True
         return near[0] & first, near[1] & ~first
 
-    def nearest_codes(self, codes: Tensor) -> np.ndarray:
-        """The node whose code is nearest to each code [m, d_model], among ENOUGH_NODES of them at most: [m] int."""
-        every = math.ceil(len(self) / ENOUGH_NODES)
-        nearest = torch.cdist(codes, self.agent.code(self.features[::every])).argmin(1)
-        return every * nearest.cpu().numpy()
+    def candidates(self, point: Tensor, places: Tensor, aim_steps: float) -> np.ndarray:
+        """Nodes that a step towards the goal may lead to: [m] int, at most MOST_CANDIDATES, evenly spaced in time.
+
+        They lie in the ring around a point [metric_dim], away from all places [P, metric_dim]; where there are none, in
+        the ring alone, and where it is empty they are the nearest nodes.
+        """
+        near, far = (aims * aim_steps for aims in RING)
+        place = point.cpu().numpy()
+        nodes = np.sort(np.asarray(self.tree.query_ball_point(place, math.sqrt(far / self.steps_per_square)), int))
+        steps = self.agent.metric_steps(torch.stack([point, *places]), self.points[nodes]).cpu().numpy()
+        for allowed in (steps.min(0) > near, steps[0] > near):
+            if allowed.any():
+                nodes = nodes[allowed]
+                return nodes[:: math.ceil(len(nodes) / MOST_CANDIDATES)]
+        return self.tree.query(place, np.arange(1, min(self.agent.config.num_links, len(self)) + 1))[1]
 
     def shortest_paths(
         self, last: Sequence[int], last_cost: Sequence[float], blocked: Sequence[tuple[np.ndarray, np.ndarray]] = ()
@@ -130,7 +142,7 @@ class Planner:
         self.chosen = np.full(count, len(graph))  # the node that z' is; n for the goal
         self.aim_steps, self.goal_points = agent.aim_steps, agent.embed(self.goals)
         self.nearest = np.full(count, np.inf)  # search: fewest steps to the goal so far
-        self.places: list[list[Tensor]] = [[] for _ in range(count)]  # proposer: where it was, aim_steps apart
+        self.places: list[list[Tensor]] = [[] for _ in range(count)]  # without search: where it was, and failed to go
         self.progress_at = np.zeros(count, dtype=int)  # when it last got nearer to the goal, or to a new place
         self.escape_left = np.zeros(count, dtype=int)  # steps left of the random escape
         self.escape_actions = torch.zeros(count, agent.action_dim)
@@ -187,20 +199,33 @@ class Planner:
             self.explorations += int(explores.sum())
 
     def _propose(self, x: Tensor, points: Tensor, live: np.ndarray, to_goal: np.ndarray) -> None:
-        """Choose z': the goal where `to_goal` [m], the steps to it, are few, else the node nearest to the proposal.
+        """Choose z' without search: the goal where `to_goal` [m], the steps to it, are few, else the best candidate.
 
-        Progress is to come to new places: V cannot tell it, as its values are all near 0 where the goal is far.
+        That is the one of the highest V, or the one nearest to the proposal. Progress is to come to new places: where
+        the goal is far, V is near 0 everywhere.
         """
-        proposals = self.agent.heads["next_state"](self.agent.code(x), self.agent.code(self.goals[live]))
-        nodes = self.graph.nearest_codes(proposals)
-        self.chosen[live] = np.where(to_goal <= self.aim_steps, len(self.graph), nodes)
+        agent, graph = self.agent, self.graph
+        found = [
+            graph.candidates(point, self.places[env], self.aim_steps) for env, point in zip(live, points, strict=True)
+        ]
+        counts = torch.tensor([len(nodes) for nodes in found], device=x.device)
+        codes, z_goal = agent.code(graph.features[np.concatenate(found)]), agent.code(self.goals[live])
+        if agent.config.acting == "value":
+            scores = agent.heads["v"](codes, z_goal.repeat_interleave(counts, 0))
+        else:
+            proposals = agent.heads["next_state"](agent.code(x), z_goal)
+            scores = -(codes - proposals.repeat_interleave(counts, 0)).square().sum(-1)
+        best = [nodes[int(score.argmax())] for nodes, score in zip(found, scores.split(counts.tolist()), strict=True)]
+        self.chosen[live] = np.where(to_goal <= self.aim_steps, len(graph), best)
         for env, point in zip(live, points, strict=True):
             places = self.places[env]
-            if not places or self.agent.metric_steps(point[None], torch.stack(places)).min() > self.aim_steps:
+            if not places or agent.metric_steps(point[None], torch.stack(places)).min() > RING[0] * self.aim_steps:
                 places.append(point)
                 self.progress_at[env] = self.clock
-            if self.clock - self.progress_at[env] >= self.agent.config.patience:
+            if self.clock - self.progress_at[env] >= agent.config.patience:
                 self._escape(env)
+                if self.chosen[env] < len(graph):
+                    places.append(graph.points[self.chosen[env]])
 
     def _escape(self, env: int) -> None:
         """Hold one random action for a while, and count progress anew."""

@@ -599,7 +599,7 @@ def test_a_link_of_no_cost_is_an_edge():
     assert steps.tolist() == pytest.approx([4, 3, 3, 2, 2, 1]) and next_node.tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_links_from_outside_the_ends_of_a_way_and_the_nearest_code():
+def test_links_from_outside_and_the_ends_of_a_way():
     agent = place_agent(num_links=4, block_radius=3.0)
     graph, places, *_ = random_graph(agent, 3)
     points = torch.rand(5, 2) * 5
@@ -616,14 +616,27 @@ def test_links_from_outside_the_ends_of_a_way_and_the_nearest_code():
         assert [side.tolist() for side in graph.around(points[row], row)] == [here, there]
         seen += here + there
     assert any(seen) and not all(seen)
-    codes = torch.randn(9, WIDTH)
-    own = agent.code(graph.features).tolist()
-    expected = [min(range(n), key=lambda k: math.dist(own[k], code)) for code in codes.tolist()]
-    assert graph.nearest_codes(codes).tolist() == expected and len(set(expected)) > 1
-    with pytest.MonkeyPatch.context() as patch:  # of 24 nodes every third
-        patch.setattr(search, "ENOUGH_NODES", 8)
-        expected = [min(range(0, n, 3), key=lambda k: math.dist(own[k], code)) for code in codes.tolist()]
-        assert graph.nearest_codes(codes).tolist() == expected and len(set(expected)) > 1
+
+
+def test_candidates_lie_in_the_ring_away_from_where_the_episode_was():
+    """Against every node; where places cover the ring, it alone counts, and where no node is in it, the nearest do."""
+    agent, aim = place_agent(num_links=4), 2.0
+    graph, nodes_at, *_ = random_graph(agent, 3)
+    low, high = (math.sqrt(aims * aim) for aims in search.RING)
+    sizes = set()
+    for number, point in enumerate((torch.rand(40, 2) * 7).tolist()):
+        avoided = torch.rand(number % 12, 2) * 5
+        ring = [k for k, place in enumerate(nodes_at) if low < math.dist(place, point) <= high]
+        fresh = [k for k in ring if all(math.dist(nodes_at[k], place) > low for place in avoided.tolist())]
+        nearest = sorted(range(len(graph)), key=lambda k: math.dist(nodes_at[k], point))[:4]
+        expected = fresh or ring or nearest
+        assert graph.candidates(torch.tensor(point), avoided, aim).tolist() == expected
+        sizes.add("fresh" if 0 < len(fresh) < len(ring) else "all" if fresh else "ring" if ring else "nearest")
+    assert sizes == {"fresh", "all", "ring", "nearest"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "MOST_CANDIDATES", 2)
+        middle = torch.tensor([10.0, 0.0])
+        assert join(agent, LINE).candidates(middle, torch.empty(0, 2), 8.0).tolist() == [6, 13]  # of 6, 7, 13, 14
 
 
 ROUND = [(x, 0) for x in range(21)] + [(20, 1), (20, 2)] + [(x, 3) for x in range(20, -1, -1)]
@@ -758,7 +771,7 @@ def test_who_is_stuck_beside_the_goal_escapes_and_blocks_nothing():
     assert len({tuple(action) for action in actions}) == 3  # towards the goal, and two random ones
 
 
-@pytest.mark.parametrize("acting", ["search", "proposer"])
+@pytest.mark.parametrize("acting", ["search", "value", "proposer"])
 def test_environments_act_each_for_itself(acting):
     """Exploration, noise and escapes included: each has its own seed."""
     agent = make_agent(acting=acting, replan_every=2, patience=2, escape_steps=1)
@@ -781,27 +794,36 @@ def test_environments_act_each_for_itself(acting):
     assert 0 < together.exploration_rate() < 1
 
 
-def test_the_proposer_takes_the_node_of_the_nearest_code_every_replan_every_steps():
-    agent = make_agent(acting="proposer", replan_every=3)
-    agent.metric.steps_per_square.fill_(1e6)  # every goal is far
-    torch.manual_seed(1)
-    goals, seen, graph = torch.randn(2, 2), torch.randn(7, 2, 2), random_states(agent)
-    planner, x_goal, chosen = plan(agent, graph, *goals.numpy()), agent.encode(goals), set()
-    for step in range(7):
-        actions = planner.act(seen[step].numpy(), np.array([0, 1]))
-        x = agent.encode(seen[step])
-        if step % 3 == 0:
-            codes = agent.heads["next_state"](x[:, :WIDTH], x_goal[:, :WIDTH]).unsqueeze(1)
-            nodes = (codes - graph.features[:, :WIDTH]).square().sum(-1).argmin(1)
-        chosen |= set(nodes.tolist())
-        assert planner.chosen.tolist() == nodes.tolist()
-        assert torch.equal(planner.subgoals, graph.features[nodes])
-        expected = agent.heads["inverse_dynamics"](x, graph.features[nodes], x_goal).detach().numpy()
-        assert np.allclose(actions, expected, atol=1e-6)
-    assert len(chosen) > 1
+@pytest.mark.parametrize("acting", ["value", "proposer"])
+def test_without_search_the_best_candidate_is_taken_every_replan_every_steps(acting):
+    """The one of the highest V, or of the code nearest to the proposal; an oracle keeps the places that it avoids."""
+    agent = place_agent(acting=acting, replan_every=3, aim_steps=2.0)
+    graph, seen = join(agent, LINE, [(x, 1.0) for x, _ in LINE]), np.random.default_rng(1).uniform(2, 9, (9, 2, 1, 2))
+    planner, x_goal = plan(agent, graph, (99, 0), (99, 1)), agent.encode(torch.tensor([(99.0, 0.0), (99.0, 1.0)]))
+    been, chosen = [[], []], set()
+    for step in range(9):
+        actions = planner.act(np.float32(seen[step, :, 0]), np.array([0, 1]))
+        for env in range(2):
+            x = agent.encode(torch.as_tensor(np.float32(seen[step, env])))
+            if step % 3 == 0:
+                nodes = graph.candidates(agent.embed(x)[0], been[env], 2.0)
+                codes = agent.code(graph.features[nodes])
+                if acting == "value":
+                    scores = agent.heads["v"](codes, agent.code(x_goal[env]).expand(len(nodes), -1))
+                else:
+                    proposal = agent.heads["next_state"](agent.code(x), agent.code(x_goal[env : env + 1]))
+                    scores = -(codes - proposal).square().sum(-1)
+                assert planner.chosen[env] == nodes[int(scores.argmax())]
+                if all((agent.embed(x)[0] - place).square().sum() > search.RING[0] * 2 for place in been[env]):
+                    been[env].append(agent.embed(x)[0])
+            chosen.add(int(planner.chosen[env]))
+            z_sub = graph.features[planner.chosen[env]][None]
+            expected = agent.heads["inverse_dynamics"](x, z_sub, x_goal[env : env + 1]).detach().numpy()
+            assert np.allclose(actions[env], expected[0], atol=1e-6)
+    assert len(chosen) > 2
 
 
-@pytest.mark.parametrize("acting", ["search", "proposer"])
+@pytest.mark.parametrize("acting", ["search", "value", "proposer"])
 def test_exploration_aims_between_the_state_and_the_goal(acting):
     agent = make_agent(acting=acting)
     torch.manual_seed(1)

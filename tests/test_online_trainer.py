@@ -413,8 +413,9 @@ def test_the_offline_regime_reads_them_for_the_inverse_dynamics_alone(arguments,
     assert "loss is nan" in line and "--lr" in line and not (tmp_path / "nan/best_model.pth").exists()
 
 
-def test_the_proposer_acts(arguments, tmp_path):
-    train(arguments(tmp_path / "run", acting="proposer", max_episodes=3, random_steps=0))
+@pytest.mark.parametrize("acting", ["value", "proposer"])
+def test_it_acts_without_search(arguments, tmp_path, acting):
+    train(arguments(tmp_path / "run", acting=acting, max_episodes=3, random_steps=0))
     state = last(tmp_path / "run")
     assert state["episodes"] == 3 and state["replay"]["lengths"].tolist() == [STEPS] * 3
 
