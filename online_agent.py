@@ -71,7 +71,7 @@ class OnlineAgentConfig:
     num_links: Count = 10  # nearest states by the metric that each state is linked to
     link_cost: NonNegative = 3.0  # steps that a link costs beside its length, for changing the trajectory
     trusted_steps: Positive = 8.0  # length in steps at which a link costs twice its length
-    aim_steps: Positive | None = None  # steps ahead on the path that z' is taken; default: what gets 12 steps away
+    aim_steps: Positive | None = None  # how far z' lies ahead, by the metric; default: what gets 12 steps away
     replan_every: Count = 5  # environment steps between two choices of z'
     patience: Count = 30  # environment steps without progress after which an edge is blocked for the episode
     block_radius: NonNegative = 20.0  # edges between nodes this many steps around a blocked edge's ends are blocked too

@@ -233,8 +233,21 @@ class Planner:
         self.escape_left[env] = self.agent.config.escape_steps
         self.escape_actions[env] = 2 * torch.rand(self.agent.action_dim, generator=self.generators[env]) - 1
 
+    def _aim(self, env: int, point: Tensor, node: int, left: float) -> int:
+        """The first node on the way that is aim_steps from here by the metric, or twice as far along the way.
+
+        A way from `node` that is `left` steps long, or its end. Trajectories wind: steps along them lead less far.
+        """
+        steps, next_node = self.paths[env]
+        way = [node]
+        while way[-1] < len(self.graph) and left - steps[way[-1]] < 2 * self.aim_steps:
+            way.append(int(next_node[way[-1]]))
+        away = self.agent.metric_steps(point[None], self.graph.points[way[:-1]])[0]
+        far = (away >= self.aim_steps).nonzero()
+        return way[int(far[0])] if len(far) else way[-1]
+
     def _follow(self, env: int, point: Tensor, nodes: np.ndarray, costs: np.ndarray, to_goal: float) -> None:
-        """Choose z': the goal if it is near, else the node `aim_steps` ahead on the shortest path by its links [L]."""
+        """Choose z': the goal if it is near, else a node ahead on the shortest path by its links [L], see `_aim`."""
         ahead, count = self.aim_steps, len(self.graph)
         steps, next_node = self.paths[env]
         total = costs + steps[nodes]
@@ -250,9 +263,7 @@ class Planner:
         if to_goal <= ahead or not np.isfinite(total[best]):
             node, left = count, to_goal
         else:
-            node, left = int(nodes[best]), total[best]
-            while node < count and left - steps[node] < ahead:
-                node = int(next_node[node])
+            node, left = self._aim(env, point, int(nodes[best]), total[best]), total[best]
         if left < self.nearest[env] - 1:
             self.nearest[env], self.progress_at[env] = left, self.clock
         if self.clock - self.progress_at[env] >= self.agent.config.patience:

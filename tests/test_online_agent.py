@@ -693,9 +693,9 @@ def aims(planner: Planner, *points) -> list[int]:
 LINE = [(float(x), 0.0) for x in range(20)]
 
 
-@pytest.mark.parametrize("aim_steps,ahead", [(3.0, 3), (0.4, 0), (1.2, 1), (6.5, 6)])
+@pytest.mark.parametrize("aim_steps,ahead", [(3.0, 2), (0.4, 1), (1.2, 2), (6.5, 3)])
 def test_it_aims_some_steps_ahead_on_the_way(aim_steps, ahead):
-    """A link of half a step leads to the line, where a place is a step; the last one leads to the goal."""
+    """So far by the metric, the square of the places between; a link leads to the line, and one to the goal."""
     agent = place_agent(aim_steps=aim_steps)
     planner = plan(agent, join(agent, LINE), LINE[-1])
     for place in range(20):
@@ -708,7 +708,14 @@ def test_the_goal_is_the_aim_where_no_way_leads():
     """Two lines that no link joins: there is a way along the first, and none from the second."""
     agent = place_agent(num_links=1)
     graph = join(agent, LINE[:5], [(30, 0), (31, 0), (32, 0)])
-    assert aims(plan(agent, graph, (4, 0), (4, 0)), (0, 0), (30, 0)) == [3, 8]
+    assert aims(plan(agent, graph, (4, 0), (4, 0)), (0, 0), (30, 0)) == [2, 8]
+
+
+def test_on_a_way_that_winds_it_aims_no_farther_than_twice_as_many_steps():
+    """All of a coil is near by the metric: a step of the link and 5 along it come to twice the aim."""
+    coil = [(0.5 * math.cos(k / 2), 0.5 * math.sin(k / 2)) for k in range(11)]
+    agent = place_agent(num_links=1, link_cost=1.0, aim_steps=3.0)
+    assert aims(plan(agent, join(agent, [*coil, (0.2, -6.0), (0.2, -12.0)]), (0.2, -12)), coil[0]) == [5]
 
 
 UPPER = [(0, 0), (0, 4), (8, 4), (8, 0)]
