@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -31,7 +31,10 @@ class LateImport:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-torch = LateImport("torch")  # which takes a second: `--help` and `make_dataset.py --list` do without
+if TYPE_CHECKING:
+    import torch
+else:  # torch takes a second to import: `--help` and `make_dataset.py --list` do without
+    torch = LateImport("torch")
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -278,7 +281,7 @@ class ReplayBuffer:
 
     observations, next_observations [N, observation_dim]; actions [N, action_dim]; rewards, terminated, truncated [N].
     The two ends are kept apart: bootstrap through `truncated` only. An array that is float32 on the device already is
-    shared, so that writing into one changes both.
+    shared, so that writing into one changes both. Raises ValueError where the row counts differ.
     """
 
     FIELDS = ("observations", "actions", "rewards", "next_observations", "terminated", "truncated")
@@ -287,6 +290,8 @@ class ReplayBuffer:
         self.device = torch.device(device)
         values = (observations, actions, rewards, next_observations, terminated, truncated)
         for name, value in zip(self.FIELDS, values, strict=True):
+            if len(value) != len(observations):
+                raise ValueError(f"{name} has {len(value)} rows, expected {len(observations)}")
             setattr(self, name, torch.as_tensor(value, dtype=torch.float32, device=self.device))
 
     def __len__(self) -> int:
@@ -377,8 +382,9 @@ def expectile_loss(prediction: torch.Tensor, target: torch.Tensor, expectile: fl
 
 
 def n_step_target(steps: torch.Tensor, span: torch.Tensor, discount: float, value: torch.Tensor) -> torch.Tensor:
-    """discount^(k-1) where the goal comes after k <= span steps, else discount^span of the value there in [0, 1];
-    [...].
+    """Value target [...]: discount^(k-1) where the goal comes after k <= span steps, else discount^span * value.
+
+    steps to the goal and span [...] int64; value [...] of the states after span steps, clamped to [0, 1].
     """
     known = discount ** (torch.minimum(steps, span) - 1).float()
     return torch.where(steps <= span, known, discount**span * value.clamp(0, 1))

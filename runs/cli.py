@@ -229,14 +229,14 @@ def _from_words(words: list[str], hint: Any) -> Any:
 
 
 def nearest(name: str, known: Iterable[str], shown: str = "{!r}", otherwise: str = "") -> str:
-    """`the nearest one is ...`: the one or two known names most like another. `otherwise` where none resembles it.
+    """`the nearest one is ...`: the known name that is spelled most like another. `otherwise` where none resembles it.
 
     shown: how to write it. The default of `otherwise` lists all names.
     """
     spelled = {other.lower(): other for other in known}
-    found = difflib.get_close_matches(name.lower(), list(spelled), n=2)
+    found = difflib.get_close_matches(name.lower(), list(spelled), n=1)
     if found:
-        return "the nearest one is " + " or ".join(shown.format(spelled[name]) for name in found)
+        return f"the nearest one is {shown.format(spelled[found[0]])}"
     return otherwise or f"it must be one of {', '.join(sorted(spelled.values()))}"
 
 

@@ -57,6 +57,8 @@ def _save(figure: Figure, path: str | Path) -> None:
 def _draw(axis: Axes, panel: Panel, x: str) -> None:
     """Curves, with a dot at each value where there are few; the legend has room of its own above them.
 
+    Dotted curves are not in the legend: the panel's note says what they are.
+
     A value that has no place on the axis is left out. Where every curve has one alone, the panel says them in words.
     """
     axis.set_yscale("log" if panel.log else "linear")
@@ -83,13 +85,13 @@ def _draw(axis: Axes, panel: Panel, x: str) -> None:
     if panel.ylim is not None:
         axis.set_ylim(panel.ylim)
     axis.grid(alpha=0.3)
-    if labels := axis.get_legend_handles_labels()[1]:
-        columns = 2 if len(labels) > 4 else 1
+    if named := [line for line in axis.get_legend_handles_labels()[0] if line.get_linestyle() != ":"]:
+        columns = min(math.ceil(len(named) / 4), 3)
         scale = axis.yaxis.get_transform()
         low, high = scale.transform(axis.get_ylim())
-        room = 0.02 + 0.08 * math.ceil(len(labels) / columns)  # of the height, a line of the legend 8%
+        room = min(0.02 + 0.08 * math.ceil(len(named) / columns), 0.45)  # of the height, a line of the legend 8%
         axis.set_ylim(top=scale.inverted().transform(low + (high - low) / (1 - room)))
-        axis.legend(fontsize=6.5, ncols=columns, loc="upper center", columnspacing=1, handlelength=1.5)
+        axis.legend(handles=named, fontsize=6.5, ncols=columns, loc="upper center", columnspacing=1, handlelength=1.5)
 
 
 def panels_figure(title: str, panels: Sequence[Panel], x: str, xlabel: str, columns: int) -> Figure:
@@ -298,6 +300,7 @@ def chain_panels(runs: Sequence[Metrics], actors: int, data_score: float) -> lis
     scores = curves("eval/actor_{}/deterministic/score", marker=".")
     if len(runs) == 1:
         scores += curves("eval/actor_{}/stochastic/score", words=", stochastic", line=":", marker=".")
+    dotted = "\ndotted: stochastic" * (len(runs) == 1)
     data = {"color": "black", "linestyle": "--", "label": "the data"}
     distances = curves("chain/actor_{}/distance")
     distances += curves("chain/actor_{}/floor", 1, ", floor", ":")  # the data has none
@@ -310,9 +313,9 @@ def chain_panels(runs: Sequence[Metrics], actors: int, data_score: float) -> lis
         step = Panel("Q gained by the step", "Q", curves("chain/actor_{}/q_gain", first), zero, note=note)
     critics = [(metrics, "critic_loss", {"color": "black"}) for metrics in runs]
     return [
-        Panel("Score", "D4RL score", scores, [(data_score, data)]),
+        Panel("Score", "D4RL score", scores, [(data_score, data)], note=dotted),
         Panel("Q of each actor", "Q", curves("chain/actor_{}/q")),
-        Panel("Distance to the one before", "distance", distances, log=True),
+        Panel("Distance to the one before", "distance", distances, log=True, note="\ndotted: floor" * first),
         step,
         Panel("Spread of samples", "standard deviation", curves("chain/actor_{}/spread")),
         Panel("Critics", "loss", critics, log=True),

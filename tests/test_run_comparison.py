@@ -614,6 +614,16 @@ def test_ctrl_c_stops_the_runs_and_the_same_command_continues(place):
     assert len(place.rows()) == 16 and place.count("start")["w2_0.4_1/seed_0"] == 1
 
 
+def test_several_gpus_are_dealt_in_turn(monkeypatch):
+    monkeypatch.setattr(jobs, "execute", lambda job, stop: stop.wait(30))
+    for devices, expected in ((["2", "5"], ["2", "5", "2"]), (["0"], [None] * 3)):
+        pool, started = jobs.LocalPool(3, devices), [jobs.Job("", [], {}) for _ in range(3)]
+        for number, job in enumerate(started):
+            pool.start(number, job)
+        pool.stop()
+        assert [job.environment.get("CUDA_VISIBLE_DEVICES") for job in started] == expected
+
+
 # --- the real trainers -----------------------------------------------------------------------------------------------
 
 

@@ -485,6 +485,20 @@ def test_a_read_error_text_is_found(use):
     assert prose_violations(files) == ["a.py:4: reads an error's text"]
 
 
+def test_a_config_field_that_nothing_reads_is_found():
+    text = "@dataclass\nclass AConfig:\n    # used\n    a: int = 0\n    b: int = 0  # dead\n    c: int = 0\n"
+    text += "    def f(self):\n        return self.b\n\ndef g(config):\n    return config.a + config.c\n"
+    assert config_violations({"x.py": text}) == [
+        "x.py:5: AConfig.b is read nowhere",
+        "x.py:6: AConfig.c has no comment",
+    ]
+
+
+def test_an_unlisted_package_is_found():
+    files = {"a.py": "import yaml, os\nimport b\ndef f():\n    import jaxxy.numpy", "b.py": ""}
+    assert unlisted_packages(files, {"pyyaml"}) == ["a.py: jaxxy is in no requirements file"]
+
+
 def test_an_import_with_effects_and_a_help_that_fails_are_found(tmp_path):
     (tmp_path / "loud.py").write_text("print('hello')")
     (tmp_path / "setter.py").write_text("import os\nos.environ['MUJOCO_GL'] = 'egl'")

@@ -19,7 +19,7 @@ from offline_trainer import OfflineTrainerConfig
 from online_trainer import OnlineTrainerConfig
 from pogo_main import POGOTrainerConfig
 from runs import cli, plots
-from runs.cli import nearest, parse_config, run_cli
+from runs.cli import parse_config, run_cli
 from runs.directory import (
     load_checkpoint,
     mark_finished,
@@ -27,7 +27,7 @@ from runs.directory import (
     save_checkpoint,
 )
 from runs.metrics import MetricLogger, RunningMeans, read_metrics
-from utils import ReplayBuffer, RunFinished, UserError
+from utils import RandomStreams, ReplayBuffer, RunFinished, UserError
 from walker.train_morel import MORELConfig
 
 
@@ -82,10 +82,6 @@ def test_yaml_lies_between_defaults_and_flags(tmp_path):
     config = parse_config(SmallConfig, ["--seed", "5", "--config", str(path)])
     assert config == SmallConfig(lr=0.01, seed=5, resume=True, dataset="", w2_weights=(1.0, 0.2))
     assert isinstance(config.w2_weights[0], float)
-
-
-def test_two_names_that_are_near_are_both_told():
-    assert nearest("itau", ["seed", "tau", "iql_tau"], "--{}") == "the nearest one is --tau or --iql_tau"
 
 
 @pytest.mark.parametrize(
@@ -199,6 +195,30 @@ def test_resolve_device(monkeypatch):
     assert utils.resolve_device("auto").type == "cuda"
 
 
+def test_streams_differ_from_each_other_and_repeat_with_the_seed():
+    first, again, other = RandomStreams(3), RandomStreams(3), RandomStreams(4)
+    draw = {name: torch.rand(4, generator=getattr(first, name)) for name in ("sampling", "policy")}
+    assert torch.equal(draw["sampling"], torch.rand(4, generator=again.sampling))
+    assert not torch.equal(draw["sampling"], draw["policy"])
+    assert not torch.equal(draw["sampling"], torch.rand(4, generator=other.sampling))
+    seeds = {first.init_seed, first.evaluation_seed, other.init_seed, other.evaluation_seed}
+    assert len(seeds) == 4 and 0 <= first.evaluation_seed < 2**31
+    with pytest.raises(UserError, match="--seed"):
+        RandomStreams(-1)
+    with pytest.raises(UserError, match="resume on the same --device"):
+        first.load_state_dict(other.state_dict() | {"sampling": torch.zeros(16, dtype=torch.uint8)})  # a GPU's
+
+
+def test_initialising_is_reproducible_and_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    weights = []
+    for _ in range(2):
+        with RandomStreams(0).initialising():
+            weights.append(torch.nn.Linear(3, 3).weight)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*weights)
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +263,8 @@ def test_batches_are_rows_that_follow_the_generator():
     for name, values in zip(ReplayBuffer.FIELDS, rows, strict=True):
         assert torch.equal(batch[name], torch.tensor(values, dtype=torch.float32)[batch["rewards"].long()]), name
         assert torch.equal(batch[name], same[name])
+    with pytest.raises(ValueError, match="actions has 9 rows"):
+        ReplayBuffer(rows[0], rows[1][:9], *rows[2:])
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -353,12 +375,17 @@ def test_every_panel_has_a_y_label_and_no_legend_covers_a_curve(tmp_path, monkey
     }
     plots.plot_chain_curves(rows | chain | {"critic_loss": [float("nan"), 3.0]}, tmp_path, "c", 2, 50.0)
     plots.plot_study_curves(rows | {"eval/run/return": [1.0, 2.0]}, tmp_path, "d", {"run": 3.0})
-    assert [len(figure.axes) for figure in figures] == [8, 2, 6, 2]
+    modes = ("deterministic", "stochastic")
+    scores = {f"eval/actor_{actor}/{mode}/score": [0.0, 50.0] for actor in range(12) for mode in modes}
+    plots.plot_chain_curves(rows | scores | {"critic_loss": [1.0, 2.0]}, tmp_path, "12 actors", 12, 50.0)
+    assert [len(figure.axes) for figure in figures] == [8, 2, 6, 2, 6]
     assert all(axis.get_ylabel() and axis.get_xlabel() for figure in figures for axis in figure.axes)
     for axis in [axis for figure in figures for axis in figure.axes if axis.get_legend()]:
         axis.figure.canvas.draw()
         lowest = axis.get_legend().get_window_extent().transformed(axis.transData.inverted()).y0
         assert lowest > max(np.nanmax(line.get_ydata()) for line in axis.lines)
+    low, high = figures.pop().axes[0].get_ylim()
+    assert high - low <= 2 * 50  # with many actors, too, the curves have half of the height
     assert figures[1].axes[0].get_title() == "Success"
     plots.plot_online_curves({"step": [1], "env_steps": [0], "eval/success_rate": [0.5]}, tmp_path, "e")
     (axis,) = figures.pop().axes
