@@ -112,7 +112,7 @@ class D4RLDataset(Dataset):
         """`load_arrays`, and the rows must be those of the id's robot, with next_observations but in antmazes."""
         arrays = load_arrays(path, sizes=_DIMENSIONS[self.robot])
         if "next_observations" not in arrays and self.robot != "antmaze":
-            raise bad_file(path, "no array 'next_observations', which D4RL's v2 files have")
+            raise bad_file(path, "no array 'next_observations', which tells where episodes end")
         return arrays
 
     def episode_ends(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
@@ -178,8 +178,9 @@ class D4RLDataset(Dataset):
         return QuickRunner(self.id) if self.robot in ENVIRONMENTS else make_env(self.id)
 
     def score(self, returns: ArrayLike, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:
-        """D4RL's score, of its robot's references: 0 is a random policy, 100 D4RL's expert; in antmaze the goal
-        reached.
+        """D4RL's score by its robot's references: 0 is a random policy, 100 D4RL's expert.
+
+        In antmaze an episode that reaches the goal scores 100, any other 0.
         """
         low, high = REFERENCE_RETURNS[self.robot]
         return 100.0 * (np.asarray(returns, dtype=np.float64) - low) / (high - low)
@@ -196,8 +197,9 @@ DATASETS = {
 
 
 def is_official(dataset_id: str, transitions: int) -> bool | None:
-    """Whether so many transitions can be D4RL's own file: nine tenths of its rows; None for other ids and unknown
-    sizes.
+    """Whether so many transitions can be D4RL's own file: at least nine tenths of its rows.
+
+    None for an id that is not D4RL's, or whose file has a size that is not known here.
     """
     robot, _, level = dataset_id.removesuffix("-v2").partition("-")
     if dataset_id not in official_ids(DATASETS) or level in ("random", "expert", "full-replay"):
@@ -223,9 +225,7 @@ def load_arrays(path: str | os.PathLike, sizes: tuple[int, int] | None = None) -
 
 @contextlib.contextmanager
 def _without_known_warnings() -> Iterator[None]:
-    """Leave out what is known of a v4 environment: that there is a v5, and an attribute that MuJoCo would log to a
-    file.
-    """
+    """Silence two warnings of a v4 environment: that there is a v5, and MuJoCo's about `settotalmass`."""
     import mujoco
 
     before = mujoco.get_mju_user_warning()

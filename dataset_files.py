@@ -1,6 +1,4 @@
-"""Data files of every benchmark: dataset ids and where their files are, reading, checks, downloads. No pickle is
-loaded.
-"""
+"""Data files of every benchmark: dataset ids, where the files are, reading, checks, downloads. No pickle is loaded."""
 
 import abc
 import difflib
@@ -263,9 +261,7 @@ def check_arrays(bad: Bad, arrays: dict[str, np.ndarray], sizes: tuple[int, int]
 
 
 def check_rows(bad: Bad, name: str, array: np.ndarray, low: ArrayLike = -np.inf, high: ArrayLike = np.inf) -> None:
-    """Raise `bad(fault)` at the first row of [N, ...] that is not finite, or beyond bounds by more than 1e-5
-    (rounding).
-    """
+    """Raise `bad(fault)` at the first row of [N, ...] that is not finite, or over 1e-5 (rounding) out of bounds."""
     low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
     for start in range(0, len(array), BLOCK_ROWS):
         block = array[start : start + BLOCK_ROWS]

@@ -333,9 +333,7 @@ def load_study_data(ids: list[str], dataset_dir: str | os.PathLike | None = None
 
 
 def rewards_in_task(env: WalkerEnv, physics: np.ndarray) -> np.ndarray:
-    """Rewards [n] float32 that the environment's task gives for arriving in physics states [n, 18], on which alone they
-    depend.
-    """
+    """Rewards [n] float32 of the environment's task for arriving in physics states [n, 18]; nothing else matters."""
     rewards = np.empty(len(physics), np.float32)
     for number, state in enumerate(physics):
         env.set_physics(state)

@@ -96,8 +96,7 @@ def load_transitions(
 ) -> OfflineData:
     """Read a dataset, downloading an official one that is missing, and compare it with its environment.
 
-    antmaze_reward_shift is added to the rewards of D4RL's antmazes, which are 1 at the goal and 0 elsewhere, as IQL
-    does.
+    antmaze_reward_shift: added to the rewards of D4RL's antmazes, 1 at the goal and 0 elsewhere; IQL adds -1.
 
     Raises UserError for an unknown id, a file that is missing, damaged or cannot be fetched, an optional package that
     is missing, rewards that are all equal, an environment that cannot be made or is not the data's.
@@ -181,9 +180,7 @@ class SingleTask(ogbench_utils.MazeDataset):
         }
 
     def score(self, returns: ArrayLike, dataset_dir: str | os.PathLike | None = None) -> np.ndarray:
-        """100 for an episode that reaches the goal, else 0: one that fails has return -1 for every step of the time
-        limit.
-        """
+        """100 for an episode that reaches the goal, else 0: one that fails has return -1 for every step."""
         import ogbench  # noqa: F401  registers the environments
 
         return 100.0 * (np.asarray(returns, dtype=np.float64) > -gymnasium.spec(self.env_id).max_episode_steps)
@@ -353,8 +350,9 @@ def is_minari(dataset_id: str) -> bool:
 
 
 def make_env(dataset_id: str, dataset_dir: str | os.PathLike | None = None) -> gymnasium.Env:
-    """The environment that a dataset's policies are evaluated in, with its time limit. `dataset_dir` matters for Minari
-    alone.
+    """The environment that a dataset's policies are evaluated in, with its time limit.
+
+    dataset_dir: for Minari alone, whose environments stand in the data.
     """
     return find_dataset(dataset_id).make_env(dataset_dir)
 

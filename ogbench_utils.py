@@ -217,8 +217,9 @@ class TrajectoryDataset:
         return self.actions.shape[1]
 
     def normalizer(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation of the observations, [obs_dim] float32: at least 1e-3, and 1 for a column that never
-        changes.
+        """Mean and deviation of the observations, [obs_dim] float32.
+
+        A deviation is at least 1e-3, and 1 for a column that never changes.
         """
         mean = torch.zeros(self.observation_dim, dtype=torch.float64, device=self.device)
         variance = torch.zeros_like(mean)

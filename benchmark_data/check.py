@@ -55,8 +55,9 @@ def find_path(given: str | Path, dataset_dir: str | Path | None = None) -> Path:
 
 
 def identify(path: Path) -> tuple[Dataset, Path]:
-    """The dataset of a path (of the walker's study also data/ or an episode) and its --dataset_dir; UserError where it
-    is none's.
+    """The dataset of a path, and its --dataset_dir. Raises UserError where the path is no dataset's.
+
+    Of the walker's study, data/ and an episode's file will do too.
     """
     place = path.absolute()
     place = place.parent if place.name.startswith("episode_") else place
@@ -225,8 +226,9 @@ def _check_rewards(data: Data, rows: np.ndarray, rewards: np.ndarray, agrees: bo
 
 
 def check_ends(data: Data) -> None:
-    """Without next_observations the simulator, asked at the ends and the largest changes, must not reach what follows
-    an end.
+    """Without next_observations: the simulator must reach the next row, but not after an end.
+
+    It is asked at the ends, and at the rows from which the numbers change most.
     """
     if data.following is not None:
         return

@@ -155,9 +155,7 @@ def policy_path(experts_dir: str | Path, env: str, step: int) -> Path:
 
 
 def latest_policy(experts_dir: str | Path, env: str, step: int) -> Path:
-    """The policy of the most training steps in a folder, not of the highest return; where there is none, that of
-    `step`.
-    """
+    """The policy of the most training steps in a folder, not of the highest return; else that of `step`."""
     steps = [path.stem.removeprefix(f"{env}_") for path in Path(experts_dir).glob(f"{env}_*.safetensors")]
     return policy_path(experts_dir, env, max((int(text) for text in steps if text.isdecimal()), default=step))
 

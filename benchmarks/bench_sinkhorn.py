@@ -73,8 +73,7 @@ def capture(distance, x: Tensor, y: Tensor):
 def agreement(candidates: dict, x: Tensor, y: Tensor) -> tuple[float, float]:
     """Largest differences of fused and tensorized in value and gradient, in float32.
 
-    A peer that computes otherwise is no peer: in float64, where rounding cannot hide behind a small blur, they must
-    be equal.
+    Peers must be equal in float64, where rounding cannot hide behind a small blur.
     """
     errors = []
     for dtype in (torch.float32, torch.float64):

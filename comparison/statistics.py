@@ -27,8 +27,9 @@ def iqm(scores: np.ndarray) -> np.ndarray:
 def bootstrap_interval(
     strata: Iterable[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray], draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, float]:
-    """95% percentile interval of a statistic of all scores' last axis, seeds drawn with replacement in each stratum
-    [seeds].
+    """95% percentile interval of a statistic of all scores; seeds are drawn with replacement in each stratum.
+
+    strata: scores [seeds] of each dataset. statistic: of the last axis of an array.
     """
     generator = np.random.default_rng(seed)
     drawn = [scores[generator.integers(len(scores), size=(draws, len(scores)))] for scores in map(np.asarray, strata)]
@@ -47,8 +48,9 @@ def t_half_width(values: Iterable[float]) -> float:
 
 
 def cell_text(scores: Iterable[float], planned: int, digits: int = 1, sign: str = "") -> str:
-    """Mean and 95% t-interval of scores [seeds], none where all are the same; of two seeds their range, of one with a
-    star.
+    """Mean and 95% t-interval of scores [seeds]; of two seeds their range, of one its score with a star.
+
+    Scores that are all the same have no interval. The number of seeds is added where more were planned.
     """
     found, form = list(scores), f"{sign}.{digits}f"
     n, center = len(found), math.fsum(found) / len(found)

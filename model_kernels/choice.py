@@ -56,8 +56,9 @@ def use_kernels(config: KernelConfig, device: torch.device) -> None:
 
 
 def choose_kernels(kernels: Kernels = "auto", precision: Precision = "float32") -> str:
-    """Set and log what this process multiplies with; returns torch, onednn or plain. UserError where onednn does not
-    work.
+    """Set and log what this process multiplies with; returns torch, onednn or plain.
+
+    Raises UserError where onednn does not work.
     """
     if kernels == "onednn" and not onednn_works():
         raise UserError("--kernels onednn: this PyTorch lacks the operator, or it refuses this processor; use torch")

@@ -393,8 +393,8 @@ def _by_input(d_x: Tensor | None, begin: int, widths: Sequence[int], wanted: Seq
 def run_mlp(net, theta: Tensor, members: int, inputs: Sequence[Tensor], squash: bool = False) -> Tensor:
     """The first `members` of a `model.MLP` with parameters theta as one node of the graph, [members, n, out].
 
-    inputs: [n, ...], side by side the input of every member; or one of [members, n, in]. squash: tanh of the output.
-    Differentiable once.
+    inputs: [n, ...], side by side the input of every member; or one of [members, n, in]. squash: the output is its
+    tanh. The node can be differentiated once, not twice.
     """
     if torch.is_grad_enabled():
         return _MLP.apply(theta, net, members, squash, *inputs)

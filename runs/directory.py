@@ -153,7 +153,7 @@ def check_run(run_dir: str | Path, config: Any, may_change: Iterable[str] = (), 
         _check_same_config(run_dir, _stored_config(config), ALWAYS_MAY_CHANGE | set(may_change))
     if finished:
         remedy = f"choose another --run_dir to train again{replacing}"
-        raise RunFinished(f"{run_dir}: this run is finished; {remedy}")
+        raise RunFinished(f"{run_dir}: this run is finished, its results are in finished.json; {remedy}")
     if started and not resume:
         remedy = f"continue it with --resume, or choose another --run_dir{replacing}"
         raise RunExists(run_dir, "holds an unfinished run", remedy)
@@ -170,8 +170,9 @@ def _clear(run_dir: Path, checkpoint: Path) -> None:
 
 @contextlib.contextmanager
 def lock_run(run_dir: str | Path) -> Iterator[None]:
-    """Make a run's directory and keep it to one process; raises RunLocked where another has it, OSError where it cannot
-    be.
+    """Make a run's directory and keep it to one process.
+
+    Raises RunLocked where another process has it, OSError where it cannot be made.
     """
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as lock:

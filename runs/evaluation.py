@@ -60,8 +60,7 @@ def num_workers(eval_workers: int | None) -> int:
 class _Shared:
     """The arrays that the processes share, over `n` environments.
 
-    buffers: memory of each array that another process has made; None makes it, in no file that a kill could leave
-    behind.
+    buffers: memory of each array that another process has made; None makes it. It is anonymous: a kill leaves no file.
     """
 
     def __init__(self, n: int, observation_dim: int, action_dim: int, buffers: dict[str, Any] | None = None):
@@ -196,8 +195,10 @@ class Evaluator:
     def evaluate(
         self, policies: Policies, num_policies: int, seeds: Sequence[int], desc: str | None = None
     ) -> Episodes:
-        """Play one episode a policy (`num_policies` of them in one function, see Policies) and seed; desc: of a bar, or
-        none.
+        """Play one episode a policy and seed.
+
+        policies: all `num_policies` of them in one function, see Policies. seeds: reset seeds of the E episodes, the
+        same for every policy; see episode_seeds. desc: text of a progress bar; None shows none.
 
         Raises UserError for actions that are not finite and for what make_env raises it for, ProcessDied where a worker
         died, RuntimeError with the traceback for any other failure in one. The evaluator can be used again after each.

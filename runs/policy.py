@@ -19,8 +19,7 @@ class ChainPolicy:
     """The actors of a run (path: its directory, or a checkpoint), each as acts on raw observations.
 
     make_actors: of a checkpoint's content and a device, the actors in the order of the chain. command: writes such
-    checkpoints. state: the file's content, where it is read already. Raises UserError for a file that is no such
-    checkpoint.
+    checkpoints. state: the file's content, where it is read already. Raises UserError for any other file.
     """
 
     def __init__(
@@ -41,8 +40,9 @@ class ChainPolicy:
 
     @torch.no_grad()
     def act(self, observation: np.ndarray, actor: int = -1, deterministic: bool = True) -> np.ndarray:
-        """Actions [..., A] of raw observations [..., D] (ValueError for other sizes); with noise z ~ N(0, I) unless
-        deterministic.
+        """Actions [..., A] of raw observations [..., D], with z = 0 or, unless deterministic, z ~ N(0, I).
+
+        Raises ValueError for observations of another size.
         """
         if np.shape(observation)[-1:] != self.mean.shape:
             raise ValueError(f"observation has the shape {np.shape(observation)}, not [..., {len(self.mean)}]")
@@ -53,8 +53,9 @@ class ChainPolicy:
 
 
 def evaluate_again(config: ChainRunConfig, policy: ChainPolicy) -> dict[str, float]:
-    """`--evaluate`: print and return the scores of a run's last evaluation once more, from its file, or of other
-    episodes.
+    """`--evaluate`: play a run's last evaluation again, from its file alone; print and return the scores.
+
+    config: this command's settings, which may ask for other episodes.
     """
     runs, episodes, seed = (policy.config[name] for name in ("final_runs", "eval_episodes", "seed"))
     at_once = episodes  # as the run had, so that the noise is the same

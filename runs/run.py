@@ -222,8 +222,7 @@ def largest_q(rewards: np.ndarray, discount: float, limit: float = 10.0) -> floa
 def data_values(
     rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, discount: float
 ) -> tuple[float, float]:
-    """Mean and largest discounted return that a row's own episode had from there on; all [N] in order, discount below
-    1.
+    """Mean and largest discounted return from a row to the end of its episode; all [N] in order, discount below 1.
 
     An episode that was cut, as the last one is, goes on for ever with its mean reward. One of fewer than 1 / (1 -
     discount) rows, as the file's end may leave, says too little for the largest, where there are others.

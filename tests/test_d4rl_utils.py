@@ -311,7 +311,7 @@ def test_files_that_are_not_of_the_id(tmp_path):
         load(HOPPER, put(tmp_path / "data", many_columns(dims=(17, 6))))
     columns = many_columns()
     del columns["next_observations"]
-    with pytest.raises(UserError, match="no array 'next_observations', which D4RL's v2 files have"):
+    with pytest.raises(UserError, match="no array 'next_observations', which tells where episodes end"):
         load(HOPPER, put(tmp_path / "data", columns))
     columns = many_columns(dims=ANT)
     columns["timeouts"][:] = True

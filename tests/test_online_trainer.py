@@ -523,7 +523,8 @@ def test_a_resumed_run_reads_its_own_settings(finished, arguments, tmp_path, mon
         monkeypatch.setattr(sys, "argv", ["online_trainer.py", "--resume", "--dataset", DATASET])
         run_cli(online_trainer.main)
     out = capsys.readouterr().out
-    assert stop.value.code == 0 and "this run is finished" in out and str(usual) in out
+    words = "this run is finished, its results are in finished.json"
+    assert stop.value.code == 0 and words in out and str(usual) in out
 
 
 def test_a_run_of_another_command_is_recognised(pretrained, arguments, capsys):

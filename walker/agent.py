@@ -182,8 +182,9 @@ def testing_seeds(seed: int, episodes: int) -> list[int]:
 def play_saved(
     path: str | Path, episodes: int | None, seed: int | None, workers: int | None, device: str
 ) -> dict[tuple[str, str], np.ndarray]:
-    """Returns by agent and task: of a run's last and best agent, or of a file; what is None is as in the run's own
-    test.
+    """Returns by agent and task: of a run's last and best agent, or of a file's own.
+
+    What is None is as in the run's own test, which so is played again.
     """
     folder, agents = Path(path) / "checkpoints", {}
     files = [folder / "last.pth", folder / "best.pth"] if Path(path).is_dir() else [Path(path)]

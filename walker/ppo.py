@@ -90,6 +90,7 @@ class PPO:
         self.value_optimizer = torch.optim.Adam(self.value.parameters(), config.value_lr, fused=True)
 
     def values(self, inputs: Tensor) -> Tensor:
+        """V(s), [n]."""
         return self.value(inputs).squeeze(-1)
 
     @torch.no_grad()

@@ -77,6 +77,7 @@ class CDSRun(CQLRun):
 
     @torch.no_grad()
     def value(self, batch: dict[str, Tensor]) -> Tensor:
+        """min_k Q_k(s, a), [n]."""
         return self.learner.critic(batch["observations"], batch["actions"]).amin(0)
 
     def evaluate(self) -> dict[str, float]:

@@ -103,6 +103,7 @@ class SequenceLearner(Learner):
 
 
 def returns_to_go(rewards: np.ndarray) -> np.ndarray:
+    """Sum of the rewards [E, T] from each step on, its own included, float32."""
     return np.cumsum(rewards[:, ::-1], axis=1, dtype=np.float64)[:, ::-1].astype(np.float32)
 
 

@@ -45,6 +45,7 @@ class MORELLearner(InModelLearner):
         return super().iterate(starts) | {"threshold": self.threshold}
 
     def find_threshold(self) -> Tensor:
+        """The quantile of the ensemble's disagreement over the data, 0-d."""
         data, parts = self.data, []
         for start in range(0, len(data), 8192):
             rows = slice(start, start + 8192)
