@@ -73,9 +73,9 @@ class OnlineAgentConfig:
     trusted_steps: Positive = 8.0  # length in steps at which a link costs twice its length
     aim_steps: Positive | None = None  # how far z' lies ahead, by the metric; default: what gets 12 steps away
     replan_every: Count = 5  # environment steps between two choices of z'
-    patience: Count = 30  # environment steps without progress after which an edge is blocked for the episode
+    patience: Count = 30  # environment steps without progress before a random escape; search blocks the edge
     block_radius: NonNegative = 20.0  # edges between nodes this many steps around a blocked edge's ends are blocked too
-    escape_steps: Whole = 10  # environment steps that one random action is held after an edge was blocked
+    escape_steps: Whole = 10  # environment steps that one random action is held to escape
     metric_steps: Count | None = None  # the metric learns on states 1..metric_steps apart; default 10, ant, humanoid 25
     metric_dim: Count = 32  # size of the metric's embedding
     metric_lr: Positive = 1e-3  # learning rate of the metric, decaying to 0

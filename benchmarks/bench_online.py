@@ -3,10 +3,10 @@
     python benchmarks/bench_online.py
     python benchmarks/bench_online.py --num_envs 32
 
-Both act with the same networks and the same graph of states, in OGBench's antmaze-medium, which is simulated by both
-and counts in the second pair of figures; by search, by V and by the proposer. The peer encodes each environment's
-last `context_length` states at every step. The networks are untrained and the nodes random; distances are scaled so
-that every goal is far and the search has paths to find and to block. The two take turns; medians are printed.
+Both act by search with the same networks and the same graph of states, in OGBench's antmaze-medium, which is simulated
+by both and counts in the second pair of figures. The peer encodes each environment's last `context_length` states at
+every step. The networks are untrained and the nodes random; distances are scaled so that every goal is far and the
+search has paths to find and to block. The two take turns; medians are printed.
 """
 
 import sys
@@ -95,16 +95,14 @@ def main(argv: list[str] | None = None) -> None:
     agent.metric.steps_per_square.fill_(FAR)
     rows = torch.arange(config.graph_nodes)
     graph = StateGraph(agent, agent.encode(torch.randn(len(rows), dim)), rows, rows // 1001 * 1001 + 1000)
-    for acting in ("search", "value", "proposer"):
-        agent.config.acting = acting
-        for count in sorted({1, config.num_envs}):
-            times = compare(config, agent, graph, envs[:count])
-            for number, what in enumerate(("acting", "acting_and_simulation")):
-                rate = {n: count * config.steps / np.median([t[number] for t in taken]) for n, taken in times.items()}
-                print(
-                    f"{acting}_{what}_steps_per_second_{count}_envs: ours {rate['ours']:.0f}, "
-                    f"peer {rate['peer']:.0f}, ratio {rate['ours'] / rate['peer']:.1f}"
-                )
+    for count in sorted({1, config.num_envs}):
+        times = compare(config, agent, graph, envs[:count])
+        for number, what in enumerate(("acting", "acting_and_simulation")):
+            rate = {n: count * config.steps / np.median([t[number] for t in taken]) for n, taken in times.items()}
+            print(
+                f"search_{what}_steps_per_second_{count}_envs: ours {rate['ours']:.0f}, "
+                f"peer {rate['peer']:.0f}, ratio {rate['ours'] / rate['peer']:.1f}"
+            )
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class MazePolicy:
         self.encoder, self.v = self.agent.encoder, self.agent.heads["v"]
 
     def reset(self) -> None:
-        """Begin new episodes: forget which edges were blocked in the last ones."""
+        """Begin new episodes: forget where the last ones were, and which edges were blocked."""
         self.planner = None
 
     def act(self, observation: np.ndarray, goal: np.ndarray, deterministic: bool = True) -> np.ndarray:

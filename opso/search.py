@@ -74,21 +74,22 @@ class StateGraph:
         first[node], near[1, node] = False, True
         return near[0] & first, near[1] & ~first
 
-    def candidates(self, point: Tensor, places: Tensor, aim_steps: float) -> np.ndarray:
+    def candidates(self, point: Tensor, places: Sequence[Tensor], aim_steps: float) -> np.ndarray:
         """Nodes that a step towards the goal may lead to: [m] int, at most MOST_CANDIDATES, evenly spaced in time.
 
-        They lie in the ring around a point [metric_dim], away from all places [P, metric_dim]; where there are none, in
+        They lie in the ring around a point [metric_dim], away from all places [metric_dim]; where there are none, in
         the ring alone, and where it is empty they are the nearest nodes.
         """
+        steps = self.agent.metric_steps(point[None], self.points)[0]
         near, far = (aims * aim_steps for aims in RING)
-        place = point.cpu().numpy()
-        nodes = np.sort(np.asarray(self.tree.query_ball_point(place, math.sqrt(far / self.steps_per_square)), int))
-        steps = self.agent.metric_steps(torch.stack([point, *places]), self.points[nodes]).cpu().numpy()
-        for allowed in (steps.min(0) > near, steps[0] > near):
-            if allowed.any():
-                nodes = nodes[allowed]
-                return nodes[:: math.ceil(len(nodes) / MOST_CANDIDATES)]
-        return self.tree.query(place, np.arange(1, min(self.agent.config.num_links, len(self)) + 1))[1]
+        ring = ((steps > near) & (steps <= far)).nonzero().squeeze(1)
+        if len(ring) == 0:
+            return steps.topk(min(self.agent.config.num_links, len(self)), largest=False).indices.cpu().numpy()
+        fresh = ring
+        if places:
+            fresh = ring[self.agent.metric_steps(torch.stack(places), self.points[ring]).amin(0) > near]
+        nodes = fresh if len(fresh) else ring
+        return nodes[:: math.ceil(len(nodes) / MOST_CANDIDATES)].cpu().numpy()
 
     def shortest_paths(
         self, last: Sequence[int], last_cost: Sequence[float], blocked: Sequence[tuple[np.ndarray, np.ndarray]] = ()
@@ -185,7 +186,7 @@ class Planner:
             for row, env in enumerate(live):
                 self._follow(env, points[row], nodes[row], costs[row], float(to_goal[row]))
         else:
-            self._propose(x, points, live, to_goal)
+            self._choose_near(x, points, live, to_goal)
         own = np.flatnonzero(self.chosen[live] < len(self.graph))
         self.subgoals[live] = self.goals[live]
         self.subgoals[live[own]] = self.graph.features[self.chosen[live[own]]]
@@ -198,13 +199,22 @@ class Planner:
             self.subgoals[live] = torch.where(explores, ahead, self.subgoals[live])
             self.explorations += int(explores.sum())
 
-    def _propose(self, x: Tensor, points: Tensor, live: np.ndarray, to_goal: np.ndarray) -> None:
+    def _choose_near(self, x: Tensor, points: Tensor, live: np.ndarray, to_goal: np.ndarray) -> None:
         """Choose z' without search: the goal where `to_goal` [m], the steps to it, are few, else the best candidate.
 
         That is the one of the highest V, or the one nearest to the proposal. Progress is to come to new places: where
         the goal is far, V is near 0 everywhere.
         """
         agent, graph = self.agent, self.graph
+        for env, point in zip(live, points, strict=True):
+            places = self.places[env]
+            if not places or agent.metric_steps(point[None], torch.stack(places)).min() > RING[0] * self.aim_steps:
+                places.append(point)
+                self.progress_at[env] = self.clock
+            if self.clock - self.progress_at[env] >= agent.config.patience:
+                self._escape(env)
+                if self.chosen[env] < len(graph):
+                    places.append(graph.points[self.chosen[env]])
         found = [
             graph.candidates(point, self.places[env], self.aim_steps) for env, point in zip(live, points, strict=True)
         ]
@@ -217,15 +227,6 @@ class Planner:
             scores = -(codes - proposals.repeat_interleave(counts, 0)).square().sum(-1)
         best = [nodes[int(score.argmax())] for nodes, score in zip(found, scores.split(counts.tolist()), strict=True)]
         self.chosen[live] = np.where(to_goal <= self.aim_steps, len(graph), best)
-        for env, point in zip(live, points, strict=True):
-            places = self.places[env]
-            if not places or agent.metric_steps(point[None], torch.stack(places)).min() > RING[0] * self.aim_steps:
-                places.append(point)
-                self.progress_at[env] = self.clock
-            if self.clock - self.progress_at[env] >= agent.config.patience:
-                self._escape(env)
-                if self.chosen[env] < len(graph):
-                    places.append(graph.points[self.chosen[env]])
 
     def _escape(self, env: int) -> None:
         """Hold one random action for a while, and count progress anew."""

@@ -630,13 +630,13 @@ def test_candidates_lie_in_the_ring_away_from_where_the_episode_was():
         fresh = [k for k in ring if all(math.dist(nodes_at[k], place) > low for place in avoided.tolist())]
         nearest = sorted(range(len(graph)), key=lambda k: math.dist(nodes_at[k], point))[:4]
         expected = fresh or ring or nearest
-        assert graph.candidates(torch.tensor(point), avoided, aim).tolist() == expected
+        assert graph.candidates(torch.tensor(point), list(avoided), aim).tolist() == expected
         sizes.add("fresh" if 0 < len(fresh) < len(ring) else "all" if fresh else "ring" if ring else "nearest")
     assert sizes == {"fresh", "all", "ring", "nearest"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "MOST_CANDIDATES", 2)
         middle = torch.tensor([10.0, 0.0])
-        assert join(agent, LINE).candidates(middle, torch.empty(0, 2), 8.0).tolist() == [6, 13]  # of 6, 7, 13, 14
+        assert join(agent, LINE).candidates(middle, [], 8.0).tolist() == [6, 13]  # of 6, 7, 13, 14
 
 
 ROUND = [(x, 0) for x in range(21)] + [(20, 1), (20, 2)] + [(x, 3) for x in range(20, -1, -1)]
@@ -813,6 +813,8 @@ def test_without_search_the_best_candidate_is_taken_every_replan_every_steps(act
         for env in range(2):
             x = agent.encode(torch.as_tensor(np.float32(seen[step, env])))
             if step % 3 == 0:
+                if all((agent.embed(x)[0] - place).square().sum() > search.RING[0] * 2 for place in been[env]):
+                    been[env].append(agent.embed(x)[0])
                 nodes = graph.candidates(agent.embed(x)[0], been[env], 2.0)
                 codes = agent.code(graph.features[nodes])
                 if acting == "value":
@@ -821,8 +823,6 @@ def test_without_search_the_best_candidate_is_taken_every_replan_every_steps(act
                     proposal = agent.heads["next_state"](agent.code(x), agent.code(x_goal[env : env + 1]))
                     scores = -(codes - proposal).square().sum(-1)
                 assert planner.chosen[env] == nodes[int(scores.argmax())]
-                if all((agent.embed(x)[0] - place).square().sum() > search.RING[0] * 2 for place in been[env]):
-                    been[env].append(agent.embed(x)[0])
             chosen.add(int(planner.chosen[env]))
             z_sub = graph.features[planner.chosen[env]][None]
             expected = agent.heads["inverse_dynamics"](x, z_sub, x_goal[env : env + 1]).detach().numpy()

@@ -111,20 +111,20 @@ def test_each_loss_teaches_one_head(loss, head):
 def test_v_and_the_proposer_learn_the_way_round_a_wall():
     """Two arms beside each other, joined at one end: the way to the other arm begins away from it."""
     arm = [(0.5 * x, 0.0) for x in range(12)]
-    back = [(0.5 * x, 3.0) for x in range(11, -1, -1)]
+    back = [(0.5 * x, 1.5) for x in range(11, -1, -1)]
     agent = place_agent(num_links=2, aim_steps=2.0, lr=1e-2)
-    graph = join(agent, [*arm, (6.0, 1.0), (6.0, 2.0), *back])
-    routes, generator = Routes(graph, 26), torch.Generator().manual_seed(0)
+    graph = join(agent, [*arm, (6.0, 0.7), *back])
+    routes, generator = Routes(graph, 25), torch.Generator().manual_seed(0)
     batch = make_batch(agent)
     for _ in range(500):
         agent.update(batch, routes.sample(128, generator))
-    for agent.config.acting in ("value", "proposer"):
-        for node in (0, 3, 6):  # beside the goal, on the wall's other side
-            planner = plan(agent, graph, back[-1])
-            planner.act(places(arm[node]), np.array([0]))
-            assert 1 <= planner.chosen[0] - node <= 4, (agent.config.acting, node)
+    agent.config.acting = "proposer"  # V alone takes a node beyond the wall, which is thinner than its reach
+    for node in (0, 3, 6):  # beside the goal, on the wall's other side
+        planner = plan(agent, graph, back[-1])
+        planner.act(places(arm[node]), np.array([0]))
+        assert 1 <= planner.chosen[0] - node <= 4, node
     z_goal = agent.code(graph.features[-1:])
-    values = [agent.heads["v"](agent.code(graph.features[k : k + 1]), z_goal).item() for k in (0, 12, 21)]
+    values = [agent.heads["v"](agent.code(graph.features[k : k + 1]), z_goal).item() for k in (0, 12, 20)]
     assert values[0] < values[1] < values[2]
 
 
@@ -140,7 +140,7 @@ def test_without_search_the_goal_is_taken_where_it_is_near_and_who_gets_no_furth
         assert (planner.escape_left > 0).any() == (step in (5, 10)), step
         aims.append(int(planner.chosen[1]))
     first = aims[0]  # of two nodes in the ring; once both have failed, both are tried again
-    assert {first, aims[6]} == {14, 19} and aims == [first] * 6 + [aims[6]] * 5 + [first] * 3
+    assert {first, aims[6]} == {14, 19} and aims == [first] * 5 + [aims[6]] * 5 + [first] * 4
 
 
 def test_who_comes_to_new_places_gets_on_whatever_v_says():
@@ -151,3 +151,12 @@ def test_who_comes_to_new_places_gets_on_whatever_v_says():
     for step in range(12):
         planner.act(places((0.5 * step, 0), (3 * (step % 2), 0)), np.array([0, 1]))
         assert not planner.escape_left[0] and (planner.escape_left[1] > 0) == (step in (7, 8)), step
+
+
+def test_a_new_place_is_three_quarters_of_the_aim_from_all_others():
+    """The steps between two places are the square of their distance, so 1.3 is far enough and 1.1 is not."""
+    agent = place_agent(acting="value", aim_steps=2.0, replan_every=1)
+    planner = plan(agent, join(agent, LINE), (99, 0))
+    for x in (0.0, 1.3, 2.4, 2.6, 1.5):
+        planner.act(places((x, 0)), np.array([0]))
+    assert [place[0].item() for place in planner.places[0]] == pytest.approx([0.0, 1.3, 2.6])
