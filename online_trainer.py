@@ -366,7 +366,7 @@ class OnlineRun(Run):
         config = self.config
         vars(self).pop("routes", None)  # nothing learns any more: the pictures get its memory
         data = f"{config.dataset} ({len(self.data.observations):,} states)"
-        title = f"{data}, {config.inverse_dynamics_data} actions, seed {config.seed}"
+        title = f"{data}, {config.inverse_dynamics_data} actions, {config.acting}, seed {config.seed}"
         plot_online_curves(read_metrics(self.run_dir), self.run_dir / "online_training_curves.png", title)
         nodes = self.data.observations[self.node_rows, :2].cpu().numpy()
         self.evaluation.plot(self.run_dir / "paths.png", nodes, f"{title}, {counted(self.episodes)}")
@@ -391,9 +391,10 @@ def main(argv: list[str] | None = None) -> None:
         run.plot()
         summary = {key: value for key, value in metrics.items() if key.startswith("eval/")}
         mark_finished(run.run_dir, {**summary, "env_steps": run.env_steps, "dataset": config.dataset})
+    seconds = f"{time.perf_counter() - began:.0f} seconds{since}"
     print(
-        f"{config.dataset}, {config.inverse_dynamics_data} actions, seed {config.seed}: last checkpoint after "
-        f"{counted(run.episodes)}, {run.env_steps} environment steps, {time.perf_counter() - began:.0f} seconds{since}"
+        f"{config.dataset}, {config.inverse_dynamics_data} actions, {config.acting}, seed {config.seed}: last "
+        f"checkpoint after {counted(run.episodes)}, {run.env_steps} environment steps, {seconds}"
     )
     print_metrics(summary)
     print(f"outputs in {run.run_dir}: best_model.pth, checkpoints/last.pth, metrics.csv, *.png")

@@ -132,7 +132,7 @@ def evaluate_file(config: Any) -> None:
         metrics = evaluation.run(policy.agent, policy.graph, config.eval_episodes)
     write_text_atomic(folder / "evaluation.json", json.dumps({"dataset": dataset, **metrics}, indent=2) + "\n")
     actions, states = policy.config["inverse_dynamics_data"], policy.state["data_states"]
-    title = f"{dataset} ({states:,} states), {actions} actions, seed {seed}"
+    title = f"{dataset} ({states:,} states), {actions} actions, {policy.config['acting']}, seed {seed}"
     evaluation.plot(folder / "paths.png", policy.state["nodes"][:, :2].cpu().numpy(), title)
     if config.record_video:
         evaluation.record_video(folder / "evaluation.mp4")
