@@ -131,11 +131,13 @@ def make_grid(table: Table, cells: dict[Key, dict[int, Row]], missing: set[str])
 
 
 def caption(table: Table, found: list[tuple[Run, Row]]) -> str:
-    """What the cells are: seeds, episodes, commits, processors."""
+    """What the cells are: seeds, updates, episodes, commits, processors."""
     rows, seeds = [row for _, row in found], sorted({run.seed for run, _ in found})
     if not rows:
         return f"{table.title} No run is finished yet."
     words = [f"{table.title} Last checkpoints of seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"]
+    updates = sorted({int(row["updates"] or 0) for row in rows} - {0})
+    words += [f"{' or '.join(f'{count:,}' for count in updates)} updates"] if updates else []
     episodes = sorted({int(row["episodes"]) for row in rows if row["episodes"]})
     words += [f"{' or '.join(map(str, episodes))} episode{'s' * (episodes != [1])} each"] if episodes else []
     words.append("mean ± 95% t-interval over seeds, (lowest to highest) of two, * one seed")
