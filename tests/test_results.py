@@ -412,7 +412,7 @@ def filled(place: Place, **layout):
 def test_a_table_shows_what_is_there_and_how_to_fill_the_rest(place):
     table, found = filled(place, data_row=True, spread=True)
     lines = tables.render(table, rows.Scores([found])).splitlines()
-    assert lines[0].startswith("Title. Last checkpoints of seeds 0, 1, 2; 7 updates; 1 or 2 episodes each; mean ± 95% t-interval")
+    assert lines[0].startswith("Title. Last checkpoints of seeds 0, 1, 2; 7 updates; 1 or 2 episodes each; mean ± 95%")
     assert "commit 0123456" in lines[0]
     assert lines[2:] == [
         "| method | walk | run |",
