@@ -27,6 +27,7 @@ from utils import BASIC, DISK_FULL, ProcessDied, Range, RunFinished, UserError, 
 
 # Flags of the original texts that have no place here, and what takes it.
 REPLACED = {"comet_api": "TensorBoard, which every run writes, or --wandb_project takes its place"}
+DATA_FLAGS = ("dataset", "env", "USE_DATASET_STR")  # of OPSO, POGO and the walker: each names the data
 
 
 def run_cli(main: Callable[[list[str] | None], None]) -> None:
@@ -187,7 +188,9 @@ def _read_flags(
         name = name[3:] if off else aliases.get(name, name)
         groups[name], negated[name] = [value] if equals else [], off
         if name not in hints or not flag.startswith("--"):
-            unknown.append(f"unknown flag {flag}; {REPLACED.get(name) or nearest(name, hints, '--{}', 'see --help')}")
+            data = [f"--{each} names the data here" for each in DATA_FLAGS if name in DATA_FLAGS and each in hints]
+            said = REPLACED.get(name) or "".join(data) or nearest(name, hints, "--{}", "see --help")
+            unknown.append(f"unknown flag {flag}; {said}")
     if unknown:
         raise UserError("; ".join(unknown))
     for name, given in groups.items():

@@ -243,6 +243,17 @@ def test_a_flag_that_has_gone_names_what_takes_its_place(capsys):
     )
 
 
+def test_another_systems_flag_for_the_data_names_this_systems(capsys):
+    flags = {
+        pogo_main: ("dataset", "env"),
+        offline_trainer: ("env", "dataset"),
+        train_morel: ("env", "USE_DATASET_STR"),
+    }
+    for module, (other, own) in flags.items():
+        line = error_line(module.main, capsys, f"--{other}", "X")
+        assert line.startswith(f"error: unknown flag --{other}; --{own} names the data here")
+
+
 ORIGINAL_YAML = """
 # 필수: 사용할 알고리즘 선택
 algorithm: iql
