@@ -1,4 +1,4 @@
-"""Tables of README*.md and docs/, made from results/*.csv between markers:
+"""Tables of README.md and docs/, made from results/*.csv between markers:
 
     <!-- table: walker_main -->
     <!-- /table -->
@@ -185,9 +185,9 @@ def render_glance(root: Path) -> str:
 
 
 def page_texts(root: Path) -> dict[Path, str]:
-    """README*.md and docs/*.md of a checkout with their tables made anew. Raises UserError for an unknown table."""
+    """README.md and docs/*.md of a checkout with their tables made anew. Raises UserError for an unknown table."""
     pages = {}
-    for page in [*sorted(root.glob("README*.md")), *sorted((root / "docs").glob("*.md"))]:
+    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
 
         def between(match: re.Match, page: Path = page) -> str:
             if match[2] == "glance":

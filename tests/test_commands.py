@@ -133,7 +133,7 @@ ORIGINAL = [
 def shown_commands() -> set[str]:
     """Lines that start a script of ours, in any page's code blocks, without their comments."""
     found = set()
-    for page in [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for line in page.read_text().splitlines():
             module = r"-m (?:algorithms|benchmark_data|walker)[\w.]+"
             match = re.search(rf"(?:^|&& |\s{{4}})python ((?:{module}|(?:benchmarks/)?\w+\.py)[^#|]*)", line)
