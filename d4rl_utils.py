@@ -32,7 +32,6 @@ from dataset_files import (
     Dataset,
     bad_file,
     check_arrays,
-    following_rows,
     jumps,
     official_ids,
     read_hdf5,
@@ -71,9 +70,6 @@ REFERENCE_RETURNS = {
 }
 
 
-# -- Datasets ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class D4RLDataset(Dataset):
     """A dataset such as `local/hopper-medium-replay-v2`: one HDF5 file."""
@@ -83,13 +79,11 @@ class D4RLDataset(Dataset):
 
     @property
     def robot(self) -> str:
-        """hopper, halfcheetah, walker2d or antmaze."""
-        return self.name.split("-")[0]
+        return self.name.split("-")[0]  # hopper, halfcheetah, walker2d or antmaze
 
     @property
     def level(self) -> str:
-        """medium, medium-replay, ...; umaze, medium-play, ..."""
-        return self.name.removesuffix("-v2").partition("-")[2]
+        return self.name.removesuffix("-v2").partition("-")[2]  # medium, medium-replay, ...; umaze, medium-play, ...
 
     @property
     def env_id(self) -> str:
@@ -119,9 +113,8 @@ class D4RLDataset(Dataset):
         """Rows that end an episode, int64 [E], ascending, the last row included.
 
         Beside terminals and timeouts, an episode ends where next_observations is not the following row's observation:
-        D4RL's medium-replay files do not mark every such place. Antmazes are recorded on at the goal, row after row
-        with a terminal: theirs ends at a timeout, or where the ant is elsewhere in the next row (it walks less than 1 m
-        a step).
+        D4RL's medium-replay files do not mark every such place. In antmazes a terminal marks a row at the goal, and the
+        recording goes on: they end at a timeout, or where the ant has moved 1 m or more.
         """
         ends = arrays["timeouts"].copy()
         ends[-1] = True  # often without a mark
@@ -137,18 +130,14 @@ class D4RLDataset(Dataset):
         return np.flatnonzero(ends)
 
     def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
-        """Fields of offline_data.OfflineData: its transitions, and `whole_returns`.
+        """Fields of offline_data.OfflineData; raises UserError as `ensure` and `read` do.
 
         A transition is terminated where the file says `terminals`; truncated where its episode goes no further for
         another reason. Where the file has next_observations every row is a transition; D4RL's `qlearning_dataset` takes
         the next row in all files, which loses one an episode.
 
-        Official antmazes have none. Theirs are the next row's: rows at a timeout or a jump, whose next observation is
-        not in the file, are left out, and so is the last one. Rows at a terminal stay; nothing bootstraps from what
-        follows them, so where that is not in the file they carry their own observation (D4RL: the next episode's
-        first).
-
-        Raises UserError as `ensure` and `read` do.
+        Official antmazes have none, and theirs are the next row's: rows whose next observation is not in the file are
+        left out. Rows at a terminal stay, with their own observation, as nothing bootstraps there (D4RL: what follows).
         """
         (path,) = self.ensure(dataset_dir)
         arrays = self.read(path)
@@ -167,7 +156,7 @@ class D4RLDataset(Dataset):
         rows = np.flatnonzero(~dropped)
         if len(rows) == 0:
             raise bad_file(path, "no two rows of one episode follow each other")
-        columns["next_observations"] = following_rows(columns["observations"], rows, terminated[rows])
+        columns["next_observations"] = columns["observations"][rows + ~terminated[rows]]
         columns |= {"terminated": terminated, "truncated": truncated}
         for key in ("observations", "actions", "rewards", "terminated", "truncated"):
             columns[key] = take_rows(columns[key], rows)
@@ -209,18 +198,11 @@ def is_official(dataset_id: str, transitions: int) -> bool | None:
 
 
 def load_arrays(path: str | os.PathLike, sizes: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-    """Read and check one D4RL file; infos/ and metadata/ are not read. Raises UserError.
-
-    Returns observations [N, obs_dim], actions [N, act_dim] and rewards [N] float32, terminals (the state after the row
-    is absorbing) and timeouts (the episode was cut there) [N] bool, and, where the file has them, next_observations.
-    """
+    """Read one D4RL file, without infos/ and metadata/, and check it as `dataset_files.check_arrays` does."""
     path, needed = Path(path), ("observations", "actions", "rewards", "terminals", "timeouts")
     arrays = read_hdf5(path, needed, ("next_observations",))
     check_arrays(functools.partial(bad_file, path), arrays, sizes)
     return arrays
-
-
-# -- Environments -----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -20,9 +20,6 @@ BLOCK_ROWS = 1 << 14  # rows checked at a time, so that checks need no second co
 Bad = Callable[[str], UserError]  # of a fault: the error that names the file and what to do about it
 
 
-# -- A dataset id -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Dataset(abc.ABC):
     """One dataset id: where its files are kept and how they get there. Each benchmark adds what they hold.
@@ -81,7 +78,7 @@ class Dataset(abc.ABC):
         return np.asarray(returns, dtype=np.float64)
 
     def folder(self, dataset_dir: str | os.PathLike | None = None) -> Path:
-        """The dataset folder: the argument, else what VARIABLE names, else the benchmark's own or `datasets` here."""
+        """The argument, else what VARIABLE names, else the benchmark's own or `datasets` here; local/ in it."""
         default = not self.local and self.OFFICIAL_FOLDER or Path(__file__).resolve().parent / "datasets"
         folder = Path(dataset_dir or os.environ.get(self.VARIABLE) or default).expanduser()
         if folder.is_file():
@@ -124,10 +121,8 @@ class Dataset(abc.ABC):
                     f"{self.id}: not at {paths[0]}, and make_dataset.py has no recipe for it; use {self.name}"
                 )
             flag = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
-            raise UserError(
-                f"{self.id}: no complete dataset at {paths[0]}; make it with "
-                f"`python make_dataset.py --dataset {self.file_id}{flag}`"
-            )
+            command = f"python make_dataset.py --dataset {self.file_id}{flag}"
+            raise UserError(f"{self.id}: no complete dataset at {paths[0]}; make it with `{command}`")
         return paths
 
     def _fetch(self, path: Path, base_url: str) -> None:
@@ -173,9 +168,6 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-# -- Reading ----------------------------------------------------------------------------------------------------------
-
-
 def bad_file(path: Path, fault: str) -> UserError:
     remedy = "choose another folder, or move the file away: what is published is fetched again"
     if path.parent.name == "local" or path.parts[-5:-4] == ("local",):  # the latter of the walker study
@@ -219,8 +211,6 @@ def read_hdf5(path: Path, keys: Iterable[str], optional: Iterable[str] = ()) -> 
     options = {"locking": False, "rdcc_nbytes": 0}
     return _read(lambda: h5py.File(path, "r", **options), path, "HDF5 file", keys, optional)
 
-
-# -- Checks, the same for every benchmark -----------------------------------------------------------------------------
 
 _FLAGS = ("terminals", "timeouts")
 
@@ -280,9 +270,6 @@ def jumps(places: np.ndarray, limit: float) -> np.ndarray:
     return np.flatnonzero(np.abs(np.diff(places, axis=0)).max(axis=1, initial=0.0) > limit)
 
 
-# -- Episodes laid end to end -----------------------------------------------------------------------------------------
-
-
 def whole_returns(rewards: np.ndarray, terminated: np.ndarray, ends: np.ndarray, limit: float = 0) -> np.ndarray:
     """Undiscounted returns of the episodes that were not cut early, which would pull the mean down: float64.
 
@@ -306,18 +293,6 @@ def take_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
         block = rows[start : start + BLOCK_ROWS]
         array[start : start + len(block)] = array[block]
     return array[: len(rows)]
-
-
-def following_rows(observations: np.ndarray, rows: np.ndarray, unknown: np.ndarray) -> np.ndarray:
-    """The observation after each of `rows`, [n, obs_dim]; the row's own where unknown [n] bool."""
-    following = np.empty((len(rows), observations.shape[1]), dtype=observations.dtype)
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        following[block] = observations[rows[block] + ~unknown[block]]
-    return following
-
-
-# -- Downloads --------------------------------------------------------------------------------------------------------
 
 
 def download(url: str, path: Path, check: Callable[[Path], object], advice: str) -> None:

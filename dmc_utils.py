@@ -45,16 +45,11 @@ GENERATED_IDS = tuple(f"local/{name}" for name in OFFICIAL_IDS)
 SHORT_NAMES = dict(zip(("walk_m", "walk_mr", "run_m", "run_mr"), OFFICIAL_IDS, strict=True))
 ALL_DATASETS = "__all__"
 
-# -- Environment ------------------------------------------------------------------------------------------------------
-
 
 def _suite_walker() -> types.ModuleType:
-    """dm_control.suite.walker; raises UserError where the renderer that MUJOCO_GL names cannot be loaded.
-
-    Where it names none and none loads, dm_control does without; GLFW warns, to no concern of what draws nothing.
-    """
+    """dm_control.suite.walker; raises UserError where the renderer that MUJOCO_GL names cannot be loaded."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # GLFW's, where no renderer loads: nothing is drawn here
         try:
             from dm_control.suite import walker
         except Exception as error:  # a named renderer fails in its own library's ways
@@ -158,9 +153,6 @@ class WalkerEnv(gymnasium.Env):
         self.suite_env.close()
 
 
-# -- Datasets ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class WalkerDataset(Dataset):
     """A dataset such as `local/walker_walk-td3-medium`: a folder of episode files.
@@ -186,7 +178,6 @@ class WalkerDataset(Dataset):
         return f"local/{short}" if self.local else short
 
     def read(self, path: Path) -> list[dict[str, np.ndarray]]:
-        """Every episode of the folder, in the order of their indices; see `read_episode`."""
         return load_episodes(path)
 
     def _fetch(self, path: Path, base_url: str) -> None:
@@ -221,9 +212,6 @@ def parse_datasets(text: str) -> list[str]:
     return [dataset_id for dataset_id in DATASETS if dataset_id in chosen]
 
 
-# -- Episode files ----------------------------------------------------------------------------------------------------
-
-
 class Transitions(NamedTuple):
     """Rows of one or more episodes, float32: (o, a, r, discount, o')."""
 
@@ -245,11 +233,7 @@ def write_episode(path: str | os.PathLike, episode: dict[str, np.ndarray]) -> No
 
 
 def read_episode(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Read and check an episode file: float32 arrays of 1001 rows, with the columns of EPISODE_COLUMNS.
-
-    Raises UserError naming the file and the fault: an unreadable file, a key missing, another shape or type, NaN,
-    actions outside [-1, 1], rewards or discounts outside [0, 1], a first row that is not a reset's.
-    """
+    """Read and check an episode file: float32 arrays of 1001 rows, by EPISODE_COLUMNS. Raises UserError."""
     bad = functools.partial(bad_file, Path(path))
     episode = read_npz(Path(path), EPISODE_COLUMNS)
     for key, columns in EPISODE_COLUMNS.items():
@@ -265,7 +249,7 @@ def read_episode(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def episode_paths(folder: str | os.PathLike) -> list[Path]:
-    """The episode files of a dataset's folder, in the order of their indices; raises UserError where there are none."""
+    """In the order of their indices; raises UserError where there are none."""
     data = Path(folder) / "data"
     paths = sorted(data.glob("episode_*.npz"), key=lambda path: (len(path.name), path.name))
     if not paths:
@@ -274,7 +258,6 @@ def episode_paths(folder: str | os.PathLike) -> list[Path]:
 
 
 def load_episodes(folder: str | os.PathLike) -> list[dict[str, np.ndarray]]:
-    """Every episode of a dataset's folder, in the order of their indices; raises UserError for the first bad file."""
     return [read_episode(path) for path in episode_paths(folder)]
 
 
@@ -292,9 +275,8 @@ class StudyData(NamedTuple):
     def transitions(self, faulty_pairing: bool = False) -> Transitions:
         """All transitions, episode by episode.
 
-        With `faulty_pairing`, as the study's first results had them: a row's observation beside the action of the same
-        row, which led to it, and which it cannot answer. For ablation alone; 999 an episode, as the last row has no
-        successor.
+        With `faulty_pairing`, for ablation, as the study's first results had them: an observation beside the action
+        that led to it; 999 an episode, as the last row has no successor.
         """
         here, following = self.observations[:, :-1], self.observations[:, 1:]
         outcomes = (self.actions, self.rewards, self.discounts)
@@ -320,16 +302,11 @@ def load_study_data(ids: list[str], dataset_dir: str | os.PathLike | None = None
         found = dataset.read(*dataset.ensure(dataset_dir))
         episodes += found
         tasks += [TASKS.index(dataset.task)] * len(found)
-    stacked = {key: np.stack([episode[key] for episode in episodes]) for key in EPISODE_COLUMNS}
-    return StudyData(
-        ids=tuple(ids),
-        observations=stacked["observation"],
-        actions=stacked["action"][:, 1:],
-        rewards=stacked["reward"][:, 1:, 0],
-        discounts=stacked["discount"][:, 1:, 0],
-        physics=stacked["physics"],
-        tasks=np.array(tasks),
+    observations, actions, rewards, discounts, physics = (
+        np.stack([episode[key] for episode in episodes]) for key in EPISODE_COLUMNS
     )
+    outcomes = (actions[:, 1:], rewards[:, 1:, 0], discounts[:, 1:, 0])
+    return StudyData(tuple(ids), observations, *outcomes, physics, np.array(tasks))
 
 
 def rewards_in_task(env: WalkerEnv, physics: np.ndarray) -> np.ndarray:

@@ -30,13 +30,10 @@ import d4rl_utils
 import dmc_utils
 import ogbench_utils
 from d4rl_utils import is_official as is_official  # None for another benchmark's id
-from dataset_files import Dataset, check_arrays, find, following_rows, take_rows, whole_returns
+from dataset_files import Dataset, check_arrays, find, take_rows, whole_returns
 from utils import ReplayBuffer, UserError, one_line, torch, warn
 
 _BLOCK_ROWS = 1 << 16  # rows summed at a time, so that float64 needs no second copy of the data
-
-
-# -- Transitions ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -96,19 +93,16 @@ def load_transitions(
 ) -> OfflineData:
     """Read a dataset, downloading an official one that is missing, and compare it with its environment.
 
-    antmaze_reward_shift: added to the rewards of D4RL's antmazes, 1 at the goal and 0 elsewhere; IQL adds -1.
-
-    Raises UserError for an unknown id, a file that is missing, damaged or cannot be fetched, an optional package that
-    is missing, rewards that are all equal, an environment that cannot be made or is not the data's.
+    antmaze_reward_shift: added to the rewards of D4RL's antmazes, 1 at the goal and 0 elsewhere; IQL adds -1. Raises
+    UserError for data that cannot be had, rewards that are all equal, an environment that is not the data's.
     """
-    dataset = find_dataset(dataset_id)
-    data = OfflineData(dataset_id, **dataset.transitions(dataset_dir))
+    data = OfflineData(dataset_id, **find_dataset(dataset_id).transitions(dataset_dir))
     if data.rewards.min() == data.rewards.max():
         raise UserError(
             f"dataset {dataset_id}: every reward is {data.rewards[0]:g}, there is nothing to learn; use another"
         )
     check_environment(data, make_env(dataset_id, dataset_dir))
-    if data.env_id in {f"antmaze-{maze}" for maze in d4rl_utils.AntMaze.MAPS}:
+    if data.env_id.removeprefix("antmaze-") in d4rl_utils.AntMaze.MAPS:
         data.reward_shift = float(antmaze_reward_shift)
         data.rewards += np.float32(antmaze_reward_shift)
     return data
@@ -116,17 +110,14 @@ def load_transitions(
 
 def check_environment(data: OfflineData, env: gymnasium.Env) -> None:
     """Close the environment; UserError where it has other observations or actions than the data."""
-    spaces = (env.observation_space, env.action_space)
     env.close()
-    for space, array, what in zip(spaces, (data.observations, data.actions), ("observations", "actions"), strict=True):
+    for space, what in ((env.observation_space, "observations"), (env.action_space, "actions")):
+        array = getattr(data, what)
         if space.shape != array.shape[1:]:
             raise UserError(
                 f"dataset {data.dataset_id}: its {what} have {array.shape[1]} numbers, those of its environment "
                 f"{data.env_id} have the shape {space.shape}; use another dataset"
             )
-
-
-# -- OGBench's single tasks -------------------------------------------------------------------------------------------
 
 
 class SingleTask(ogbench_utils.MazeDataset):
@@ -138,39 +129,34 @@ class SingleTask(ogbench_utils.MazeDataset):
 
     @property
     def env_id(self) -> str:
-        """The Gymnasium environment, which carries the task."""
         task = re.search("-singletask(-task[1-5])?", self.id)[0]
         return super().env_id.removesuffix("-v0") + f"{task}-v0"
 
     def make_env(self, dataset_dir: str | os.PathLike | None = None) -> gymnasium.Env:
-        """The environment of the task, whose episodes depend on the seed of their reset alone."""
         import ogbench  # noqa: F401  registers the environments
 
         return ogbench_utils.make_env(self.file_id, **gymnasium.spec(self.env_id).kwargs)
 
     def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
-        """The file's transitions with the rewards of the task, as OGBench's relabel_dataset has them.
+        """The file's transitions with the task's rewards, as OGBench's relabel_dataset has them.
 
-        One from a state within the goal's radius, by its first two numbers, has reward 0 and terminates, any other has
-        -1; the recording goes on.
+        One from a state within the goal's radius has reward 0 and terminates, any other -1; the recording goes on.
         """
-        data = self.load("train", dataset_dir)
+        arrays = self.read(self.ensure(dataset_dir)[0])
+        observations, last = arrays["observations"], np.flatnonzero(arrays["terminals"])
         env = self.make_env()
         env.reset(seed=0)  # sets the task
         maze: Any = env.unwrapped
-        observations, actions = data.observations.numpy(), data.actions.numpy()
-        last = (data.episode_starts + data.episode_lengths - 1).numpy()
         reached = np.linalg.norm(observations[:, :2] - maze.cur_goal_xy, axis=1) <= maze._goal_tol
         env.close()
-        rows = np.delete(np.arange(len(observations)), last)
-        terminated = reached[rows]
+        rows = np.flatnonzero(~arrays["terminals"])
+        terminated, following = reached[rows], observations[rows + 1]
         rewards = terminated.astype(np.float32) - 1
-        following = following_rows(observations, rows, np.zeros(len(rows), dtype=bool))
         ends = last - np.arange(1, len(last) + 1)  # rows left out before and at each end
         return {
             "env_id": self.env_id,
             "observations": take_rows(observations, rows),
-            "actions": take_rows(actions, rows),
+            "actions": take_rows(arrays["actions"], rows),
             "rewards": rewards,
             "next_observations": following,
             "terminated": terminated,
@@ -184,9 +170,6 @@ class SingleTask(ogbench_utils.MazeDataset):
         import ogbench  # noqa: F401  registers the environments
 
         return 100.0 * (np.asarray(returns, dtype=np.float64) > -gymnasium.spec(self.env_id).max_episode_steps)
-
-
-# -- Minari -----------------------------------------------------------------------------------------------------------
 
 
 class MinariDataset(Dataset):
@@ -308,9 +291,6 @@ class MinariDataset(Dataset):
 
 def _is_unit(space: gymnasium.spaces.Box) -> bool:
     return bool((space.low == -1).all() and (space.high == 1).all())
-
-
-# -- Ids --------------------------------------------------------------------------------------------------------------
 
 
 SINGLE_TASKS = {

@@ -48,9 +48,6 @@ _LONGEST_STEP = 1.0  # metres in x or y; no robot moves further in a step
 _BLOCK_ROWS = 1 << 16  # rows summed at a time, so that float64 needs no second copy of the data
 
 
-# -- Datasets ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class MazeDataset(Dataset):
     """A dataset such as `local/pointmaze-medium-navigate-v0`: a file to train on and one to validate."""
@@ -59,18 +56,15 @@ class MazeDataset(Dataset):
 
     @property
     def maze_env(self) -> str:
-        """pointmaze, antmaze or humanoidmaze."""
-        return self.name.split("-")[0]
+        return self.name.split("-")[0]  # pointmaze, antmaze or humanoidmaze
 
     @property
     def maze_size(self) -> str:
-        """medium, large, giant or teleport."""
-        return self.name.split("-")[1]
+        return self.name.split("-")[1]  # medium, large, giant or teleport
 
     @property
     def task_type(self) -> str:
-        """navigate, stitch or explore."""
-        return self.name.split("-")[2]
+        return self.name.split("-")[2]  # navigate, stitch or explore
 
     @property
     def env_id(self) -> str:
@@ -100,7 +94,7 @@ class MazeDataset(Dataset):
     ) -> TrajectoryDataset:
         """The episodes of the `train` or `val` file; raises UserError as `ensure` and `read` do."""
         path = self.ensure(dataset_dir)[("train", "val").index(split)]
-        return TrajectoryDataset(self.read(path), self.id, split, max_trajectories, device)
+        return TrajectoryDataset(self.read(path), max_trajectories, device)
 
     def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
         task = f"{self.id.removesuffix('-v0')}-singletask-v0"
@@ -126,12 +120,10 @@ def parse_dataset_id(dataset_id: str) -> MazeDataset:
 
 
 def load_arrays(path: str | os.PathLike, sizes: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-    """Read and check one dataset file.
+    """Read and check one dataset file: observations [N, obs_dim], actions [N, act_dim] float32, terminals [N] bool.
 
-    Returns observations [N, obs_dim] float32, actions [N, act_dim] float32, terminals [N] bool. What else the file
-    holds (qpos, qvel) is not read. Raises UserError for the faults of `dataset_files.check_arrays`, terminals that do
-    not end the file, an episode of one row, and files written from what OGBench's own loader returns: it leaves out
-    the last state of each episode.
+    Raises UserError for the faults of `dataset_files.check_arrays`, terminals that do not end the file, an episode of
+    one row, and files written from what OGBench's own loader returns: it leaves out the last state of each episode.
     """
     path = Path(path)
     arrays = read_npz(path, ("observations", "actions", "terminals"), ("next_observations", "valids"))
@@ -146,9 +138,6 @@ def load_arrays(path: str | os.PathLike, sizes: tuple[int, int] | None = None) -
     if len(short):
         raise bad_file(path, f"the episode that ends at row {ends[short[0]]} has fewer than 2 rows")
     return arrays
-
-
-# -- Trajectories, windows and goals ----------------------------------------------------------------------------------
 
 
 class TrajectoryDataset:
@@ -168,16 +157,11 @@ class TrajectoryDataset:
     rows  [1, 2, 3, 4]  valid [1, 1, 1]
 
     Attributes: observations [N, obs_dim] and actions [N, act_dim] float32, episode_start and episode_end [N] int64,
-    episode_starts and episode_lengths [E] int64 (rows), dataset_id, split.
+    episode_starts and episode_lengths [E] int64 (rows).
     """
 
     def __init__(
-        self,
-        arrays: dict[str, np.ndarray],
-        dataset_id: str = "",
-        split: str = "train",
-        max_trajectories: int | None = None,
-        device: str | torch.device = "cpu",
+        self, arrays: dict[str, np.ndarray], max_trajectories: int | None = None, device: str | torch.device = "cpu"
     ):
         """The first `max_trajectories` episodes of what `load_arrays` returns, or all; UserError for fewer than 1."""
         if max_trajectories is not None and max_trajectories < 1:
@@ -191,7 +175,6 @@ class TrajectoryDataset:
         )
         self.episode_lengths = torch.from_numpy(np.diff(ends, prepend=-1)).to(device)
         self.episode_starts = torch.from_numpy(ends).to(device) + 1 - self.episode_lengths
-        self.dataset_id, self.split = dataset_id, split
         self.episode_start = self.episode_starts.repeat_interleave(self.episode_lengths)
         self.episode_end = self.episode_start + (self.episode_lengths - 1).repeat_interleave(self.episode_lengths)
         self._window_tables: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
@@ -205,10 +188,6 @@ class TrajectoryDataset:
         return len(self.episode_starts)
 
     @property
-    def num_transitions(self) -> int:
-        return len(self.observations) - self.num_trajectories
-
-    @property
     def observation_dim(self) -> int:
         return self.observations.shape[1]
 
@@ -217,10 +196,7 @@ class TrajectoryDataset:
         return self.actions.shape[1]
 
     def normalizer(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation of the observations, [obs_dim] float32.
-
-        A deviation is at least 1e-3, and 1 for a column that never changes.
-        """
+        """Mean and deviation of the observations, [obs_dim] float32: at least 1e-3, 1 where a column never changes."""
         mean = torch.zeros(self.observation_dim, dtype=torch.float64, device=self.device)
         variance = torch.zeros_like(mean)
         # Block by block in float64: exact sums without a float64 copy of the data.
@@ -233,10 +209,9 @@ class TrajectoryDataset:
         return mean.float(), std.float()
 
     def _window_table(self, length: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """First and past-the-last window number of each episode [E], and the number of windows.
+        """First and past-the-last number of each episode's windows [E], which are numbered in a row; and their count.
 
-        Windows of all episodes are numbered in a row, so one uniform number picks episode and start together. Built
-        once a length: `sample_windows` itself never waits for the device.
+        Kept by length, so that `sample_windows` itself never waits for the device.
         """
         if length not in self._window_tables:
             counts = (self.episode_lengths - 1 - length).clamp(min=0) + 1
@@ -277,14 +252,10 @@ class TrajectoryDataset:
         Geometric(1 - goal_discount) >= 1 steps ahead, at most at the episode's end; else it is any row of the data.
 
         Returns goal_rows [B, L] and steps_to_goal [B, L], int64: how many steps ahead the goal lies when it is a
-        later row of the same episode, however it was drawn, else NEVER. Raises UserError when the shares are negative
-        or do not sum to 1, or goal_discount is outside [0, 1).
+        later row of the same episode, however it was drawn, else NEVER.
         """
-        shares = (p_self, p_future, p_random)
-        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise UserError(f"goal shares self {p_self}, future {p_future}, random {p_random} must be >= 0, sum to 1")
-        if not 0 <= goal_discount < 1:
-            raise UserError(f"goal_discount {goal_discount} must lie in [0, 1)")
+        if abs(p_self + p_future + p_random - 1) > 1e-6:
+            raise ValueError(f"goal shares {p_self}, {p_future} and {p_random} do not sum to 1")
         shares = p_self, p_future, goal_discount
         return hindsight_goals(rows, self.episode_end, len(self.observations), *shares, generator)
 
@@ -314,16 +285,8 @@ def hindsight_goals(
     drawn = drawn if isinstance(random_rows, int) else random_rows[drawn]
     goal_rows = torch.minimum(rows + torch.where(kind < p_self, torch.ones_like(ahead), ahead), end)
     goal_rows = torch.where(kind < p_self + p_future, goal_rows, drawn)
-    return goal_rows, steps_ahead(rows, goal_rows, episode_end)
-
-
-def steps_ahead(rows: torch.Tensor, goal_rows: torch.Tensor, episode_end: torch.Tensor) -> torch.Tensor:
-    """Steps from each row to its goal row where that is a later row of the same episode, else NEVER. int64, as rows."""
-    is_ahead = (goal_rows > rows) & (goal_rows <= episode_end[rows])
-    return torch.where(is_ahead, goal_rows - rows, torch.full_like(rows, NEVER))
-
-
-# -- Environments -----------------------------------------------------------------------------------------------------
+    is_ahead = (goal_rows > rows) & (goal_rows <= end)
+    return goal_rows, torch.where(is_ahead, goal_rows - rows, torch.full_like(rows, NEVER))
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ def random_walks(config: BenchOfflineConfig, episodes: int = 20, rows: int = 501
         "actions": torch.zeros(episodes * rows, 2).numpy(),
         "terminals": terminals.flatten().numpy(),
     }
-    return TrajectoryDataset(arrays, "random walks", device=config.device)
+    return TrajectoryDataset(arrays, device=config.device)
 
 
 def one_transition(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -39,7 +39,7 @@ def corridor(episodes=30, rows=41, seed=0) -> TrajectoryDataset:
         "actions": np.zeros((episodes * rows, 1), dtype=np.float32),
         "terminals": terminals.ravel(),
     }
-    return TrajectoryDataset(arrays, "corridor")
+    return TrajectoryDataset(arrays)
 
 
 def matrices(net: MLP) -> list[torch.Tensor]:
