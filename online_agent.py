@@ -56,6 +56,8 @@ from utils import (
     steps_by_value,
 )
 
+Acting = Literal["search", "value", "proposer"]
+
 
 @dataclass
 class OnlineAgentConfig:
@@ -66,7 +68,7 @@ class OnlineAgentConfig:
     subgoal_steps: Count | None = None  # steps that z' lies ahead; default 10, ant and humanoid 25; the original has 1
     action_temperature: NonNegative = 0.0  # policy loss weights are exp(temperature x steps that the action saves)
     route_goals: Count = 400  # goals from all of the data whose ways along the graph V and the proposer learn
-    acting: Literal["search", "value", "proposer"] = "search"  # z' by search, or near by and chosen by V or next_state
+    acting: Acting = "search"  # z' by search, or near by and chosen by V or next_state
     graph_nodes: Annotated[int, Range(2, 10**6)] = 150_000  # most dataset states in the graph, evenly spaced in time
     num_links: Count = 10  # nearest states by the metric that each state is linked to
     link_cost: NonNegative = 3.0  # steps that a link costs beside its length, for changing the trajectory

@@ -22,7 +22,7 @@ import torch
 from benchmark_data.local import generate_if_missing
 from offline_data import made_here
 from ogbench_utils import max_episode_steps, parse_dataset_id
-from online_agent import OnlineAgent, OnlineAgentConfig
+from online_agent import Acting, OnlineAgent, OnlineAgentConfig
 from opso.batches import CodeSet, sample_batch, sample_pairs, steps_to_travel
 from opso.episodes import TRAIN_SEED_OFFSET, RandomPolicy, episode_code, rollout
 from opso.evaluation import Evaluation, evaluate_file, open_evaluator, open_video, print_metrics
@@ -76,6 +76,7 @@ class OnlineTrainerConfig(DeviceRunConfig, OnlineAgentConfig):
     eval_freq: Count = 4  # rounds between evaluations; each one writes a checkpoint
     eval_episodes: Count = 20  # episodes of each of the five tasks in the last evaluation
     eval_episodes_between: Count = 4  # episodes of each of the five tasks in intermediate evaluations
+    eval_acting: tuple[Acting, ...] | None = None  # other ways of acting, which the last evaluation plays too
     eval_workers: MayChange[Workers | None] = None  # processes that step environments; default: cores - 1, at most 7
     record_video: MayChange[bool] = False  # write evaluation.mp4, an episode of each task (needs EGL or OSMesa)
     evaluate: MayChange[str | None] = None  # train nothing: evaluate this run or checkpoint, on --eval_episodes a task
@@ -307,20 +308,22 @@ class OnlineRun(Run):
                     self.evaluate_and_save(metrics)
                 else:
                     self.logger.log(self.episodes, metrics)
-        return self.metrics or self.evaluate(config.eval_episodes)  # empty: cut after the last checkpoint
+        return self.metrics or self.evaluate(last=True)  # empty: cut after the last checkpoint
 
     # -- evaluation and files ----------------------------------------------------------------------------------------
 
-    def evaluate(self, episodes: int) -> dict[str, float]:
-        """Success over so many episodes of each task."""
-        return self.evaluation.run(self.agent, self.graph, episodes)
+    def evaluate(self, last: bool) -> dict[str, float]:
+        """Success over episodes of each task, in the last evaluation by every way of acting asked for."""
+        config = self.config
+        if last:
+            return self.evaluation.run_all(self.agent, self.graph, config.eval_episodes, config.eval_acting)
+        return self.evaluation.run(self.agent, self.graph, config.eval_episodes_between)
 
     def evaluate_and_save(self, metrics: dict[str, float]) -> None:
         """Evaluate what has learned to act, log the row, then write best_model.pth if it is the best, and last.pth."""
         config = self.config
         if self.fitted:
-            last = self.episodes >= config.max_episodes
-            self.metrics = self.evaluate(config.eval_episodes if last else config.eval_episodes_between)
+            self.metrics = self.evaluate(last=self.episodes >= config.max_episodes)
             metrics = metrics | self.metrics
         self.logger.log(self.episodes, metrics)
         success = metrics.get("eval/success_rate", -1.0)

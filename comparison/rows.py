@@ -17,6 +17,7 @@ import numpy as np
 
 from comparison.jobs import read_attempts, seconds_spent
 from comparison.registry import MACHINE, RESERVED, Run, settings_digest, settings_of
+from ogbench_utils import NUM_TASKS
 from runs.cli import load_yaml, marked
 from runs.directory import LENGTHS, plain_config
 from runs.metrics import episodes_by_policy, read_metrics
@@ -191,14 +192,17 @@ def _opso(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
             value = {"mean": float(summary[name]), "score": float(summary[name])}
             yield {"task": name, "updates": summary["updates"], "environment_steps": 0, **value}
         return
-    metrics, episodes = read_metrics(run_dir), int(load_yaml(run_dir / "config.yaml")["eval_episodes"])
-    names = ["eval/success_rate", *sorted(name for name in summary if name.startswith("eval/success_task"))]
-    for name in names:
+    metrics, config = read_metrics(run_dir), load_yaml(run_dir / "config.yaml")
+    for name in sorted(name for name in summary if "/success_" in name):
+        *other, task = name.removeprefix("eval/").split("/")
         success, best = float(summary[name]), [value for value in metrics.get(name, []) if math.isfinite(value)]
         yield {
-            "task": name.removeprefix("eval/success_").replace("rate", "all"),
+            **{
+                "mode": other[0] if other else config["acting"],
+                "task": task.removeprefix("success_").replace("rate", "all"),
+            },
             **{"environment_steps": summary["env_steps"], "mean": success, "std": math.sqrt(success * (1 - success))},
-            "episodes": episodes * (len(names) - 1 if name == names[0] else 1),
+            "episodes": config["eval_episodes"] * (NUM_TASKS if task == "success_rate" else 1),
             **{"score": 100 * success, "best_in_training": 100 * max(best) if best else ""},
         }
 

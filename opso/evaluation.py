@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import gymnasium
 import numpy as np
 
 from ogbench_utils import NUM_TASKS, make_env, max_episode_steps, seeded_reset
-from online_agent import OnlineAgent
+from online_agent import Acting, OnlineAgent
 from opso.episodes import TRAIN_SEED_OFFSET, Episode, GoalEnv, episode_code, rollout
 from opso.maze import Maze
 from opso.policy import MazePolicy
@@ -46,22 +47,39 @@ class Evaluation:
         """Of the number-th episode of each task; training resets use TRAIN_SEED_OFFSET and more."""
         return (self.seed + number) % TRAIN_SEED_OFFSET
 
-    def run(self, agent: OnlineAgent, graph: StateGraph, episodes: int) -> dict[str, float]:
-        """Play `episodes` episodes of each task; returns success in all and by task, and the mean length."""
+    def run(
+        self, agent: OnlineAgent, graph: StateGraph, episodes: int, acting: Acting | None = None
+    ) -> dict[str, float]:
+        """Play `episodes` episodes of each task; returns success in all and by task, and the mean length.
+
+        Names begin with eval/, or eval/{acting}/ where it acts otherwise than its settings say.
+        """
         jobs = [(task, self.reset_seed(number)) for number in range(episodes) for task in TASKS]
         self.episodes = {task: [] for task in TASKS}
         with progress(len(jobs), "evaluate", unit="episode", leave=False) as bar:
             for start in range(0, len(jobs), EVAL_ENVS):
                 part = jobs[start : start + EVAL_ENVS]
-                planner_for = functools.partial(Planner, agent, graph, seeds=[s * NUM_TASKS + task for task, s in part])
+                seeds = [seed * NUM_TASKS + task for task, seed in part]
+                planner_for = functools.partial(Planner, agent, graph, seeds=seeds, acting=acting)
                 codes = [episode_code(seed, task) for task, seed in part]
                 played, _ = rollout(self.evaluator, codes, planner_for, bar.update)
                 for (task, _), episode in zip(part, played, strict=True):
                     self.episodes[task].append(episode)
-        success = {f"eval/success_task{task}": self.success(task) for task in TASKS}
+        success = {f"success_task{task}": self.success(task) for task in TASKS}
         steps = [len(episode.actions) for played in self.episodes.values() for episode in played]
         mean = float(np.mean(list(success.values())))
-        return {"eval/success_rate": mean, **success, "eval/episode_steps": float(np.mean(steps))}
+        figures = {"success_rate": mean, **success, "episode_steps": float(np.mean(steps))}
+        return {f"eval/{acting}/{name}" if acting else f"eval/{name}": value for name, value in figures.items()}
+
+    def run_all(
+        self, agent: OnlineAgent, graph: StateGraph, episodes: int, others: Sequence[Acting] | None
+    ) -> dict[str, float]:
+        """`run` for each other way of acting, then for the agent's own, whose episodes are those of the pictures."""
+        metrics = {}
+        for acting in (*(others or ()), None):
+            if acting != agent.config.acting:
+                metrics |= self.run(agent, graph, episodes, acting)
+        return metrics
 
     def success(self, task: int) -> float:
         """Share of a task's episodes that reached the goal."""
@@ -129,7 +147,7 @@ def evaluate_file(config: Any) -> None:
     folder = Path(config.run_dir or policy.path.parent / "evaluation")
     with open_evaluator(config, dataset) as evaluator:
         evaluation = Evaluation(evaluator, dataset, RandomStreams(seed).evaluation_seed)
-        metrics = evaluation.run(policy.agent, policy.graph, config.eval_episodes)
+        metrics = evaluation.run_all(policy.agent, policy.graph, config.eval_episodes, config.eval_acting)
     write_text_atomic(folder / "evaluation.json", json.dumps({"dataset": dataset, **metrics}, indent=2) + "\n")
     actions, states = policy.config["inverse_dynamics_data"], policy.state["data_states"]
     title = f"{dataset} ({states:,} states), {actions} actions, {policy.config['acting']}, seed {seed}"

@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import dijkstra
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from online_agent import OnlineAgent
+from online_agent import Acting, OnlineAgent
 
 KEPT_GOALS = 128  # goals whose paths are kept: each evaluation asks for the same 100
 ENOUGH_NODES = 20_000  # more come from more data alone, not from less time between two
@@ -127,13 +127,21 @@ class Planner:
 
     goals [E, D]: their observations. seeds [E]: all that is random comes from an environment's own, so none affects
     another. epsilon: the probability, at each choice of z', of exploring straight towards the goal: z' = z + a (z_g -
-    z), a uniform in [0.2, 1]. action_noise: standard deviation of the Gaussian noise on actions.
+    z), a uniform in [0.2, 1]. action_noise: standard deviation of the Gaussian noise on actions. acting: the agent's by
+    default.
     """
 
     def __init__(
-        self, agent: OnlineAgent, graph: StateGraph, goals, seeds: Sequence[int], epsilon=0.0, action_noise=0.0
+        self,
+        agent: OnlineAgent,
+        graph: StateGraph,
+        goals,
+        seeds: Sequence[int],
+        epsilon: float = 0.0,
+        action_noise: float = 0.0,
+        acting: Acting | None = None,
     ):
-        self.agent, self.graph = agent, graph
+        self.agent, self.graph, self.acting = agent, graph, acting or agent.config.acting
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.epsilon, self.action_noise = epsilon, action_noise
         self.goals = agent.encode(torch.as_tensor(np.asarray(goals, np.float32), device=agent.device))
@@ -147,7 +155,7 @@ class Planner:
         self.progress_at = np.zeros(count, dtype=int)  # when it last got nearer to the goal, or to a new place
         self.escape_left = np.zeros(count, dtype=int)  # steps left of the random escape
         self.escape_actions = torch.zeros(count, agent.action_dim)
-        if agent.config.acting == "search":
+        if self.acting == "search":
             links = zip(*graph.links(self.goal_points), strict=True)
             self.last = [(tuple(nodes), tuple(costs)) for nodes, costs in links]  # nodes linked to the goals, and costs
             self.blocked: list[list] = [[] for _ in range(count)]  # pairs of sets of nodes, see shortest_paths
@@ -181,7 +189,7 @@ class Planner:
         """Choose z' anew for the environments `live`, whose states have features x [m, d_model + D]."""
         points = self.agent.embed(x)
         to_goal = self.agent.metric_steps(points, self.goal_points).cpu().numpy()[np.arange(len(live)), live]
-        if self.agent.config.acting == "search":
+        if self.acting == "search":
             nodes, costs = self.graph.links(points)
             for row, env in enumerate(live):
                 self._follow(env, points[row], nodes[row], costs[row], float(to_goal[row]))
@@ -220,7 +228,7 @@ class Planner:
         ]
         counts = torch.tensor([len(nodes) for nodes in found], device=x.device)
         codes, z_goal = agent.code(graph.features[np.concatenate(found)]), agent.code(self.goals[live])
-        if agent.config.acting == "value":
+        if self.acting == "value":
             scores = agent.heads["v"](codes, z_goal.repeat_interleave(counts, 0))
         else:
             proposals = agent.heads["next_state"](agent.code(x), z_goal)

@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
@@ -236,6 +237,14 @@ def test_the_best_model_acts_by_itself(arguments, tmp_path):
         with Evaluator(functools.partial(GoalEnv, DATASET, STEPS), 20) as evaluator:
             again = Evaluation(evaluator, DATASET, RandomStreams(policy.config["seed"]).evaluation_seed)
             assert again.run(policy.agent, policy.graph, 1) == run.metrics
+            others = Evaluation(evaluator, DATASET, again.seed)
+            metrics = others.run_all(policy.agent, policy.graph, 1, ("search", "value"))
+            assert metrics == run.metrics | others.run(policy.agent, policy.graph, 1, "value")
+            policy.agent.config = replace(policy.agent.config, acting="value")
+            own = Evaluation(evaluator, DATASET, again.seed)
+            own.run(policy.agent, policy.graph, 1)
+            for (episode,), (other,) in zip(others.episodes.values(), own.episodes.values(), strict=True):
+                assert np.array_equal(episode.actions, other.actions)
         for (episode,), (other,) in zip(run.evaluation.episodes.values(), again.episodes.values(), strict=True):
             assert episode.actions.shape == (STEPS, 2) and np.abs(episode.actions).max() > 0
             assert (episode.subgoals < len(rows)).any()  # not the goal all the time
@@ -246,10 +255,12 @@ def test_the_best_model_acts_by_itself(arguments, tmp_path):
 def test_a_file_is_evaluated_as_its_run_evaluated_it(finished, tmp_path, capsys):
     shutil.copy(finished / "checkpoints/last.pth", tmp_path / "policy.pth")
     episodes = parse_config(OnlineTrainerConfig, ["--config", str(finished / "config.yaml")]).eval_episodes
-    flags = ["--eval_episodes", str(episodes), "--eval_workers", "0"]
+    flags = ["--eval_episodes", str(episodes), "--eval_workers", "0", "--eval_acting", "value"]
     online_trainer.main(["--evaluate", str(tmp_path / "policy.pth"), *flags])
     written = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
     expected = json.loads((finished / "finished.json").read_text())
+    assert written.pop("eval/value/episode_steps") > 1
+    written = {key: value for key, value in written.items() if not key.startswith("eval/value/")}
     assert written == {key: value for key, value in expected.items() if key != "env_steps"}
     assert (tmp_path / "evaluation/paths.png").stat().st_size > 10_000
     assert f"eval/success_rate: {expected['eval/success_rate']:.3f}" in capsys.readouterr().out

@@ -222,13 +222,17 @@ def test_rows_of_the_maze_stages(tmp_path):
     run = only_run(tmp_path, {"method": "strict", "command": "online_trainer", "flags": flags | {"eval_episodes": 20}})
     success = {f"eval/success_task{task}": 1.0 for task in range(1, 5)} | {"eval/success_task5": 0.5}
     summary = {"eval/success_rate": 0.9, **success, "env_steps": 1234, "dataset": run.dataset}
+    other = {"eval/value/success_rate": 0.25, "eval/value/episode_steps": 700.0}
     metrics = "step,eval/success_rate,eval/success_task5\n8,0.95,0.25\n16,0.9,0.5\n"
     record(run, tmp_path, summary, {"metrics.csv": metrics})
     found = {row["task"]: row for row in rows.rows_of(run, tmp_path, str(tmp_path))}
     assert list(found) == ["all", "task1", "task2", "task3", "task4", "task5"]
+    record(run, tmp_path, summary | other, {"metrics.csv": metrics})
+    (value,) = (row for row in rows.rows_of(run, tmp_path, str(tmp_path)) if row["mode"] == "value")
+    assert (value["task"], value["score"], value["episodes"]) == ("all", "25", "100")
     assert [found["all"][name] for name in ("score", "episodes", "best_in_training")] == ["90", "100", "95"]
     assert [found["task5"][name] for name in ("mean", "std", "score", "episodes")] == ["0.5", "0.5", "50", "20"]
-    assert found["all"]["environment_steps"] == "1234"
+    assert (found["all"]["environment_steps"], found["all"]["mode"]) == ("1234", "search")
 
 
 def test_a_finished_run_of_other_settings_has_no_rows(tmp_path):
