@@ -22,16 +22,27 @@ SHA-256. With the same versions, the same id, size, seed and policies give the s
 has AVX2, whatever --jobs.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 
+import d4rl_utils
+import dmc_utils
+import ogbench_utils
 import utils
-from benchmark_data import overview
 from benchmark_data.check import run_check
 from benchmark_data.local import find_family, generate, generate_if_missing  # noqa: F401  for scripts
 from benchmark_data.maze import HUMANOID_MESSAGE
+from dataset_files import Dataset
 from runs.cli import parse_config, run_cli
 from utils import Count, UserError, Whole
+
+# For --list: title, datasets, how the official files get there.
+BENCHMARKS = (
+    ("OGBench mazes", ogbench_utils.DATASETS, "<file>, with <id>-val.npz; fetched when first used"),
+    ("D4RL", d4rl_utils.DATASETS, "<file>; fetched when first used"),
+    ("walker study", dmc_utils.DATASETS, "the study's own folders, not published at an address"),
+)
 
 
 @dataclass
@@ -53,12 +64,46 @@ class MakeDatasetConfig:
 
 def print_list(dataset_dir: str | None, only: str | None = None) -> None:
     """Print every dataset id, or those that hold `only`. Raises UserError where there is none."""
-    sections = overview.sections(dataset_dir, only or "")
+    flag = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
+    sections = []
+    for title, datasets, source in BENCHMARKS:
+        shown = [dataset for name, dataset in datasets.items() if (only or "") in name]
+        made = [dataset for dataset in shown if dataset.local and dataset.generated]
+        official = [dataset for dataset in shown if not dataset.local]
+        sections += section(f"{title}, made here", f"python make_dataset.py --dataset <id>{flag}", made, dataset_dir)
+        for url in dict.fromkeys(dataset.url for dataset in official):
+            group = [dataset for dataset in official if dataset.url == url]
+            sections += section(f"{title}, official files", f"{url}/{source}" if url else source, group, dataset_dir)
     if not sections:
         raise UserError(f"--only {only}: no dataset id holds it; leave it out to see all")
     if only is None or "humanoid" in only:
         sections.append(f"local/humanoidmaze-*: {HUMANOID_MESSAGE}.")
     print("\n\n".join(sections))
+
+
+def section(title: str, source: str, datasets: list[Dataset], dataset_dir: str | os.PathLike | None) -> list[str]:
+    """One text, where there are datasets: title, folder, source, and a line each dataset in aligned columns."""
+    if not datasets:
+        return []
+    headings = ("id", "size", "content", "file, or the path of what is there")
+    lines = [headings, *(describe(dataset, dataset_dir) for dataset in datasets)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1] + [0]
+    table = ["  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines]
+    folder = datasets[0].paths(dataset_dir)[0].parent
+    return ["\n".join([title, f"  folder: {folder}", f"  source: {source}", "", *table])]
+
+
+def describe(dataset: Dataset, dataset_dir: str | os.PathLike | None) -> tuple[str, ...]:
+    paths, manifest, content = dataset.paths(dataset_dir), dataset.manifest(dataset_dir), "official"
+    if dataset.local:
+        family = find_family(dataset.id)
+        content = f"{family.default_size(dataset.id):,} {family.unit}"
+        if manifest is not None:
+            content = f"{manifest.get(f'num_{family.unit}', 0):,} {family.unit}, seed {manifest.get('seed')}"
+    if not paths[0].exists() or dataset.local and manifest is None:
+        return dataset.id, "-", content, paths[0].name
+    files = [file for path in paths for file in (path, *path.rglob("*")) if file.is_file()]
+    return dataset.id, f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB", content, str(paths[0])
 
 
 def requested_size(config: MakeDatasetConfig) -> int | None:

@@ -11,10 +11,7 @@ actions. A policy sees joints and direction, data sees no destination.
 
 A row pays 1 and has a terminal where its step ends within 0.5 m of the goal, which need not be the destination. As in
 D4RL the recording goes on there, row after row with a terminal, up to a timeout after 700 (umaze) or 1000 rows.
-
-Deviations from D4RL, whose files are said to have faults, stand in docs/recipes.md. The ant is this repository's own
-policy (datasets/experts/), a mean without D4RL's own sampling beside the noise; 100,000 transitions unless asked for
-otherwise.
+Deviations are listed in docs/recipes.md; beside them, the ant acts by its policy's mean where D4RL samples.
 """
 
 import functools
@@ -45,12 +42,14 @@ class EpisodeMaker:
     """The maze of one dataset, and the policy that walks in it."""
 
     def __init__(self, dataset: D4RLDataset, policy: experts.Policy):
-        self.maze, self.policy, self.limit = AntMaze(dataset.level.split("-")[0]), policy, dataset.max_episode_steps
+        size, _, kind = dataset.level.partition("-")
+        self.maze, self.policy, self.limit = AntMaze(size), policy, dataset.max_episode_steps
         self.walls = (self.maze.cells == "#").astype(int)
         self.fixed = dataset.level == "umaze"
-        free = [tuple(cell) for cell in np.argwhere(self.walls == 0).tolist()]
-        self.destinations = list(PLAY_CELLS[dataset.level.split("-")[0]]) if dataset.level.endswith("play") else free
-        self.starts = [cell for cell in free if not dataset.level.endswith("play") or cell not in self.destinations]
+        self.starts = self.destinations = [tuple(cell) for cell in np.argwhere(self.walls == 0).tolist()]
+        if kind == "play":
+            self.destinations = list(PLAY_CELLS[size])
+            self.starts = [cell for cell in self.starts if cell not in self.destinations]
         self.ways = Ways(self.walls)
 
     def cell(self, xy: np.ndarray) -> Cell:
@@ -129,14 +128,13 @@ class AntMazeFamily(Family):
 
     def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
         dataset, (path,) = plan.dataset, self.policies(plan.dataset_id, plan.experts_dir)
-        episodes = -(-plan.size // dataset.max_episode_steps)
-        parts = list(run_tasks(_make_episode, [(plan, index) for index in range(episodes)], plan))
+        starts = np.arange(0, plan.size, dataset.max_episode_steps)
+        parts = list(run_tasks(_make_episode, [(plan, index) for index in range(len(starts))], plan))
         columns = {key: np.concatenate([part[key] for part in parts])[: plan.size] for key in ROW}
         columns["timeouts"][-1] = True  # where the file ends, the episode is cut
         recipe = f"D4RL antmaze-{dataset.level}: an ant that follows waypoints, noise of {NOISE:g} on its actions"
         write_file(stage / dataset.files[0], columns, recipe, experts.algorithm(path), None)
         dataset.read(stage / dataset.files[0])
-        starts = np.arange(0, plan.size, dataset.max_episode_steps)
         reached = np.maximum.reduceat(columns["rewards"], starts)
         whole = reached[:-1] if plan.size % dataset.max_episode_steps and len(starts) > 1 else reached
         if not reached.any():

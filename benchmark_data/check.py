@@ -7,9 +7,7 @@ DATASET is a dataset id, or the path of a file or folder that is named as its be
     walker study    the folder walker_walk-td3-medium, or one episode file in it
 
 First the benchmark's own loader must accept the file. Then the simulator takes recorded actions from recorded states,
-in sampled rows: right rows lead to the recorded next observation within 1e-5, wrong ones miss it by 0.1 to 15. A file
-from another version of MuJoCo misses by more in every row; its rows are right where every other pairing of states and
-actions misses by far more.
+and must arrive at the recorded next observations. docs/checking.md says how faults show, and which do not.
 """
 
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ import numpy as np
 from benchmark_data.recorded import FAULT, LAYOUTS, Data, read
 from dataset_files import Dataset, nearest_id, sha256
 from offline_data import DATASETS
-from utils import UserError
+from utils import UserError, counted
 
 SAMPLE, ENDS = 2000, 200  # rows that the simulator steps from; ends that it looks at, and moves that may be ends
 AGREES, DIFFERS = 1e-3, 1e-2  # of good rows one in 1000 misses by more than the first, where a contact begins or ends
@@ -34,9 +32,6 @@ OFFICIAL = {
     if not dataset.local and type(dataset) in LAYOUTS
     for file in dataset.files
 }
-
-
-# -- Which dataset ----------------------------------------------------------------------------------------------------
 
 
 def find_path(given: str | Path, dataset_dir: str | Path | None = None) -> Path:
@@ -74,11 +69,7 @@ def identify(path: Path) -> tuple[Dataset, Path]:
     return dataset, folder
 
 
-# -- What can be seen without the simulator ---------------------------------------------------------------------------
-
-
 def check_manifest(data: Data, dataset_dir: Path) -> None:
-    """Every local dataset has a manifest with the size and SHA-256 of its files."""
     if not data.dataset.local:
         return
     manifest, path = data.dataset.manifest(dataset_dir), data.dataset.manifest_path(dataset_dir)
@@ -102,7 +93,6 @@ def check_lengths(data: Data) -> None:
 
 
 def check_following(data: Data) -> None:
-    """next_observations say where episodes end: do the flags say the same?"""
     if data.following is None:
         return
     here, there = data.following[:-1], data.observations[1:]
@@ -124,19 +114,14 @@ def _report_ends(data: Data, missing: np.ndarray, extra: np.ndarray) -> None:
             f"swapped episode end: the flag of the end at {data.at(missing)} stands at {data.at(extra)}, where the "
             "episode goes on; take the original file"
         )
+    elif len(missing) and official and "replay" in data.dataset.id:
+        tail = "as in D4RL's own replay files; loaders end episodes there"
+        data.note(f"the row after {data.at(missing)} does not follow from it, {tail}")
     elif len(missing):
-        known = official and "replay" in data.dataset.id
-        (data.note if known else data.fault)(
-            f"the row after {data.at(missing)} does not follow from it, "
-            + ("as in D4RL's own replay files; loaders end episodes there" if known else "and no flag ends the episode")
-        )
+        data.fault(f"the row after {data.at(missing)} does not follow from it, and no flag ends the episode")
     elif len(extra):
-        (data.note if official and data.goals else data.fault)(
-            f"misplaced episode end: {data.at(extra)} has a flag, but the episode goes on in the next row"
-        )
-
-
-# -- What the simulator says ------------------------------------------------------------------------------------------
+        tell = data.note if official and data.goals else data.fault
+        tell(f"misplaced episode end: {data.at(extra)} has a flag, but the episode goes on in the next row")
 
 
 def check_replay(data: Data) -> str:
@@ -255,9 +240,6 @@ def check_ends(data: Data) -> None:
     _report_ends(data, rows[breaks & ~flagged[rows]], rows[goes_on & data.ends[rows]])
 
 
-# -- The report -------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Report:
     """What `check` found: faults spoil training or are refused by a loader, notes are worth knowing."""
@@ -270,13 +252,10 @@ class Report:
     def faults(self) -> list[str]:
         return [what for severity, what in self.findings if severity == FAULT]
 
-    @property
-    def verdict(self) -> str:
-        return f"{len(self.faults)} fault{'s' * (len(self.faults) > 1)}" if self.faults else "good"
-
     def text(self) -> str:
+        verdict = counted(len(self.faults), "fault") if self.faults else "good"
+        lines = [f"{self.name}: {verdict}", "", *(f"  {name:<14}{text}" for name, text in self.facts.items())]
         findings = sorted(self.findings, key=lambda finding: finding[0] != FAULT)
-        lines = [f"{self.name}: {self.verdict}", "", *(f"  {name:<14}{text}" for name, text in self.facts.items())]
         return "\n".join([*lines, *[""] * bool(findings), *(f"  {kind:<6}{what}" for kind, what in findings)])
 
 

@@ -9,15 +9,8 @@ D4RL's recipe (Fu et al. 2020, section 5), with the training steps of the snapsh
 As D4RL does it: actions are samples, an episode has at most 1000 steps, and one that falls at step 1000 exactly is a
 timeout and no terminal. The last episode of a file is cut where the number of transitions is reached.
 
-Deviations from D4RL (docs/recipes.md has the levels of the policies):
-
-- hopper's medium takes two snapshots in turn: its return swings between them from about 1700 to 1200 of 3250.
-- medium-replay has no buffer to copy. The first 10,000 steps are uniform random actions, as SAC's warm-up is; every
-  later training step is recorded anew by the snapshot nearest to it. Its policies so change in a few leaps.
-- The cut at the end is marked as a timeout; D4RL leaves it unmarked.
-- infos/qpos and infos/qvel are float64, so that a recorded action from a recorded state gives the recorded next one;
-  rounded to float32 they miss it by more than 1e-4 where a contact begins or ends. infos/action_log_probs is left out.
-- 100,000 transitions unless asked for otherwise; the official files hold up to two million.
+Deviations, beside those of docs/recipes.md: medium-replay has no buffer to copy. The first 10,000 steps are uniform
+random actions, as SAC's warm-up is; every later training step is recorded anew by the snapshot nearest to it.
 """
 
 import functools
@@ -41,7 +34,7 @@ from dataset_files import whole_returns
 WARM_UP_STEPS = 10_000  # training steps of medium-replay that are random
 BLOCK_ROWS = 4000  # transitions a task makes, so that short episodes do not cost a call each
 
-# What a row holds, in D4RL's types but for infos/, see above.
+# What a row holds, in D4RL's types but for infos/: states in float32 would not lead to the recorded next ones.
 COLUMNS = {
     "observations": np.float32,
     "next_observations": np.float32,
@@ -70,9 +63,6 @@ SNAPSHOTS = {
 }
 
 
-# -- Recipes ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Part:
     """A stretch of a dataset: who acts in it, and where it ends."""
@@ -96,14 +86,13 @@ def recipe_parts(dataset: D4RLDataset) -> tuple[Part, ...]:
 
 
 def _describe_recipe(dataset: D4RLDataset, experts_dir: Path, algorithms: str) -> str:
-    run = f"of a policy trained with {algorithms}"
-    texts = {
+    run, share = f"of a policy trained with {algorithms}", _medium_share(dataset.robot, experts_dir)
+    text = {
         "medium": f"snapshots {run}",
         "medium-replay": f"uniform random actions, then snapshots {run}, up to the medium level in their order",
         "medium-expert": f"half by the medium snapshots {run}, then half by its expert",
-    }
-    share = _medium_share(dataset.robot, experts_dir)
-    return f"D4RL {dataset.level}: {texts[dataset.level]}{share}; whole episodes of at most 1000 steps"
+    }[dataset.level]
+    return f"D4RL {dataset.level}: {text}{share}; whole episodes of at most 1000 steps"
 
 
 def _medium_share(robot: str, experts_dir: Path) -> str:
@@ -125,9 +114,6 @@ def _medium_share(robot: str, experts_dir: Path) -> str:
     )
 
 
-# -- Episodes ---------------------------------------------------------------------------------------------------------
-
-
 class Block(NamedTuple):
     """Some consecutive episodes of one part: what one task makes."""
 
@@ -139,8 +125,7 @@ class Block(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def _env(dataset_id: str) -> gymnasium.Env:
-    """One environment a process, however many episodes it makes; a reset leaves nothing of the episode before."""
-    return make_env(dataset_id)
+    return make_env(dataset_id)  # once a process
 
 
 def record_episode(
@@ -193,12 +178,6 @@ def plan_blocks(plan: Plan) -> list[Block]:
     return blocks
 
 
-def _leading_episodes(made: dict[str, np.ndarray], rows: int) -> int:
-    """How many rows the leading episodes have together that begin before row `rows`."""
-    ends = np.flatnonzero(made["terminals"] | made["timeouts"])
-    return int(ends[min(np.searchsorted(ends, rows - 1), len(ends) - 1)]) + 1
-
-
 def make_columns(plan: Plan) -> dict[str, np.ndarray]:
     """The dataset's COLUMNS [plan.size, ...]: whole episodes until every part has its share, then cut to the size."""
     ends = [round(part.end * plan.size) for part in recipe_parts(plan.dataset)]
@@ -206,15 +185,14 @@ def make_columns(plan: Plan) -> dict[str, np.ndarray]:
     for block, made in zip(blocks, run_tasks(make_block, blocks, plan, unit="block"), strict=True):
         missing = ends[block.part] - done
         if missing > 0:  # longer episodes than expected leave blocks over
-            rows = _leading_episodes(made, missing)
+            episode_ends = np.flatnonzero(made["terminals"] | made["timeouts"])
+            last = min(np.searchsorted(episode_ends, missing - 1), len(episode_ends) - 1)
+            rows = int(episode_ends[last]) + 1  # of the episodes that begin before row `missing`
             pieces.append({key: column[:rows] for key, column in made.items()})
             done += rows
     columns = {key: np.concatenate([piece[key] for piece in pieces])[: plan.size] for key in COLUMNS}
     columns["timeouts"][-1] = not columns["terminals"][-1]  # where the file ends, the episode is cut
     return columns
-
-
-# -- Files ------------------------------------------------------------------------------------------------------------
 
 
 def policy_arrays(policy: experts.Policy) -> dict[str, np.ndarray]:

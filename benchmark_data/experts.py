@@ -11,7 +11,6 @@ Acting takes NumPy alone, because data generation asks for one action at a time:
 than on the arithmetic.
 """
 
-import contextlib
 import functools
 import importlib.metadata
 import json
@@ -35,8 +34,6 @@ DEFAULT_EXPERTS_DIR = Path(__file__).resolve().parent.parent / "datasets" / "exp
 CARD_EPISODES = 100  # episodes behind the returns of a card
 CARD_SEED = 0  # of those episodes
 
-# -- Environments -----------------------------------------------------------------------------------------------------
-
 
 def _directional_ant() -> gymnasium.Env:
     """OGBench's protocol for training locomotion policies: walk along a direction that changes.
@@ -51,22 +48,12 @@ def _directional_ant() -> gymnasium.Env:
     return SeededDraws(GymXYWrapper(gymnasium.make("online-ant-v0", disable_env_checker=True), 100), in_steps=True)
 
 
-def _runner(robot: str) -> Callable[[], gymnasium.Env]:
-    return functools.partial(d4rl_utils.make_env, f"{robot}-medium-v2")  # the same for every level
-
-
-# What a policy can be trained in, 1000 steps an episode at most.
+# What a policy can be trained in, 1000 steps an episode at most. A robot's is the same for every level.
 ENVIRONMENTS: dict[str, Callable[[], gymnasium.Env]] = {
     "ant-xy": _directional_ant,
-    "hopper": _runner("hopper"),
-    "halfcheetah": _runner("halfcheetah"),
-    "walker2d": _runner("walker2d"),
-    "walker_walk": functools.partial(dmc_utils.WalkerEnv, "walk"),
-    "walker_run": functools.partial(dmc_utils.WalkerEnv, "run"),
+    **{robot: functools.partial(d4rl_utils.make_env, f"{robot}-medium-v2") for robot in d4rl_utils.ENVIRONMENTS},
+    **{f"walker_{task}": functools.partial(dmc_utils.WalkerEnv, task) for task in dmc_utils.TASKS},
 }
-
-
-# -- Policies ---------------------------------------------------------------------------------------------------------
 
 _GELU_SCALE = math.sqrt(2 / math.pi)
 
@@ -93,7 +80,7 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"gelu_tanh": _gelu
 SETTINGS = ("env", "step", "activation", "log_std_min", "log_std_max")  # of a policy, beside its weights
 
 
-@dataclass(frozen=True)
+@dataclass
 class Policy:
     """A squashed Gaussian (SAC): an MLP's mean, with noise of its own standard deviation, goes through tanh.
 
@@ -115,8 +102,7 @@ class Policy:
             tuple(self.weights[f"{name}.{part}"].astype(float) for part in ("weight", "bias"))
             for name in self.layer_names
         )
-        # The dataclass is frozen; this is what `act` reads.
-        object.__setattr__(self, "_network", (layers, mean, log_std, ACTIVATIONS[self.activation]))
+        self._network = layers, mean, log_std, ACTIVATIONS[self.activation]
         self.act(np.zeros(self.sizes[0]), np.random.default_rng(0))  # raises where sizes do not fit each other
 
     @property
@@ -144,9 +130,6 @@ class Policy:
             scale = np.clip(hidden @ log_std[0] + log_std[1], self.log_std_min, self.log_std_max)
             action += np.exp(scale) * rng.standard_normal(action.shape)
         return np.tanh(action).astype(np.float32)
-
-
-# -- Files ------------------------------------------------------------------------------------------------------------
 
 
 def policy_path(experts_dir: str | Path, env: str, step: int) -> Path:
@@ -226,9 +209,6 @@ def write_card(policy_file: str | Path, facts: dict[str, Any], returns: dict[str
     write_text_atomic(card_path(policy_file), json.dumps(card, indent=2) + "\n")
 
 
-# -- Evaluation -------------------------------------------------------------------------------------------------------
-
-
 def evaluate_policy(
     policy: Policy,
     episodes: int = CARD_EPISODES,
@@ -242,11 +222,9 @@ def evaluate_policy(
     Episode i has the seed (seed, i), whatever the policy, so that policies meet the same starts. Nothing is drawn
     from a global generator. `show` shows a bar.
     """
-    kind = "stochastic" if stochastic else "deterministic"
-    with contextlib.ExitStack() as stack:
-        own = stack.enter_context(contextlib.closing(ENVIRONMENTS[policy.env]())) if env is None else env
-        bar = progress(range(episodes), f"{policy.env}_{policy.step} {kind}", unit="episode", disable=not show)
-        results = [_episode(policy, own, np.random.SeedSequence(seed, spawn_key=(i,)), stochastic) for i in bar]
+    kind, env = "stochastic" if stochastic else "deterministic", env or ENVIRONMENTS[policy.env]()
+    bar = progress(range(episodes), f"{policy.env}_{policy.step} {kind}", unit="episode", disable=not show)
+    results = [_episode(policy, env, np.random.SeedSequence(seed, spawn_key=(i,)), stochastic) for i in bar]
     returns, lengths = (np.array(column) for column in zip(*results, strict=True))
     return {
         "episodes": episodes,

@@ -84,9 +84,6 @@ class Family(abc.ABC):
         """
 
 
-# -- Episodes side by side --------------------------------------------------------------------------------------------
-
-
 def run_tasks(
     function: Callable[[Task], Result], tasks: list[Task], plan: Plan, unit: str = "episode"
 ) -> Iterator[Result]:
@@ -108,17 +105,13 @@ def _side_by_side(function: Callable[[Task], Result], tasks: list[Task], jobs: i
 
 def _start_worker() -> None:
     """Prepare a worker process: it leaves Ctrl-C to its parent, and ends when the parent was killed."""
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)  # idle workers share the queue's both ends: they would wait for ever
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # Idle workers share the queue's both ends, so a dead parent alone would leave them waiting for ever.
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-# -- Files and manifest -----------------------------------------------------------------------------------------------
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, overwrite: bool = False) -> Path:
@@ -140,8 +133,10 @@ def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, over
         folder.mkdir(parents=True, exist_ok=True)
         with alone_in(folder):
             if not _already_made(family, plan, dataset_dir, overwrite):  # nor by the process that this one waited for
-                if not overwrite:
-                    _refuse_unknown_files(plan, dataset_dir)
+                for path in () if overwrite else plan.dataset.paths(dataset_dir):
+                    if path.is_file() or any(path.rglob("*")):  # perhaps someone's own
+                        fault, remedy = "is there without a complete dataset's manifest", "choose another --dataset_dir"
+                        raise UserError(f"{path} {fault}; move it away, replace it with --overwrite or {remedy}")
                 _write_dataset(family, plan, dataset_dir)
     except OSError as error:
         if error.errno in utils.DISK_FULL:
@@ -179,16 +174,6 @@ def _already_made(family: Family, plan: Plan, dataset_dir: str | os.PathLike | N
     return False
 
 
-def _refuse_unknown_files(plan: Plan, dataset_dir: str | os.PathLike | None) -> None:
-    """Raise UserError where files would be lost that may be someone's own. An empty folder is none."""
-    for path in plan.dataset.paths(dataset_dir):
-        if path.is_file() or any(path.rglob("*")):
-            raise UserError(
-                f"{path} is there without a complete dataset's manifest; move it away, replace it with --overwrite "
-                "or choose another --dataset_dir"
-            )
-
-
 def _write_dataset(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None) -> None:
     """Make the files in a folder of their own, move them into place, write the manifest."""
     manifest_path = plan.dataset.manifest_path(dataset_dir)
@@ -198,8 +183,12 @@ def _write_dataset(family: Family, plan: Plan, dataset_dir: str | os.PathLike | 
     try:
         stage.mkdir()
         facts = family.write(plan, stage)
-        paths = sorted(path for path in stage.rglob("*") if path.is_file())
-        files = {path.relative_to(stage).as_posix(): _describe(path) for path in paths}
+        files = {}
+        for path in sorted(path for path in stage.rglob("*") if path.is_file()):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            entry = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            files[path.relative_to(stage).as_posix()] = entry
         manifest_path.unlink(missing_ok=True)  # from here until it is written there is no complete dataset
         for path in stage.iterdir():
             place = manifest_path.with_name(path.name)
@@ -212,13 +201,6 @@ def _write_dataset(family: Family, plan: Plan, dataset_dir: str | os.PathLike | 
     manifest |= {"policies": dict(plan.policies), "files": files, "versions": _versions()}
     manifest["seconds"] = round(time.perf_counter() - began, 2)
     utils.write_text_atomic(manifest_path, json.dumps(manifest, indent=2) + "\n")
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    """Size and hash of a file, which is on the disk when this returns."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _versions() -> dict[str, str]:

@@ -9,11 +9,8 @@ direction follows the environment's oracle waypoints, with Gaussian noise on its
     stitch      start in any free cell, walk to a goal exactly 4 cells away and stay there; 201 rows an episode
     explore     start in any free cell, walk in a direction drawn anew every 10 steps; 501 rows an episode (ants)
 
-The point mass steps along the direction; the ant's policy (datasets/experts/) sees its joints and the direction. Noise
-has standard deviation 0.5 on the point mass, 0.2 on the ant, and 1.0 on the ant that explores.
-
-Deviations: every episode has a random stream of its own, so that the files do not depend on --jobs; there is at least
-one validation episode (OGBench: a tenth, rounded down); fewer episodes than OGBench's 1,000 to 10,000 but for full ids.
+The point mass steps along the direction; the ant's policy (datasets/experts/) sees its joints and the direction.
+docs/recipes.md lists the deviations.
 """
 
 import collections
@@ -34,13 +31,8 @@ EXPLORE_STEPS = 10  # steps in one direction
 Cell = tuple[int, int]  # row, column
 
 
-# -- Recipes: who walks, and how --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Recipe:
-    """How the data of one robot and task type are made."""
-
     policy: tuple[str, int] | None  # environment and training steps of the locomotion policy; None: none is needed
     noise: float  # standard deviation of the Gaussian added to each action
     rows: int  # rows an episode
@@ -57,6 +49,11 @@ RECIPES = {
 # Training episodes where none are asked for: of the order of 100,000 rows in navigate, 60,000 in the others.
 DEFAULT_EPISODES = {"navigate": 100, "stitch": 300, "explore": 120}
 OFFICIAL_EPISODES = {"navigate": 1000, "stitch": 5000, "explore": 10_000}  # of the medium and large mazes' files
+AIMS = {
+    "navigate": "oracle waypoints, a new goal from the cells outside corridors whenever one is reached",
+    "stitch": f"oracle waypoints to one goal exactly {STITCH_CELLS} cells from the start",
+    "explore": f"a random direction every {EXPLORE_STEPS} steps",
+}
 HUMANOID_MESSAGE = (
     "not made here, take the official files: the recipe needs a humanoid that walks in a given direction, which is not "
     "shipped"
@@ -66,9 +63,6 @@ HUMANOID_MESSAGE = (
 def find_recipe(dataset_id: str) -> Recipe:
     dataset = DATASETS[dataset_id]
     return RECIPES[dataset.maze_env, dataset.task_type]
-
-
-# -- Cells and waypoints ----------------------------------------------------------------------------------------------
 
 
 def cell_distances(maze_map: np.ndarray, origin: Cell) -> np.ndarray:
@@ -117,9 +111,6 @@ class Ways:
         return min([here, *free_neighbours(self.maze_map, here)], key=self.distances(goal).__getitem__)
 
 
-# -- Episodes ---------------------------------------------------------------------------------------------------------
-
-
 class EpisodeMaker:
     """An environment and its recipe, ready to make episodes of one dataset."""
 
@@ -138,8 +129,7 @@ class EpisodeMaker:
     def make(self, seed: np.random.SeedSequence) -> tuple[dict[str, np.ndarray], int]:
         """One episode and how many goals it reached (of one that stays: 1 if it was ever reached).
 
-        The episode: observations, actions, qpos, qvel [rows, .] float32 and terminals [rows] bool. A row holds the
-        state before the step, the clipped action, and whether the episode ends with it.
+        A row holds the state before the step, the clipped action, and whether the episode ends with it.
         """
         rng = np.random.default_rng(seed)
         start = _draw(rng, self.free_cells)
@@ -199,16 +189,12 @@ def _draw(rng: np.random.Generator, cells: list[Cell]) -> Cell:
 
 @functools.lru_cache(maxsize=1)
 def _maker(plan: Plan) -> EpisodeMaker:
-    """One environment a process, however many episodes it makes."""
-    return EpisodeMaker(plan.dataset_id, plan.experts_dir)
+    return EpisodeMaker(plan.dataset_id, plan.experts_dir)  # once a process
 
 
 def _make_episode(task: tuple[Plan, int, int]) -> tuple[dict[str, np.ndarray], int]:
     plan, split, index = task
     return _maker(plan).make(np.random.SeedSequence(plan.seed, spawn_key=(split, index)))
-
-
-# -- Files ------------------------------------------------------------------------------------------------------------
 
 
 class MazeFamily(Family):
@@ -234,24 +220,16 @@ class MazeFamily(Family):
             with open(stage / name, "wb") as file:
                 np.savez_compressed(file, **arrays)  # it dates the members 1980: equal arrays give equal bytes
             plan.dataset.read(stage / name)
-        return _facts(plan, goals_reached=sum(goals for _, goals in made[: plan.size]))
-
-
-def _facts(plan: Plan, goals_reached: int) -> dict[str, Any]:
-    task_type, recipe = plan.dataset.task_type, find_recipe(plan.dataset_id)
-    goals = {
-        "navigate": "oracle waypoints, a new goal from the cells outside corridors whenever one is reached",
-        "stitch": f"oracle waypoints to one goal exactly {STITCH_CELLS} cells from the start",
-        "explore": f"a random direction every {EXPLORE_STEPS} steps",
-    }
-    facts: dict[str, Any] = {
-        "recipe": f"OGBench {task_type}: start in any free cell, {goals[task_type]}; noise of {recipe.noise:g}",
-        "episodes": plan.size,
-        "transitions": plan.size * (recipe.rows - 1),
-        "returns": None,  # the files carry no rewards
-    }
-    if task_type == "navigate":
-        facts["goals_reached_per_1000_steps"] = round(1000 * goals_reached / (plan.size * recipe.rows), 3)
-    elif task_type == "stitch":
-        facts["goal_reached"] = round(goals_reached / plan.size, 3)  # share of episodes
-    return facts
+        task_type, recipe = plan.dataset.task_type, find_recipe(plan.dataset_id)
+        facts: dict[str, Any] = {
+            "recipe": f"OGBench {task_type}: start in any free cell, {AIMS[task_type]}; noise of {recipe.noise:g}",
+            "episodes": plan.size,
+            "transitions": plan.size * (recipe.rows - 1),
+            "returns": None,  # the files carry no rewards
+        }
+        reached = sum(goals for _, goals in made[: plan.size])
+        if task_type == "navigate":
+            facts["goals_reached_per_1000_steps"] = round(1000 * reached / (plan.size * recipe.rows), 3)
+        elif task_type == "stitch":
+            facts["goal_reached"] = round(reached / plan.size, 3)  # share of episodes
+        return facts

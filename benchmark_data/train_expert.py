@@ -17,6 +17,7 @@ logarithm of the temperature, bounds the log standard deviation by [-20, 2] inst
 the actor's last layer at the start.
 """
 
+import functools
 import math
 import sys
 import time
@@ -68,37 +69,26 @@ class TrainExpertConfig(RunConfig):
 LOSSES = {"critic_loss": "train/critic_loss", "actor_loss": "train/actor_loss", "temperature": "train/ent_coef"}
 
 
-class TanhGELU(nn.GELU):
-    """GELU in its tanh form, as a class without arguments, which is what stable-baselines3 takes."""
-
-    def __init__(self):
-        super().__init__(approximate="tanh")
-
-
 @dataclass(frozen=True)
 class Recipe:
     """What differs between environments: OGBench's, or SAC's."""
 
     steps: int = 300_000  # environment steps
-    activation: type[nn.Module] = nn.ReLU
+    activation: str = "relu"
     entropy: float = 1.0  # target entropy as a multiple of -dim(action)
     source: str = "SAC, Haarnoja et al. 2018, as in stable-baselines3"
 
 
 _OGBENCH = "OGBench data_gen_scripts/main_sac.py, but for what train_expert.py lists"
 RECIPES = {
-    "ant-xy": Recipe(250_000, TanhGELU, 0.5, _OGBENCH),
+    "ant-xy": Recipe(250_000, "gelu_tanh", 0.5, _OGBENCH),
     **dict.fromkeys(("hopper", "halfcheetah", "walker2d"), Recipe()),
     **dict.fromkeys(("walker_walk", "walker_run"), Recipe(200_000)),
 }
-ACTIVATION_NAMES = {TanhGELU: "gelu_tanh", nn.ReLU: "relu"}
-
-
-# -- stable-baselines3 ------------------------------------------------------------------------------------------------
+ACTIVATIONS = {"relu": nn.ReLU, "gelu_tanh": functools.partial(nn.GELU, approximate="tanh")}
 
 
 def stable_baselines3() -> Any:
-    """The package. Raises UserError where it is not installed."""
     try:
         import stable_baselines3
     except ImportError:
@@ -111,8 +101,8 @@ def build_model(config: TrainExpertConfig, env: gymnasium.Env, seed: int) -> Any
     sb3 = stable_baselines3()
     from stable_baselines3.common.logger import Logger
 
-    recipe = RECIPES[config.env]
-    layers = [config.hidden_dim, config.hidden_dim]
+    recipe, layers = RECIPES[config.env], [config.hidden_dim, config.hidden_dim]
+    activation = ACTIVATIONS[recipe.activation]
     seen = gymnasium.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)  # half the replay buffer
     model = sb3.SAC(
         "MlpPolicy",
@@ -126,7 +116,7 @@ def build_model(config: TrainExpertConfig, env: gymnasium.Env, seed: int) -> Any
         train_freq=1,
         gradient_steps=1,
         target_entropy=-recipe.entropy * env.action_space.shape[0],
-        policy_kwargs={"net_arch": layers, "activation_fn": recipe.activation, "optimizer_kwargs": {"fused": True}},
+        policy_kwargs={"net_arch": layers, "activation_fn": activation, "optimizer_kwargs": {"fused": True}},
         seed=seed % 2**32,
         device="cpu",
     )
@@ -144,7 +134,7 @@ def extract_policy(model: Any, config: TrainExpertConfig, step: int) -> Policy:
         weights[f"{name}.weight"] = layer.weight.detach().numpy().T.copy()
         weights[f"{name}.bias"] = layer.bias.detach().numpy().copy()
     # Its bounds of the log standard deviation are Policy's own.
-    return Policy(config.env, step, weights, ACTIVATION_NAMES[RECIPES[config.env].activation])
+    return Policy(config.env, step, weights, RECIPES[config.env].activation)
 
 
 def model_state(model: Any) -> dict[str, Any]:
@@ -171,12 +161,7 @@ def load_model_state(model: Any, state: dict[str, Any]) -> None:
     model.replay_buffer.pos, model.replay_buffer.full = state["buffer_position"]
 
 
-# -- A run ------------------------------------------------------------------------------------------------------------
-
-
 class ExpertRun(Run):
-    """One training run: model, environments, log and directory."""
-
     config: TrainExpertConfig
 
     @classmethod
@@ -282,8 +267,8 @@ class ExpertRun(Run):
         recorded, episodes = self.model.logger.name_to_value, self.model.ep_info_buffer
         figures = {name: recorded[key] for name, key in LOSSES.items() if key in recorded}
         if episodes:
-            for name, key in (("train_return", "r"), ("train_length", "l")):
-                figures[name] = float(np.mean([episode[key] for episode in episodes]))
+            figures["train_return"] = float(np.mean([episode["r"] for episode in episodes]))
+            figures["train_length"] = float(np.mean([episode["l"] for episode in episodes]))
         return figures
 
     def finish(self) -> dict[str, Any]:
@@ -292,10 +277,11 @@ class ExpertRun(Run):
         best = max(self.evaluations, key=self.evaluations.__getitem__)
         for step in {self.step, best}:
             path = policy_path(self.run_dir / "policies", config.env, step)
-            policy, measured = read_policy(path), {}
-            for kind in ("deterministic", "stochastic"):
-                sampled = kind == "stochastic"
-                measured[kind] = evaluate_policy(policy, config.card_episodes, CARD_SEED, sampled, show=True)
+            policy = read_policy(path)
+            measured = {
+                kind: evaluate_policy(policy, config.card_episodes, CARD_SEED, sampled, self.eval_env, show=True)
+                for kind, sampled in (("deterministic", False), ("stochastic", True))
+            }
             write_card(path, facts(config), measured)
             returns[step] = measured["deterministic"]["mean"]
         summary = {"env": config.env, "steps": self.step, "best_step": best}

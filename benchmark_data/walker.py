@@ -5,11 +5,9 @@ Policies sampled as they acted in training fill episodes of 1000 steps, in the l
     medium          the snapshots nearest to the study's return: 963 (walk), 318 (run)
     medium-replay   the snapshots up to there, in the order of training, in shares that give 930 (walk), 251 (run)
 
-The names are the study's and say td3 because its collectors were trained with TD3. The policies of datasets/experts/
-were trained with SAC; the manifest names the algorithm that each policy's card names.
-
 Deviations: medium-replay is played by snapshots, not cut from one replay buffer, and leaves out the first steps of
-training, whose returns the study's mean has no room for. No snapshot of run returns 318: two share its medium.
+training, whose returns the study's mean has no room for. No snapshot of run returns 318: two share its medium. The
+policies were trained with SAC; the names say td3 because the study's collectors were.
 """
 
 import functools
@@ -27,8 +25,6 @@ from dmc_utils import EPISODE_STEPS, GENERATED_IDS, WalkerEnv, episode_path, wri
 
 @dataclass(frozen=True)
 class Recipe:
-    """Who plays the episodes of a dataset."""
-
     task: str  # walk or run
     shares: dict[int, float]  # training step of a snapshot -> its share of the episodes, in order of training; sum 1
 
@@ -49,18 +45,13 @@ def snapshot_steps(recipe: Recipe, size: int) -> list[int]:
     return [list(recipe.shares)[index] for index in chosen]
 
 
-# -- Episodes ---------------------------------------------------------------------------------------------------------
-
-
 @functools.lru_cache(maxsize=1)
 def _env(task: str) -> WalkerEnv:
-    """One environment a process, however many episodes it makes."""
-    return WalkerEnv(task)
+    return WalkerEnv(task)  # once a process
 
 
 @functools.lru_cache(maxsize=1)
 def _policy(plan: Plan, step: int) -> experts.Policy:
-    """A policy is read once, as episodes come in the order of training."""
     return experts.read_policy(experts.policy_path(plan.experts_dir, f"walker_{RECIPES[plan.dataset_id].task}", step))
 
 
@@ -88,9 +79,6 @@ def _make_episode(task: tuple[Plan, int, int, Path]) -> float:
     episode = play_episode(_env(plan.dataset.task), _policy(plan, step), seed)
     write_episode(episode_path(folder, index), episode)
     return float(episode["reward"].sum(dtype=np.float64))
-
-
-# -- Files ------------------------------------------------------------------------------------------------------------
 
 
 class WalkerFamily(Family):

@@ -53,7 +53,7 @@ ALSO_ALLOWED = {
 }
 MAX_TOP_ENTRIES, MAX_TOP_MODULES = 39, 17  # the aim: 30 entries
 MAX_FILE_LINES = 465
-MAX_SOURCE_LINES, MAX_TEST_LINES = 17_045, 12_590  # the aims: 14,500 and 10,500
+MAX_SOURCE_LINES, MAX_TEST_LINES = 16_900, 12_590  # the aims: 14,500 and 10,500
 MAX_UNTURNED_SETTINGS = 10  # names of settings that no page, YAML, test or benchmark turns
 UNRESTRICTED = {"tests", "benchmarks"}
 ONLY_PACKAGES = {
