@@ -9,7 +9,6 @@ checkpoints/last.pth.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,32 +17,17 @@ from benchmark_data.local import generate_if_missing
 from model import TransportActor
 from offline_data import OfflineData, load_transitions
 from pogo_agent import POGOAgent, POGOConfig
-from runs.chain import (
-    Act,
-    ChainRun,
-    ChainRunConfig,
-    check_evaluate,
-    check_solver,
-    check_weights,
-)
+from runs.chain import Act, ChainRun, ChainRunConfig
 from runs.cli import parse_config, run_cli
-from runs.policy import ChainPolicy, evaluate_again
+from runs.policy import evaluate_again
 from runs.run import data_values
 from runs.seeds import run_seeds
-from utils import Number, UserError, resolve_device, warn
+from utils import Number, warn
 
 
 @dataclass
 class POGOTrainerConfig(ChainRunConfig, POGOConfig):
     antmaze_reward_shift: Number = -1.0  # added to the rewards of D4RL's antmazes, and to no others
-
-
-def check(config: POGOTrainerConfig) -> None:
-    """One line for a setting that cannot work, before anything is loaded."""
-    check_weights(config.w2_weights)
-    check_solver(config.sinkhorn_backend, config.sinkhorn_K)
-    if config.resume and not config.save_model:
-        raise UserError("--resume --no_save_model: such a run leaves nothing to go on from; start it anew")
 
 
 class POGORun(ChainRun):
@@ -52,17 +36,9 @@ class POGORun(ChainRun):
     config: POGOTrainerConfig
     agent: POGOAgent
 
-    check = staticmethod(check)
-
     def __init__(self, config: POGOTrainerConfig, beside: "POGORun | None" = None, prefix: str = ""):
         super().__init__(config, beside, prefix)
         self.warned: set[str] = set() if beside is None else beside.warned  # of what; one of several runs says it
-
-    @staticmethod
-    def run_name(config: POGOTrainerConfig) -> Path:
-        """{env}/w2_{weights}/seed_{seed}, weights joined by _."""
-        weights = "_".join(f"{weight:g}" for weight in config.w2_weights)
-        return Path(config.env) / f"w2_{weights}" / f"seed_{config.seed}"
 
     def load_transitions(self) -> OfflineData:
         """The transitions; a local dataset that is missing is made first."""
@@ -119,17 +95,11 @@ def trained_actors(state: dict[str, Any], device: torch.device) -> list[Transpor
     return actors
 
 
-def load_policy(path: str | Path, device: str | torch.device = "cpu") -> ChainPolicy:
-    """The actors of a run's directory or checkpoint, to act with. Raises UserError for a file of another command."""
-    return ChainPolicy(path, trained_actors, "pogo_main.py", device)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train to the end, and return what `run_seeds` does; or evaluate a file, and return its scores."""
     config = parse_config(POGOTrainerConfig, argv, __doc__, default_run_dir=POGORun.settings_dir)
     if config.evaluate is not None:
-        check_evaluate(config)
-        return evaluate_again(config, load_policy(config.evaluate, resolve_device(config.device)))
+        return evaluate_again(config, trained_actors, "pogo_main.py")
     return run_seeds(POGORun, config)
 
 

@@ -75,27 +75,27 @@ def check_solver(backend: str, sinkhorn_K: int) -> None:
         raise UserError("--sinkhorn_backend online: needs a C++ compiler (g++, or CXX); or take tensorized, or fused")
 
 
-def check_evaluate(config: ChainRunConfig) -> None:
-    """UserError where `--evaluate` stands beside what it has no use for."""
-    if config.num_seeds > 1:
-        raise UserError(f"--num_seeds {config.num_seeds}", "--evaluate takes the file of one run", "leave it out")
-
-
-def check_weights(weights: Sequence[float]) -> None:
-    if not weights or not all(0 <= weight < math.inf for weight in weights):
-        words = " ".join(f"{weight:g}" for weight in weights)
-        raise UserError(f"--w2_weights {words}: give one weight for each actor, none negative, as in 0.4 0.5 0.5")
-
-
 class ChainRun(Run):
     """One run: the data, the agent, its environments, its random streams and its directory.
 
     The agent has `update(batch)`, `anneal(share)`, `diagnose(batch, seed)`, `state_dict()`, `load_state_dict()` and
-    `step`. beside: a run of the same settings and another seed, in this process, whose data and environments serve
-    both. prefix: of what this run prints; `Seed 3: ` where there are several.
+    `step`; the settings have `w2_weights`, `discount` and the solver's too. beside: a run of the same settings and
+    another seed, in this process, whose data and environments serve both. prefix: of what this run prints; `Seed 3: `
+    where there are several.
     """
 
     config: ChainRunConfig
+
+    @classmethod
+    def check(cls, config: ChainRunConfig) -> None:
+        """One line for a setting that cannot work, before anything is loaded."""
+        weights = config.w2_weights
+        if not weights or not all(0 <= weight < math.inf for weight in weights):
+            words = " ".join(f"{weight:g}" for weight in weights)
+            raise UserError(f"--w2_weights {words}: give one weight for each actor, none negative, as in 0.4 0.5 0.5")
+        check_solver(config.sinkhorn_backend, config.sinkhorn_K)
+        if config.resume and not config.save_model:
+            raise UserError("--resume --no_save_model: such a run leaves nothing to go on from; start it anew")
 
     def __init__(self, config: ChainRunConfig, beside: "ChainRun | None" = None, prefix: str = ""):
         if config.checkpoint_dir:  # a run may be continued from another folder
@@ -150,11 +150,6 @@ class ChainRun(Run):
 
     # -- what an algorithm defines -----------------------------------------------------------------------------------
 
-    @staticmethod
-    @abc.abstractmethod
-    def run_name(config: ChainRunConfig) -> Path:
-        """Where the run lies under logs/, and its checkpoint under `checkpoint_dir`."""
-
     @abc.abstractmethod
     def load_transitions(self) -> OfflineData:
         """The data."""
@@ -185,6 +180,12 @@ class ChainRun(Run):
         return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
 
     # -- directories -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def run_name(cls, config: ChainRunConfig, kind: str = "") -> Path:
+        """{env}/{kind}w2_{weights}/seed_{seed}, under logs/; its checkpoint's place under `checkpoint_dir`."""
+        weights = "_".join(f"{weight:g}" for weight in config.w2_weights)
+        return Path(config.env) / f"{kind}w2_{weights}" / f"seed_{config.seed}"
 
     @classmethod
     def default_run_dir(cls, config: ChainRunConfig) -> Path:
@@ -246,10 +247,11 @@ class ChainRun(Run):
         seeds = episode_seeds(self.streams.evaluation_seed, self.config.eval_episodes)
         played = self.rollout(seeds, self.streams.evaluation_seed, "evaluate")
         names = policy_names(len(self.acting()))
-        self.episodes.add(self.step, names, played.returns, played.lengths, self.score(played.returns))
+        scores = self.score(played.returns)
+        self.episodes.add(self.step, names, played.returns, played.lengths, scores)
         metrics = {}
-        for (number, mode), returns in zip(names, played.returns, strict=True):
-            name, score = f"eval/actor_{number}/{mode}", float(self.score(returns).mean())
+        for (number, mode), returns, score in zip(names, played.returns, scores.mean(1).tolist(), strict=True):
+            name = f"eval/actor_{number}/{mode}"
             metrics |= {f"{name}/return": float(returns.mean()), f"{name}/return_std": float(returns.std())}
             metrics[f"{name}/score"] = score
             if score > self.best["score"]:

@@ -57,33 +57,17 @@ def num_workers(eval_workers: int | None) -> int:
     return min((os.cpu_count() or 1) - 1, 7) if eval_workers is None else eval_workers
 
 
-class _Shared:
-    """The arrays that the processes share, over `n` environments.
-
-    buffers: memory of each array that another process has made; None makes it. It is anonymous: a kill leaves no file.
-    """
-
-    def __init__(self, n: int, observation_dim: int, action_dim: int, buffers: dict[str, Any] | None = None):
-        self.buffers = {} if buffers is None else buffers
-
-        def array(name: str, dtype: type, *shape: int) -> np.ndarray:
-            if name not in self.buffers:
-                self.buffers[name] = _CONTEXT.RawArray("b", math.prod(shape) * np.dtype(dtype).itemsize)
-            return np.frombuffer(self.buffers[name], dtype=dtype).reshape(shape)
-
-        self.observations = array("observations", np.float32, n, observation_dim)
-        self.actions = array("actions", np.float32, n, action_dim)
-        self.rewards = array("rewards", np.float64, n)
-        self.seeds = array("seeds", np.int64, n)
-        self.alive = array("alive", np.bool_, n)  # written by the process that steps the environment
-        self.success = array("success", np.int8, n)  # -1: not told
-        self.arguments = (n, observation_dim, action_dim, self.buffers)
+def _layout(env: gymnasium.Env) -> np.dtype:
+    """What the processes share of an episode."""
+    vectors = [("observation", np.float32, env.observation_space.shape), ("action", np.float32, env.action_space.shape)]
+    numbers = [("reward", np.float64), ("seed", np.int64), ("alive", np.bool_), ("success", np.int8)]  # -1: not told
+    return np.dtype(vectors + numbers, align=True)
 
 
 class _Subset:
-    """The environments that one process steps; made when first reset, and kept."""
+    """The environments that one process steps, each for a row of `shared`; made when first reset, and kept."""
 
-    def __init__(self, make_env: Callable[[], gymnasium.Env], shared: _Shared, mine: range):
+    def __init__(self, make_env: Callable[[], gymnasium.Env], shared: np.ndarray, mine: range):
         self.make_env, self.shared, self.mine = make_env, shared, mine
         self.envs: dict[int, gymnasium.Env] = {}
 
@@ -91,21 +75,20 @@ class _Subset:
         """Reset or step the episodes that are alive, as the message says; those that end are alive no more."""
         shared = self.shared
         for i in self.mine:
-            if not shared.alive[i]:
+            if not shared["alive"][i]:
                 continue
             if message == _RESET:
                 if i not in self.envs:
                     self.envs[i] = self.make_env()
-                shared.observations[i] = self.envs[i].reset(seed=int(shared.seeds[i]))[0]
-                shared.success[i] = -1
+                shared["observation"][i] = self.envs[i].reset(seed=int(shared["seed"][i]))[0]
+                shared["success"][i] = -1
                 continue
-            observation, reward, terminated, truncated, info = self.envs[i].step(shared.actions[i])
-            shared.observations[i] = observation
-            shared.rewards[i] = reward
-            if terminated or truncated:
-                shared.alive[i] = False
+            observation, reward, terminated, truncated, info = self.envs[i].step(shared["action"][i])
+            shared["observation"][i] = observation
+            shared["reward"][i] = reward
+            shared["alive"][i] = not (terminated or truncated)
             if "success" in info:
-                shared.success[i] = max(shared.success[i], int(bool(info["success"])))
+                shared["success"][i] = max(shared["success"][i], int(bool(info["success"])))
 
     def close(self) -> None:
         for env in self.envs.values():
@@ -113,10 +96,10 @@ class _Subset:
         self.envs.clear()
 
 
-def _work(connection: Any, make_env: Callable, arguments: tuple, mine: range) -> None:
+def _work(connection: Any, make_env: Callable, memory: Any, layout: np.dtype, mine: range) -> None:
     """A worker's life: reset and step its subset when told to until the pipe closes. It answers b"", or an error."""
     atexit.register(gc.freeze)  # as `run_cli`: who waits for it to end is done sooner
-    subset = _Subset(make_env, _Shared(*arguments), mine)
+    subset = _Subset(make_env, np.frombuffer(memory, layout), mine)
     try:
         while True:
             message, answer = connection.recv_bytes(), b""
@@ -148,7 +131,9 @@ class Evaluator:
         self._processes: list[Any] = []
         self._connections: list[Any] = []
         first = make_env()  # tells the sizes, and is this process's first environment
-        self._shared = _Shared(num_envs, first.observation_space.shape[0], first.action_space.shape[0])
+        layout = _layout(first)
+        memory = _CONTEXT.RawArray("b", num_envs * layout.itemsize)  # anonymous: a kill leaves no file
+        self._memory, self._shared = (memory, layout), np.frombuffer(memory, layout)
         self._own = _Subset(make_env, self._shared, self._subset_of(0))
         self._own.envs[0] = first
         self._start_workers()
@@ -172,7 +157,7 @@ class Evaluator:
         try:
             for number in range(1, self.num_workers + 1):
                 connection, other = _CONTEXT.Pipe()
-                arguments = (other, self._make_env, self._shared.arguments, self._subset_of(number))
+                arguments = (other, self._make_env, *self._memory, self._subset_of(number))
                 process = _CONTEXT.Process(target=_work, args=arguments, daemon=True, name=f"evaluation-{number}")
                 process.start()
                 other.close()  # or the pipe would stay open when the worker dies
@@ -222,20 +207,20 @@ class Evaluator:
         shape = (num_policies, len(seeds))
         count = math.prod(shape)
         shared = self._shared
-        shared.seeds[:count] = np.tile(np.asarray(seeds, dtype=np.int64), num_policies)
-        shared.alive[:] = np.arange(self.num_envs) < count
+        shared["seed"][:count] = np.tile(np.asarray(seeds, dtype=np.int64), num_policies)
+        shared["alive"] = np.arange(self.num_envs) < count
         returns, lengths = np.zeros(count), np.zeros(count, dtype=np.int64)
         self._everywhere(_RESET)
-        alive = shared.alive[:count].copy()
+        alive = shared["alive"][:count].copy()
         while alive.any():
-            observations = shared.observations[:count].reshape(*shape, -1).copy()
-            shared.actions[:count] = self._actions(policies, observations, alive.reshape(shape))
+            observations = shared["observation"][:count].reshape(*shape, -1).copy()
+            shared["action"][:count] = self._actions(policies, observations, alive.reshape(shape))
             self._everywhere(_STEP)
-            returns[alive] += shared.rewards[:count][alive]
+            returns[alive] += shared["reward"][:count][alive]
             lengths[alive] += 1
-            bar.update(int(alive.sum() - shared.alive[:count].sum()))
-            alive = shared.alive[:count].copy()
-        found = (returns, lengths, shared.success[:count].copy(), shared.observations[:count].copy())
+            bar.update(int(alive.sum() - shared["alive"][:count].sum()))
+            alive = shared["alive"][:count].copy()
+        found = (returns, lengths, shared["success"][:count].copy(), shared["observation"][:count].copy())
         return tuple(each.reshape(*shape, *each.shape[1:]) for each in found)
 
     def _actions(self, policies: Policies, observations: np.ndarray, alive: np.ndarray) -> np.ndarray:
@@ -243,7 +228,7 @@ class Evaluator:
         actions = policies(observations, alive)
         if isinstance(actions, torch.Tensor):
             actions = actions.detach().cpu().numpy()
-        expected = (*alive.shape, self._shared.actions.shape[1])
+        expected = (*alive.shape, self._shared["action"].shape[1])
         if actions.shape != expected:
             raise ValueError(f"the policies returned actions of shape {actions.shape}, expected {expected}")
         bad = ~np.isfinite(actions).all(axis=-1) & alive
@@ -273,7 +258,7 @@ class Evaluator:
                 raise pickle.loads(answer)
 
     def _has_live(self, process: int) -> bool:
-        return bool(self._shared.alive[process :: self.num_workers + 1].any())
+        return bool(self._shared["alive"][process :: self.num_workers + 1].any())
 
     def _report_death(self, number: int) -> None:
         process = self._processes[number - 1]

@@ -12,7 +12,9 @@ from offline_data import make_env, normalized_score
 from runs.chain import Act, ChainRunConfig, final_seeds, report_final, rollout
 from runs.directory import checkpoint_file, expecting, load_checkpoint
 from runs.evaluation import Evaluator, num_workers
-from utils import RandomStreams
+from utils import RandomStreams, UserError, resolve_device
+
+MakeActors = Callable[[dict[str, Any], torch.device], Sequence[Act]]
 
 
 class ChainPolicy:
@@ -25,7 +27,7 @@ class ChainPolicy:
     def __init__(
         self,
         path: str | Path,
-        make_actors: Callable[[dict[str, Any], torch.device], Sequence[Act]],
+        make_actors: MakeActors,
         command: str,
         device: str | torch.device = "cpu",
         state: dict[str, Any] | None = None,
@@ -52,11 +54,14 @@ class ChainPolicy:
         return actions.cpu().numpy()
 
 
-def evaluate_again(config: ChainRunConfig, policy: ChainPolicy) -> dict[str, float]:
+def evaluate_again(config: ChainRunConfig, make_actors: MakeActors, command: str) -> dict[str, float]:
     """`--evaluate`: play a run's last evaluation again, from its file alone; print and return the scores.
 
-    config: this command's settings, which may ask for other episodes.
+    config: this command's settings, which may ask for other episodes. make_actors, command: as of `ChainPolicy`.
     """
+    if config.num_seeds > 1:
+        raise UserError(f"--num_seeds {config.num_seeds}", "--evaluate takes the file of one run", "leave it out")
+    policy = ChainPolicy(config.evaluate, make_actors, command, resolve_device(config.device))
     runs, episodes, seed = (policy.config[name] for name in ("final_runs", "eval_episodes", "seed"))
     at_once = episodes  # as the run had, so that the noise is the same
     if config.evaluate_episodes is not None:

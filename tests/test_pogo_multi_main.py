@@ -225,7 +225,7 @@ def test_the_shipped_files_are_those_that_the_table_writes(tmp_path):
     for path, text in texts.items():
         assert path.read_text() == text, f"{path}: run python -m algorithms.offline.make_configs"
         config = parse(["--config_path", str(path)])
-        pogo_multi_main.check(config)
+        MultiRun.check(config)
         own = make_configs.CONFIGS[config.algorithm]
         assert {field.name for field in dataclasses.fields(own)} <= set(yaml.safe_load(text))
         expected = f"{path.parent.name}-{path.name.partition('_v2_')[0].replace('_', '-')}-v2"

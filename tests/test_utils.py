@@ -20,12 +20,7 @@ from online_trainer import OnlineTrainerConfig
 from pogo_main import POGOTrainerConfig
 from runs import cli, plots
 from runs.cli import parse_config, run_cli
-from runs.directory import (
-    load_checkpoint,
-    mark_finished,
-    prepare_run,
-    save_checkpoint,
-)
+from runs.directory import load_checkpoint, mark_finished, prepare_run, save_checkpoint
 from runs.metrics import MetricLogger, RunningMeans, read_metrics
 from utils import RandomStreams, ReplayBuffer, RunFinished, UserError
 from walker.train_morel import MORELConfig

@@ -31,19 +31,12 @@ from algorithms.offline.sac_n import SACN, SACNConfig
 from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
 from benchmark_data.local import generate_if_missing
 from offline_data import OfflineData, load_transitions
-from runs.chain import (
-    Act,
-    ChainRun,
-    ChainRunConfig,
-    check_evaluate,
-    check_solver,
-    check_weights,
-)
+from runs.chain import Act, ChainRun, ChainRunConfig
 from runs.cli import load_yaml, parse_config, run_cli
 from runs.directory import expecting, load_checkpoint
-from runs.policy import ChainPolicy, evaluate_again
+from runs.policy import evaluate_again
 from runs.seeds import run_seeds
-from utils import Basic, Count, MayChange, Number, Positive, UserError, resolve_device, warn
+from utils import Basic, Count, MayChange, Number, Positive, UserError, warn
 
 NEED_DENSITY = {"cql", "sac_n", "edac"}  # their losses have log pi; their own policy is the default
 # Spellings of the original text.
@@ -113,27 +106,6 @@ ALGORITHMS: dict[str, tuple[type[OfflineAlgorithm], type[MultiRunConfig]]] = {
 }
 
 
-def check(config: MultiRunConfig) -> None:
-    """One line for a setting that cannot work, before anything is loaded."""
-    check_weights(config.w2_weights)
-    actors, kinds = len(config.w2_weights), config.actor_configs or ()
-    if config.num_actors not in (None, actors):
-        raise UserError(f"--num_actors {config.num_actors}: w2_weights has {actors} weights; give as many of each")
-    if kinds and len(kinds) != actors:
-        raise UserError(f"--actor_configs {' '.join(kinds)}: {len(kinds)} for {actors} weights; give one for each")
-    without = [kind for kind in kinds if kind in ("stochastic", "deterministic")]
-    if without and config.algorithm in NEED_DENSITY:
-        raise UserError(
-            f"--actor_configs {without[0]}: {config.algorithm} needs a density; choose gaussian or tanh_gaussian"
-        )
-    check_solver(config.sinkhorn_backend, config.sinkhorn_K)
-    if config.resume and not config.save_model:
-        raise UserError("--resume --no_save_model: such a run leaves nothing to go on from; start it anew")
-    goes_on = config.resume and MultiRun.checkpoint_path(config).exists()
-    if config.load_model is not None and not goes_on and not Path(config.load_model).is_file():
-        raise UserError(f"--load_model {config.load_model}: no such file; give the last.pth of another run")
-
-
 def read_actor_configs(values: Any) -> list[str] | None:
     """The file's list of {deterministic: bool} or {type: name} as names. Raises ValueError."""
     if values is None:
@@ -157,13 +129,26 @@ class MultiRun(ChainRun):
     config: MultiRunConfig
     agent: MultiActor
 
-    check = staticmethod(check)
+    @classmethod
+    def check(cls, config: MultiRunConfig) -> None:
+        super().check(config)
+        actors, kinds = len(config.w2_weights), config.actor_configs or ()
+        if config.num_actors not in (None, actors):
+            raise UserError(f"--num_actors {config.num_actors}: w2_weights has {actors} weights; give as many of each")
+        if kinds and len(kinds) != actors:
+            raise UserError(f"--actor_configs {' '.join(kinds)}: {len(kinds)} for {actors} weights; give one for each")
+        without = [kind for kind in kinds if kind in ("stochastic", "deterministic")]
+        if without and config.algorithm in NEED_DENSITY:
+            raise UserError(
+                f"--actor_configs {without[0]}: {config.algorithm} needs a density; choose gaussian or tanh_gaussian"
+            )
+        goes_on = config.resume and cls.checkpoint_path(config).exists()
+        if config.load_model is not None and not goes_on and not Path(config.load_model).is_file():
+            raise UserError(f"--load_model {config.load_model}: no such file; give the last.pth of another run")
 
-    @staticmethod
-    def run_name(config: MultiRunConfig) -> Path:
-        """{env}/{algorithm}_w2_{weights}/seed_{seed}, weights joined by _."""
-        weights = "_".join(f"{weight:g}" for weight in config.w2_weights)
-        return Path(config.env) / f"{config.algorithm}_w2_{weights}" / f"seed_{config.seed}"
+    @classmethod
+    def run_name(cls, config: MultiRunConfig) -> Path:
+        return super().run_name(config, f"{config.algorithm}_")
 
     def load_transitions(self) -> OfflineData:
         """The transitions, rewards scaled as the settings say; a local dataset that is missing is made first."""
@@ -249,11 +234,6 @@ def trained_actors(state: dict[str, Any], device: torch.device) -> list[Act]:
     return acting(agent)
 
 
-def load_policy(path: str | Path, device: str | torch.device = "cpu") -> ChainPolicy:
-    """The actors of a run's directory or checkpoint, to act with. Raises UserError for a file of another command."""
-    return ChainPolicy(path, trained_actors, "pogo_multi_main.py", device)
-
-
 def find_config(argv: list[str]) -> type[MultiRunConfig]:
     """The settings of the algorithm that the command line names, or else the file that it names. Raises UserError."""
     words = [word for argument in argv for word in argument.split("=", 1)]
@@ -284,8 +264,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     more = (MultiRun.settings_dir, ALIASES, {"actor_configs": read_actor_configs})
     config = parse_config(config_class, argv, __doc__, "--config", *more)
     if config.evaluate is not None:
-        check_evaluate(config)
-        return evaluate_again(config, load_policy(config.evaluate, resolve_device(config.device)))
+        return evaluate_again(config, trained_actors, "pogo_multi_main.py")
     return run_seeds(MultiRun, config)
 
 
