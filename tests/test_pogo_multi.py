@@ -191,11 +191,6 @@ def test_the_actors_rate_falls_where_it_is_asked_for_or_the_algorithm_lets_it(na
     assert max(rates) < 1e-9 if decays or name == "iql" else rates == [pytest.approx(3e-3)] * 3
 
 
-def test_wrong_numbers_of_policies_are_refused():
-    with pytest.raises(ValueError, match="2 policies for 3 weights"):
-        make_chain("iql", policies=["gaussian"] * 2)
-
-
 # -- policies ---------------------------------------------------------------------------------------------------------
 
 

@@ -37,13 +37,7 @@ EXPERT_RETURNS = {"walk": 962.8, "run": 318.4}  # of the study's data; a method'
 class Agent:
     """Acts in one task at a time, in one environment or many; at random, by a seed, until it has loaded a file."""
 
-    def __init__(
-        self,
-        state_dim: int = OBSERVATION_DIM,
-        action_dim: int = ACTION_DIM,
-        seed: Whole = 0,
-        device: str | torch.device = "cpu",
-    ):
+    def __init__(self, state_dim: int = OBSERVATION_DIM, action_dim: int = ACTION_DIM, seed: int = 0, device="cpu"):
         self.state_dim, self.action_dim, self.device = state_dim, action_dim, torch.device(device)
         self.method, self.task, self.policy = "random", TASKS[0], None
         self.random = np.random.default_rng(seed)
@@ -89,7 +83,7 @@ class Agent:
         """Actions [n, 6] in [-1, 1] of observations [n, 24], of n environments that step together.
 
         rewards: [n], of the step before. Only a policy that is told what return to reach reads them, and takes those it
-        was told to earn where they are left out. Raises ValueError for observations of another size.
+        was told to earn where they are left out.
         """
         if np.ndim(states) != 2 or np.shape(states)[1] != self.state_dim:
             raise ValueError(f"observations have the shape {np.shape(states)}, not [n, {self.state_dim}]")
@@ -109,24 +103,18 @@ class Agent:
 def acting_state(
     method: str, kind: str, sizes: dict[str, Any], policy: torch.nn.Module, normalizer: tuple, task_bit: bool
 ) -> dict[str, Any]:
-    """What a checkpoint holds under `acting`, for `Agent.load_acting`.
-
-    kind, sizes: entry of POLICIES, and what it is made with. normalizer: mean and deviation [24] of the observations.
-    """
+    """What a checkpoint holds under `acting`: kind is an entry of POLICIES, sizes what it is made with."""
     mean, std = (torch.as_tensor(values) for values in normalizer)
     facts = {"method": method, "kind": kind, "sizes": sizes, "task_bit": task_bit, "action_dim": ACTION_DIM}
     return facts | {"weights": policy.state_dict(), "mean": mean, "std": std}
 
 
-# -- Evaluation -------------------------------------------------------------------------------------------------------
+class EvaluationEnv(gymnasium.Wrapper):
+    """A task, with the reward of the last step as one more number of the observation."""
 
-
-class AppendReward(gymnasium.Wrapper):
-    """The reward of the last step as one more number of the observation, for policies that are told it."""
-
-    def __init__(self, env: gymnasium.Env):
-        super().__init__(env)
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (env.observation_space.shape[0] + 1,))
+    def __init__(self, task: str):
+        super().__init__(WalkerEnv(task))
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBSERVATION_DIM + 1,))
 
     def reset(self, **options: Any) -> tuple[np.ndarray, dict]:
         observation, info = self.env.reset(**options)
@@ -137,10 +125,6 @@ class AppendReward(gymnasium.Wrapper):
         return np.append(observation, np.float32(reward)), reward, *rest
 
 
-def make_evaluation_env(task: str) -> gymnasium.Env:
-    return AppendReward(WalkerEnv(task))
-
-
 def evaluate(agent: Agent, task: str, seeds: list[int], workers: int, desc: str, at_once: int = 100) -> np.ndarray:
     """Returns [episodes] of an agent in a task, an episode a seed, `at_once` side by side at most."""
     at_once = min(at_once, len(seeds))
@@ -149,7 +133,7 @@ def evaluate(agent: Agent, task: str, seeds: list[int], workers: int, desc: str,
         return agent.act_vec(observations[0, :, :-1], observations[0, :, -1])[None]
 
     returns = []
-    with Evaluator(functools.partial(make_evaluation_env, task), at_once, workers) as evaluator:
+    with Evaluator(functools.partial(EvaluationEnv, task), at_once, workers) as evaluator:
         for start in range(0, len(seeds), at_once):
             agent.set_task(task)  # episodes begin
             returns.append(evaluator.evaluate(policies, 1, seeds[start : start + at_once], desc).returns[0])
@@ -174,18 +158,10 @@ def in_words(returns: np.ndarray) -> str:
     return f"{returns.mean():.1f}{spread} over {counted(len(returns))}"
 
 
-def testing_seeds(seed: int, episodes: int) -> list[int]:
-    """Reset seeds of the test of a run with such a seed: episodes that nothing in its training has used."""
-    return episode_seeds((RandomStreams(seed).evaluation_seed + 1) % 2**31, episodes)
-
-
 def play_saved(
     path: str | Path, episodes: int | None, seed: int | None, workers: int | None, device: str
 ) -> dict[tuple[str, str], np.ndarray]:
-    """Returns by agent and task: of a run's last and best agent, or of a file's own.
-
-    What is None is as in the run's own test, which so is played again.
-    """
+    """Returns by agent and task: of a run's last and best agent, or of a file's own. None: as in the run's own test."""
     folder, agents = Path(path) / "checkpoints", {}
     files = [folder / "last.pth", folder / "best.pth"] if Path(path).is_dir() else [Path(path)]
     for file in files:
@@ -193,8 +169,9 @@ def play_saved(
         agent.load(file)
     state = load_checkpoint(files[0])
     run = state["config"]
-    number = episodes or run["test_episodes"]
-    seeds = testing_seeds(run["seed"], number) if seed is None else episode_seeds(seed, number)
+    if seed is None:  # episodes that nothing in its training has used
+        seed = (RandomStreams(run["seed"]).evaluation_seed + 1) % 2**31
+    seeds = episode_seeds(seed, episodes or run["test_episodes"])
     return play(agents, state["tasks"], seeds, num_workers(workers), f"{agent.method}, ")
 
 

@@ -6,7 +6,6 @@ A policy acts on inputs [n, D]: standardised observations, and the task's bit wh
     policy.act(inputs, rewards)        actions [n, A]; rewards [n] of the step before, nan where they are not known
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -85,20 +84,11 @@ class TransformerBlock(nn.Module):
         return x + F.dropout(self.mlp(self.norm_mlp(x)), self.dropout, self.training)
 
 
-@functools.lru_cache(maxsize=64)
-def token_masks(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each of so many tokens may look, everything up to itself, and itself: [length, length] bool twice."""
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return causal, torch.eye(length, dtype=torch.bool, device=device)
-
-
 class DecisionTransformer(nn.Module):
     """Actions from returns to go, inputs and actions (Chen et al., "Decision Transformer", 2021).
 
-    Tokens R_1, s_1, a_1, R_2, s_2, a_2, ..., each with an embedding of its time step; the action of step t is read
-    from the token of s_t, which sees everything up to itself.
-
-    It looks back on `context` steps. `max_steps` of them have an embedding of their own; later ones take the last.
+    Tokens R_1, s_1, a_1, R_2, s_2, a_2, ..., each with an embedding of its time step, of which there are `max_steps`;
+    the action of step t is read from the token of s_t, which sees everything up to itself.
     """
 
     def __init__(
@@ -129,17 +119,17 @@ class DecisionTransformer(nn.Module):
     def forward(self, inputs: Tensor, actions: Tensor, returns: Tensor, times: Tensor, valid: Tensor) -> Tensor:
         """Actions [n, L, A] in [-1, 1] of L steps, each from the steps up to its own.
 
-        Args:
-            inputs: [n, L, D]. actions: [n, L, A], of which a step's own is not looked at. returns: [n, L], still to
-                come, scaled. times: [n, L] int64. valid: [n, L] bool, False for padding, which nothing looks at.
+        inputs: [n, L, D]. actions: [n, L, A], of which a step's own is not looked at. returns: [n, L], still to come,
+        scaled. times: [n, L] int64. valid: [n, L] bool, False for padding, which nothing looks at.
         """
         n, steps = valid.shape
         time = self.embed_time(times.clamp(max=self.max_steps - 1))
         tokens = (self.embed_return(returns.unsqueeze(-1)), self.embed_input(inputs), self.embed_action(actions))
         x = torch.stack([token + time for token in tokens], dim=2).flatten(1, 2)  # [n, 3 L, width]
         x = F.dropout(self.norm(x), self.dropout, self.training)
-        causal, own = token_masks(3 * steps, x.device)
+        causal = torch.ones(3 * steps, 3 * steps, dtype=torch.bool, device=x.device).tril()
         # A padded token sees itself, so that its row of the softmax is not empty; nobody looks at it.
+        own = torch.eye(3 * steps, dtype=torch.bool, device=x.device)
         mask = causal & valid.repeat_interleave(3, dim=1).view(n, 1, 1, 3 * steps) | own
         for block in self.blocks:
             x = block(x, mask)

@@ -60,10 +60,7 @@ class StudyConfig(DeviceRunConfig):
 
 
 class StudyRun(Run):
-    """One run of a method.
-
-    What it trains, `learner`, is a `Learner` with `update(batch)`.
-    """
+    """One run of a method. What it trains, `learner`, is a `Learner` with `update(batch)`."""
 
     method: str  # its name in reports and directories
     config: StudyConfig
@@ -85,8 +82,6 @@ class StudyRun(Run):
         with self.streams.initialising():
             self.learner = self.make_learner()
         torch.manual_seed(self.streams.dropout_seed)  # dropout can draw from torch's global generator alone
-
-    # -- what a method defines ---------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def make_learner(self) -> Any:
@@ -119,8 +114,6 @@ class StudyRun(Run):
         """A batch of transitions, with new noise on the observations."""
         return self.noisy(self.buffer.sample(self.config.batch_size, self.streams.sampling))
 
-    # -- inputs ------------------------------------------------------------------------------------------------------
-
     @property
     def input_dim(self) -> int:
         return len(self.mean) + int(self.config.ADD_TASK_BIT)
@@ -142,8 +135,6 @@ class StudyRun(Run):
     def noisy(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return batch | {name: self.with_noise(batch[name]) for name in ("observations", "next_observations")}
 
-    # -- directories -------------------------------------------------------------------------------------------------
-
     @classmethod
     def default_run_dir(cls, config: StudyConfig) -> Path:
         """logs/walker/{method}/{exp_name or data and settings}/seed_{seed}."""
@@ -154,22 +145,19 @@ class StudyRun(Run):
     def label(cls, config: StudyConfig) -> str:
         """The data, and what is not the usual run of a method, in a word."""
         ids = parse_datasets(config.USE_DATASET_STR)
-        every = len(ids) == 4 and len({"/" in dataset_id for dataset_id in ids}) == 1
-        local = "local_" if any("/" in dataset_id for dataset_id in ids) else ""
-        names = (
-            "all" if every else "+".join(DATASETS[dataset_id].short_name.removeprefix("local/") for dataset_id in ids)
-        )
-        more = [f"noise_{config.random_noise:g}"] if config.random_noise > 0 else []
-        more += [] if config.ADD_TASK_BIT else ["no_task_bit"]
-        more += ["faulty_pairing"] if config.faulty_pairing else []
-        return "_".join([local + names, *more, *cls.labels(config)])
+        names = "+".join(DATASETS[dataset_id].short_name.removeprefix("local/") for dataset_id in ids)
+        if len(ids) == 4 and len({"/" in dataset_id for dataset_id in ids}) == 1:
+            names = "all"
+        words = ["local", names] if any("/" in dataset_id for dataset_id in ids) else [names]
+        words += [f"noise_{config.random_noise:g}"] if config.random_noise > 0 else []
+        words += [] if config.ADD_TASK_BIT else ["no_task_bit"]
+        words += ["faulty_pairing"] if config.faulty_pairing else []
+        return "_".join([*words, *cls.labels(config)])
 
     @staticmethod
     def labels(config: StudyConfig) -> list[str]:
         """Further words of the folder's name, for what is not the usual run of a method."""
         return []
-
-    # -- training ----------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """Train to the end and test; returns what finished.json holds."""
@@ -230,8 +218,6 @@ class StudyRun(Run):
         """Whether it writes a checkpoint then: after each evaluation."""
         return self.is_evaluation(step)
 
-    # -- evaluation --------------------------------------------------------------------------------------------------
-
     def trained_tasks(self) -> list[str]:
         """The tasks to play: those that the data has episodes of."""
         return list(self.data_returns)
@@ -266,11 +252,9 @@ class StudyRun(Run):
         write_returns(self.run_dir / "evaluation.csv", found)
         figures = {}
         for (name, task), returns in found.items():
-            figures |= {f"{name}/{task}/return": float(returns.mean())}
-            figures |= {f"{name}/{task}/return_std": float(returns.std())}
+            figures[f"{name}/{task}/return"] = float(returns.mean())
+            figures[f"{name}/{task}/return_std"] = float(returns.std())
         return figures
-
-    # -- files -------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         state = {"learner": self.learner.state_dict(), "streams": self.streams.state_dict(), "best": self.best}

@@ -12,7 +12,6 @@ Noise on observations reaches the cloning alone: model and PPO see what is.
     python -m walker.train_model --model vae           a conditional VAE
 """
 
-import abc
 import functools
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -97,7 +96,7 @@ class InModelLearner(Learner):
         self.ppo.load_state_dict(state["ppo"])
 
 
-class InModelRun(StudyRun, abc.ABC):
+class InModelRun(StudyRun):
     """What the model-based methods share."""
 
     config: InModelConfig
@@ -112,13 +111,6 @@ class InModelRun(StudyRun, abc.ABC):
             )
         if config.imagined_envs * config.horizon < 2 * config.minibatches:
             raise UserError(f"--minibatches {config.minibatches}: leaves less than two imagined steps to each")
-
-    @abc.abstractmethod
-    def make_model(self) -> Dynamics:
-        """The model, freshly initialised."""
-
-    def make_learner(self) -> InModelLearner:
-        return InModelLearner(self.config, self.make_model(), self.buffer, self.streams.policy)
 
     def prepare_data(self) -> None:
         """All transitions, those that the model may see and those that it may not, and what it must know of them."""
@@ -170,9 +162,10 @@ class ModelRun(InModelRun):
     def labels(config: ModelConfig) -> list[str]:
         return [config.model]
 
-    def make_model(self) -> Dynamics:
+    def make_learner(self) -> InModelLearner:
         kind = {"mlp": MLPDynamics, "vae": VAEDynamics}[self.config.model]
-        return kind(self.input_dim, ACTION_DIM, self.statistics, self.config.hidden_dim)
+        model = kind(self.input_dim, ACTION_DIM, self.statistics, self.config.hidden_dim)
+        return InModelLearner(self.config, model, self.buffer, self.streams.policy)
 
 
 main = functools.partial(run_command, ModelRun, ModelConfig, __doc__)

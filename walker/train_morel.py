@@ -72,12 +72,10 @@ class MORELRun(InModelRun):
     config: MORELConfig
     learner: MORELLearner
 
-    def make_model(self) -> MLPDynamics:
-        sizes = (self.input_dim, ACTION_DIM, self.statistics, self.config.hidden_dim)
-        return MLPDynamics(*sizes, self.config.members)
-
     def make_learner(self) -> MORELLearner:
-        return MORELLearner(self.config, self.make_model(), self.buffer, self.streams.policy)
+        sizes = (self.input_dim, ACTION_DIM, self.statistics, self.config.hidden_dim)
+        model = MLPDynamics(*sizes, self.config.members)
+        return MORELLearner(self.config, model, self.buffer, self.streams.policy)
 
 
 main = functools.partial(run_command, MORELRun, MORELConfig, __doc__)

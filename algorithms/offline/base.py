@@ -51,7 +51,6 @@ class Learner:
         return network
 
     def minimise(self, name: str, loss: Tensor) -> None:
-        """One step of a network's Adam."""
         self.optimizers[name].minimise(loss)
 
     def anneal(self, share: float) -> None:  # noqa: B027  most rates stay
@@ -66,7 +65,6 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`."""
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
         for name, optimizer in self.optimizers.items():
@@ -111,7 +109,6 @@ class OfflineAlgorithm(Learner, abc.ABC):
 
     @torch.no_grad()
     def update_targets(self) -> None:
-        """Polyak average of all target networks."""
         for target, online in self.targets:
             torch._foreach_lerp_(target, online, self.config.tau)
 
@@ -125,11 +122,8 @@ class OfflineAlgorithm(Learner, abc.ABC):
         return distribution, distribution.draw(self.noise(len(observations)))
 
     def anneal(self, share: float) -> None:
-        """Set the actors' learning rate for a share of the run behind, 0 to 1; nothing without `actor_lr_decay`."""
         if self.actor_lr_decay:
             self.actor_lr.fill_(self.config.actor_lr * cosine(share))
-
-    # -- what an algorithm defines ----------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def default_actor(self) -> Callable[..., nn.Module]:

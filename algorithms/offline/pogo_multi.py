@@ -86,18 +86,16 @@ class MultiActor(ActorChain):
         given = policies or [None] * len(chain.w2_weights)
         own = self.algorithm.make_actor if given[0] is None else self.algorithm.default_actor()
         makers = [make or own for make in given]
-        if len(makers) != len(chain.w2_weights):
-            raise ValueError(f"{len(makers)} policies for {len(chain.w2_weights)} weights")
-        # Of the same maker, not of the same class: one class may hold differently built policies.
-        is_copy = [number > 0 and make is makers[number - 1] for number, make in enumerate(makers)]
+        self.actor_optimizers, self.follows = [self.algorithm.optimizers["actor"]], [False]
         for number, make in enumerate(makers[1:], 1):
-            actor = make(*sizes, config.hidden_dim)
-            if is_copy[number]:
+            actor, name = make(*sizes, config.hidden_dim), f"actor_{number}"
+            # Of the same maker, not of the same class: one class may hold differently built policies.
+            is_copy = make is makers[number - 1]
+            if is_copy:
                 actor.load_state_dict(self.actors[-1].state_dict())
-            self.actors.append(self.algorithm.add(f"actor_{number}", actor, self.algorithm.actor_lr))
-        names = ["actor", *(f"actor_{number}" for number in range(1, len(makers)))]
-        self.actor_optimizers = [self.algorithm.optimizers[name] for name in names]
-        self.follows = [chain.follow and copied for copied in is_copy]
+            self.actors.append(self.algorithm.add(name, actor, self.algorithm.actor_lr))
+            self.actor_optimizers.append(self.algorithm.optimizers[name])
+            self.follows.append(chain.follow and is_copy)
 
     def update(self, batch: Batch) -> Info:
         """One step of the algorithm, with all actors in the place of its one."""
@@ -135,7 +133,6 @@ class MultiActor(ActorChain):
 
     @property
     def step(self) -> int:
-        """Updates so far."""
         return self.algorithm.step
 
     @step.setter
@@ -160,15 +157,12 @@ class MultiActor(ActorChain):
         return step_metrics(draw.actions, before, q, stayed, distance, floor)
 
     def anneal(self, share: float) -> None:
-        """Set the actors' learning rate for a share of the run behind, 0 to 1, where the algorithm lets it fall."""
         self.algorithm.anneal(share)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next update depends on but the generator, which is the caller's."""
         return self.algorithm.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`."""
         self.algorithm.load_state_dict(state)
 
 

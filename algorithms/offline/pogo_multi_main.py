@@ -112,20 +112,19 @@ def read_actor_configs(values: Any) -> list[str] | None:
         return None
     names = []
     for value in values if isinstance(values, list) else [None]:
-        if isinstance(value, str):
-            names.append(value)
-        elif isinstance(value, dict) and value.keys() == {"type"}:
-            names.append(value["type"])
-        elif isinstance(value, dict) and value.keys() == {"deterministic"} and isinstance(value["deterministic"], bool):
-            names.append("deterministic" if value["deterministic"] else "stochastic")
-        else:
-            raise ValueError
+        match value:
+            case str() as name:
+                names.append(name)
+            case {"type": name, **rest} if not rest:
+                names.append(name)
+            case {"deterministic": bool() as point, **rest} if not rest:
+                names.append("deterministic" if point else "stochastic")
+            case _:
+                raise ValueError
     return names
 
 
 class MultiRun(ChainRun):
-    """One run of this command."""
-
     config: MultiRunConfig
     agent: MultiActor
 
@@ -219,7 +218,6 @@ def build(
 
 
 def acting(agent: MultiActor) -> list[Act]:
-    """How each actor acts."""
     return [lambda observations, z, actor=actor: actor(observations).draw(z).actions for actor in agent.actors]
 
 
@@ -237,11 +235,8 @@ def trained_actors(state: dict[str, Any], device: torch.device) -> list[Act]:
 def find_config(argv: list[str]) -> type[MultiRunConfig]:
     """The settings of the algorithm that the command line names, or else the file that it names. Raises UserError."""
     words = [word for argument in argv for word in argument.split("=", 1)]
-    given = {
-        word.replace("-", "_"): following
-        for word, following in zip(words, words[1:], strict=False)
-        if word.startswith("--")
-    }
+    pairs = zip(words, words[1:], strict=False)
+    given = {word.replace("-", "_"): following for word, following in pairs if word.startswith("--")}
     flag, file = given.get("__algorithm"), given.get("__config", given.get("__config_path"))
     if file is None and "__run_dir" in given and Path(given["__run_dir"], "config.yaml").is_file():
         file = f"{given['__run_dir']}/config.yaml"
