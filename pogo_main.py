@@ -79,9 +79,6 @@ class POGORun(ChainRun):
             )
         return metrics
 
-    def summary(self) -> dict[str, Any]:
-        return {"w2_weights": list(self.config.w2_weights)}
-
 
 def trained_actors(state: dict[str, Any], device: torch.device) -> list[TransportActor]:
     """The actors of a checkpoint of this command, in the order of the chain."""

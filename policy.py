@@ -29,12 +29,9 @@ from walker.agent import Agent
 class Policy:
     """What one run has learned.
 
-    Args:
-        path: a run's directory, whose checkpoints/last.pth is taken, or a checkpoint: that, or best_model.pth
-            (OPSO), best.pth (walker study).
-        device: where it computes.
-        actor: which one of a chain acts; -1 is the last.
-        task: walk or run, of an agent of the walker study.
+    path: a run's directory, whose checkpoints/last.pth is taken, or a checkpoint: that, or best_model.pth (OPSO),
+    best.pth (walker study). actor: which one of a chain acts; -1 is the last. task: walk or run, of an agent of the
+    walker study.
 
     Raises UserError for a file that none of the systems has written, and ValueError for an actor that the chain does
     not have or a task that the agent was not trained in.

@@ -328,8 +328,13 @@ class EpisodeReplay:
         self._index()
 
     def _index(self) -> None:
-        starts = [torch.arange(n, device=self.device) + k * self.width for k, n in enumerate(self.lengths)]
-        self.transitions = torch.cat(starts)
+        self.transitions = self._rows(0)
+
+    def _rows(self, more: int) -> torch.Tensor:
+        """The rows that start a transition; with more = 1 those of all states."""
+        slots = [(slot * self.width, length) for slot, length in enumerate(self.lengths) if length]
+        rows = [torch.arange(first, first + length + more, device=self.device) for first, length in slots]
+        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64, device=self.device)
 
     def __len__(self) -> int:
         return len(self.transitions)
@@ -350,8 +355,8 @@ class EpisodeReplay:
 
     def state_dict(self) -> dict[str, Any]:
         """The filled rows, slot by slot, and where the ring stands."""
-        filled = self._filled()
-        kept = {name: getattr(self, name)[filled] for name in ("states", "actions")}
+        filled = self._rows(1)
+        kept = {"states": self.states[filled], "actions": self.actions[filled]}
         return {"added": self.added, "lengths": torch.tensor(self.lengths), **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -361,18 +366,10 @@ class EpisodeReplay:
         self.added, self.lengths = int(state["added"]), [int(length) for length in state["lengths"]]
         for slot, length in enumerate(self.lengths):
             self.episode_end[slot * self.width : slot * self.width + length + 1] = slot * self.width + length
-        filled = self._filled()
-        for name in ("states", "actions"):
-            getattr(self, name)[filled] = state[name].to(self.device)
+        filled = self._rows(1)
+        self.states[filled] = state["states"].to(self.device)
+        self.actions[filled] = state["actions"].to(self.device)
         self._index()
-
-    def _filled(self) -> torch.Tensor:
-        rows = [
-            torch.arange(length + 1, device=self.device) + slot * self.width
-            for slot, length in enumerate(self.lengths)
-            if length
-        ]
-        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64, device=self.device)
 
 
 def expectile_loss(prediction: torch.Tensor, target: torch.Tensor, expectile: float) -> torch.Tensor:

@@ -12,18 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
-from comparison.jobs import (
-    BAD_INPUT,
-    LOCKED,
-    Job,
-    LocalPool,
-    Outcome,
-    Pool,
-    describe_state,
-    is_locked,
-    seconds_spent,
-    updates_done,
-)
+from comparison import jobs
 from comparison.ray import RayPool
 from comparison.registry import Run, Table, as_flags, resolved_settings, settings_of
 from comparison.rows import Row, Scores, append_csv, is_finished, read_csv, rows_of
@@ -40,9 +29,9 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 POLL_SECONDS = 0.5
 
 
-def make_job(run_dir: Path, module: str, flags: list[str], threads: int) -> Job:
+def make_job(run_dir: Path, module: str, flags: list[str], threads: int) -> jobs.Job:
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    return Job(str(run_dir), ["-c", RUN_MODULE, ROOT, module, *flags], environment)
+    return jobs.Job(str(run_dir), ["-c", RUN_MODULE, ROOT, module, *flags], environment)
 
 
 def missing(dataset_id: str, dataset_dir: str | None) -> str | None:
@@ -88,9 +77,9 @@ class Queue:
     def trained(self, run: Run) -> float:
         """The part of a run that is trained, as far as its metrics tell."""
         most = resolved_settings(run.command, run.flags).get("max_timesteps")
-        return 1.0 if self.is_finished(run) else min(updates_done(self.run_dir(run)) / most, 1.0) if most else 0.0
+        return 1.0 if self.is_finished(run) else min(jobs.updates_done(self.run_dir(run)) / most, 1.0) if most else 0.0
 
-    def job(self, run: Run) -> Job:
+    def job(self, run: Run) -> jobs.Job:
         """A run's process. Every setting is a flag, so that no file left by an earlier start decides one."""
         words = run.arguments(self.config.log_dir, self.config.dataset_dir)
         settings = plain_config(settings_of(run.command, words))
@@ -138,7 +127,7 @@ class Queue:
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def open_pool(self) -> Pool:
+    def open_pool(self) -> jobs.Pool:
         """Where the runs train: this machine, whose GPUs they get in turn, or Ray's cluster. Raises UserError."""
         config = self.config
         if config.backend == "ray":
@@ -146,7 +135,7 @@ class Queue:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
         names_devices = any("--device cuda:" in run.text for run in self.runs)  # the runs' own settings say which
-        return LocalPool(config.jobs or 1, [] if names_devices else devices)
+        return jobs.LocalPool(config.jobs or 1, [] if names_devices else devices)
 
     def train(self) -> None:
         """Train what is left; Ctrl-C stops the processes and keeps what they saved."""
@@ -172,7 +161,7 @@ class Queue:
         finally:
             pool.stop()
 
-    def start_some(self, pool: Pool) -> None:
+    def start_some(self, pool: jobs.Pool) -> None:
         """Start runs in their order while there is room; one that waits for another run is passed over."""
         self.waiting = 0
         for run in list(self.left):
@@ -185,10 +174,10 @@ class Queue:
             elif needed is None or self.is_finished(needed):
                 self.start(run, pool)
 
-    def start(self, run: Run, pool: Pool) -> None:
+    def start(self, run: Run, pool: jobs.Pool) -> None:
         """Start one run, unless another process has it or has finished it."""
         try:
-            if is_locked(self.run_dir(run)):
+            if jobs.is_locked(self.run_dir(run)):
                 self.waiting += 1
                 return
             self.left.remove(run)
@@ -201,16 +190,16 @@ class Queue:
             self.left = [other for other in self.left if other is not run]
             self.fail(run, one_line(error))
 
-    def take(self, run: Run, outcome: Outcome) -> None:
+    def take(self, run: Run, outcome: jobs.Outcome) -> None:
         """A process has ended: its run is finished, starts again, or has failed."""
-        if outcome.code == LOCKED:  # it gave way to another process, which is no try
+        if outcome.code == jobs.LOCKED:  # it gave way to another process, which is no try
             self.starts[run] -= 1
             self.left.append(run)
         elif outcome.code == 0 and self.is_finished(run):
             self.done(run)
         else:
             words = f"exit code {outcome.code}: {outcome.line}" if outcome.code is not None else outcome.line
-            if outcome.code != BAD_INPUT and self.starts[run] <= self.config.retries:
+            if outcome.code != jobs.BAD_INPUT and self.starts[run] <= self.config.retries:
                 warn(f"{run.name}: {words}; starting it again")
                 self.left.insert(0, run)
                 return
@@ -245,7 +234,7 @@ class Queue:
                 states[run] = "has its rows"
                 continue
             for part in filter(None, (run.needs, run)):
-                states[part] = describe_state(self.run_dir(part), self.is_finished(part))
+                states[part] = jobs.describe_state(self.run_dir(part), self.is_finished(part))
         for run, state in states.items():
             print(f"{run.name}: {state}")
         left = [run for run, state in states.items() if state not in ("has its rows", "finished")]
@@ -262,9 +251,9 @@ class Queue:
     def describe_time(self, left: list[Run]) -> None:
         """Hours of the runs that are left: guesses, times what trained runs took of theirs on this machine."""
         parts = {run: self.trained(run) for run in dict.fromkeys([*self.runs, *left])}
-        begun = [run for run in self.runs if run.hours and parts[run] and seconds_spent(self.run_dir(run))]
+        begun = [run for run in self.runs if run.hours and parts[run] and jobs.seconds_spent(self.run_dir(run))]
         guessed = sum(run.hours * parts[run] for run in begun)
-        scale = sum(seconds_spent(self.run_dir(run)) for run in begun) / 3600 / guessed if begun else 1.0
+        scale = sum(jobs.seconds_spent(self.run_dir(run)) for run in begun) / 3600 / guessed if begun else 1.0
         known = [scale * run.hours * (1 - parts[run]) for run in left if run.hours is not None]
         if not known:
             return print(f"{counted(len(left), 'run')} left" + "; how long, their progress will tell" * bool(left))

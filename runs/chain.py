@@ -12,7 +12,6 @@ the data's normalisation, evaluation of all actors, and the run's directory:
 import abc
 import functools
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -85,6 +84,7 @@ class ChainRun(Run):
     """
 
     config: ChainRunConfig
+    failed = False  # of several seeds: this one cannot go on
 
     @classmethod
     def check(cls, config: ChainRunConfig) -> None:
@@ -327,24 +327,14 @@ class ChainRun(Run):
         scores = self.final_evaluation()
         self.plot()
         summary = {**scores, "data_score": self.data_score(), "steps": self.step, "best": self.best}
-        summary |= {"seed": self.config.seed, **self.summary(), **self.data.facts()}
+        summary |= {"seed": self.config.seed, **self.summary(), "w2_weights": list(self.config.w2_weights)}
+        summary |= self.data.facts()
         mark_finished(self.run_dir, summary)
         return summary
 
     def summary(self) -> dict[str, Any]:
         """Further entries of finished.json."""
         return {}
-
-
-def read_summary(run_dir: Path) -> dict[str, Any]:
-    """What finished.json of a finished run holds. Raises UserError where it is missing or damaged."""
-    path = run_dir / "finished.json"
-    try:
-        summary = json.loads(path.read_text())
-        summary["transitions"], summary["data_score"], summary["steps"]  # noqa: B018  raises where one is missing
-        return summary
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(path, f"cannot be used ({error!r})", "remove it and continue the run") from None
 
 
 # -- training one run ------------------------------------------------------------------------------------------------

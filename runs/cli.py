@@ -43,36 +43,31 @@ def run_cli(main: Callable[[list[str] | None], None]) -> None:
     try:
         main(None)
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _stop(f"error: {one_line(error)}", error.exit_code)
     except ProcessDied as error:
-        print(f"error: {one_line(error)}; what was saved before is kept", file=sys.stderr)
-        sys.exit(1)
+        _stop(f"error: {one_line(error)}; what was saved before is kept", 1)
     except RunFinished as finished:
         print(one_line(finished))
         sys.exit(0)
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted: {interrupt.args[0] if interrupt.args else 'nothing was saved'}", file=sys.stderr)
-        sys.exit(130)
+        _stop(f"interrupted: {interrupt.args[0] if interrupt.args else 'nothing was saved'}", 130)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter's last flush, too, has somewhere to go
         sys.exit(141)
     except OSError as error:
-        if error.errno not in DISK_FULL:
-            if error.filename is None:  # not about a file that the user chose: a defect
-                raise
-            print(
-                f"error: {one_line(error.filename)}: {error.strerror}; check the path and its permissions",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-        name = error.filename or "an output file"
-        print(
-            f"error: {one_line(name)}: the disk is full ({os.strerror(error.errno)}); "
-            "the last good checkpoint is kept: free some space and continue from it",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        if error.errno in DISK_FULL:
+            fault = f"the disk is full ({os.strerror(error.errno)})"
+            remedy = "the last good checkpoint is kept: free some space and continue from it"
+        elif error.filename is None:  # not about a file that the user chose: a defect
+            raise
+        else:
+            fault, remedy = error.strerror, "check the path and its permissions"
+        _stop(f"error: {one_line(error.filename or 'an output file')}: {fault}; {remedy}", 2)
+
+
+def _stop(words: str, code: int) -> None:
+    print(words, file=sys.stderr)
+    sys.exit(code)
 
 
 def parse_config(

@@ -57,9 +57,8 @@ def _save(figure: Figure, path: str | Path) -> None:
 def _draw(axis: Axes, panel: Panel, x: str) -> None:
     """Curves, with a dot at each value where there are few; the legend has room of its own above them.
 
-    Dotted curves are not in the legend: the panel's note says what they are.
-
-    A value that has no place on the axis is left out. Where every curve has one alone, the panel says them in words.
+    Dotted curves are not in the legend: the panel's note says what they are. A value that has no place on the axis is
+    left out.
     """
     axis.set_yscale("log" if panel.log else "linear")
     if not panel.log:
@@ -70,15 +69,6 @@ def _draw(axis: Axes, panel: Panel, x: str) -> None:
         if np.any(known):
             dots = {"marker": "."} if known.sum() <= FEW else {}
             axis.plot(np.asarray(metrics[x])[known], values[known], **dots | style)
-    found = [(line.get_label(), line.get_ydata()) for line in axis.lines]
-    if found and all(len(values) == 1 and not label.startswith("_") for label, values in found):
-        found += [(style["label"], [level]) for level, style in panel.levels if "label" in style]
-        axis.clear()
-        words = "\n".join(f"{label}: {values[0]:.4g}" for label, values in found)
-        axis.text(0.5, 0.5, words, ha="center", va="center")
-        axis.set_title(panel.title)
-        axis.set_axis_off()
-        return
     for level, style in panel.levels:
         axis.axhline(level, linewidth=1, **style)
     axis.set(title=panel.title, ylabel=panel.ylabel)
@@ -108,9 +98,10 @@ def panels_figure(title: str, panels: Sequence[Panel], x: str, xlabel: str, colu
     return figure
 
 
-def _plot_panels(path: str | Path, title: str, panels: Sequence[Panel], columns: int = 4) -> None:
-    """A picture of panels over updates."""
-    _save(panels_figure(title, panels, "step", "update", columns), path)
+def _plot_panels(
+    path: str | Path, title: str, panels: Sequence[Panel], columns: int = 4, x: str = "step", xlabel: str = "update"
+) -> None:
+    _save(panels_figure(title, panels, x, xlabel, columns), path)
 
 
 LOSS_NAMES = {  # column of metrics.csv -> name of the loss
@@ -130,10 +121,7 @@ UNDER = {  # under the curves that may seem to fail
 def plot_training_curves(metrics: Metrics, path: str | Path, title: str) -> None:
     """OPSO's pretraining: the six losses, train and validation, and the two diagnostics, against updates.
 
-    Args:
-        metrics: of the run.
-        path: the PNG to write.
-        title: the dataset id and seed; it stands on the picture, so that it cannot be taken for another's.
+    path: the PNG to write. title: the dataset id and seed; so that the picture cannot be taken for another's.
     """
     metrics = metrics | {"code_std_100": [100 * value for value in metrics.get("code_std", [])]}
 
@@ -191,11 +179,8 @@ UNSEEN = "0.85"  # grey of the floor that no held-out state visited
 def plot_value_maps(maze, xy: np.ndarray, maps: list[dict], path: str | Path, title: str) -> None:
     """V(z, z_g) over the maze for each evaluation goal, with the way that V shows and where the proposer leads.
 
-    Args:
-        maze: `opso.maze.Maze`.
-        xy: [n, 2] positions of held-out states.
-        maps: for each goal `name`, `start_xy`, `goal_xy`, `value` [n], and the MAP_ARROWS [n, 2].
-        path, title: as in `plot_training_curves`.
+    maze: `opso.maze.Maze`. xy: [n, 2] positions of held-out states. maps: for each goal `name`, `start_xy`, `goal_xy`,
+    `value` [n], and the MAP_ARROWS [n, 2].
     """
     rows = -(-len(maps) // 3)
     figure = _new_figure(14, 4.6 * rows, title)
@@ -238,10 +223,7 @@ ONLINE_CURVES = {  # column of metrics.csv -> title and y label
 
 
 def plot_online_curves(metrics: Metrics, path: str | Path, title: str) -> None:
-    """What the online stage logs, against environment steps; the evaluated success beside that of the acting episodes.
-
-    Args: as in `plot_training_curves`.
-    """
+    """What the online stage logs, against environment steps; the evaluated success beside that of acting episodes."""
     panels = []
     for column, names in ONLINE_CURVES.items():
         acting = {"color": "tab:blue", "marker": "."}
@@ -252,16 +234,13 @@ def plot_online_curves(metrics: Metrics, path: str | Path, title: str) -> None:
             panels.append(Panel(*names, curves, ylim=(-0.02, 1.02)))
         elif np.isfinite(metrics.get(column, [])).sum() > 1:  # an agent without episodes of its own has one or none
             panels.append(Panel(*names, [(metrics, column, acting)]))
-    _save(panels_figure(title, panels, "env_steps", "environment steps", 4), path)
+    _plot_panels(path, title, panels, x="env_steps", xlabel="environment steps")
 
 
 def plot_paths(maze, panels: list[dict], path: str | Path, title: str) -> None:
     """Evaluation episodes over the maze, a panel a task, and the subgoals that the first of them aimed at.
 
-    Args:
-        maze: `opso.maze.Maze`.
-        panels: for each task `name`, `paths` (of [T, 2] positions), `success` (of bool), `goal_xy`, `subgoals` [S, 2].
-        path, title: as in `plot_training_curves`.
+    panels: for each task `name`, `paths` (of [T, 2] positions), `success` (of bool), `goal_xy`, `subgoals` [S, 2].
     """
     figure = _new_figure(14, 9.2, title)
     axes = figure.subplots(2, 3).ravel()
@@ -278,12 +257,9 @@ def plot_paths(maze, panels: list[dict], path: str | Path, title: str) -> None:
 
 
 def chain_panels(runs: Sequence[Metrics], actors: int, data_score: float) -> list[Panel]:
-    """Scores and diagnostics of a chain against updates, one colour an actor and a line a run.
+    """Scores and diagnostics of a chain's runs against updates, one colour an actor and a line a run.
 
-    Args:
-        runs: metrics of runs that differ in their seeds.
-        actors: how many the chain has.
-        data_score: mean score of the dataset's own episodes, a dashed line.
+    data_score: mean score of the dataset's own episodes, a dashed line.
     """
 
     def curves(column: str, first: int = 0, words: str = "", line: str = "-", **style) -> list[tuple]:
@@ -324,23 +300,12 @@ def chain_panels(runs: Sequence[Metrics], actors: int, data_score: float) -> lis
 
 def _energy_saved(metrics: Metrics, actors: int) -> Metrics:
     """What each step of a chain saves of its energy, where that is logged."""
-    columns = {
-        actor: [f"chain/actor_{actor}/{name}" for name in ("energy_before", "energy")] for actor in range(actors)
-    }
-    return {
-        f"chain/actor_{actor}/energy_saved": list(np.subtract(metrics[before], metrics[after]))
-        for actor, (before, after) in columns.items()
-        if before in metrics
-    }
+    names = [f"chain/actor_{actor}/energy" for actor in range(actors)]
+    logged = [name for name in names if f"{name}_before" in metrics]
+    return {f"{name}_saved": list(np.subtract(metrics[f"{name}_before"], metrics[name])) for name in logged}
 
 
 def plot_chain_curves(metrics: Metrics, path: str | Path, title: str, actors: int, data_score: float) -> None:
-    """A chain's scores and diagnostics.
-
-    Args:
-        metrics, path, title: as in `plot_training_curves`.
-        actors, data_score: as in `chain_panels`.
-    """
     _plot_panels(path, title, chain_panels([metrics], actors, data_score), columns=3)
 
 
@@ -357,9 +322,7 @@ def chart_png(title: str, chains: Sequence[tuple[str, Sequence[Metrics], int, fl
 def plot_study_curves(metrics: Metrics, path: str | Path, title: str, data_returns: dict[str, float]) -> None:
     """A walker run's returns in each task, and what else it logs, against updates.
 
-    Args:
-        metrics, path, title: as in `plot_training_curves`.
-        data_returns: task -> mean return of the data's episodes, dashed lines.
+    data_returns: task -> mean return of the data's episodes, dashed lines.
     """
     curves, levels = [], []
     for number, (task, mean) in enumerate(data_returns.items()):

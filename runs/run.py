@@ -11,17 +11,8 @@ import numpy as np
 import torch
 
 from model_kernels import KernelConfig, use_kernels
+from runs import directory
 from runs.cli import check_ranges, marked
-from runs.directory import (
-    HOW_IT_STARTED,
-    check_run,
-    expecting,
-    load_checkpoint,
-    lock_run,
-    plain_config,
-    prepare_run,
-    telling_what_is_kept,
-)
 from runs.metrics import MetricLogger
 from utils import MAY_CHANGE, Basic, MayChange, RandomStreams, UserError, Whole, resolve_device, warn, write_text_atomic
 
@@ -69,7 +60,7 @@ class Run(abc.ABC):
         self.run_dir, self.checkpoint = self.default_run_dir(config), self.checkpoint_path(config)
         self.data_facts: dict[str, Any] = {}  # of the data that is loaded, for versions.json (`offline_data.made_here`)
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
-        self.resources.enter_context(telling_what_is_kept(self.run_dir, self.checkpoint))
+        self.resources.enter_context(directory.telling_what_is_kept(self.run_dir, self.checkpoint))
         with contextlib.ExitStack() as opening:
             opening.push(self)  # closes it, unless all went well
             try:
@@ -92,8 +83,10 @@ class Run(abc.ABC):
         """Lock the directory, build what is trained, continue from the checkpoint if there is one, open the log."""
         config = self.config
         for folder in {self.run_dir.resolve(), self.checkpoint.parent}:
-            self.resources.enter_context(lock_run(folder))
-        checkpoint = prepare_run(self.run_dir, config, self.may_change(config), self.checkpoint, self.data_facts)
+            self.resources.enter_context(directory.lock_run(folder))
+        checkpoint = directory.prepare_run(
+            self.run_dir, config, self.may_change(config), self.checkpoint, self.data_facts
+        )
         self.build()
         if checkpoint is not None:
             self.load(checkpoint)
@@ -112,9 +105,9 @@ class Run(abc.ABC):
         """Whether this run may begin or go on, without writing anything; UserError or RunFinished says why not."""
         cls.check(config)
         run_dir, checkpoint = cls.default_run_dir(config), cls.checkpoint_path(config)
-        check_run(run_dir, config, cls.may_change(config), checkpoint)
+        directory.check_run(run_dir, config, cls.may_change(config), checkpoint)
         for folder in filter(Path.is_dir, {run_dir.resolve(), checkpoint.parent}):
-            with lock_run(folder):
+            with directory.lock_run(folder):
                 pass
 
     @classmethod
@@ -172,13 +165,13 @@ class Run(abc.ABC):
 
     def model_config(self) -> dict[str, Any]:
         """The settings that make this run what it is; where and how long it goes on are not among them."""
-        others = marked(type(self.config), MAY_CHANGE) | HOW_IT_STARTED | {"checkpoint_dir"}
-        return {name: value for name, value in plain_config(self.config).items() if name not in others}
+        others = marked(type(self.config), MAY_CHANGE) | directory.HOW_IT_STARTED | {"checkpoint_dir"}
+        return {name: value for name, value in directory.plain_config(self.config).items() if name not in others}
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint; UserError where it is damaged, another run's or another model's."""
-        state, own = load_checkpoint(path, self.device), self.model_config()
-        with expecting(path, "a checkpoint of this model", "choose another --run_dir"):
+        state, own = directory.load_checkpoint(path, self.device), self.model_config()
+        with directory.expecting(path, "a checkpoint of this model", "choose another --run_dir"):
             theirs = state["config"]
             other = next((name for name in own if theirs.get(name) != own[name]), None)
             if other is not None:

@@ -5,6 +5,7 @@ another. Runs that were cut at different updates come together first.
 """
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from runs.chain import ChainRun, ChainRunConfig, read_summary, run_chain
+from runs.chain import ChainRun, ChainRunConfig, run_chain
 from runs.cuda_graphs import GraphedStep, SideBySide
+from runs.directory import expecting
 from runs.run import part_of
 from utils import RunExists, RunFinished, RunLocked, UserError, progress, warn
 
@@ -30,7 +32,6 @@ def run_seeds(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, An
     if config.run_dir is not None:
         raise UserError(f"--run_dir {config.run_dir}: is one run's; leave it out, or --num_seeds {config.num_seeds}")
     left, summaries = _preflight_seeds(run_class, config)
-    failed: list[ChainRun] = []
     with contextlib.ExitStack() as open_runs:
         runs: list[ChainRun] = []
         for own in left:
@@ -38,13 +39,12 @@ def run_seeds(run_class: type[ChainRun], config: ChainRunConfig) -> dict[str, An
             runs.append(open_runs.enter_context(run))
         _check_same_data(summaries, runs)
         if runs:
-            summaries |= _train_to_the_end(runs, failed)
+            summaries |= _train_to_the_end(runs)
     _report_seeds(summaries)
     if not runs:
         raise RunFinished(f"all {config.num_seeds} runs are finished; change --seed or --num_seeds to train more")
-    if failed:
-        seeds = ", ".join(str(run.config.seed) for run in runs if run in failed)
-        raise UserError(f"seed {seeds}: not finished, see the warnings above; the other seeds are")
+    if failed := [str(run.config.seed) for run in runs if run.failed]:
+        raise UserError(f"seed {', '.join(failed)}: not finished, see the warnings above; the other seeds are")
     return summaries
 
 
@@ -59,9 +59,11 @@ def _preflight_seeds(
             run_class.preflight(own)
             left.append(own)
         except RunFinished:
-            folder = run_class.default_run_dir(own)
-            print(f"Seed {seed}: finished, see {folder}")
-            summaries[f"seed_{seed}"] = read_summary(folder)
+            path = run_class.default_run_dir(own) / "finished.json"
+            print(f"Seed {seed}: finished, see {path.parent}")
+            with expecting(path, "what a finished run leaves", "remove it and continue the run"):
+                summary = summaries[f"seed_{seed}"] = json.loads(path.read_text())
+                [summary[name] for name in ("transitions", "data_score")]  # which tell whether the data are the same
         except (RunExists, RunLocked) as error:  # a directory follows from its seed here
             goes_on = "" if config.resume or isinstance(error, RunLocked) else "continue it with --resume, "
             remedy = f"{goes_on}choose another --seed"
@@ -78,47 +80,47 @@ def _check_same_data(summaries: dict[str, dict[str, Any]], runs: Sequence[ChainR
         raise UserError(words, "are not of the same data", "give its --dataset_dir, or other seeds")
 
 
-def _train_to_the_end(runs: Sequence[ChainRun], failed: list[ChainRun]) -> dict[str, dict[str, Any]]:
-    """Train and finish; `seed_k` -> what finished.json holds, of each run that is not among `failed` in the end."""
+def _train_to_the_end(runs: Sequence[ChainRun]) -> dict[str, dict[str, Any]]:
+    """Train and finish; `seed_k` -> what finished.json holds, of each run that has not failed."""
     began, before = time.perf_counter(), sum(run.step for run in runs)
     print(f"{runs[0].describe()}; seeds {', '.join(str(run.config.seed) for run in runs)} at once")
-    train(runs, failed)
+    train(runs)
     summaries = {}
     for run in runs:
-        with _mark_failed(run, failed):
-            if run not in failed:
+        with _mark_failed(run):
+            if not run.failed:
                 summaries[f"seed_{run.config.seed}"] = run.finish()
     updates, seconds = sum(run.step for run in runs), time.perf_counter() - began
     if summaries:
-        folders = ", ".join(str(run.run_dir) for run in runs if run not in failed)
+        folders = ", ".join(str(run.run_dir) for run in runs if not run.failed)
         print(f"{part_of(updates, updates - before)} updates in {seconds:.0f} seconds; outputs in {folders}")
     return summaries
 
 
 @contextlib.contextmanager
-def _mark_failed(run: ChainRun, failed: list[ChainRun]) -> Iterator[None]:
+def _mark_failed(run: ChainRun) -> Iterator[None]:
     """Mark a run that cannot go on as failed and warn; the other seeds keep training."""
     try:
         yield
     except UserError as error:
-        failed.append(run)
+        run.failed = True
         warn(f"{run.prefix}{error}")
 
 
-def train(runs: Sequence[ChainRun], failed: list[ChainRun]) -> None:
-    """Bring runs to max_timesteps: those that are behind first, then all. Those that cannot go on are put in failed."""
+def train(runs: Sequence[ChainRun]) -> None:
+    """Bring runs to max_timesteps: those that are behind first, then all. Those that cannot go on are left behind."""
     total = runs[0].config.max_timesteps
     with progress(total, runs[0].config.env, initial=min(run.step for run in runs), unit="update") as bar:
-        while going := [run for run in runs if run not in failed and run.step < total]:
+        while going := [run for run in runs if not run.failed and run.step < total]:
             step = min(run.step for run in going)
             until = min((run.step for run in going if run.step > step), default=total)
             group = [run for run in going if run.step == step]
             update = make_update(group)
-            while group[0].step < until and not set(group) & set(failed):
+            while group[0].step < until and not any(run.failed for run in group):
                 for run in group:
                     run.agent.anneal(run.step / total)
                 for run, info in zip(group, update(), strict=True):
-                    with _mark_failed(run, failed):
+                    with _mark_failed(run):
                         run.record(info, bar)
                 bar.update()
 

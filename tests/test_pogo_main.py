@@ -423,7 +423,7 @@ def test_finished_seeds_are_left_and_counted_where_they_are_of_the_same_data(
             line = exits(capsys, *flags, "--num_seeds", count)
             assert "are not of the same data" in line and str(*change.values()) in line.split("seed_1")[0]
     summary.write_text("{")
-    assert "seed_0/finished.json: cannot be used" in exits(capsys, *flags)
+    assert "seed_0/finished.json: not what a finished run leaves" in exits(capsys, *flags)
     assert not (folder(2) / "checkpoints" / "last.pth").exists()
     summary.write_text(text)
     before = {seed: (folder(seed) / "finished.json").stat().st_mtime_ns for seed in (0, 1)}

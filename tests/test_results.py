@@ -1,23 +1,20 @@
-"""Tables of results: the runs that a file names, the rows that they leave, what a kill may not lose, and the tables.
-
-Most tests put a tiny trainer in the place of the commands: it leaves the files of a finished run of the walker's agent
-and notes every start in a ledger.
-"""
+"""Tables of results: the runs that a file names, the rows that they leave, what a kill may not lose, and the tables."""
 
 import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import tiny_trainer
 import yaml
 from running import error_line
 
 import run_comparison
 from comparison import jobs, queue, registry, rows, tables
-from comparison.jobs import Job
 from comparison.registry import COMMANDS, check_flags, read_table, settings_digest, settings_of
 from runs.directory import plain_config
 from utils import UserError
@@ -25,34 +22,9 @@ from utils import UserError
 ROOT = Path(__file__).resolve().parent.parent
 AGENT = {"method": "random", "command": "walker.agent", "flags": {"episodes": 2}}
 BC = {"method": "BC", "command": "walker.train_il", "flags": {"USE_DATASET_STR": "local/__all__"}}
+MAZE = {"method": "OPSO", "command": "online_trainer", "flags": {"dataset": "local/pointmaze-medium-navigate-v0"}}
+MAZE["needs"] = {"command": "offline_trainer"}
 LAYOUT = {"columns": ["walk", "run"]}
-
-TRAINER = r"""
-import json, os, sys, time
-from pathlib import Path
-
-run_dir, ledger, seconds, config = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-
-def note(event):
-    with open(ledger, "a") as file:
-        file.write(f"{event} {run_dir.parent.name} {run_dir.name}\n")
-
-note("again" if (run_dir / "finished.json").exists() else "start")
-behaviour = ledger.with_name("behaviour.json")
-code = json.loads(behaviour.read_text()).get(run_dir.parent.parent.parent.name, 0) if behaviour.exists() else 0
-if code:
-    print("error: it diverged", file=sys.stderr)
-    sys.exit(code)
-time.sleep(seconds)
-seed = int(run_dir.name.removeprefix("seed_"))
-(run_dir / "config.yaml").write_text(config)
-(run_dir / "versions.json").write_text(json.dumps({"commit": "0123456789abcdef"}))
-values = [("walk", 10.0 + seed), ("walk", 12.0 + seed), ("run", 1.0)]
-lines = [f"{agent},{task},0,{value}" for agent in ("last", "best") for task, value in values]
-(run_dir / "evaluation.csv").write_text("\n".join(["agent,task,episode,return", *lines]) + "\n")
-(run_dir / "finished.tmp").write_text(json.dumps({"steps": 7, "data/walk/return": 20.0}))
-os.replace(run_dir / "finished.tmp", run_dir / "finished.json")
-"""
 
 
 def write_table(path: Path, *entries: dict, **sections) -> Path:
@@ -66,34 +38,15 @@ def stored_settings(run, log_dir) -> str:
     return yaml.safe_dump(plain_config(settings_of(run.command, run.arguments(log_dir, None))))
 
 
-class Place:
-    """A folder with a table, the trainer above and its ledger."""
+class Place(tiny_trainer.Place):
+    """A folder with a table, the trainer and its notes."""
 
     def __init__(self, folder: Path, monkeypatch):
-        self.folder, self.ledger = folder, folder / "ledger.txt"
-        self.script, self.seconds = folder / "trainer.py", 0.0
-        self.script.write_text(TRAINER)
-        self.table = folder / "results" / "first.yaml"
-        monkeypatch.setattr(queue.Queue, "job", lambda table_queue, run: self.job(run, table_queue.config))
+        super().__init__(folder / "results" / "first.yaml", folder, monkeypatch)
         monkeypatch.setattr(queue.Queue, "lacks", lambda table_queue, run: {})
-        monkeypatch.setattr(queue, "POLL_SECONDS", 0.01)
-
-    def job(self, run, config) -> Job:
-        words = [str(self.ledger), str(self.seconds), stored_settings(run, config.log_dir)]
-        run_dir = str(run.run_dir(config.log_dir))
-        return Job(run_dir, [str(self.script), run_dir, *words], {})
-
-    def flags(self, *more: str) -> list[str]:
-        return ["--config", str(self.table), "--log_dir", str(self.folder / "logs"), *more]
-
-    def run(self, *more: str) -> None:
-        run_comparison.main(self.flags(*more))
-
-    def notes(self) -> list[str]:
-        return self.ledger.read_text().splitlines() if self.ledger.exists() else []
 
     def rows(self) -> list[dict]:
-        return rows.read_csv(self.table.with_suffix(".csv"))
+        return rows.read_csv(self.config.with_suffix(".csv"))
 
 
 @pytest.fixture
@@ -138,8 +91,7 @@ def test_a_file_becomes_runs(tmp_path):
 
 
 def test_a_run_may_need_a_pretraining_of_its_seed(tmp_path):
-    entry = {"method": "OPSO", "command": "online_trainer", "flags": {"dataset": "local/pointmaze-medium-navigate-v0"}}
-    entry |= {"needs": {"command": "offline_trainer", "flags": {"num_epochs": 3}}}
+    entry = MAZE | {"needs": {"command": "offline_trainer", "flags": {"num_epochs": 3}}}
     (run,) = read_table(write_table(tmp_path / "t.yaml", entry, seeds=[2])).runs
     before, after = run.text.split(" && ")
     assert before.startswith("python offline_trainer.py --dataset local/pointmaze-medium-navigate-v0 --num_epochs 3")
@@ -166,9 +118,9 @@ def test_a_run_may_need_a_pretraining_of_its_seed(tmp_path):
     ],
 )
 def test_a_wrong_file_is_one_line(place, capsys, change, words):
-    write_table(place.table, AGENT, **change)
+    write_table(place.config, AGENT, **change)
     line = error_line(run_comparison.main, capsys, *place.flags())
-    assert words in line and str(place.table) in line and not place.notes()
+    assert words in line and str(place.config) in line and not place.ledger("start")
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -293,67 +245,64 @@ def test_a_new_setting_that_is_off_changes_no_digest_and_a_changed_default_does(
 
 @pytest.mark.parametrize("text", [b"command,scores\na,1\n", b"command,score\na\n", b"command,score\n\xff,1\n"])
 def test_a_csv_that_is_none_of_scores_is_one_line(place, capsys, text):
-    write_table(place.table, AGENT)
-    place.table.with_suffix(".csv").write_bytes(text)
+    write_table(place.config, AGENT)
+    place.config.with_suffix(".csv").write_bytes(text)
     line = error_line(run_comparison.main, capsys, *place.flags())
-    assert "first.csv: " in line and "restore it from git" in line and not place.notes()
+    assert "first.csv: " in line and "restore it from git" in line and not place.ledger("start")
 
 
 # -- the queue -------------------------------------------------------------------------------------------------------
 
 
 def test_a_table_is_trained_once(place, capsys):
-    write_table(place.table, AGENT, BC, seeds=[0, 1])
+    write_table(place.config, AGENT, BC, seeds=[0, 1])
     place.run("--jobs", "1", "--seeds", "0")
-    assert [note.split()[0] for note in place.notes()] == ["start", "start"] and len(place.rows()) == 4
+    assert len(place.ledger("start")) == 2 and len(place.rows()) == 4
     assert "2 of 4 runs are in" in capsys.readouterr().out
     place.run("--jobs", "2", "--only", "BC")
-    text = place.table.with_suffix(".csv").read_text()
-    assert len(place.notes()) == 3 and len(place.rows()) == 6
+    text = place.config.with_suffix(".csv").read_text()
+    assert len(place.ledger("start")) == 3 and len(place.rows()) == 6
     place.run("--jobs", "2")
-    assert len(place.notes()) == 4 and len(place.rows()) == 8
-    assert place.table.with_suffix(".csv").read_text().startswith(text)  # rows are appended
+    assert len(place.ledger("start")) == 4 and len(place.rows()) == 8
+    assert place.config.with_suffix(".csv").read_text().startswith(text)  # rows are appended
     before = place.rows()
-    place.table.with_suffix(".csv").unlink()  # of what is finished, they are made without training
+    place.config.with_suffix(".csv").unlink()  # of what is finished, they are made without training
     place.run("--report_only")
-    assert len(place.notes()) == 4 and sorted(map(str, place.rows())) == sorted(map(str, before))
-    for folder in (place.folder / "logs").rglob("seed_*"):  # rows count even where their directory is gone
-        for file in folder.iterdir():
-            file.unlink()
+    assert len(place.ledger("start")) == 4 and sorted(map(str, place.rows())) == sorted(map(str, before))
+    shutil.rmtree(place.folder / "logs")  # rows count even where their directory is gone
     place.run("--jobs", "2")
-    assert len(place.notes()) == 4 and len(place.rows()) == 8
+    assert len(place.ledger("start")) == 4 and len(place.rows()) == 8
     capsys.readouterr()
     place.run("--dry_run")
     assert capsys.readouterr().out.count("has its rows") == 4
 
 
 def test_a_run_of_two_tables_is_trained_once(place):
-    write_table(place.table, AGENT)
+    write_table(place.config, AGENT)
     place.run()
-    place.table = write_table(place.folder / "results" / "second.yaml", AGENT | {"method": "uniform"}, BC)
+    place.config = write_table(place.folder / "results" / "second.yaml", AGENT | {"method": "uniform"}, BC)
     (run_dir,) = (place.folder / "logs").rglob("seed_0")
     (run_dir / "finished.json").unlink()  # the rows of the first table are enough
     place.run("--jobs", "2")
-    assert len(place.notes()) == 2
+    assert len(place.ledger("start")) == 2
     assert {(row["table"], row["method"]) for row in place.rows()} == {("second", "uniform"), ("second", "BC")}
 
 
 def test_a_run_that_fails_does_not_stop_the_others(place, capsys):
-    entry = {"method": "OPSO", "command": "online_trainer", "flags": {"dataset": "local/pointmaze-medium-navigate-v0"}}
-    write_table(place.table, entry | {"needs": {"command": "offline_trainer"}}, BC, AGENT)
-    (place.folder / "behaviour.json").write_text(json.dumps({"offline_trainer": 2, "walker.train_il": 1}))
+    write_table(place.config, MAZE, BC, AGENT)
+    place.behave(**{"offline_trainer": "diverge", "walker.train_il": "crash"})
     with pytest.raises(SystemExit) as stop:
         place.run("--retries", "1")
     error = capsys.readouterr().err
     assert stop.value.code == 1 and len(place.rows()) == 2
-    assert [note.split()[0] for note in place.notes()] == ["start"] * 4  # bad input once, a crash twice
-    assert "it needs first OPSO, pretraining" in error and "exit code 1: it diverged; starting it again" in error
+    assert len(place.ledger("start")) == 4  # bad input once, a crash twice
+    assert "it needs first OPSO, pretraining" in error
+    assert "exit code 1: RuntimeError: a defect; starting it again" in error
 
 
 def test_a_run_waits_for_the_one_that_it_needs(place):
-    entry = {"method": "OPSO", "command": "online_trainer", "flags": {"dataset": "local/pointmaze-medium-navigate-v0"}}
-    write_table(place.table, entry | {"needs": {"command": "offline_trainer"}}, AGENT)
-    place.seconds = 0.2
+    write_table(place.config, MAZE, AGENT)
+    place.behave(offline_trainer="slow")
     with contextlib.suppress(SystemExit):  # the trainer leaves a walker's files, which are no success rates
         place.run("--jobs", "2")
     (pretraining,) = (place.folder / "logs").rglob("offline_trainer/**/seed_0/attempts.json")
@@ -364,19 +313,18 @@ def test_a_run_waits_for_the_one_that_it_needs(place):
 
 
 def test_a_run_that_only_those_with_rows_need_is_no_work(place, capsys):
-    entry = {"method": "OPSO", "command": "online_trainer", "flags": {"dataset": "local/pointmaze-medium-navigate-v0"}}
-    (run,) = read_table(write_table(place.table, entry | {"needs": {"command": "offline_trainer"}})).runs
+    (run,) = read_table(write_table(place.config, MAZE)).runs
     row = dict.fromkeys(rows.COLUMNS, "") | {"command": run.text, "score": "1"}
-    rows.write_csv(place.table.with_suffix(".csv"), rows.COLUMNS, [row])
+    rows.write_csv(place.config.with_suffix(".csv"), rows.COLUMNS, [row])
     place.run("--dry_run")
     out = capsys.readouterr().out
     assert "has its rows" in out and "pretraining" not in out and "missing" not in out and "0 runs left" in out
     place.run()
-    assert not place.notes()
+    assert not place.ledger("start")
 
 
 def test_a_kill_between_finishing_and_appending_loses_nothing(place, monkeypatch):
-    write_table(place.table, AGENT, seeds=[0, 1])
+    write_table(place.config, AGENT, seeds=[0, 1])
     with monkeypatch.context() as patch:
         patch.setattr(queue, "append_csv", lambda path, found: os.kill(os.getpid(), signal.SIGKILL))
         killed = multiprocessing.get_context("fork").Process(target=place.run, args=("--jobs", "1"))
@@ -386,7 +334,7 @@ def test_a_kill_between_finishing_and_appending_loses_nothing(place, monkeypatch
     assert not place.rows() and len(list((place.folder / "logs").rglob("finished.json"))) == 1
     place.run("--jobs", "1")
     assert sorted({row["seed"] for row in place.rows()}) == ["0", "1"] and len(place.rows()) == 4
-    assert [note.split()[0] for note in place.notes()] == ["start", "start"]
+    assert len(place.ledger("start")) == 2
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -408,15 +356,15 @@ def test_a_cell_at_a_glance_that_no_table_has_is_refused(tmp_path):
 
 
 def filled(place: Place, **layout):
-    write_table(place.table, AGENT, BC, seeds=[0, 1, 2], layout=LAYOUT | layout, title="Title.")
+    write_table(place.config, AGENT, BC, seeds=[0, 1, 2], layout=LAYOUT | layout, title="Title.")
     place.run("--jobs", "2", "--only", "random")
-    return read_table(place.table), place.rows()
+    return read_table(place.config), place.rows()
 
 
 def test_a_table_shows_what_is_there_and_how_to_fill_the_rest(place):
     table, found = filled(place, data_row=True, spread=True)
     lines = tables.render(table, rows.Scores([found])).splitlines()
-    assert lines[0].startswith("Title. Last checkpoints of seeds 0, 1, 2; 7 updates; 1 or 2 episodes each; mean ± 95%")
+    assert lines[0].startswith("Title. Last checkpoints of seeds 0, 1, 2; 20 updates; 1 or 2 episodes each; mean ± 95%")
     assert "commit 0123456" in lines[0]
     assert lines[2:] == [
         "| method | walk | run |",

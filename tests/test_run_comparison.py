@@ -1,7 +1,6 @@
 """The comparison command: what it runs, what it leaves alone, and how it survives what goes wrong.
 
-Most tests put a tiny trainer in the place of pogo_main.py: it keeps the same files, needs no torch and notes every
-start and end in a ledger. One test runs pogo_main.py itself.
+Most tests put a tiny trainer in the place of pogo_main.py; one runs pogo_main.py itself.
 """
 
 import collections
@@ -23,6 +22,7 @@ import types
 from pathlib import Path
 
 import pytest
+import tiny_trainer
 import yaml
 from running import error_line
 
@@ -38,112 +38,28 @@ from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Trains by waiting. Its --dataset_dir is its folder of notes: ledger.txt, and behaviour.json, seed -> what goes wrong.
-TRAINER = r"""
-import fcntl, json, os, sys, time, yaml
-from pathlib import Path
-
-flags, name = {}, None
-for word in sys.argv[1:]:
-    if word.startswith("--"):
-        name = word[2:]
-        flags[name.removeprefix("no_")] = not name.startswith("no_")
-    elif name == "w2_weights":
-        flags[name] = [*flags[name], float(word)] if isinstance(flags[name], list) else [float(word)]
-    else:
-        flags[name] = None if word == "none" and name.endswith(("_dir", "_project")) else yaml.safe_load(word)
-run_dir, notes, steps = Path(flags["run_dir"]), Path(flags["dataset_dir"]), flags["max_timesteps"]
-behaviours = json.loads((notes / "behaviour.json").read_text()) if (notes / "behaviour.json").exists() else {}
-behaviour = behaviours.get(str(flags["seed"]))
-
-def note(event):
-    with open(notes / "ledger.txt", "a") as file:
-        threads = os.environ["OMP_NUM_THREADS"]
-        file.write(f"{event} {run_dir.parent.name}/{run_dir.name} {step} {os.getpid()} {threads}\n")
-
-folder = os.open(run_dir, os.O_RDONLY)
-try:
-    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except BlockingIOError:
-    print(f"error: {run_dir}: another process is training there; choose another --run_dir")
-    sys.exit(3)
-checkpoint, training = run_dir / "checkpoints" / "last.pth", run_dir / "training"
-step = int(checkpoint.read_text()) if checkpoint.exists() else 0
-note("start")
-print("output of", run_dir)
-for path in (training, checkpoint.parent):
-    path.mkdir(exist_ok=True)
-stored = {key: value for key, value in flags.items() if key != "resume"}
-(run_dir / "config.yaml").write_text(yaml.safe_dump(stored))
-(run_dir / "versions.json").write_text('{"commit": "0123456789"}')
-rows = [f"{s},{s / 10},{s / 20}\n" for s in range(10, step + 1, 10)]
-if behaviour == "no data" and not (notes / (flags["env"].replace("-", "_", 1) + ".hdf5")).exists():
-    print("error: cannot download it; put it there by hand", file=sys.stderr)
-    sys.exit(2)
-while step < steps:
-    if behaviour == "diverge" and step >= steps // 2:
-        print(f"error: {run_dir}: mean Q is 9e9 at update {step}; raise --w2_weights", file=sys.stderr)
-        sys.exit(2)
-    first = behaviour == "crash once" and step == 20 and not (notes / "crashed").exists()
-    if first or behaviour == "crash" and step >= steps // 2:
-        (notes / "crashed").touch()
-        raise RuntimeError("a defect")
-    time.sleep(flags["lr"] * (8 if behaviour == "slow" else 1))
-    step += 10
-    rows.append(f"{step},{step / 10},{step / 20}\n")
-    (training / "metrics.csv").write_text("step,critic_loss,chain/actor_0/q\n" + "".join(rows))
-    checkpoint.with_suffix(".tmp").write_text(str(step))
-    os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-text = "evaluation,step,actor,mode,episode,length,return,score\n"
-for kind in ("training", "final"):
-    for actor in range(len(flags["w2_weights"])):
-        for mode in ("deterministic", "stochastic"):
-            text += f"{kind},{step},{actor},{mode},0,10,1.0,{50.0 + actor}\n"
-(training / "evaluations.csv").write_text(text)
-note("end")
-summary = {"data_score": 40.0, "steps": step, "transitions": 1000}
-(run_dir / "finished.tmp").write_text(json.dumps(summary))
-os.replace(run_dir / "finished.tmp", run_dir / "finished.json")
-"""
-SECOND = 0.02  # of an update of ten, in the trainer above; `learning_rate` sets it
+SECOND = 0.02  # of ten updates of the trainer; `learning_rate` sets it
 BASE = {
     "common": {"max_timesteps": 50, "seeds": [0, 1]},
     "environments": {"hopper": {"medium": {"w2_weights": [0.4, 1.0], "learning_rate": SECOND}}},
 }
 
 
-class Place:
-    """A folder with a comparison, the trainer above, and its notes."""
+class Place(tiny_trainer.Place):
+    """A folder with a comparison, the trainer, its notes, and data."""
 
     def __init__(self, folder: Path, monkeypatch):
-        self.folder, self.config, self.notes = folder, folder / "comparison.yaml", folder / "notes"
-        self.notes.mkdir()
-        self.script, self.said = folder / "trainer.py", folder / "said.txt"
-        self.script.write_text(TRAINER)
+        super().__init__(folder / "comparison.yaml", folder, monkeypatch)
+        self.said = folder / "said.txt"
         (self.notes / "hopper_medium-v2.hdf5").touch()  # the data is there
-        monkeypatch.setattr(queue, "make_job", self.make_job)
-        monkeypatch.setattr(queue, "POLL_SECONDS", 0.02)
         monkeypatch.setattr("comparison.report.chart_png", lambda title, chains: b"")  # test_comparison_report.py draws
         self.write(BASE)
-
-    def make_job(self, run_dir, module, flags, threads) -> jobs.Job:
-        return jobs.Job(str(run_dir), [str(self.script), *flags], {"OMP_NUM_THREADS": str(threads)})
 
     def write(self, comparison: dict) -> None:
         self.config.write_text(yaml.safe_dump(comparison))
 
-    def behave(self, **behaviours: str) -> None:
-        (self.notes / "behaviour.json").write_text(
-            json.dumps({k.removeprefix("seed_"): v for k, v in behaviours.items()})
-        )
-
     def flags(self, *more: str) -> list[str]:
-        own = {"config": self.config, "log_dir": self.folder / "logs", "output": self.folder / "results"}
-        own |= {"dataset_dir": self.notes}
-        return [word for name, value in own.items() for word in (f"--{name}", str(value))] + list(more)
-
-    def run(self, *more: str) -> None:
-        run_comparison.main(self.flags(*more))
+        return super().flags("--output", str(self.folder / "results"), "--dataset_dir", str(self.notes), *more)
 
     def start(self, *more: str, context: str = "fork") -> multiprocessing.Process:
         """The command in a process of its own, which writes to `said`; a fork shares what is imported here."""
@@ -151,12 +67,8 @@ class Place:
         process.start()
         return process
 
-    def ledger(self) -> list[list[str]]:
-        path = self.notes / "ledger.txt"
-        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-
     def count(self, event: str) -> collections.Counter:
-        return collections.Counter(line[1] for line in self.ledger() if line[0] == event)
+        return collections.Counter(line[1] for line in self.ledger(event))
 
     def rows(self) -> list[dict]:
         with open(self.folder / "results" / "results.csv") as file:
@@ -439,8 +351,7 @@ def test_data_that_cannot_be_had_fails_once(place, capsys):
     assert said.err.count("cannot download it; put it there by hand; see") == 1
     assert "1 other runs of hopper-medium-v2 fail with it" in said.err
     assert "hopper-medium-v2, 2 runs: exit code 2: cannot download it; put it there by hand" in said.out
-    ends = [line for line in place.ledger() if line[0] == "end"]
-    assert len(ends) == 2 and len(place.ledger()) == 5
+    assert len(place.ledger("end")) == 2 and len(place.ledger()) == 5
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -458,7 +369,7 @@ def test_runs_are_trained_once_and_reported(place, capsys):
     assert re.search(name, out, re.M), out
     assert f"report.html, results.md and results.csv in {place.folder / 'results'}" in out
     log = (place.run_dir(0) / "output.log").read_text()
-    assert "output of" in log and "--max_timesteps 50" in log and {line[4] for line in place.ledger()} == {"1"}
+    assert "output of" in log and '"max_timesteps": 50' in log and {line[4] for line in place.ledger()} == {"1"}
     place.run()
     place.run("--backend", "ray", "--address", "127.0.0.1:1")  # with nothing left, no cluster is asked
     assert sum(place.count("start").values()) == 3  # nothing that is finished runs again
@@ -504,7 +415,7 @@ def test_a_crash_is_tried_again_from_the_checkpoint_and_divergence_is_not(place,
     assert "mean Q is 9e9" in page and "a defect" in page
     place.behave()
     place.run()  # mended: both go on from their checkpoints
-    assert [line[2] for line in place.ledger() if line[0] == "start"][-2:] == ["30", "30"]
+    assert [line[2] for line in place.ledger("start")][-2:] == ["30", "30"]
     assert len(place.rows()) == 12
 
 
@@ -572,7 +483,7 @@ def test_kill_of_the_parent_and_of_a_run_lose_nothing(place):
     place.wait_for(lambda: cut(place), process)
     process.kill()
     process.join()
-    started = [line for line in place.ledger() if line[0] == "start"]
+    started = place.ledger("start")
     assert all(ends(line[3]) for line in started), "a run goes on without its comparison"
     finished_first = {f"w2_0.4_1/{path.parent.name}" for path in place.folder.glob("logs/*/*/*/finished.json")}
     assert "w2_0.4_1/seed_0" in finished_first and "w2_0.4_1/seed_1" not in finished_first, "killed too late"
@@ -603,7 +514,7 @@ def test_ctrl_c_stops_the_runs_and_the_same_command_continues(place):
     os.kill(process.pid, signal.SIGINT)
     err = place.ends(process, 130)
     assert "the same command continues" in err and "Traceback" not in err
-    assert all(ends(line[3], 0.1) for line in place.ledger() if line[0] == "start")
+    assert all(ends(line[3], 0.1) for line in place.ledger("start"))
     rows = place.rows()
     assert rows and len(rows) < 16  # what was finished is in the table
     codes = {attempt["code"] for s in range(4) for attempt in jobs.read_attempts(place.run_dir(s))}

@@ -204,7 +204,7 @@ class MultiRun(ChainRun):
         return figures | {f"eval_actor_{number}": score for number, score in enumerate(scores)}
 
     def summary(self) -> dict[str, Any]:
-        return {"algorithm": self.config.algorithm, "w2_weights": list(self.config.w2_weights)}
+        return {"algorithm": self.config.algorithm}
 
 
 def build(
