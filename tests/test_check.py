@@ -4,6 +4,7 @@ import copy
 import functools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -15,11 +16,10 @@ import ogbench_utils
 from benchmark_data import check as check_module
 from benchmark_data import local
 from benchmark_data.check import check, find_path, run_check
+from benchmark_data.walker import play_episode
 from dataset_files import official_ids
 from offline_data import find_dataset
 from utils import UserError
-
-# --- small datasets: random actions in the environments --------------------------------------------------------------
 
 
 def steps(env, observation, rows, rng):
@@ -44,23 +44,13 @@ def stacked(parts):
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-def walker_episode(env, seed, rng):
-    observation, info = env.reset(seed=seed)
-    rows = [(observation, np.zeros(6), [0.0], [1.0], info["physics"])]
-    for _ in range(dmc_utils.EPISODE_STEPS):
-        action = rng.uniform(-1, 1, 6).astype(np.float32)
-        observation, reward, _, _, info = env.step(action)
-        rows.append((observation, action, [reward], [1.0], info["physics"]))
-    keys = ("observation", "action", "reward", "discount", "physics")
-    return {key: np.array(values, np.float32) for key, values in zip(keys, zip(*rows, strict=True), strict=True)}
-
-
 @functools.cache
 def recorded(dataset_id):
     """Arrays of a dataset's file; for the walker study a list, one dictionary an episode."""
     rng, parts = np.random.default_rng(0), []
     if dataset_id in dmc_utils.OFFICIAL_IDS:
-        return [walker_episode(dmc_utils.WalkerEnv("walk"), seed, rng) for seed in range(2)]
+        random = SimpleNamespace(act=lambda observation, rng: rng.uniform(-1, 1, 6).astype(np.float32))
+        return [play_episode(dmc_utils.WalkerEnv("walk"), random, np.random.SeedSequence(seed)) for seed in range(2)]
     if dataset_id in official_ids(d4rl_utils.DATASETS):
         env, limit = d4rl_utils.make_env(dataset_id), find_dataset(dataset_id).max_episode_steps
         while sum(len(part["rewards"]) for part in parts) < 1500:
@@ -117,9 +107,6 @@ def made(folder, family, change=lambda parts: None):
 
 def faults(path):
     return check(path).faults
-
-
-# --- the faults ------------------------------------------------------------------------------------------------------
 
 
 def column(part, name):
@@ -276,9 +263,6 @@ def test_rows_of_another_mujoco_are_good(dataset_id, tmp_path, monkeypatch):
         assert len(found) == 1 and re.search(words, found[0]), found
 
 
-# --- names, manifests, the command -----------------------------------------------------------------------------------
-
-
 def test_a_local_dataset_needs_its_manifest(tmp_path):
     path = local.generate("local/pointmaze-medium-stitch-v0", 2, 0, tmp_path, progress=False)
     assert check(path).findings == [] and check(path.with_name(f"{path.stem}-val.npz")).findings == []
@@ -300,7 +284,6 @@ def test_a_local_dataset_needs_its_manifest(tmp_path):
 def test_what_is_no_dataset(given, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.npz").write_text("hello")
-    Path("empty").mkdir()
     with pytest.raises(UserError, match=words) as error:
         run_check(given, dataset_dir=tmp_path)
     assert "\n" not in str(error.value) and given in str(error.value)

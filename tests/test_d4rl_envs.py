@@ -17,8 +17,6 @@ from offline_data import normalized_score
 from runs.evaluation import Evaluator, episode_seeds
 from utils import ProcessDied, UserError
 
-# --- scores ----------------------------------------------------------------------------------------------------------
-
 
 def test_scores_are_d4rls():
     """Returns that D4RL's table of references gives 0 and 100, for every level and the local ones."""
@@ -34,9 +32,6 @@ def test_a_single_task_scores_success():
     returns = [-1000.0, -999.0, 0.0]
     assert normalized_score("antmaze-large-navigate-singletask-v0", returns).tolist() == [0, 100, 100]
     assert normalized_score("humanoidmaze-giant-stitch-singletask-task2-v0", -1000.0) == 100  # of 4000
-
-
-# --- environments ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("robot", ["hopper", "halfcheetah", "walker2d"])
@@ -123,9 +118,6 @@ def test_a_single_task_pays_a_step_after_the_goal_is_entered():
         env.close()
     assert rewards["pointmaze-medium-v0"][0] == (1, True)
     assert rewards["pointmaze-medium-singletask-task1-v0"] == [(-1, False), (0, True)]
-
-
-# --- evaluation ------------------------------------------------------------------------------------------------------
 
 
 class Counter(gymnasium.Env):

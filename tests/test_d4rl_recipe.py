@@ -14,7 +14,6 @@ from benchmark_data.d4rl import COLUMNS, SNAPSHOTS, D4RLFamily, recipe_parts, re
 from benchmark_data.generation import Plan, make
 from benchmark_data.recorded import read
 from d4rl_utils import DATASETS, GENERATED_IDS, load_arrays, make_env
-from dataset_files import whole_returns
 
 SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6), "walker2d": (17, 6)}
 MEDIUM, REPLAY = "local/hopper-medium-v2", "local/hopper-medium-replay-v2"
@@ -56,9 +55,6 @@ def generate(experts_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def replay_file(generate):
     return generate(REPLAY, 1500)
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_layout_is_d4rls(replay_file):
@@ -131,9 +127,6 @@ def test_medium_is_the_first_half_of_medium_expert(generate):
     medium, both = (load_arrays(generate(f"local/hopper-{level}-v2", 400)) for level in ("medium", "medium-expert"))
     for key in ("observations", "actions", "rewards"):
         np.testing.assert_array_equal(medium[key][:200], both[key][:200])
-
-
-# --- recipes ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_generated_id_has_a_recipe():
@@ -222,18 +215,3 @@ def test_recorded_actions_from_recorded_states_give_the_recorded_next_ones(robot
     np.testing.assert_allclose(rewards, data.rewards, rtol=0, atol=1e-6)
     inside = np.flatnonzero(~data.ends)
     np.testing.assert_array_equal(data.following[inside], data.observations[inside + 1])
-
-
-@pytest.mark.skipif(
-    not experts.policy_path(experts.DEFAULT_EXPERTS_DIR, "halfcheetah", 300_000).is_file(),
-    reason="needs the policies under datasets/experts",
-)
-def test_the_shipped_policies_are_at_their_levels(tmp_path):
-    plan = Plan("local/halfcheetah-medium-expert-v2", 6000, 0, experts.DEFAULT_EXPERTS_DIR, jobs=1, progress=False)
-    arrays = load_arrays(make(D4RLFamily(), plan, tmp_path))
-    medium, expert = np.split(whole_returns(arrays["rewards"], arrays["terminals"], episode_ends(arrays)), 2)
-    assert len(medium) == len(expert) == 3
-    assert 3500 < medium.mean() < 5500 and expert.mean() > 7000
-
-
-# --- what cannot be made ---------------------------------------------------------------------------------------------

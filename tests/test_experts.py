@@ -1,6 +1,5 @@
 """Policy files and their environments: what is written is read back and acts as the network does; cards are true."""
 
-import contextlib
 import hashlib
 import os
 import subprocess
@@ -47,9 +46,6 @@ def reference(policy, observation):
         x = activations[policy.activation](x @ weights[f"hidden.{index}.weight"] + weights[f"hidden.{index}.bias"])
     mean = x @ weights["mean.weight"] + weights["mean.bias"]
     return mean, x @ weights["log_std.weight"] + weights["log_std.bias"]
-
-
-# --- acting ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", sorted(experts.ACTIVATIONS))
@@ -100,9 +96,6 @@ def test_actions_do_not_depend_on_the_processor(name):
     assert len(actions) == 1
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def test_round_trip(tmp_path):
     """Of a transposed weight, too: safetensors writes memory as it lies, so that a view would come back transposed."""
     square = network()["hidden.1.weight"]
@@ -117,29 +110,21 @@ def test_round_trip(tmp_path):
     for name, array in policy.weights.items():
         np.testing.assert_array_equal(again.weights[name], array)
     write_policy(other, again)
-    assert other.read_bytes() == path.read_bytes() and {file.name for file in tmp_path.iterdir()} == {
-        path.name,
-        other.name,
-    }
+    assert other.read_bytes() == path.read_bytes() and set(tmp_path.iterdir()) == {path, other}
 
 
 def test_a_wrong_file_is_refused_in_one_line(tmp_path):
-    path = tmp_path / "hopper_1.safetensors"
-    for words, policy in {
-        "NaN": hopper_policy(weights=network() | {"mean.bias": np.zeros(3, np.float32)}),
-        "the policy inside is hopper_7": hopper_policy(),
-    }.items():
-        if words == "NaN":
-            policy.weights["mean.bias"][0] = np.nan
-        write_policy(path, policy)
-        with pytest.raises(UserError, match=f"{path}.*{words}"):
-            read_policy(path)
+    path, policy = tmp_path / "hopper_1.safetensors", hopper_policy()
+    write_policy(path, policy)
+    with pytest.raises(UserError, match=f"{path}.*the policy inside is hopper_7"):
+        read_policy(path)
+    policy.weights["mean.bias"][0] = np.nan
+    write_policy(path, policy)
+    with pytest.raises(UserError, match=f"{path}.*NaN"):
+        read_policy(path)
     os.truncate(path, 1000)
     with pytest.raises(UserError, match="not a policy file"):
         read_policy(path)
-
-
-# --- environments ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(ENVIRONMENTS))
@@ -171,9 +156,6 @@ def test_the_ants_directions_are_drawn_from_its_own_seed():
     np.testing.assert_allclose(np.linalg.norm(found[0], axis=1), 1)
 
 
-# --- evaluation ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "stochastic,returns",
     [(False, [191.496465325, 196.782992881, 200.200882166]), (True, [192.307295044, 193.911350420, 202.414501241])],
@@ -181,15 +163,12 @@ def test_the_ants_directions_are_drawn_from_its_own_seed():
 def test_episodes_of_a_card_stay_the_same(stochastic, returns):
     """The shipped cards were measured with these seeds; no episode depends on those beside it or before it."""
     policy = read_policy(experts.policy_path(experts.DEFAULT_EXPERTS_DIR, "hopper", 10_000))
-    with contextlib.closing(ENVIRONMENTS["hopper"]()) as env:
-        alone = evaluate_policy(policy, 1, stochastic=stochastic, env=env)["mean"]
-        found = evaluate_policy(policy, 3, stochastic=stochastic, env=env)
+    env = ENVIRONMENTS["hopper"]()
+    alone = evaluate_policy(policy, 1, stochastic=stochastic, env=env)["mean"]
+    found = evaluate_policy(policy, 3, stochastic=stochastic, env=env)
     assert [found[name] for name in ("min", "50%", "max")] == pytest.approx(returns, rel=1e-6)
     assert alone in (found["min"], found["50%"], found["max"])
     assert evaluate_policy(policy, 3, stochastic=stochastic) == found
-
-
-# --- what is shipped -------------------------------------------------------------------------------------------------
 
 
 def test_shipped_policies_are_small_and_there():
@@ -205,9 +184,5 @@ def test_shipped_policies_have_true_cards(path):
     assert path.stem == f"{policy.env}_{policy.step}" == f"{card['environment']}_{card['steps']}"
     assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert {"algorithm", "recipe", "seed", "measured_with"} <= set(card)
-    for kind in ("deterministic", "stochastic"):
-        returns = card["returns"][kind]
-        assert returns["episodes"] == experts.CARD_EPISODES
-        assert returns["min"] <= returns["25%"] <= returns["50%"] <= returns["75%"] <= returns["max"]
-        assert returns["min"] <= returns["mean"] <= returns["max"] and returns["mean_length"] <= 1000
+    assert [card["returns"][kind]["episodes"] for kind in ("deterministic", "stochastic")] == [100, 100]
     assert sum(array.size for array in load_file(path).values()) < 100_000

@@ -13,8 +13,6 @@ import offline_data
 from offline_data import OfflineData, data_scores, find_dataset, load_transitions, make_env, normalized_score
 from utils import UserError
 
-# --- D4RL ------------------------------------------------------------------------------------------------------------
-
 
 def test_facts_and_memory(tmp_path):
     data = load_transitions(HOPPER, put(tmp_path / "data", many_columns()))
@@ -80,9 +78,6 @@ def test_every_listed_id_is_found_and_stays_in_its_folder(tmp_path):
             find_dataset(name).ensure(tmp_path)
 
 
-# --- OGBench's single tasks ------------------------------------------------------------------------------------------
-
-
 def singletask_file(folder: Path, name: str, dims: tuple[int, int]) -> None:
     """40 episodes that wander from places all over the goals, with qpos, as train and val file."""
     rng = np.random.default_rng(0)
@@ -125,9 +120,6 @@ def test_single_tasks_are_relabelled_as_ogbench_does(tmp_path, name, task, dims)
     assert 0 < scores.mean() < 100
     np.testing.assert_array_equal(data_scores(data), scores)  # of recordings far shorter than an evaluation
     np.testing.assert_array_equal(normalized_score(dataset_id, np.where(scores, data.returns, -1000)), scores)
-
-
-# --- Minari ----------------------------------------------------------------------------------------------------------
 
 
 def test_minari_missing_says_what_to_install(monkeypatch):

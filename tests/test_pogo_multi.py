@@ -11,7 +11,6 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 from algorithms.offline.pogo_multi import POLICIES, ChainConfig, MultiActor, distance_to_data
 from algorithms.offline.pogo_policies import Gaussian, Point, TanhGaussian
-from transport import sinkhorn
 
 DENSITIES = {"gaussian", "tanh_gaussian"}
 
@@ -25,10 +24,6 @@ def make_chain(name: str, weights=(1.0, 1.0, 1.0), policies=None, seed: int = 0,
     return MultiActor(algorithm, config, settings, SIZES, torch.Generator().manual_seed(seed), policies=makers)
 
 
-def bits(state) -> list[torch.Tensor]:
-    return [tensor.clone() for tensor in tensors(state)]
-
-
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_one_actor_of_weight_zero_is_the_algorithm_alone(name):
     alone, chain = make(name, actor_lr=3e-3), make_chain(name, weights=(0.0,))
@@ -36,7 +31,7 @@ def test_one_actor_of_weight_zero_is_the_algorithm_alone(name):
         batch = make_batch(seed)
         alone.update(batch)
         chain.update(batch)
-    pairs = list(zip(bits(alone.state_dict()), bits(chain.state_dict()), strict=True))
+    pairs = list(zip(tensors(alone.state_dict()), tensors(chain.state_dict()), strict=True))
     assert len(pairs) == count_state(alone) and all(torch.equal(*pair) for pair in pairs)
 
 
@@ -85,66 +80,30 @@ def test_q_gives_a_gradient_to_every_actor(name, policy):
         assert critic(observations, new).mean() > critic(observations, old).mean() + 1e-3, number
 
 
-@pytest.mark.parametrize("name", ["td3_bc", "iql", "awac", "sac_n", "cql"])
-def test_losses_do_not_mix_rows(name):
-    """An [n, 1] against an [n] would let each row's weight meet every other row's action."""
-    agent, batch = make(name), make_batch() | {"advantage": torch.linspace(-0.5, 0.5, N)}
-    distribution, draw = agent.draw(agent.actor, batch["observations"])
-    whole = agent.actor_loss(distribution, draw, batch)[0]
-    each = []
-    for row in range(N):
-        one = {key: value[row : row + 1] for key, value in batch.items()}
-        own = agent.actor(one["observations"])
-        density = None if draw.log_prob is None else (lambda row=row: draw.log_prob[row : row + 1])
-        taken = type(draw)(draw.actions[row : row + 1], density)
-        each.append(agent.actor_loss(own, taken, one)[0])
-    if name == "td3_bc":  # whose lambda is of the batch: its two parts apart
-        q = agent.critic.frozen_q1(batch["observations"], draw.actions)
-        cloning = (draw.actions - batch["actions"]).square().mean()
-        assert torch.allclose(whole, -2.5 * q.mean() / q.abs().mean() + cloning, atol=1e-5)
-    else:
-        assert torch.allclose(whole, torch.stack(each).mean(), atol=1e-4)
-
-
-# -- distances --------------------------------------------------------------------------------------------------------
-
-
 def test_distances_are_half_of_w2_squared_for_all_policies():
     """Two policies a step of 0.3 apart in each action number are 0.3^2 A / 2 apart, whatever they are."""
     chain = make_chain("iql", sinkhorn_K=6)
     noise, expected = torch.randn(N, 6, A), 0.3**2 * A / 2
     mean = torch.zeros(N, A)
     points = [Point(mean), Point(mean + 0.3)]
-    gaussians = [Gaussian(mean, torch.tensor(0.05), 1.0), Gaussian(mean + 0.3, torch.tensor(0.05), 1.0)]
-    for first, second in (points, gaussians, [points[0], gaussians[1]]):
+    gaussians = [Gaussian(mean, torch.tensor(0.05), 1.0), Gaussian(mean + 0.3, torch.tensor(0.06), 1.0)]
+    cases = (points, 0, 1e-6), (gaussians, 0.01**2 * A / 2, 1e-6), ([points[0], gaussians[1]], 0, 0.01)
+    for (first, second), more, tolerance in cases:  # the last one's is the spread of the samples
         found = chain.distance(first, second, noise, first.draw(noise).actions)
-        tolerance = 0.01 if first in points and second in gaussians else 1e-6  # the spread of the samples
-        assert found.item() == pytest.approx(expected, abs=tolerance)
+        assert found.item() == pytest.approx(expected + more, abs=tolerance)
     for policy in (points[0], gaussians[0]):
         found = distance_to_data(policy, policy.draw(noise[:, 0]), mean + 0.3)
         spread = 0.05**2 * A / 2 if policy is gaussians[0] else 0
         assert found.item() == pytest.approx(expected + spread, rel=1e-5)
 
 
-def test_the_closed_form_is_what_many_samples_come_to():
-    torch.manual_seed(0)
-    mean, other = torch.randn(4, A) * 0.1, torch.randn(4, A) * 0.1
-    first, second = Gaussian(mean, torch.tensor(0.1), 5.0), Gaussian(other, torch.tensor(0.3), 5.0)
-    noise = torch.randn(4, 400, A)  # the optimal coupling of two such Gaussians moves each draw with its own noise
-    draws = (first.draw(noise).actions, second.draw(noise).actions)
-    exact = make_chain("iql").distance(first, second, noise, draws[0])
-    assert exact.item() == pytest.approx(((draws[0] - draws[1]).square().sum(-1).mean() / 2).item(), rel=0.05)
-    assert sinkhorn(*draws, 0.01).mean().item() == pytest.approx(exact.item(), rel=0.1)
-
-
 @pytest.mark.parametrize("policies", [["gaussian", "stochastic", "deterministic"], ["tanh_gaussian"] * 3])
 def test_policies_may_differ_along_the_chain(policies):
     chain = make_chain("iql", policies=policies)
-    for seed in range(3):
+    for seed in range(2):  # before its first own step a copy is where the one before it is
         info = chain.update(make_batch(seed))
     assert [type(actor).__name__ for actor in chain.actors] == [POLICIES[name].__name__ for name in policies]
-    for number in range(3):
-        assert info[f"actor_{number}/distance"] > 0 and info[f"actor_{number}/loss"].isfinite()
+    assert all(info[f"actor_{n}/distance"] > 0 and info[f"actor_{n}/loss"].isfinite() for n in range(3))
 
 
 def test_a_heavy_weight_holds_an_actor_at_the_one_before():
@@ -189,9 +148,6 @@ def test_the_actors_rate_falls_where_it_is_asked_for_or_the_algorithm_lets_it(na
     chain.anneal(1.0)
     rates = [float(optimizer.lr) for optimizer in chain.actor_optimizers]
     assert max(rates) < 1e-9 if decays or name == "iql" else rates == [pytest.approx(3e-3)] * 3
-
-
-# -- policies ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(N, A), (N, 4, A)])

@@ -164,16 +164,10 @@ def test_settings_come_from_a_file_in_the_texts_own_spelling(flag, dataset_dir, 
     assert names == {"actor", "actor_1", "actor_2", "value", "critic", "critic_target"}
 
 
-def test_an_actor_is_stochastic_unless_its_algorithm_needs_a_density(finished):
-    for algorithm in ALGORITHMS:
-        actors = load_checkpoint(finished / algorithm / "checkpoints/last.pth")["agent"]["networks"]["actor_1"]
-        stochastic = any(name.startswith("transport.") for name in actors)
-        assert stochastic == (algorithm in ("iql", "td3_bc", "awac"))
-
-
 def test_a_run_may_begin_with_anothers_networks(finished, arguments, tmp_path, capsys):
     path = finished / "td3_bc" / "checkpoints/last.pth"
-    run = MultiRun(parse(arguments("td3_bc", tmp_path / "run", "--load_model", path)))
+    run = MultiRun(parse(arguments("td3_bc", tmp_path / "run", "--load_model", path, "--qf_lr", "1e-5")))
+    assert float(run.agent.algorithm.optimizers["critic"].lr) == pytest.approx(1e-5)  # it keeps its own settings
     expected = load_checkpoint(path)["agent"]["networks"]["critic"]
     found = run.agent.state_dict()["networks"]["critic"]
     assert run.step == run.agent.step == 0 and all(torch.equal(found[name], expected[name]) for name in expected)
@@ -230,22 +224,12 @@ def test_the_shipped_files_are_those_that_the_table_writes(tmp_path):
         assert {field.name for field in dataclasses.fields(own)} <= set(yaml.safe_load(text))
         expected = f"{path.parent.name}-{path.name.partition('_v2_')[0].replace('_', '-')}-v2"
         assert config.env == expected and path.stem.endswith(f"_{config.algorithm}")
+    for algorithm, q in (("awac", 245), ("td3_bc", 2.5), ("iql", 245 * 1000 / 2569)):  # the last normalises rewards
+        weights = pytest.approx([0, 1.6 / 3 * q, 1.6 / 3 * q], rel=0.05)
+        assert make_configs.weights(algorithm, "hopper", "medium") == weights
 
 
-@pytest.mark.parametrize(
-    "algorithm, robot, data, expected",
-    [
-        ("awac", "walker2d", "medium", 1.6 / 6 * 268),
-        ("iql", "hopper", "medium", 1.6 / 3 * 245 * 1000 / 2569),  # normalize_reward
-        ("td3_bc", "hopper", "medium", 1.6 / 3 * 2.5),
-    ],
-)
-def test_the_files_weights_are_by_the_rule(algorithm, robot, data, expected):
-    first, *others = make_configs.weights(algorithm, robot, data)
-    assert first == 0 and others == [pytest.approx(expected, rel=0.05)] * 2
-
-
-# CORL's own, and what they build.
+# CORL's own, and what they build: stochastic actors, unless the algorithm needs a density.
 SHIPPED = {
     "hopper/medium_v2_iql": ({"iql_deterministic": True, "normalize_reward": True, "tau": 0.001}, "DeterministicMLP"),
     "hopper/medium_expert_v2_iql": ({"iql_tau": 0.5, "beta": 6.0, "tau": 0.005}, "StochasticMLP"),
@@ -276,13 +260,6 @@ def test_an_algorithms_own_policy_can_be_asked_for(algorithm, layers, arguments,
     for actor in agent.actors:
         assert type(actor).__name__ == "GaussianMLP"
         assert len(actor.net.layers()) == layers
-
-
-def test_loading_another_run_keeps_these_learning_rates(finished, arguments, tmp_path):
-    path = finished / "iql" / "checkpoints/last.pth"
-    run = MultiRun(parse(arguments("iql", tmp_path / "run", "--load_model", path, "--qf_lr", "1e-5")))
-    assert float(run.agent.algorithm.optimizers["critic"].lr) == pytest.approx(1e-5)
-    run.close()
 
 
 def test_an_algorithm_must_be_named(arguments, tmp_path, capsys):

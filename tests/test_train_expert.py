@@ -50,9 +50,6 @@ def finished(tmp_path_factory):
     return train(tmp_path_factory.mktemp("experts") / "run")
 
 
-# --- what a run writes -----------------------------------------------------------------------------------------------
-
-
 @needs_sb3
 def test_a_run_writes_policies_cards_and_curves(finished, capsys):
     assert {path.name for path in (finished / "policies").iterdir()} == {
@@ -76,9 +73,6 @@ def test_a_run_writes_policies_cards_and_curves(finished, capsys):
     assert (finished / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(RunFinished):
         train(finished)
-
-
-# --- continuing ------------------------------------------------------------------------------------------------------
 
 
 @needs_sb3
@@ -127,9 +121,6 @@ def test_a_checkpoint_holds_the_whole_model(finished):
     np.testing.assert_array_equal(policy.weights["mean.weight"], expected.weights["mean.weight"])
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
-
-
 @needs_sb3
 @pytest.mark.parametrize("env", ["hopper", "ant-xy"])
 def test_a_policy_acts_as_the_model_does(env):
@@ -145,9 +136,6 @@ def test_a_policy_acts_as_the_model_does(env):
     before = np.arctanh(expected.astype(np.float64)) + log_std.detach().double().exp().numpy() * noise
     np.testing.assert_allclose(policy.act(observations, np.random.default_rng(1)), np.tanh(before), atol=1e-4)
     environment.close()
-
-
-# --- bad input -------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):

@@ -100,9 +100,6 @@ def test_a_diverging_value_stops_the_run(arguments, tmp_path, monkeypatch):
     assert not (tmp_path / "run/finished.json").exists()
 
 
-# -- data ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def data(data_dir):
     return load_study_data(parse_datasets("local/walk_m,local/run_m"), data_dir)
@@ -121,17 +118,12 @@ def test_the_faulty_pairing_puts_an_action_beside_what_it_led_to(data):
 
 
 def test_relabelled_rewards_are_the_simulators(data):
-    walk, run = WalkerEnv("walk"), WalkerEnv("run")
-    states = data.physics[0, 1:200]
-    assert np.abs(rewards_in_task(walk, states) - data.rewards[0, :199]).max() < 1e-4
+    run, states = WalkerEnv("run"), data.physics[0, 1:200]
+    assert np.abs(rewards_in_task(WalkerEnv("walk"), states) - data.rewards[0, :199]).max() < 1e-4
     paid_by_run = rewards_in_task(run, states)
     for row in (20, 80, 150):  # the same transition, played in the other task
         run.set_physics(data.physics[0, row])
         assert abs(run.step(data.actions[0, row])[1] - paid_by_run[row]) < 1e-3
-    assert paid_by_run.mean() < data.rewards[0, :199].mean()
-
-
-# -- every method ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -205,24 +197,17 @@ def test_agents_act_from_their_files_alone(finished):
 
 
 def test_the_task_bit_tells_the_tasks_apart(finished, arguments, tmp_path):
-    agent = Agent()
-    agent.load(finished / "bc" / "checkpoints" / "last.pth")
-    state = np.ones(24)
-    walking = agent.act(state)
-    agent.set_task(1)
-    assert agent.task == "run" and np.abs(agent.act(state) - walking).max() > 0
     train_il.main(arguments("bc", tmp_path / "run", ADD_TASK_BIT="False", TEST_AFTER_TRAINING="False"))
-    agent.load(tmp_path / "run" / "checkpoints" / "last.pth")
-    assert agent.policy.network.net[0].weight.shape[1] == 24
-    agent.set_task("walk")
-    walking = agent.act(state)
-    agent.set_task("run")
-    assert np.array_equal(agent.act(state), walking)
+    for run_dir, inputs in ((finished / "bc", 25), (tmp_path / "run", 24)):
+        agent, actions = Agent(), []
+        agent.load(run_dir)
+        assert agent.policy.network.net[0].weight.shape[1] == inputs
+        for task in ("walk", 1):
+            agent.set_task(task)
+            actions.append(agent.act(np.ones(24)))
+        assert agent.task == "run" and np.array_equal(*actions) == (inputs == 24)
     with pytest.raises(ValueError, match="walk, run, 0, 1"):
         agent.set_task("stand")
-
-
-# -- batches -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -303,20 +288,17 @@ def test_shared_transitions_are_the_most_valuable_and_paid_by_the_main_task(open
     expected = rewards_in_task(WalkerEnv("run"), data.physics[0, 1:])
     assert np.allclose(run.others.rewards[:1000].numpy(), 0.5 * expected)
     assert run.describe().count("run") and f"walk {data.rewards[:2].sum(1).mean():.1f}" in run.describe()  # their own
-    drawn = {}
-    sample = run.others.sample
-    run.others.sample = lambda *arguments: drawn.setdefault("rows", sample(*arguments))
+    drawn, sample = [], run.others.sample
+    run.others.sample = lambda *arguments: drawn.append(sample(*arguments)) or drawn[-1]
     batch = run.make_batch()
     with torch.no_grad():
-        values = run.learner.critic(drawn["rows"]["observations"], drawn["rows"]["actions"]).amin(0)
+        values = run.learner.critic(drawn[0]["observations"], drawn[0]["actions"]).amin(0)
         shared = run.learner.critic(batch["observations"][20:], batch["actions"][20:]).amin(0)
     assert len(values) == 100 and len(shared) == 20
-    run.config.shared_part = 0.0
-    assert len(run.make_batch()["rewards"]) == 40
-    run.config.shared_part = 1.0
-    del run.others.sample
-    assert len(run.make_batch()["rewards"]) == 40
     assert torch.allclose(shared.sort().values, values.sort().values[-20:], atol=1e-6)
+    for share in (0.0, 1.0):
+        run.config.shared_part = share
+        assert len(run.make_batch()["rewards"]) == 40
 
 
 def test_each_twentieth_episode_is_held_out_from_the_model(open_run, monkeypatch):
@@ -325,9 +307,6 @@ def test_each_twentieth_episode_is_held_out_from_the_model(open_run, monkeypatch
     assert len(run.seen) == 3000 and torch.equal(run.held_out["observations"], run.buffer.observations[3000:])
     figures = run.evaluate()
     assert figures["held_out/change_error"] > 0 and figures["held_out/reward_error"] > 0
-
-
-# -- evaluation and settings -----------------------------------------------------------------------------------------
 
 
 def test_how_often_a_run_evaluates_changes_no_training_number(finished, arguments, tmp_path):
