@@ -154,13 +154,6 @@ class RandomStreams:
     """The separate random streams of one run, spawned from one numpy SeedSequence.
 
     Because the streams are separate, evaluating more often or drawing other action noise changes no minibatch.
-
-    Attributes:
-        init_seed: for building networks, see `initialising`.
-        sampling: torch.Generator on the device, for minibatches and relabelling.
-        policy: torch.Generator on the device, for action noise.
-        evaluation_seed: int below 2**31, the same all through a run, so that every evaluation sees the same episodes.
-        dropout_seed: for torch's global generators, the only ones that dropout can draw from.
     """
 
     def __init__(self, seed: int, device: str | torch.device = "cpu"):
@@ -168,11 +161,11 @@ class RandomStreams:
             raise UserError(f"--seed {seed}: must be 0 or larger")
         self.device = torch.device(device)
         init, sampling, policy, evaluation, dropout = np.random.SeedSequence(seed).spawn(5)
-        self.init_seed = _seed_from(init)
-        self.sampling = torch.Generator(self.device).manual_seed(_seed_from(sampling))
-        self.policy = torch.Generator(self.device).manual_seed(_seed_from(policy))
-        self.evaluation_seed = _seed_from(evaluation) % 2**31
-        self.dropout_seed = _seed_from(dropout)
+        self.init_seed = _seed_from(init)  # for building networks, see `initialising`
+        self.sampling = torch.Generator(self.device).manual_seed(_seed_from(sampling))  # minibatches and relabelling
+        self.policy = torch.Generator(self.device).manual_seed(_seed_from(policy))  # action noise
+        self.evaluation_seed = _seed_from(evaluation) % 2**31  # the same all through a run: every evaluation's episodes
+        self.dropout_seed = _seed_from(dropout)  # for torch's global generators, the only ones that dropout draws from
 
     @contextlib.contextmanager
     def initialising(self) -> Iterator[None]:

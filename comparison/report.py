@@ -76,9 +76,12 @@ class Chain:
         return self.scores(actor) - (self.scores(actor - 1) if actor else data)
 
     def at_end(self, actor: int, name: str) -> float:
-        """A diagnostic over the last tenth of training, mean over seeds; nan where one of them has none."""
-        values = [last_tenth(metrics.get(f"chain/actor_{actor}/{name}", [])) for metrics in self.metrics]
-        return float(np.mean(values))
+        """Mean of a diagnostic over the last tenth of each run's rows, then over seeds; nan where one has none."""
+        means = []
+        for values in [metrics.get(f"chain/actor_{actor}/{name}", []) for metrics in self.metrics]:
+            tail = [value for value in values[-max(len(values) // 10, 1) :] if math.isfinite(value)]
+            means.append(np.mean(tail) if tail else math.nan)
+        return float(np.mean(means))
 
 
 def collect(runs: list[Run], scores: Scores) -> list[Chain]:
@@ -195,12 +198,6 @@ def unfinished_grid(runs: list[Run], scores: Scores, states: dict[Run, str]) -> 
 # Diagnostics in the order of the columns, and how each is written.
 AT_END = {"energy_before": ".3f", "energy": ".3f", "energy_fell": ".0%", "distance": ".2g", "floor": ".2g"}
 AT_END |= {"q": ".4g", "spread": ".2g", "blur_to_spread": ".2g"}
-
-
-def last_tenth(values: list[float]) -> float:
-    """Mean over the last tenth of a run's rows, nan where none of them has a value."""
-    tail = [value for value in values[-max(len(values) // 10, 1) :] if math.isfinite(value)]
-    return float(np.mean(tail)) if tail else math.nan
 
 
 def verdict(actor: int, distance: float, floor: float, gains: np.ndarray) -> str:
@@ -323,13 +320,7 @@ def write_report(
 ) -> str:
     """Write results.csv, results.md and report.html; returns a summary for the terminal.
 
-    Args:
-        table: the comparison's runs.
-        rows: of those that are finished.
-        states: why the others are not.
-        output: folder of the files.
-        charts: keeps what was drawn for the next call.
-
+    rows: of the runs that are finished. states: why the others are not. charts: keeps what was drawn for the next call.
     Raises UserError where runs of one dataset saw different data, OSError that names a file that cannot be written.
     """
     scores = Scores([rows])

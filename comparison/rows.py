@@ -52,15 +52,13 @@ def read_csv(path: Path) -> list[Row]:
     return [dict.fromkeys(COLUMNS, "") | row for row in rows]
 
 
-def append_csv(path: Path, rows: list[Row]) -> bool:
-    """Add a run's rows to a CSV, whole or not at all, whoever else does; False where it has that run's already."""
+def append_csv(path: Path, rows: list[Row]) -> None:
+    """Add a run's rows to a CSV that has none of it yet, whole or not at all, whoever else does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_folder(path.parent):
         present = read_csv(path)
-        if any(_identity(row) == _identity(rows[0]) for row in present):
-            return False
-        write_csv(path, COLUMNS, present + rows)
-        return True
+        if _identity(rows[0]) not in map(_identity, present):
+            write_csv(path, COLUMNS, present + rows)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: list[Row]) -> None:
@@ -131,11 +129,8 @@ def rows_of(run: Run, log_dir: str | Path, dataset_dir: str | None) -> list[Row]
         "command": run.text,
         "settings": settings_digest(run),
     }
-    return [{name: _text((shared | row).get(name, "")) for name in COLUMNS} for row in scores]
-
-
-def _text(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    cells = [{name: (shared | row).get(name, "") for name in COLUMNS} for row in scores]
+    return [{name: f"{v:.6g}" if isinstance(v, float) else str(v) for name, v in row.items()} for row in cells]
 
 
 def check_settings(run: Run, log_dir: str | Path, dataset_dir: str | None) -> None:

@@ -85,8 +85,6 @@ def parse_config(
         config_class: fields of type int, float, bool, str, Literal, tuple[T, ...], or one of these or None, with a
             `Range` and the marks of utils.py where they have them.
         argv: the arguments without the program's name; None takes them from sys.argv.
-        description: first paragraph of `--help`.
-        config_flag: the flag that names the YAML file (flat `field: value` lines).
         default_run_dir: where a run with given settings lies if `--run_dir` does not say so; None for no one place.
         aliases: other spellings of fields, on the command line and in the file.
         readers: what turns a field's value as the file has it into its type; raises ValueError.
@@ -129,13 +127,7 @@ def check_values(
     aliases: dict[str, str] | None = None,
     readers: dict[str, Callable[[Any], Any]] | None = None,
 ) -> dict[str, Any]:
-    """Values of a YAML file by field, each of its field's type; UserError names `where` and the key.
-
-    Args:
-        where: the file, or a section of it.
-        hints: fields and their types.
-        aliases, readers: as of `parse_config`.
-    """
+    """Values of a YAML file, or a section of it, each of the type that `hints` has; UserError names `where` and key."""
     aliases, readers, checked = aliases or {}, readers or {}, {}
     if not isinstance(values, dict):
         raise UserError(where, f"must hold `key: value` lines, not {values!r}")
@@ -190,7 +182,10 @@ def _read_flags(
         raise UserError("; ".join(unknown))
     for name, given in groups.items():
         if hints[name] is bool:
-            values[name] = _truth(name, given or ["true"]) != negated[name]
+            text = " ".join(given or ["true"]).lower()
+            if text not in ("true", "false"):
+                raise UserError(f"--{name} takes true, false or no value, not {text!r}")
+            values[name] = (text == "true") != negated[name]
             continue
         if not given:
             raise UserError(f"--{name} needs a value")
@@ -199,13 +194,6 @@ def _read_flags(
         except ValueError:
             raise UserError(f"--{name} {' '.join(given)}: must be {_expected(hints[name])}") from None
     return values, values.pop(config_flag.removeprefix("--"), None)
-
-
-def _truth(name: str, words: list[str]) -> bool:
-    text = " ".join(words).lower()
-    if text not in ("true", "false"):
-        raise UserError(f"--{name} takes true, false or no value, not {text!r}")
-    return text == "true"
 
 
 def _is_flag(word: str) -> bool:

@@ -33,7 +33,6 @@ from utils import (
 )
 
 LAST = "checkpoints/last.pth"  # of a run, in its directory
-ALWAYS_MAY_CHANGE = {"run_dir"}
 LENGTHS = {"max_timesteps", "num_epochs", "max_episodes"}
 HOW_IT_STARTED = {"resume", "overwrite"}  # settings that say how a run was started, not what it is
 
@@ -150,7 +149,7 @@ def check_run(run_dir: str | Path, config: Any, may_change: Iterable[str] = (), 
         return
     replacing = ", or replace it with --overwrite" if hasattr(config, "overwrite") else ""
     if finished or resume and (started or (run_dir / LAST).exists()):  # or the link to another --checkpoint_dir
-        _check_same_config(run_dir, _stored_config(config), ALWAYS_MAY_CHANGE | set(may_change))
+        _check_same_config(run_dir, _stored_config(config), {"run_dir", *may_change})
     if finished:
         remedy = f"choose another --run_dir to train again{replacing}"
         raise RunFinished(f"{run_dir}: this run is finished, its results are in finished.json; {remedy}")

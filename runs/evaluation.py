@@ -11,6 +11,7 @@ wake each other through pipes.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import math
 import multiprocessing
@@ -114,15 +115,13 @@ def _work(connection: Any, make_env: Callable, memory: Any, layout: np.dtype, mi
         subset.close()
 
 
-class Evaluator:
+class Evaluator(contextlib.AbstractContextManager):
     """Environments for evaluation, made once and used for every one. Close it, or use it in a `with` statement.
 
-    Args:
-        make_env: makes one environment with its time limit; picklable (a module's function or a functools.partial of
-            one) where there are workers. Its `reset(seed=...)` must fix the episode.
-        num_envs: environments stepped at once. Policies times episodes beyond it are evaluated in several rounds.
-        num_workers: processes beside this one, which steps a subset too: cores - 1 is a good number. They start at once
-            and import what make_env needs while this process goes on.
+    make_env: makes one environment with its time limit; picklable (a module's function or a functools.partial of one)
+    where there are workers. Its `reset(seed=...)` must fix the episode. num_envs: environments stepped at once;
+    policies times episodes beyond it are evaluated in several rounds. num_workers: processes beside this one, which
+    steps a subset too. They start at once and import what make_env needs while this process goes on.
     """
 
     def __init__(self, make_env: Callable[[], gymnasium.Env], num_envs: int, num_workers: int = 0):
@@ -137,9 +136,6 @@ class Evaluator:
         self._own = _Subset(make_env, self._shared, self._subset_of(0))
         self._own.envs[0] = first
         self._start_workers()
-
-    def __enter__(self) -> Evaluator:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -276,9 +272,8 @@ LEAST_EPISODES = 10  # with fewer an error of the mean says little
 def report_steps(metrics: dict[str, float], scores: np.ndarray) -> dict[str, float]:
     """Print and return what each step of the chain did: how far it moved, what Q promised for it, what it scored.
 
-    Args:
-        metrics: `chain/actor_i/moved`, `q_gain` and `spread` of each actor behind the first.
-        scores: [P, episodes], each actor deterministic and stochastic, all on the same episodes.
+    metrics: `chain/actor_i/moved`, `q_gain` and `spread` of each actor behind the first. scores: [P, episodes], each
+    actor deterministic and stochastic, all on the same episodes.
     """
     found = {}
     for number in range(1, len(scores) // 2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import uuid
 from collections.abc import Callable, Iterable
@@ -178,7 +179,8 @@ class EpisodeLog:
     The whole file is replaced at each evaluation; a resumed run drops what came after `resume_step`.
     """
 
-    COLUMNS = ("evaluation", "step", "actor", "mode", "episode", "length", "return", "score")
+    COLUMNS = {"evaluation": str, "step": int, "actor": int, "mode": str, "episode": int, "length": int}
+    COLUMNS |= {"return": float, "score": float}
 
     def __init__(self, path: str | Path, resume_step: int | None = None):
         self.path = Path(path)
@@ -200,15 +202,12 @@ class EpisodeLog:
 
 def read_episodes(path: str | Path) -> list[dict[str, Any]]:
     """Rows of an evaluations.csv, numbers as numbers. Raises UserError where it is missing or no such file."""
-    path, types = Path(path), (str, int, int, str, int, int, float, float)
     try:
-        header, *lines = path.read_text().splitlines()
-        if tuple(header.split(",")) != EpisodeLog.COLUMNS:
-            raise ValueError("other columns")
-        return [
-            {name: kind(cell) for name, kind, cell in zip(EpisodeLog.COLUMNS, types, line.split(","), strict=True)}
-            for line in lines
-        ]
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file, restval="")
+            if rows.fieldnames != [*EpisodeLog.COLUMNS]:
+                raise ValueError("other columns")
+            return [{name: kind(row[name]) for name, kind in EpisodeLog.COLUMNS.items()} for row in rows]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no evaluations can be read ({one_line(error)}); give a run's directory") from None
 

@@ -5,7 +5,7 @@ import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,10 +38,7 @@ class DeviceRunConfig(RunConfig, KernelConfig):
     device: Basic[MayChange[str]] = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:<index>
 
 
-OwnRun = TypeVar("OwnRun", bound="Run")
-
-
-class Run(abc.ABC):
+class Run(contextlib.AbstractContextManager):
     """One run in a directory that no other process trains in. Close it at the end.
 
     A command says how: `check`, `default_run_dir`, `load_data`, `build`, `load_state`, `step`. They are called in the
@@ -72,9 +69,6 @@ class Run(abc.ABC):
                 raise
             self.open()
             opening.pop_all()
-
-    def __enter__(self: OwnRun) -> OwnRun:
-        return self
 
     def __exit__(self, *error: Any) -> None:
         self.resources.__exit__(*error)

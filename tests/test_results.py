@@ -381,7 +381,7 @@ def test_other_settings_other_data_and_other_precision_do_not_mix(place):
     table, found = filled(place)
     other = [row | {"command": row["command"].replace("--episodes 2", "--episodes 9"), "score": "999"} for row in found]
     assert "999" not in tables.render(table, rows.Scores([found + other]))
-    for name in ("data_sha256", "precision"):
+    for name in ("data_sha256", "rows", "data_score", "precision"):
         mixed = [row | {name: "x" if row["seed"] == "0" else "y"} for row in found]
         with pytest.raises(UserError, match=f"differ in {name}"):
             tables.render(table, rows.Scores([mixed]))

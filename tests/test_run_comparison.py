@@ -284,7 +284,6 @@ BAD = [
     ("environments: {hopper: {medum: {w2_weights: [1]}}}", "environments.hopper.medum", "hopper-medium-v2"),
     ("environments: {hopper: {medium: {w2_weights: [-1]}}}", "environments.hopper.medium", "--w2_weights -1"),
     ("environments: {hopper: {medium: {w2_weights_base: [1, 2]}}}", "medium", "both w2_weights_base and"),
-    ("common: {batch_size: false}", "common: batch_size must be an integer, not False", ""),
     ("common: {lr: 1e-3, learning_rate: 2e-3}", "common: learning_rate stands twice", "under another name"),
     ("common: {seeds: []}", "environments.hopper.medium: an empty list of seeds", "leave"),
     ("common: {save_model: false}", "hopper.medium: save_model", "cannot be continued"),
@@ -304,7 +303,6 @@ def test_a_bad_file_is_named_with_its_key(text, where, words, tmp_path, capsys):
 def test_bad_flags_are_named(place, capsys, monkeypatch):
     assert "no.yaml" in exits(capsys, "--config", "no.yaml")
     assert "--only 'cheetah'" in exits(capsys, *place.flags("--only", "cheetah"))
-    assert "--jobs 0" in exits(capsys, *place.flags("--jobs", "0"))
     assert "add --backend ray" in exits(capsys, *place.flags("--address", "auto"))
     assert "needs --address" in exits(capsys, *place.flags("--backend", "ray"))
     assert "--seeds 0 0: holds a seed twice" in exits(capsys, *place.flags("--seeds", "0", "0"))
@@ -312,7 +310,6 @@ def test_bad_flags_are_named(place, capsys, monkeypatch):
     taken.write_text("")
     assert str(taken) in exits(capsys, *place.flags("--output", str(taken)))
     assert "/proc" in exits(capsys, *place.flags("--output", "/proc"))  # there, and nothing can be written to it
-    assert "--gpus_per_run -1" in exits(capsys, *place.flags("--gpus_per_run", "-1"))
     monkeypatch.setitem(sys.modules, "ray", None)
     line = exits(capsys, *place.flags("--backend", "ray", "--address", "auto"))
     assert "requirements/cluster.txt" in line

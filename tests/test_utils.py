@@ -395,16 +395,6 @@ def test_every_panel_has_a_y_label_and_no_legend_covers_a_curve(tmp_path, monkey
 # --- run directories -------------------------------------------------------------------------------------------------
 
 
-def test_new_run_writes_config_and_versions(tmp_path):
-    config = SmallConfig(lr=1e-5, w2_weights=(1.0,))
-    assert prepare_run(tmp_path / "run", config) is None
-    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert stored["lr"] == 1e-5 and stored["w2_weights"] == [1.0]
-    assert parse_config(SmallConfig, ["--config", str(tmp_path / "run" / "config.yaml")]) == config
-    versions = yaml.safe_load((tmp_path / "run" / "versions.json").read_text())
-    assert versions["torch"] == torch.__version__ and {"python", "platform", "mujoco", "commit"} <= set(versions)
-
-
 def test_resume_needs_the_flag_and_the_same_settings(tmp_path, capsys):
     config = SmallConfig()
     goes_on = replace(config, resume=True)
