@@ -48,10 +48,8 @@ class POGORun(ChainRun):
 
     def make_agent(self, observation_dim: int, action_dim: int, max_action: float) -> POGOAgent:
         sizes, data = (observation_dim, action_dim, max_action), self.data
-        if self.beside is None:
-            self.values = data_values(data.rewards, data.terminated, data.truncated, self.config.discount)
-        else:
-            self.values = self.beside.values
+        rows = (data.rewards, data.terminated, data.truncated)
+        self.values = self.beside.values if self.beside else data_values(*rows, self.config.discount)
         self.mean_value, self.best_value = self.values
         return POGOAgent(self.config, *sizes, self.streams.policy, self.device, self.mean_value)
 
@@ -82,14 +80,11 @@ class POGORun(ChainRun):
 
 def trained_actors(state: dict[str, Any], device: torch.device) -> list[TransportActor]:
     """The actors of a checkpoint of this command, in the order of the chain."""
-    weights, actors, config = state["agent"]["actors"], [], state["config"]
+    config = state["config"]
     sizes = (len(state["observation_mean"]), state["action_dim"], state["max_action"], config["hidden_dim"])
-    for number in range(len(config["w2_weights"])):
-        prefix, actor = f"{number}.", TransportActor(*sizes)
-        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        actor.load_state_dict(own)
-        actors.append(actor.to(device).requires_grad_(False))
-    return actors
+    actors = torch.nn.ModuleList(TransportActor(*sizes) for _ in config["w2_weights"])
+    actors.load_state_dict(state["agent"]["actors"])
+    return list(actors.to(device).requires_grad_(False))
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

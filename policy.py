@@ -90,10 +90,7 @@ class Policy:
         return self._maze().encode(observation)
 
     def value(self, observation: np.ndarray, goal: np.ndarray) -> np.ndarray:
-        """OPSO's V(f(s), f(goal)), about discount^(steps to the goal - 1): [..., D] twice, which broadcast -> [...].
-
-        Raises UserError for another system.
-        """
+        """OPSO's V(f(s), f(goal)), about discount^(steps to the goal - 1): [..., D] twice, which broadcast -> [...]."""
         return self._maze().value(observation, goal)
 
     def _maze(self) -> MazePolicy:
