@@ -262,8 +262,6 @@ def load_episodes(folder: str | os.PathLike) -> list[dict[str, np.ndarray]]:
 
 
 class StudyData(NamedTuple):
-    """Episodes of one or more datasets, float32, in the order of their ids."""
-
     ids: tuple[str, ...]
     observations: np.ndarray  # [E, 1001, 24], from the reset to the end
     actions: np.ndarray  # [E, 1000, 6]

@@ -47,8 +47,6 @@ BENCHMARKS = (
 
 @dataclass
 class MakeDatasetConfig:
-    """Settings of one generated dataset."""
-
     dataset: str = "local/pointmaze-medium-navigate-v0"  # id of the dataset, local/<the benchmark's id>; see --list
     num_episodes: Count | None = None  # episodes of a maze (a tenth more to validate) or walker dataset
     num_transitions: Count | None = None  # transitions of a D4RL dataset; default: 100,000

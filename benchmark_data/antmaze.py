@@ -39,8 +39,6 @@ Cell = tuple[int, int]
 
 
 class EpisodeMaker:
-    """The maze of one dataset, and the policy that walks in it."""
-
     def __init__(self, dataset: D4RLDataset, policy: experts.Policy):
         size, _, kind = dataset.level.partition("-")
         self.maze, self.policy, self.limit = AntMaze(size), policy, dataset.max_episode_steps

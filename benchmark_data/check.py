@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmark_data.recorded import FAULT, LAYOUTS, Data, read
+from benchmark_data.recorded import BENCHMARKS, FAULT, Data, read
 from dataset_files import Dataset, nearest_id, sha256
 from offline_data import DATASETS
 from utils import UserError, counted
@@ -29,7 +29,7 @@ FAR = 5  # how many times more a wrong pairing misses, where no row agrees
 OFFICIAL = {
     Path(file).name: dataset
     for dataset in DATASETS.values()
-    if not dataset.local and type(dataset) in LAYOUTS
+    if not dataset.local and type(dataset) in BENCHMARKS
     for file in dataset.files
 }
 
@@ -83,9 +83,9 @@ def check_manifest(data: Data, dataset_dir: Path) -> None:
 
 
 def check_lengths(data: Data) -> None:
-    odd = data.lengths > data.limit if data.layout == "d4rl" else data.lengths != data.limit
+    odd = data.lengths > data.limit if data.d4rl else data.lengths != data.limit
     if odd.any():
-        rule = f"beyond the time limit of {data.limit:,}" if data.layout == "d4rl" else f"others {data.limit:,}"
+        rule = f"beyond the time limit of {data.limit:,}" if data.d4rl else f"others {data.limit:,}"
         data.fault(
             f"an episode has {data.lengths[odd][0]:,} rows, {rule}, from {data.at(data.starts[odd])}: an end is in the "
             "wrong row, or rows are lost"
@@ -93,22 +93,22 @@ def check_lengths(data: Data) -> None:
 
 
 def check_following(data: Data) -> None:
-    if data.following is None:
+    if data.next_observations is None:
         return
-    here, there = data.following[:-1], data.observations[1:]
+    here, there = data.next_observations[:-1], data.observations[1:]
     breaks = (np.abs(here - there) > 1e-4 + 1e-4 * np.abs(there)).any(axis=1)  # float32 rounding at most
     inside = ~data.ends[:-1]
     if breaks[inside].mean() > 0.5:
         what = "next_observations are not the observations of the next rows"
         data.fault(f"{what}: rows are shuffled, or next_observations shifted; take the original file")
-        data.following = None
+        data.next_observations = None
     else:
         _report_ends(data, np.flatnonzero(breaks & inside), np.flatnonzero(~breaks & ~inside))
 
 
 def _report_ends(data: Data, missing: np.ndarray, extra: np.ndarray) -> None:
     """Episode ends that have no flag, and flags where the episode goes on: rows."""
-    official = data.layout == "d4rl" and not data.dataset.local
+    official = data.d4rl and not data.dataset.local
     if len(missing) and len(extra):
         data.fault(
             f"swapped episode end: the flag of the end at {data.at(missing)} stands at {data.at(extra)}, where the "
@@ -126,7 +126,7 @@ def _report_ends(data: Data, missing: np.ndarray, extra: np.ndarray) -> None:
 
 def check_replay(data: Data) -> str:
     """From sampled rows the simulator must reach the next ones, with the file's rewards. Returns how near it came."""
-    rows = np.arange(len(data.ends)) if data.following is not None else np.flatnonzero(~data.ends)
+    rows = np.arange(len(data.ends)) if data.next_observations is not None else np.flatnonzero(~data.ends)
     rows, states = _known_states(data, np.union1d(_sample(rows, SAMPLE), _sample(rows[data.ends[rows]], ENDS)))
     if len(rows) == 0:
         return "not possible: the file has no states that its observations show"
@@ -215,7 +215,7 @@ def check_ends(data: Data) -> None:
 
     It is asked at the ends, and at the rows from which the numbers change most.
     """
-    if data.following is not None:
+    if data.next_observations is not None:
         return
     change = np.zeros(len(data.ends) - 1)
     scale = data.observations.std(axis=0) + 1e-6

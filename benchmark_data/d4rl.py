@@ -49,8 +49,6 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Snapshots:
-    """Training steps of one robot's policies, from one run."""
-
     earlier: tuple[int, ...]  # on the way to the medium level
     medium: tuple[int, ...]  # at the medium level
     expert: int
@@ -65,8 +63,6 @@ SNAPSHOTS = {
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a dataset: who acts in it, and where it ends."""
-
     steps: tuple[int, ...]  # training steps of the snapshots, which take turns by episode; none: random actions
     end: float  # where it ends, as a share of the dataset
 

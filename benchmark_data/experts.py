@@ -193,7 +193,6 @@ def read_card(policy_file: str | Path) -> dict[str, Any]:
 
 
 def algorithm(policy_file: str | Path) -> str:
-    """What a policy was trained with, as its card tells."""
     return str(read_card(policy_file).get("algorithm", "an algorithm that no card names"))
 
 

@@ -175,7 +175,6 @@ def _already_made(family: Family, plan: Plan, dataset_dir: str | os.PathLike | N
 
 
 def _write_dataset(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None) -> None:
-    """Make the files in a folder of their own, move them into place, write the manifest."""
     manifest_path = plan.dataset.manifest_path(dataset_dir)
     stage = manifest_path.with_name(f".{manifest_path.stem}.tmp")
     shutil.rmtree(stage, ignore_errors=True)  # a run that was killed may have left it

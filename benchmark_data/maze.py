@@ -112,8 +112,6 @@ class Ways:
 
 
 class EpisodeMaker:
-    """An environment and its recipe, ready to make episodes of one dataset."""
-
     def __init__(self, dataset_id: str, experts_dir: Path):
         self.recipe = find_recipe(dataset_id)
         self.task_type = DATASETS[dataset_id].task_type
@@ -198,8 +196,6 @@ def _make_episode(task: tuple[Plan, int, int]) -> tuple[dict[str, np.ndarray], i
 
 
 class MazeFamily(Family):
-    """See `generation.Family`: a train and a val file in OGBench's layout."""
-
     ids = GENERATED_IDS
     unit = "episodes"
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from benchmark_data import d4rl, experts
-from benchmark_data.antmaze import AntMazeFamily
-from benchmark_data.d4rl import COLUMNS, SNAPSHOTS, D4RLFamily, recipe_parts, record_episode
+from benchmark_data.d4rl import SNAPSHOTS, D4RLFamily, recipe_parts, record_episode
 from benchmark_data.generation import Plan, make
 from benchmark_data.recorded import read
-from d4rl_utils import DATASETS, GENERATED_IDS, load_arrays, make_env
+from d4rl_utils import DATASETS, load_arrays, make_env
 
 SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6), "walker2d": (17, 6)}
 MEDIUM, REPLAY = "local/hopper-medium-v2", "local/hopper-medium-replay-v2"
@@ -57,16 +56,6 @@ def replay_file(generate):
     return generate(REPLAY, 1500)
 
 
-def test_the_layout_is_d4rls(replay_file):
-    assert replay_file.name == "hopper_medium_replay-v2.hdf5" and replay_file.parent.name == "local"
-    numbers = {"observations": 11, "next_observations": 11, "actions": 3, "infos/qpos": 6, "infos/qvel": 6}
-    with h5py.File(replay_file) as file:
-        for key, kind in COLUMNS.items():
-            assert file[key].shape == ((1500, numbers[key]) if key in numbers else (1500,)) and file[key].dtype == kind
-        assert file["metadata/algorithm"][()] == b"SAC" and b"not the official file" in file["metadata/note"][()]
-        assert "policy" not in file["metadata"]  # more than one acted
-
-
 def test_bytes_depend_on_the_seed_and_not_on_the_jobs(generate, replay_file, monkeypatch):
     assert generate(REPLAY, 1500, jobs=2).read_bytes() == replay_file.read_bytes()
     other = load_arrays(generate(REPLAY, 100, seed=1))["observations"]
@@ -75,15 +64,9 @@ def test_bytes_depend_on_the_seed_and_not_on_the_jobs(generate, replay_file, mon
 
 def test_the_manifest_tells_how_it_was_made(replay_file, experts_dir):
     manifest = DATASETS[REPLAY].manifest(replay_file.parent.parent)
-    assert (manifest["transitions"], manifest["episodes"]) == (
-        1500,
-        len(episode_ends(load_arrays(replay_file))),
-    )
-    assert {"blas", "cpu"} <= set(manifest["versions"]) and all(manifest["versions"].values())
+    assert (manifest["transitions"], manifest["episodes"]) == (1500, len(episode_ends(load_arrays(replay_file))))
     for name, digest in manifest["policies"].items():
         assert hashlib.sha256((experts_dir / name).read_bytes()).hexdigest() == digest
-    assert "medium-replay" in manifest["recipe"]
-    json.dumps(manifest)
 
 
 @pytest.mark.parametrize("size, episodes, whole", [(1500, 2, 1), (50, 1, 1), (2000, 2, 2)])
@@ -108,7 +91,8 @@ def test_the_file_says_what_the_cards_say(experts_dir, tmp_path):
         experts.card_path(path).write_text(json.dumps({"algorithm": "TD3 of Zoë", "returns": returns}))
     path = make(D4RLFamily(), Plan(dataset_id, 20, 0, tmp_path, progress=False), tmp_path)
     with h5py.File(path) as file:
-        assert file["metadata/algorithm"][()].decode() == "TD3 of Zoë"
+        assert file["metadata/algorithm"][()].decode() == "TD3 of Zoë" and file["infos/qpos"].dtype == np.float64
+        assert b"not the official file" in file["metadata/note"][()] and "policy" in file["metadata"]  # one acted
         recipe = file["metadata/recipe"][()].decode()
     manifest = json.loads(path.with_suffix(".json").read_text())
     assert manifest["recipe"] == recipe and "TD3 of Zoë" in recipe and "SAC" not in json.dumps(manifest)
@@ -134,8 +118,6 @@ def test_every_generated_id_has_a_recipe():
         parts = recipe_parts(DATASETS[name])
         ends = [part.end for part in parts]
         assert ends[-1] == 1.0 and ends == sorted(set(ends)) and ends[0] > 0
-        assert D4RLFamily().default_size(name) == 100_000
-    assert D4RLFamily.ids + AntMazeFamily.ids == GENERATED_IDS
 
 
 def test_replay_covers_training_in_its_order():
@@ -211,7 +193,7 @@ def test_recorded_actions_from_recorded_states_give_the_recorded_next_ones(robot
         states = np.concatenate([file["infos/qpos"][()], file["infos/qvel"][()]], axis=1)
     observations, rewards = data.simulator.step(states, data.actions)
     # The promise is 1e-4; states in float64 keep far more, and float32 would keep less in halfcheetah.
-    np.testing.assert_allclose(observations.astype(np.float32), data.following, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(observations.astype(np.float32), data.next_observations, rtol=0, atol=1e-6)
     np.testing.assert_allclose(rewards, data.rewards, rtol=0, atol=1e-6)
     inside = np.flatnonzero(~data.ends)
-    np.testing.assert_array_equal(data.following[inside], data.observations[inside + 1])
+    np.testing.assert_array_equal(data.next_observations[inside], data.observations[inside + 1])

@@ -102,7 +102,7 @@ def test_manifest(stitch_dir):
     manifest = parse_dataset_id(STITCH).manifest(stitch_dir)
     assert (manifest["id"], manifest["seed"], manifest["num_episodes"]) == (STITCH, 0, 12)
     assert "4 cells" in manifest["recipe"] and "noise of 0.5" in manifest["recipe"]
-    assert {"python", "numpy", "mujoco", "gymnasium", "ogbench"} <= set(manifest["versions"])
+    assert {"python", "numpy", "mujoco", "gymnasium", "ogbench", "blas", "cpu"} <= set(manifest["versions"])
     assert (manifest["episodes"], manifest["transitions"], manifest["policies"]) == (12, 12 * 200, {})
     assert 0 <= manifest["goal_reached"] <= 1
     for name, entry in manifest["files"].items():

@@ -51,7 +51,6 @@ class Agent:
             self.load_acting(state["acting"])
 
     def load_acting(self, acting: dict[str, Any]) -> None:
-        """Become the agent that `acting_state` described."""
         mean, std = (acting[name].to(self.device) for name in ("mean", "std"))
         sizes = (len(mean) + int(acting["task_bit"]), acting["action_dim"])
         if (len(mean), acting["action_dim"]) != (self.state_dim, self.action_dim):

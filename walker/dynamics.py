@@ -121,6 +121,5 @@ class VAEDynamics(Dynamics):
 
 
 def statistics_of(observations: Tensor, following: Tensor) -> DataStatistics:
-    """Of standardised observations [n, D] and those that followed them."""
     change = (following - observations).std(0).clamp(min=1e-6)
     return DataStatistics(change, following.amin(0), following.amax(0))

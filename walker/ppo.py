@@ -158,7 +158,6 @@ class PPO:
         return loss - config.entropy_weight * self.actor.entropy(), (ratio - 1 - log_ratio).mean()
 
     def minimise(self, loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """One step of a network's Adam, its gradient no longer than `max_grad_norm`."""
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), self.config.max_grad_norm)

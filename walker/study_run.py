@@ -74,7 +74,6 @@ class StudyRun(Run):
         self.fingerprint, self.data_returns = self.data.fingerprint(), self.returns_by_task()
 
     def build(self) -> None:
-        """Standardise the data and make what is trained."""
         rows = self.data.observations[:, :-1].reshape(-1, self.data.observations.shape[-1])
         self.mean, self.std = rows.mean(0), rows.std(0) + np.float32(1e-3)
         self.step, self.best = 0, {"score": -math.inf, "step": 0}
@@ -160,7 +159,6 @@ class StudyRun(Run):
         return []
 
     def run(self) -> dict[str, Any]:
-        """Train to the end and test; returns what finished.json holds."""
         began, before, config = time.perf_counter(), self.step, self.config
         print(self.describe())
         with self:
@@ -215,7 +213,6 @@ class StudyRun(Run):
         return step % self.config.eval_freq == 0 or step == self.config.max_timesteps
 
     def is_save(self, step: int) -> bool:
-        """Whether it writes a checkpoint then: after each evaluation."""
         return self.is_evaluation(step)
 
     def trained_tasks(self) -> list[str]:
@@ -247,7 +244,6 @@ class StudyRun(Run):
         return acting_state(self.method, *self.policy(), (self.mean, self.std), self.config.ADD_TASK_BIT)
 
     def test(self) -> dict[str, float]:
-        """Both agents, from their files, on episodes that nothing before has used: means and deviations."""
         found = play_saved(self.run_dir, None, None, self.config.eval_workers, self.config.device)
         write_returns(self.run_dir / "evaluation.csv", found)
         figures = {}
@@ -304,7 +300,6 @@ def run_command(
 
 
 def retest(run_class: type[StudyRun], config: StudyConfig) -> dict[str, float]:
-    """`test`: play the last and the best agent of a run again, as at its end, from their files alone."""
     run_dir = run_class.default_run_dir(config)
     if not (run_dir / LAST).is_file():
         raise UserError(f"{run_dir / LAST}: no such file; train first, with the same flags and `train`")

@@ -66,7 +66,6 @@ class CDSRun(CQLRun):
         return rewards
 
     def make_batch(self) -> dict[str, Tensor]:
-        """Rows of the main task, and the most valuable of the other's."""
         shared = round(self.config.shared_part * self.config.batch_size)
         own = self.buffer.sample(self.config.batch_size - shared, self.streams.sampling)
         if shared == 0:

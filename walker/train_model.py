@@ -78,7 +78,6 @@ class InModelLearner(Learner):
         return info | {"bc_loss": bc_loss.detach()}
 
     def iterate(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Imagine, and improve the policy; at first V alone."""
         rollout, figures = self.ppo.imagine(starts["observations"], self.model_step)
         warm = self.step - self.config.model_updates >= self.config.value_warmup
         return figures | self.ppo.improve(rollout, warm)
@@ -97,8 +96,6 @@ class InModelLearner(Learner):
 
 
 class InModelRun(StudyRun):
-    """What the model-based methods share."""
-
     config: InModelConfig
     learner: InModelLearner
 
@@ -122,7 +119,6 @@ class InModelRun(StudyRun):
         self.held_out = self.part(held_out)
 
     def make_batch(self) -> dict[str, Tensor]:
-        """Transitions for every member of the model; or the states where imagined episodes begin."""
         config = self.config
         if self.step >= config.model_updates:
             return self.buffer.sample(config.imagined_envs, self.streams.sampling)
@@ -134,7 +130,6 @@ class InModelRun(StudyRun):
         return step == self.config.max_timesteps or iterations >= 0 and iterations % self.config.eval_freq == 0
 
     def is_save(self, step: int) -> bool:
-        """After each evaluation, and a few times while the model is fitted."""
         fits = step < self.config.model_updates
         return fits and step % max(self.config.model_updates // SAVES_IN_FIT, 1) == 0 or self.is_evaluation(step)
 

@@ -45,7 +45,6 @@ class Learner:
         self.optimizers: dict[str, Adam | torch.optim.Optimizer] = {}
 
     def add(self, name: str, network: nn.Module, lr: float | Tensor) -> nn.Module:
-        """Keep a network that is trained by an Adam of its own."""
         self.networks[name] = network.to(self.device)
         self.optimizers[name] = Adam(network.parameters(), torch.as_tensor(lr, device=self.device))
         return network
@@ -146,7 +145,6 @@ class OfflineAlgorithm(Learner, abc.ABC):
         """What a chain's later actors minimise beside their distance to the one before."""
 
     def update_actor(self, batch: Batch) -> Info:
-        """The algorithm alone: one step of its actor."""
         distribution, draw = self.draw(self.actor, batch["observations"])
         loss, info = self.actor_loss(distribution, draw, batch)
         self.minimise("actor", loss)

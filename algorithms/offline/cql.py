@@ -135,7 +135,6 @@ class Multiplier(nn.Module):
         self.log_alpha_prime = nn.Parameter(torch.ones(()))
 
     def value(self) -> Tensor:
-        """0-d, without gradient."""
         return self.log_alpha_prime.detach().exp().clamp(max=LARGEST_MULTIPLIER)
 
     def loss(self, gaps: Tensor) -> Tensor:

@@ -77,7 +77,6 @@ DIFFERENCES = {"iql": iql, "td3_bc": td3_bc, "cql": cql, "awac": awac, "sac_n": 
 
 
 def weights(algorithm: str, robot: str, data: str) -> list[float]:
-    """By the rule above, rounded to two digits."""
     if robot == "antmaze":
         return ORIGINAL
     level = LOCOMOTION[robot].index(data)
@@ -90,7 +89,6 @@ def weights(algorithm: str, robot: str, data: str) -> list[float]:
 
 
 def settings(algorithm: str, robot: str, data: str) -> dict[str, Any]:
-    """Every parameter in a file, by its name."""
     values = {"algorithm": algorithm, "env": f"{robot}-{data}-v2", "max_timesteps": 1_000_000}
     values |= {"w2_weights": weights(algorithm, robot, data), "batch_size": 256, "normalize": True}
     values |= {"normalize_reward": False, "reward_scale": 1.0, "reward_bias": 0.0}
@@ -99,7 +97,6 @@ def settings(algorithm: str, robot: str, data: str) -> dict[str, Any]:
 
 
 def files() -> dict[Path, str]:
-    """The text of every file, by its path."""
     found = {}
     for robot, data in DATASETS:
         for algorithm in CONFIGS:

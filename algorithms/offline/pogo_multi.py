@@ -98,11 +98,9 @@ class MultiActor(ActorChain):
             self.follows.append(chain.follow and is_copy)
 
     def update(self, batch: Batch) -> Info:
-        """One step of the algorithm, with all actors in the place of its one."""
         return self.algorithm.update(batch, self.update_actors)
 
     def actor_loss(self, number: int, batch: Batch) -> tuple[Tensor, Info]:
-        """Loss of one actor with its distance to what it follows."""
         observations, actor = batch["observations"], self.actors[number]
         if number == 0:
             distribution, draw = self.algorithm.draw(actor, observations)

@@ -210,7 +210,6 @@ class MultiRun(ChainRun):
 def build(
     config: MultiRunConfig, sizes: tuple[int, int, float], generator: torch.Generator, device: torch.device
 ) -> MultiActor:
-    """The algorithm of the settings with its chain of actors, freshly initialised."""
     takes_own = config.algorithm in NEED_DENSITY or getattr(config, "iql_deterministic", False)
     kinds = config.actor_configs or ("own" if takes_own else "stochastic",) * len(config.w2_weights)
     policies = [None if kind == "own" else POLICIES[kind] for kind in kinds]
@@ -222,7 +221,6 @@ def acting(agent: MultiActor) -> list[Act]:
 
 
 def trained_actors(state: dict[str, Any], device: torch.device) -> list[Act]:
-    """The actors of a checkpoint of this command, in the order of the chain."""
     trained, sizes = state["config"], (len(state["observation_mean"]), state["action_dim"], state["max_action"])
     config_class = ALGORITHMS[trained["algorithm"]][1]
     known = {field.name for field in dataclasses.fields(config_class)}

@@ -87,7 +87,6 @@ class Temperature(nn.Module):
         self.log_alpha = nn.Parameter(torch.zeros(()))
 
     def alpha(self) -> Tensor:
-        """0-d, without gradient."""
         return self.log_alpha.detach().exp()
 
     def loss(self, log_prob: Tensor, target_entropy: float) -> Tensor:
