@@ -60,10 +60,6 @@ class POGORun(ChainRun):
     def acting(self) -> list[Act]:
         return list(self.agent.actors)
 
-    def can_be_captured(self) -> bool:
-        """Updates with and without the actors are different graphs, and GeomLoss's solvers look at values."""
-        return self.config.policy_freq == 1 and self.config.sinkhorn_backend in ("fused", "exact")
-
     def diagnose(self) -> dict[str, float]:
         """As every chain, with a word about a blur that is too wide."""
         metrics = super().diagnose()

@@ -62,18 +62,6 @@ class ChainRunConfig(DeviceRunConfig):
     evaluate_seed: MayChange[Whole | None] = None  # seed of --evaluate's episodes; default: those of the run's end
 
 
-def check_solver(backend: str, sinkhorn_K: int) -> None:
-    """UserError where the solver of distances cannot work so, or here."""
-    if backend == "exact" and sinkhorn_K > MAX_EXACT:
-        raise UserError(f"--sinkhorn_K {sinkhorn_K}: --sinkhorn_backend exact takes at most {MAX_EXACT}")
-    if backend != "online":
-        return
-    if importlib.util.find_spec("pykeops") is None:
-        raise UserError("--sinkhorn_backend online: needs pykeops (pip install pykeops); or take tensorized, or fused")
-    if shutil.which(os.environ.get("CXX") or "g++") is None:  # where there is none, the first distance would fail
-        raise UserError("--sinkhorn_backend online: needs a C++ compiler (g++, or CXX); or take tensorized, or fused")
-
-
 class ChainRun(Run):
     """One run: the data, the agent, its environments, its random streams and its directory.
 
@@ -93,7 +81,14 @@ class ChainRun(Run):
         if not weights or not all(0 <= weight < math.inf for weight in weights):
             words = " ".join(f"{weight:g}" for weight in weights)
             raise UserError(f"--w2_weights {words}: give one weight for each actor, none negative, as in 0.4 0.5 0.5")
-        check_solver(config.sinkhorn_backend, config.sinkhorn_K)
+        if config.sinkhorn_backend == "exact" and config.sinkhorn_K > MAX_EXACT:
+            raise UserError(f"--sinkhorn_K {config.sinkhorn_K}: --sinkhorn_backend exact takes at most {MAX_EXACT}")
+        if config.sinkhorn_backend == "online":  # whose first distance would fail
+            instead = "or take tensorized, or fused"
+            if importlib.util.find_spec("pykeops") is None:
+                raise UserError(f"--sinkhorn_backend online: needs pykeops (pip install pykeops); {instead}")
+            if shutil.which(os.environ.get("CXX") or "g++") is None:
+                raise UserError(f"--sinkhorn_backend online: needs a C++ compiler (g++, or CXX); {instead}")
         if config.resume and not config.save_model:
             raise UserError("--resume --no_save_model: such a run leaves nothing to go on from; start it anew")
 
@@ -162,12 +157,14 @@ class ChainRun(Run):
     def acting(self) -> list[Act]:
         """How each actor acts, in the order of the chain."""
 
-    def can_be_captured(self) -> bool:
-        """Whether every update does the same work on the device, without a look at a value on the host."""
-        return True
-
     def is_captured(self) -> bool:
-        return self.device.type == "cuda" and self.config.cuda_graph and self.can_be_captured()
+        """Whether its update is replayed as a CUDA graph: where every one does the same work, with no look at a value.
+
+        Updates with and without the actors are different graphs, and GeomLoss's solvers look at values.
+        """
+        config = self.config
+        same = getattr(config, "policy_freq", 1) == 1 and config.sinkhorn_backend in ("fused", "exact")
+        return same and self.device.type == "cuda" and config.cuda_graph
 
     def generators(self) -> list[torch.Generator]:
         return [self.streams.sampling, self.streams.policy]

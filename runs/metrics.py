@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import uuid
@@ -156,19 +157,13 @@ def _csv_line(cells: Iterable[str]) -> str:
 def _read_rows(path: Path) -> list[dict[str, str]]:
     """The whole rows of a metrics.csv as text; a line that a kill or a full disk cut short is left out."""
     # Only lines that end in a line break are whole: a cut number still reads as a number.
-    lines = path.read_text(errors="replace").split("\n")[:-1]
-    columns = lines[0].split(",") if lines else []
+    columns, *lines = path.read_text(errors="replace").split("\n")[:-1] or [""]
     rows = []
-    for line in lines[1:]:
-        cells = line.split(",")
-        try:
-            int(cells[0])
-            for cell in cells[1:]:
-                float(cell or 0)
-        except ValueError:
-            continue
-        if len(cells) == len(columns) and columns[0] == "step":
-            rows.append(dict(zip(columns, cells, strict=True)))
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            row = dict(zip(columns.split(","), line.split(","), strict=True))
+            [int(cell) if name == "step" else float(cell or 0) for name, cell in row.items()]
+            rows.append(row)
     return rows
 
 

@@ -106,19 +106,14 @@ def place(tmp_path, monkeypatch) -> Place:
     return Place(tmp_path, monkeypatch)
 
 
-def alive(pid: str) -> bool:
-    """Whether a process runs; one that has ended and that nobody has asked after is not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def ends(pid: str, seconds: float = 10) -> bool:
-    deadline = time.monotonic() + seconds
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return not alive(pid)
+    """Whether a process is over by then. One that nobody has asked after has no command line left."""
+    command, deadline = Path("/proc", pid, "cmdline"), time.monotonic() + seconds
+    with contextlib.suppress(OSError):
+        while command.read_bytes() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return not command.read_bytes()
+    return True
 
 
 exits = functools.partial(error_line, run_comparison.main)

@@ -189,10 +189,6 @@ class MultiRun(ChainRun):
     def acting(self) -> list[Act]:
         return acting(self.agent)
 
-    def can_be_captured(self) -> bool:
-        """TD3+BC's updates with and without the actors are different graphs; GeomLoss's solvers look at values."""
-        return getattr(self.config, "policy_freq", 1) == 1 and self.config.sinkhorn_backend in ("fused", "exact")
-
     def wandb_labels(self) -> dict[str, str | None]:
         name = self.config.name
         return {"group": self.config.group, "name": name and self.prefix + name}
