@@ -41,9 +41,9 @@ _LIMITS = {"action": (-1.0, 1.0), "reward": (0.0, 1.0), "discount": (0.0, 1.0)}
 # The study's names say td3 because its collectors were TD3; who collected a local one, its manifest says.
 OFFICIAL_IDS = tuple(f"walker_{task}-td3-{level}" for task in TASKS for level in ("medium", "medium-replay"))
 GENERATED_IDS = tuple(f"local/{name}" for name in OFFICIAL_IDS)
-# The study's short names, in the order of OFFICIAL_IDS.
-SHORT_NAMES = dict(zip(("walk_m", "walk_mr", "run_m", "run_mr"), OFFICIAL_IDS, strict=True))
-ALL_DATASETS = "__all__"
+SHORT_NAMES, ALL_DATASETS = ("walk_m", "walk_mr", "run_m", "run_mr"), "__all__"
+BY_SHORT_NAME = dict(zip(SHORT_NAMES, OFFICIAL_IDS, strict=True))
+BY_SHORT_NAME |= {f"local/{short}": f"local/{name}" for short, name in BY_SHORT_NAME.items()}
 
 
 def _suite_walker() -> types.ModuleType:
@@ -171,12 +171,6 @@ class WalkerDataset(Dataset):
 
     RECIPES = GENERATED_IDS
 
-    @property
-    def short_name(self) -> str:
-        """`walk_m` of walker_walk-td3-medium, `local/walk_m` of the local one."""
-        short = next(short for short, name in SHORT_NAMES.items() if name == self.name)
-        return f"local/{short}" if self.local else short
-
     def read(self, path: Path) -> list[dict[str, np.ndarray]]:
         return load_episodes(path)
 
@@ -191,7 +185,6 @@ class WalkerDataset(Dataset):
 
 
 DATASETS = {dataset_id: WalkerDataset(dataset_id) for dataset_id in OFFICIAL_IDS + GENERATED_IDS}
-BY_SHORT_NAME = {dataset.short_name: dataset_id for dataset_id, dataset in DATASETS.items()}
 
 
 def parse_datasets(text: str) -> list[str]:
@@ -199,16 +192,14 @@ def parse_datasets(text: str) -> list[str]:
 
     `local/walk_m`, `local/__all__` are data made on this machine. Raises UserError for another name.
     """
-    ids = BY_SHORT_NAME | {dataset_id: dataset_id for dataset_id in DATASETS}
+    known = {ALL_DATASETS: OFFICIAL_IDS, f"local/{ALL_DATASETS}": GENERATED_IDS}
+    known |= {short: (name,) for short, name in BY_SHORT_NAME.items()} | {name: (name,) for name in DATASETS}
     chosen: set[str] = set()
     for name in (name.strip() for name in text.split(",")):
-        if name in ids:
-            chosen.add(ids[name])
-        elif name in (ALL_DATASETS, f"local/{ALL_DATASETS}"):
-            chosen |= set(GENERATED_IDS if name.startswith("local/") else OFFICIAL_IDS)
-        else:
+        if name not in known:
             words = f"none of {', '.join((*SHORT_NAMES, ALL_DATASETS))}, nor one of these after local/"
-            raise UserError(f"--USE_DATASET_STR {text!r}: {name!r} is {words}{did_you_mean(name, ids)}")
+            raise UserError(f"--USE_DATASET_STR {text!r}: {name!r} is {words}{did_you_mean(name, known)}")
+        chosen.update(known[name])
     return [dataset_id for dataset_id in DATASETS if dataset_id in chosen]
 
 

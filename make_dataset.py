@@ -104,16 +104,6 @@ def describe(dataset: Dataset, dataset_dir: str | os.PathLike | None) -> tuple[s
     return dataset.id, f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB", content, str(paths[0])
 
 
-def requested_size(config: MakeDatasetConfig) -> int | None:
-    """The size asked for, in the family's unit; UserError where the flag is the other benchmark's."""
-    family = find_family(config.dataset)
-    sizes = {"episodes": config.num_episodes, "transitions": config.num_transitions}
-    size = sizes.pop(family.unit)
-    if any(sizes.values()):
-        raise UserError(f"{config.dataset} is counted in {family.unit}; use --num_{family.unit}")
-    return size
-
-
 def run(config: MakeDatasetConfig) -> None:
     listing = config.list or config.only is not None
     if listing and config.check is not None:
@@ -123,7 +113,11 @@ def run(config: MakeDatasetConfig) -> None:
     elif config.check is not None:
         sys.exit(run_check(config.check, config.dataset_dir))
     else:
-        size = requested_size(config)
+        unit = find_family(config.dataset).unit
+        sizes = {"episodes": config.num_episodes, "transitions": config.num_transitions}
+        size = sizes.pop(unit)
+        if any(sizes.values()):
+            raise UserError(f"{config.dataset} is counted in {unit}; use --num_{unit}")
         where = {"dataset_dir": config.dataset_dir, "experts_dir": config.experts_dir}
         print(generate(config.dataset, size, config.seed, jobs=config.jobs, overwrite=config.overwrite, **where))
 

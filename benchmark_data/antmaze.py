@@ -131,7 +131,7 @@ class AntMazeFamily(Family):
         columns = {key: np.concatenate([part[key] for part in parts])[: plan.size] for key in ROW}
         columns["timeouts"][-1] = True  # where the file ends, the episode is cut
         recipe = f"D4RL antmaze-{dataset.level}: an ant that follows waypoints, noise of {NOISE:g} on its actions"
-        write_file(stage / dataset.files[0], columns, recipe, experts.algorithm(path), None)
+        write_file(stage / dataset.files[0], columns, recipe, experts.algorithms([path]), None)
         dataset.read(stage / dataset.files[0])
         reached = np.maximum.reduceat(columns["rewards"], starts)
         whole = reached[:-1] if plan.size % dataset.max_episode_steps and len(starts) > 1 else reached

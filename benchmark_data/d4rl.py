@@ -191,14 +191,6 @@ def make_columns(plan: Plan) -> dict[str, np.ndarray]:
     return columns
 
 
-def policy_arrays(policy: experts.Policy) -> dict[str, np.ndarray]:
-    """A policy's weights under D4RL's names below metadata/policy, matrices [out, in] as D4RL has them."""
-    names = {"mean": "last_fc", "log_std": "last_fc_log_std"}
-    layers = {name: names.get(name, name.replace("hidden.", "fc")) for name in policy.layer_names}
-    weights = {f"{to}/weight": policy.weights[f"{name}.weight"].T for name, to in layers.items()}
-    return weights | {f"{to}/bias": policy.weights[f"{name}.bias"] for name, to in layers.items()}
-
-
 def write_file(
     path: Path, columns: dict[str, np.ndarray], recipe: str, algorithms: str, policy: experts.Policy | None
 ) -> None:
@@ -215,8 +207,10 @@ def write_file(
             file["metadata/iteration"] = np.int32(policy.step // 1000)  # D4RL counts epochs of 1000 steps
             file["metadata/policy/nonlinearity"] = np.bytes_(policy.activation)
             file["metadata/policy/output_distribution"] = np.bytes_("tanh_gaussian")
-            for name, weights in policy_arrays(policy).items():
-                file[f"metadata/policy/{name}"] = weights
+            names = {"mean": "last_fc", "log_std": "last_fc_log_std"}
+            for name in policy.layer_names:  # D4RL's matrices are [out, in]
+                layer = file.create_group(f"metadata/policy/{names.get(name, name.replace('hidden.', 'fc'))}")
+                layer["weight"], layer["bias"] = policy.weights[f"{name}.weight"].T, policy.weights[f"{name}.bias"]
     utils.write_bytes_atomic(path, buffer.getbuffer())
 
 
@@ -233,7 +227,7 @@ class D4RLFamily(Family):
 
     def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
         paths = self.policies(plan.dataset_id, plan.experts_dir)
-        algorithms = ", ".join(sorted({experts.algorithm(path) for path in paths}))
+        algorithms = experts.algorithms(paths)
         recipe = _describe_recipe(plan.dataset, plan.experts_dir, algorithms)
         columns, path = make_columns(plan), stage / plan.dataset.files[0]
         write_file(path, columns, recipe, algorithms, experts.read_policy(paths[0]) if len(paths) == 1 else None)

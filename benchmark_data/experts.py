@@ -72,11 +72,7 @@ def _gelu_tanh(x: np.ndarray) -> np.ndarray:
     return inner
 
 
-def _relu(x: np.ndarray) -> np.ndarray:
-    return np.maximum(x, 0)
-
-
-ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"gelu_tanh": _gelu_tanh, "relu": _relu}
+ACTIVATIONS = {"gelu_tanh": _gelu_tanh, "relu": lambda x: np.maximum(x, 0)}
 SETTINGS = ("env", "step", "activation", "log_std_min", "log_std_max")  # of a policy, beside its weights
 
 
@@ -192,8 +188,10 @@ def read_card(policy_file: str | Path) -> dict[str, Any]:
         return {}
 
 
-def algorithm(policy_file: str | Path) -> str:
-    return str(read_card(policy_file).get("algorithm", "an algorithm that no card names"))
+def algorithms(policy_files: Iterable[str | Path]) -> str:
+    """What policies were trained with, as their cards tell."""
+    unknown = "an algorithm that no card names"
+    return ", ".join(sorted({str(read_card(file).get("algorithm", unknown)) for file in policy_files}))
 
 
 def write_card(policy_file: str | Path, facts: dict[str, Any], returns: dict[str, Any]) -> None:

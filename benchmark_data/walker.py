@@ -11,7 +11,6 @@ policies were trained with SAC; the names say td3 because the study's collectors
 """
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,22 @@ import numpy as np
 from benchmark_data import experts
 from benchmark_data.experts import describe_returns
 from benchmark_data.generation import Family, Plan, run_tasks
-from dmc_utils import EPISODE_STEPS, GENERATED_IDS, WalkerEnv, episode_path, write_episode
+from dmc_utils import DATASETS, EPISODE_STEPS, GENERATED_IDS, WalkerEnv, episode_path, write_episode
 
-
-@dataclass(frozen=True)
-class Recipe:
-    task: str  # walk or run
-    shares: dict[int, float]  # training step of a snapshot -> its share of the episodes, in order of training; sum 1
-
-
-RECIPES = {
-    "local/walker_walk-td3-medium": Recipe("walk", {200_000: 1.0}),
-    "local/walker_walk-td3-medium-replay": Recipe("walk", {130_000: 0.28, 150_000: 0.3, 200_000: 0.42}),
-    "local/walker_run-td3-medium": Recipe("run", {80_000: 0.48, 90_000: 0.52}),
-    "local/walker_run-td3-medium-replay": Recipe("run", {70_000: 0.35, 80_000: 0.46, 90_000: 0.19}),
+# Training step of a snapshot -> its share of the episodes, in order of training; sum 1.
+SHARES = {
+    "local/walker_walk-td3-medium": {200_000: 1.0},
+    "local/walker_walk-td3-medium-replay": {130_000: 0.28, 150_000: 0.3, 200_000: 0.42},
+    "local/walker_run-td3-medium": {80_000: 0.48, 90_000: 0.52},
+    "local/walker_run-td3-medium-replay": {70_000: 0.35, 80_000: 0.46, 90_000: 0.19},
 }
 
 
-def snapshot_steps(recipe: Recipe, size: int) -> list[int]:
+def snapshot_steps(dataset_id: str, size: int) -> list[int]:
     """Training step of the policy that plays each of `size` episodes, in the order of training."""
-    bounds = np.cumsum(list(recipe.shares.values()))
+    steps, shares = zip(*SHARES[dataset_id].items(), strict=True)
     middles = (np.arange(size) + 0.5) / size
-    chosen = np.searchsorted(bounds[:-1], middles)
-    return [list(recipe.shares)[index] for index in chosen]
+    return [steps[index] for index in np.searchsorted(np.cumsum(shares)[:-1], middles)]
 
 
 @functools.lru_cache(maxsize=1)
@@ -52,7 +44,7 @@ def _env(task: str) -> WalkerEnv:
 
 @functools.lru_cache(maxsize=1)
 def _policy(plan: Plan, step: int) -> experts.Policy:
-    return experts.read_policy(experts.policy_path(plan.experts_dir, f"walker_{RECIPES[plan.dataset_id].task}", step))
+    return experts.read_policy(experts.policy_path(plan.experts_dir, f"walker_{plan.dataset.task}", step))
 
 
 def play_episode(env: WalkerEnv, policy: experts.Policy, seed: np.random.SeedSequence) -> dict[str, np.ndarray]:
@@ -88,18 +80,16 @@ class WalkerFamily(Family):
     unit, size = "episodes", 100
 
     def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
-        recipe = RECIPES[dataset_id]
-        return [experts.policy_path(experts_dir, f"walker_{recipe.task}", step) for step in recipe.shares]
+        robot = f"walker_{DATASETS[dataset_id].task}"
+        return [experts.policy_path(experts_dir, robot, step) for step in SHARES[dataset_id]]
 
     def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
-        recipe, folder = RECIPES[plan.dataset_id], stage / plan.dataset.name
-        steps = snapshot_steps(recipe, plan.size)
+        steps, folder = snapshot_steps(plan.dataset_id, plan.size), stage / plan.dataset.name
         tasks = [(plan, index, step, folder) for index, step in enumerate(steps)]
         returns = list(run_tasks(_make_episode, tasks, plan))
-        paths = self.policies(plan.dataset_id, plan.experts_dir)
-        algorithms = ", ".join(sorted({experts.algorithm(path) for path in paths}))
+        algorithms = experts.algorithms(self.policies(plan.dataset_id, plan.experts_dir))
         return {
-            "recipe": f"dm_control walker-{recipe.task}: {EPISODE_STEPS} steps an episode, actions sampled from "
+            "recipe": f"dm_control walker-{plan.dataset.task}: {EPISODE_STEPS} steps an episode, actions sampled from "
             f"snapshots, in the order of training, of a policy trained with {algorithms}; the name says td3 because "
             "the study's own data were collected by TD3",
             "episodes": plan.size,

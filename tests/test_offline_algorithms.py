@@ -102,18 +102,6 @@ def test_a_saved_agent_goes_on_to_the_same_bits(name):
     assert len(pairs) == count_state(agent) and all(torch.equal(*pair) for pair in pairs)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_actions_lie_in_the_box_and_the_mode_draws_nothing(name):
-    agent, observations = make(name), 5 * torch.randn(64, D)
-    noise = agent.generator.get_state()
-    first, second = (agent.actor(observations).mode for _ in range(2))
-    assert torch.equal(first, second) and torch.equal(noise, agent.generator.get_state())
-    _, draws = agent.draw(agent.actor, observations)
-    for actions in (first, draws.actions):
-        assert actions.shape == (64, A) and actions.abs().max() <= 1
-    assert torch.equal(first, draws.actions) == (name in ("td3_bc", "iql_deterministic"))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_captured_update_equals_the_eager_one(name):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmark_data import experts, generation, walker
-from benchmark_data.walker import RECIPES, WalkerFamily, snapshot_steps
+from benchmark_data.walker import SHARES, WalkerFamily, snapshot_steps
 from dmc_utils import DATASETS, GENERATED_IDS, load_episodes
 
 FAMILY = WalkerFamily()
@@ -31,10 +31,9 @@ def tiny_policy(task, step):
 @pytest.fixture(scope="module")
 def experts_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
-    for recipe in RECIPES.values():
-        for step in recipe.shares:
-            path = experts.policy_path(folder, f"walker_{recipe.task}", step)
-            experts.write_policy(path, tiny_policy(recipe.task, step))
+    for dataset_id in SHARES:
+        for path in FAMILY.policies(dataset_id, folder):
+            experts.write_policy(path, tiny_policy(DATASETS[dataset_id].task, int(path.stem.split("_")[-1])))
             experts.card_path(path).write_text('{"algorithm": "SAC"}')
     return folder
 
@@ -56,7 +55,7 @@ def test_an_episode_depends_on_the_seed_and_not_on_those_before(made, tmp_path, 
     for seed in (0, 1):
         plan = generation.Plan(REPLAY, 3, seed, experts_dir)
         walker._env.cache_clear()
-        walker._make_episode((plan, 2, snapshot_steps(RECIPES[REPLAY], 3)[2], tmp_path / str(seed)))
+        walker._make_episode((plan, 2, snapshot_steps(REPLAY, 3)[2], tmp_path / str(seed)))
         (alone,) = load_episodes(tmp_path / str(seed))
         assert all(np.array_equal(alone[key], last[key]) == (seed == 0) for key in ("physics", "action"))
 
@@ -81,13 +80,12 @@ def test_manifest(made, experts_dir):
 
 @pytest.mark.parametrize("dataset_id", GENERATED_IDS)
 def test_snapshots_play_in_the_order_of_training_in_their_shares(dataset_id):
-    recipe = RECIPES[dataset_id]
-    assert sum(recipe.shares.values()) == pytest.approx(1.0)
-    assert list(recipe.shares) == sorted(recipe.shares)
+    shares = SHARES[dataset_id]
+    assert sum(shares.values()) == pytest.approx(1.0) and list(shares) == sorted(shares)
     for size in (1, 2, 3, 7, 100, 1000):
-        steps = snapshot_steps(recipe, size)
+        steps = snapshot_steps(dataset_id, size)
         assert len(steps) == size and steps == sorted(steps)
-    for step, share in recipe.shares.items():
+    for step, share in shares.items():
         assert steps.count(step) / 1000 == pytest.approx(share, abs=0.002)
 
 
@@ -96,5 +94,4 @@ def test_the_shipped_policies_are_at_the_studys_level(dataset_id):
     """By their cards, of 100 episodes each."""
     paths = FAMILY.policies(dataset_id, experts.DEFAULT_EXPERTS_DIR)
     means = [experts.read_card(path)["returns"]["stochastic"]["mean"] for path in paths]
-    shares = list(RECIPES[dataset_id].shares.values())
-    assert np.dot(means, shares) == pytest.approx(STUDY_RETURNS[dataset_id], rel=0.02)
+    assert np.dot(means, list(SHARES[dataset_id].values())) == pytest.approx(STUDY_RETURNS[dataset_id], rel=0.02)

@@ -3,9 +3,6 @@
 import csv
 import functools
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -25,7 +22,6 @@ from walker import study_run, train_cds, train_cqlsac, train_dt, train_il, train
 from walker.agent import Agent
 from walker.study_run import StudyRun
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     **{"max_timesteps": 6, "eval_freq": 3, "log_freq": 2, "eval_episodes": 2, "test_episodes": 2, "eval_workers": 0},
     **{"batch_size": 8, "hidden_dim": 8, "device": "cpu", "USE_DATASET_STR": "local/walk_m,local/run_m"},
@@ -176,24 +172,6 @@ def test_a_run_is_played_again_as_at_its_end(method, finished, arguments, capsys
     for name, path in (("last", ""), ("best", "checkpoints/best.pth")):
         means = agent_module.main(["--load", str(finished / method / path), "--eval_workers", "0", "--device", "cpu"])
         assert means == {task: summary[f"{name}/{task}/return"] for task in (["walk"] if method == "cds" else TASKS)}
-
-
-def test_agents_act_from_their_files_alone(finished):
-    """In a new process, without the data: the actions of this one."""
-    paths = [finished / method / "checkpoints" / "best.pth" for method in METHODS]
-    lines = (
-        "import json, numpy, sys; from walker.agent import Agent\nfor path in sys.argv[1:]:\n agent = Agent(24, 6); "
-        "agent.load(path); agent.set_task('run'); states = numpy.linspace(-1, 1, 72, dtype='f').reshape(3, 24);"
-        "print(json.dumps([agent.act(state).tolist() for state in states]))"
-    )
-    done = subprocess.run([sys.executable, "-c", lines, *paths], cwd=ROOT, capture_output=True, text=True, check=True)
-    for path, line in zip(paths, done.stdout.splitlines(), strict=True):
-        agent = Agent(24, 6)
-        agent.load(path)
-        agent.set_task("run")
-        found = [agent.act(state) for state in np.linspace(-1, 1, 72, dtype="f").reshape(3, 24)]
-        assert json.loads(line) == [action.tolist() for action in found], path
-        assert all(action.shape == (6,) and np.abs(action).max() <= 1 for action in found)
 
 
 def test_the_task_bit_tells_the_tasks_apart(finished, arguments, tmp_path):

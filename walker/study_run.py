@@ -28,7 +28,7 @@ from tqdm import tqdm
 from algorithms.offline.base import OfflineAlgorithm
 from benchmark_data.local import generate_if_missing
 from dataset_files import did_you_mean
-from dmc_utils import ACTION_DIM, ALL_DATASETS, DATASETS, TASKS, load_study_data, parse_datasets
+from dmc_utils import ACTION_DIM, ALL_DATASETS, BY_SHORT_NAME, TASKS, load_study_data, parse_datasets
 from offline_data import made_here
 from runs.cli import parse_config
 from runs.directory import LAST, mark_finished, save_checkpoint
@@ -71,7 +71,9 @@ class StudyRun(Run):
             generate_if_missing(dataset_id, self.config.data_dir)
         self.data = load_study_data(self.ids, self.config.data_dir)
         self.data_facts = made_here(self.ids, self.config.data_dir)
-        self.fingerprint, self.data_returns = self.data.fingerprint(), self.returns_by_task()
+        self.fingerprint, returns = self.data.fingerprint(), self.data.rewards.sum(1, dtype=np.float64)
+        episodes = {task: self.data.tasks == TASKS.index(task) for task in TASKS}
+        self.data_returns = {task: returns[own] for task, own in episodes.items() if own.any()}
 
     def build(self) -> None:
         rows = self.data.observations[:, :-1].reshape(-1, self.data.observations.shape[-1])
@@ -144,7 +146,7 @@ class StudyRun(Run):
     def label(cls, config: StudyConfig) -> str:
         """The data, and what is not the usual run of a method, in a word."""
         ids = parse_datasets(config.USE_DATASET_STR)
-        names = "+".join(DATASETS[dataset_id].short_name.removeprefix("local/") for dataset_id in ids)
+        names = "+".join(short.removeprefix("local/") for short, name in BY_SHORT_NAME.items() if name in ids)
         if len(ids) == 4 and len({"/" in dataset_id for dataset_id in ids}) == 1:
             names = "all"
         words = ["local", names] if any("/" in dataset_id for dataset_id in ids) else [names]
@@ -182,10 +184,6 @@ class StudyRun(Run):
         found = self.data_returns.items()
         means = ", ".join(f"{task} {returns.mean():.1f} in {counted(len(returns))}" for task, returns in found)
         return f"{', '.join(self.ids)}: mean return of {means}; {self.device}"
-
-    def returns_by_task(self) -> dict[str, np.ndarray]:
-        returns, tasks = self.data.rewards.sum(1, dtype=np.float64), self.data.tasks
-        return {task: returns[tasks == number] for number, task in enumerate(TASKS) if (tasks == number).any()}
 
     def train(self) -> None:
         """Update to max_timesteps, logging, evaluating and saving on the way."""

@@ -102,11 +102,6 @@ class SequenceLearner(Learner):
             torch.set_rng_state(generator)
 
 
-def returns_to_go(rewards: np.ndarray) -> np.ndarray:
-    """Sum of the rewards [E, T] from each step on, its own included, float32."""
-    return np.cumsum(rewards[:, ::-1], axis=1, dtype=np.float64)[:, ::-1].astype(np.float32)
-
-
 class TransformerRun(StudyRun):
     method = "dt"
     config: TransformerConfig
@@ -131,10 +126,12 @@ class TransformerRun(StudyRun):
         here = data.observations[:, 1:] if self.config.faulty_pairing else data.observations[:, :-1]
         episodes, steps = here.shape[:2]
         inputs = self.inputs(here.reshape(episodes * steps, -1), np.repeat(data.tasks, steps))
+        # Sums of the rewards from each step on, its own included.
+        to_go = np.cumsum(data.rewards[:, ::-1], axis=1, dtype=np.float64)[:, ::-1].astype(np.float32)
         arrays = {
             "observations": inputs.reshape(episodes, steps, -1),
             "actions": data.actions,
-            "returns": returns_to_go(data.rewards) / RETURN_SCALE,
+            "returns": to_go / RETURN_SCALE,
             "valid": np.ones((episodes, steps), np.bool_),
         }
         self.episodes = {
