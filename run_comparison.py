@@ -190,9 +190,6 @@ def expand(config: RunComparisonConfig) -> Table:
     shared |= read_sinkhorn(f"{path}: sinkhorn", sinkhorn, hints)
     config.dataset_dir = config.dataset_dir or shared.get("dataset_dir")
     seeds = config.seeds or shared.get("seeds", (0,))
-    if len(set(seeds)) != len(seeds):
-        source = "--seeds" if config.seeds else f"{path}: common.seeds:"
-        raise UserError(f"{source} {' '.join(map(str, seeds))}: holds a seed twice; give each once")
     runs: dict[Path, Run] = {}
     for where, dataset_id, entry, algorithm in entries:
         settings, lists = read_entry(where, {"env": dataset_id} | entry, algorithm, shared)
@@ -201,7 +198,7 @@ def expand(config: RunComparisonConfig) -> Table:
         for weights in lists:
             for run in make_runs(where, config, settings | {"w2_weights": weights}, algorithm, seeds):
                 if run.folder in runs:
-                    raise UserError(f"{where}: {run.folder} belongs to an earlier entry; leave one out")
+                    raise UserError(f"{where}: {run.folder} is asked for twice; leave one out")
                 runs[run.folder] = run
     actors = max(len(run.method.split()) - 1 for run in runs.values())
     layout = {"header": ["dataset", "chain"], "columns": [f"actor {actor}" for actor in range(actors)]}

@@ -54,7 +54,8 @@ FILE_KEYS = {"title": str, "seeds": tuple[int, ...], "runs": list, "layout": dic
 RUN_KEYS = {"method": str, "command": str, "flags": dict, "each": dict, "seeds": tuple[int, ...], "needs": dict}
 RUN_KEYS |= {"row": tuple[str, ...], "column": str, "hours": float}
 NEEDS_KEYS = {"command": str, "flags": dict}
-LAYOUT_KEYS = ("header", "columns", "where", "digits", "spread", "data_row", "data_column")
+LAYOUT_KEYS = {"header": list, "columns": list, "where": dict, "digits": int}
+LAYOUT_KEYS |= {"spread": bool, "data_row": bool, "data_column": bool}
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def read_table(path: str | Path) -> Table:
     path = Path(path)
     usual = {"title": path.stem, "seeds": (0,), "layout": {}}
     sections = usual | check_values(path, load_yaml(path), FILE_KEYS)
-    check_keys(f"{path}: layout", sections["layout"], LAYOUT_KEYS)
+    layout = {"columns": []} | check_values(f"{path}: layout", sections["layout"], LAYOUT_KEYS)
     runs: list[Run] = []
     for number, entry in enumerate(sections["runs"]):
         found = list(_entry_runs(path, f"runs[{number}]", entry, sections["seeds"]))
@@ -176,7 +177,7 @@ def read_table(path: str | Path) -> Table:
         if texts.count(text) > 1:
             raise UserError(f"{path}: two entries name the same run, {text}; leave one out")
     runs.sort(key=lambda run: run.seed)  # stable: within a seed in the order of the file
-    return Table(path.stem, path, sections["title"], runs, sections["layout"])
+    return Table(path.stem, path, sections["title"], runs, layout)
 
 
 def _entry_runs(path: Path, where: str, entry: Any, seeds: tuple[int, ...]) -> Iterator[Run]:

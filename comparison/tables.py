@@ -150,8 +150,6 @@ def caption(table: Table, found: list[tuple[Run, Row]]) -> str:
 
 def render(table: Table, scores: Scores) -> str:
     """The text between the markers, line break included. Raises UserError as `matching` and `cells_of` do."""
-    if not isinstance(table.layout.get("columns"), list):
-        raise UserError(f"{table.path}: layout.columns must be a list of the table's columns")
     found, missing = matching(table, scores), scores.missing(table.runs)
     text = f"{caption(table, found)}\n\n{make_grid(table, cells_of(table, found), missing).markdown()}\n"
     if missing:

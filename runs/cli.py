@@ -82,8 +82,8 @@ def parse_config(
     """An instance of a flat dataclass: its defaults, overridden by a YAML file, overridden by the command line.
 
     Args:
-        config_class: fields of type int, float, bool, str, Literal, tuple[T, ...], or one of these or None, with a
-            `Range` and the marks of utils.py where they have them.
+        config_class: fields with defaults, of type int, float, bool, str, Literal, tuple[T, ...], or one of these or
+            None, with a `Range` and the marks of utils.py where they have them.
         argv: the arguments without the program's name; None takes them from sys.argv.
         default_run_dir: where a run with given settings lies if `--run_dir` does not say so; None for no one place.
         aliases: other spellings of fields, on the command line and in the file.
@@ -98,12 +98,11 @@ def parse_config(
         _show_help(
             config_class, f"{description}\n\n{config_flag} FILE reads flat `field: value` YAML; flags override it."
         )
-    types_by_name = typing.get_type_hints(config_class)
-    hints = {field.name: types_by_name[field.name] for field in dataclasses.fields(config_class) if field.init}
+    hints = typing.get_type_hints(config_class)
     given, path = _read_flags(words, hints, config_flag, aliases or {})
     resumes = False  # whether the settings are those of the run to continue
     if path is None and given.get("resume"):
-        folder = given.get("run_dir") or (default_run_dir and default_run_dir(_build(config_class, given)))
+        folder = given.get("run_dir") or (default_run_dir and default_run_dir(config_class(**given)))
         if folder and not Path(folder).exists() and given.keys() == {"resume", "run_dir"}:
             raise UserError(f"--resume --run_dir {folder}", "there is no such run", "check the path")
         if folder and (Path(folder) / "config.yaml").exists():
@@ -115,7 +114,7 @@ def parse_config(
         if not resumes:
             raise
         raise UserError("--resume", str(error), "is it a run of another command, or of another version?") from None
-    config = _build(config_class, stored | given)
+    config = config_class(**stored | given)
     check_ranges(config)
     return config
 
@@ -144,14 +143,6 @@ def check_values(
         except ValueError:
             raise UserError(where, f"{spelled} must be {_expected(hints[key])}, not {value!r}") from None
     return checked
-
-
-def _build(config_class: type, values: dict[str, Any]) -> Any:
-    for field in dataclasses.fields(config_class):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and field.init and field.name not in values:
-            raise UserError(f"--{field.name} is required; see --help")
-    return config_class(**values)
 
 
 def _read_flags(

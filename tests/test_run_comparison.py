@@ -239,7 +239,7 @@ def test_what_corl_sets_for_a_dataset_is_the_lowest_layer(tmp_path):
         ("beta: 2.0", "eta: 2.0", "common: unknown key 'eta'"),
         ("actor_lr: 1e-4", "learning_rate: 1e-4", "environments.hopper.medium[1]: unknown key 'learning_rate'"),
         ("[own, {type: gaussian}]", "[own]", "medium[1]: --actor_configs own: 1 for 2 weights"),
-        ("[0], actor_configs: [own]", "[10, 10], actor_configs: [own, own]", "belongs to an earlier entry"),
+        ("[0], actor_configs: [own]", "[10, 10], actor_configs: [own, own]", "is asked for twice"),
     ],
 )
 def test_a_fault_of_an_algorithms_entry_is_one_line(before, after, words, tmp_path, capsys):
@@ -271,7 +271,7 @@ def test_only_takes_whole_words():
 BAD = [
     ("common: {bacth_size: 4}", "common: unknown key 'bacth_size'", "'batch_size'"),
     ("common: {tau: 7}", "environments.hopper.medium", "--tau 7"),
-    ("common: {seeds: [0, 0]}", "common.seeds", "twice"),
+    ("common: {seeds: [0, 0]}", "environments.hopper.medium", "seed_0 is asked for twice"),
     ("sinkhorn: {k: 4}", "sinkhorn: unknown key 'k'", "'K'"),
     ("common: {tau: 0.1, tau: 0.2}", "stands twice", "line 1"),
     ("environments: {hopper: {medium: }}", "environments.hopper.medium", "key: value"),
@@ -300,7 +300,6 @@ def test_bad_flags_are_named(place, capsys, monkeypatch):
     assert "--only 'cheetah'" in exits(capsys, *place.flags("--only", "cheetah"))
     assert "add --backend ray" in exits(capsys, *place.flags("--address", "auto"))
     assert "needs --address" in exits(capsys, *place.flags("--backend", "ray"))
-    assert "--seeds 0 0: holds a seed twice" in exits(capsys, *place.flags("--seeds", "0", "0"))
     taken = place.folder / "taken"
     taken.write_text("")
     assert str(taken) in exits(capsys, *place.flags("--output", str(taken)))
