@@ -16,7 +16,6 @@ docs/recipes.md lists the deviations.
 import collections
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +23,17 @@ import numpy as np
 
 from benchmark_data import experts
 from benchmark_data.generation import Family, Plan, run_tasks
-from ogbench_utils import DATASETS, GENERATED_IDS, make_env, seeded_reset
+from ogbench_utils import DATASETS, GENERATED_IDS, MazeDataset, make_env, seeded_reset
 
 STITCH_CELLS = 4  # how many cells a stitch goal lies from the start
 EXPLORE_STEPS = 10  # steps in one direction
 Cell = tuple[int, int]  # row, column
 
 
-@dataclass(frozen=True)
-class Recipe:
-    policy: tuple[str, int] | None  # environment and training steps of the locomotion policy; None: none is needed
-    noise: float  # standard deviation of the Gaussian added to each action
-    rows: int  # rows an episode
-
-
-ANT = ("ant-xy", 400_000)
-RECIPES = {
-    ("pointmaze", "navigate"): Recipe(None, noise=0.5, rows=1001),
-    ("pointmaze", "stitch"): Recipe(None, noise=0.5, rows=201),
-    ("antmaze", "navigate"): Recipe(ANT, noise=0.2, rows=1001),
-    ("antmaze", "stitch"): Recipe(ANT, noise=0.2, rows=201),
-    ("antmaze", "explore"): Recipe(ANT, noise=1.0, rows=501),
-}
+ANT = ("ant-xy", 400_000)  # the locomotion policy's environment and training steps
+ROWS = {"navigate": 1001, "stitch": 201, "explore": 501}  # an episode
+NOISE = {"pointmaze": 0.5, "antmaze": 0.2}  # standard deviation of the Gaussian added to each action
+EXPLORE_NOISE = 1.0
 # Training episodes where none are asked for: of the order of 100,000 rows in navigate, 60,000 in the others.
 DEFAULT_EPISODES = {"navigate": 100, "stitch": 300, "explore": 120}
 OFFICIAL_EPISODES = {"navigate": 1000, "stitch": 5000, "explore": 10_000}  # of the medium and large mazes' files
@@ -60,9 +48,8 @@ HUMANOID_MESSAGE = (
 )
 
 
-def find_recipe(dataset_id: str) -> Recipe:
-    dataset = DATASETS[dataset_id]
-    return RECIPES[dataset.maze_env, dataset.task_type]
+def noise(dataset: MazeDataset) -> float:
+    return EXPLORE_NOISE if dataset.task_type == "explore" else NOISE[dataset.maze_env]
 
 
 def cell_distances(maze_map: np.ndarray, origin: Cell) -> np.ndarray:
@@ -113,12 +100,11 @@ class Ways:
 
 class EpisodeMaker:
     def __init__(self, dataset_id: str, experts_dir: Path):
-        self.recipe = find_recipe(dataset_id)
-        self.task_type = DATASETS[dataset_id].task_type
-        self.policy = None  # a point moves along the direction itself
-        if self.recipe.policy is not None:
-            self.policy = experts.read_policy(experts.latest_policy(experts_dir, *self.recipe.policy))
-        self.env = make_env(dataset_id, terminate_at_goal=False, max_episode_steps=self.recipe.rows)
+        dataset = DATASETS[dataset_id]
+        self.task_type, self.noise, self.policy = dataset.task_type, noise(dataset), None
+        if dataset.maze_env == "antmaze":  # a point moves along the direction itself
+            self.policy = experts.read_policy(experts.latest_policy(experts_dir, *ANT))
+        self.env = make_env(dataset_id, terminate_at_goal=False, max_episode_steps=ROWS[self.task_type])
         self.maze_env: Any = self.env.unwrapped
         self.ways = Ways(self.maze_env.maze_map)
         self.free_cells = [tuple(cell) for cell in np.argwhere(self.maze_env.maze_map == 0).tolist()]
@@ -174,7 +160,7 @@ class EpisodeMaker:
             direction = _unit(np.array(self.maze_env.ij_to_xy(self.ways.next_cell(here, goal))) - xy)
         # The policy has never seen positions; the direction stands where OGBench's directional ant has it, at the end.
         action = self.policy.act(np.concatenate([observation[2:], direction])) if self.policy else direction
-        return np.clip(action + rng.normal(0.0, self.recipe.noise, size=np.shape(action)), -1.0, 1.0)
+        return np.clip(action + rng.normal(0.0, self.noise, size=np.shape(action)), -1.0, 1.0)
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:
@@ -204,8 +190,7 @@ class MazeFamily(Family):
         return sizes[DATASETS[dataset_id].task_type]
 
     def policies(self, dataset_id: str, experts_dir: Path) -> list[Path]:
-        policy = find_recipe(dataset_id).policy
-        return [experts.latest_policy(experts_dir, *policy)] if policy else []
+        return [experts.latest_policy(experts_dir, *ANT)] if DATASETS[dataset_id].maze_env == "antmaze" else []
 
     def write(self, plan: Plan, stage: Path) -> dict[str, Any]:
         counts = (plan.size, max(plan.size // 10, 1))
@@ -216,16 +201,17 @@ class MazeFamily(Family):
             with open(stage / name, "wb") as file:
                 np.savez_compressed(file, **arrays)  # it dates the members 1980: equal arrays give equal bytes
             plan.dataset.read(stage / name)
-        task_type, recipe = plan.dataset.task_type, find_recipe(plan.dataset_id)
+        task_type, rows = plan.dataset.task_type, ROWS[plan.dataset.task_type]
+        what = f"start in any free cell, {AIMS[task_type]}; noise of {noise(plan.dataset):g}"
         facts: dict[str, Any] = {
-            "recipe": f"OGBench {task_type}: start in any free cell, {AIMS[task_type]}; noise of {recipe.noise:g}",
+            "recipe": f"OGBench {task_type}: {what}",
             "episodes": plan.size,
-            "transitions": plan.size * (recipe.rows - 1),
+            "transitions": plan.size * (rows - 1),
             "returns": None,  # the files carry no rewards
         }
         reached = sum(goals for _, goals in made[: plan.size])
         if task_type == "navigate":
-            facts["goals_reached_per_1000_steps"] = round(1000 * reached / (plan.size * recipe.rows), 3)
+            facts["goals_reached_per_1000_steps"] = round(1000 * reached / (plan.size * rows), 3)
         elif task_type == "stitch":
             facts["goal_reached"] = round(reached / plan.size, 3)  # share of episodes
         return facts

@@ -97,27 +97,8 @@ def test_ant_maze_episodes(name, goal):
 
 
 def test_ant_maze_time_limits():
-    for name, limit in (("umaze-diverse", 700), ("large-play", 1000)):
-        env = make_env(f"antmaze-{name}-v2")
-        env.reset(seed=0)
-        env.unwrapped.do_simulation = lambda *_: None  # the clock alone
-        ends = [env.step(np.zeros(8))[2:4] for _ in range(limit)]
-        assert ends[-1] == (False, True) and not any(truncated for _, truncated in ends[:-1])
-
-
-def test_a_single_task_pays_a_step_after_the_goal_is_entered():
-    """OGBench's goal mazes pay at that step. Data is labelled by a row's own state, which agrees."""
-    pytest.importorskip("ogbench")  # registers the environments
-    rewards = {}
-    for name in ("pointmaze-medium-v0", "pointmaze-medium-singletask-task1-v0"):
-        env = gymnasium.make(name)
-        env.reset(seed=1, options=None if "single" in name else {"task_id": 1})
-        maze = env.unwrapped
-        maze.set_xy(np.array(maze.cur_goal_xy) - np.array([maze._goal_tol + 0.05, 0]))
-        rewards[name] = [env.step(np.array([1.0, 0.0]))[1:3] for _ in range(2)]
-        env.close()
-    assert rewards["pointmaze-medium-v0"][0] == (1, True)
-    assert rewards["pointmaze-medium-singletask-task1-v0"] == [(-1, False), (0, True)]
+    limits = [make_env(f"antmaze-{name}-v2")._max_episode_steps for name in ("umaze-diverse", "large-play")]
+    assert limits == [700, 1000]
 
 
 class Counter(gymnasium.Env):

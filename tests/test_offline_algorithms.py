@@ -144,15 +144,16 @@ def average(target: nn.Module, source: nn.Module, tau: float = 0.005) -> None:
         slow.data = (1 - tau) * slow.data + tau * fast.data
 
 
-def compare(agent, reference, pairs, updates: int = UPDATES) -> float:
-    """Both make the same updates from the same draws; the largest difference of any of `pairs` of weights."""
+def compare(agent, reference, actor, critics, more=list, updates: int = UPDATES) -> float:
+    """Both make the same updates from the same draws; the largest difference of weights, `more` pairs included."""
     twin = torch.Generator().set_state(agent.generator.get_state())
     for seed in range(updates):
         batch = make_batch(seed, torch.float64)
         agent.update(batch)
         reference(batch, lambda *shape: torch.randn(*shape, A, generator=twin), twin)
-    assert all(ours.shape == theirs.shape for ours, theirs in pairs())
-    return max(float((ours - theirs).detach().abs().max()) for ours, theirs in pairs())
+    pairs = same_mlp(agent.actor.net, actor) + same_critics(agent.critic, critics) + more()
+    assert all(ours.shape == theirs.shape for ours, theirs in pairs)
+    return max(float((ours - theirs).detach().abs().max()) for ours, theirs in pairs)
 
 
 def same_mlp(net: MLP, expected: nn.Sequential) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -186,10 +187,7 @@ def test_td3_bc_equals_a_plain_agent():
             average(slow_critics, critics)
             average(slow_actor, actor)
 
-    difference = compare(
-        agent, reference, lambda: same_mlp(agent.actor.net, actor) + same_critics(agent.critic, critics)
-    )
-    assert difference < 1e-7
+    assert compare(agent, reference, actor, critics) < 1e-7
 
 
 @pytest.mark.parametrize("name", ["iql", "iql_deterministic"])
@@ -218,12 +216,10 @@ def test_iql_equals_a_plain_agent(name):
         cloning = -Normal(mean, log_std.exp()).log_prob(a).sum(-1) if density else ((mean - a) ** 2).sum(-1)
         minimise(actor_optimizer, (weight.clamp(max=100) * cloning).mean())
 
-    def pairs():
-        found = same_mlp(agent.actor.net, actor) + same_mlp(agent.value.net, value)
-        found += [(agent.actor.log_std, log_std)] if density else []
-        return found + same_critics(agent.critic, critics)
+    def more():
+        return same_mlp(agent.value.net, value) + ([(agent.actor.log_std, log_std)] if density else [])
 
-    assert compare(agent, reference, pairs) < 1e-7
+    assert compare(agent, reference, actor, critics, more) < 1e-7
     assert 0 < cut < N * UPDATES
 
 
@@ -245,10 +241,7 @@ def test_awac_equals_a_plain_agent():
         minimise(actor_optimizer, -(weight * Normal(mean, log_std.exp()).log_prob(a).sum(-1)).mean())
         average(slow, critics)
 
-    difference = compare(
-        agent, reference, lambda: same_mlp(agent.actor.net, actor) + same_critics(agent.critic, critics)
-    )
-    assert difference < 1e-7
+    assert compare(agent, reference, actor, critics) < 1e-7
     assert torch.allclose(agent.actor.log_std, log_std, atol=1e-7) and not torch.equal(log_std, torch.zeros(A))
 
 
@@ -291,10 +284,7 @@ def test_sac_n_and_edac_equal_plain_agents(name):
         minimise(critic_optimizer, loss)
         average(slow, critics)
 
-    difference = compare(
-        agent, reference, lambda: same_mlp(agent.actor.net, actor) + same_critics(agent.critic, critics)
-    )
-    assert difference < 1e-7
+    assert compare(agent, reference, actor, critics) < 1e-7
     assert abs(agent.temperature.log_alpha.item() - log_alpha.item()) < 1e-7 and log_alpha.item() != 0
 
 
@@ -336,10 +326,7 @@ def test_cql_equals_a_plain_agent(name):
             minimise(scalars[1], -0.5 * log_prime.exp() * 10 * sum(gaps).detach())
         average(slow, critics)
 
-    difference = compare(
-        agent, reference, lambda: same_mlp(agent.actor.net, actor) + same_critics(agent.critic, critics)
-    )
-    assert difference < 1e-7
+    assert compare(agent, reference, actor, critics) < 1e-7
     found = (agent.temperature.log_alpha.item(), agent.multiplier.log_alpha_prime.item())
     assert found == pytest.approx((log_alpha.item(), log_prime.item()), abs=1e-7)
     assert (log_prime.item() != 1) == lagrange
