@@ -220,7 +220,6 @@ class MinariDataset(Dataset):
                 os.environ["MINARI_DATASETS_PATH"] = before
 
     def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:
-        """The episodes' own rows, each episode checked: T + 1 observations, and T of all else."""
         dataset = self.read(*self.paths(dataset_dir))
         for space, what in ((dataset.observation_space, "observations"), (dataset.action_space, "actions")):
             if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
@@ -251,15 +250,12 @@ class MinariDataset(Dataset):
             "scored": scored,
         }
 
-    def _rows(self, episode: Any) -> tuple[np.ndarray, ...]:
+    @staticmethod
+    def _rows(episode: Any) -> tuple[np.ndarray, ...]:
         """The columns of one episode, the last one a mark at its end."""
-        parts = (episode.observations, episode.actions, episode.rewards, episode.terminations)
-        observations, actions, rewards, terminations = map(np.asarray, parts)
-        counts, steps = list(map(len, parts)), len(rewards)
-        if steps == 0 or counts != [steps + 1, steps, steps, steps]:
-            raise self._bad(f"episode {episode.id}: {counts} observations, actions, rewards and terminations")
-        last = np.arange(steps) == steps - 1
-        return observations[:-1], actions, rewards.astype(np.float64), observations[1:], terminations, last
+        observations, rewards = np.asarray(episode.observations), np.asarray(episode.rewards, np.float64)
+        last = np.arange(len(rewards)) == len(rewards) - 1
+        return observations[:-1], episode.actions, rewards, observations[1:], episode.terminations, last
 
     def make_env(self, dataset_dir: str | os.PathLike | None = None) -> gymnasium.Env:
         dataset = self.read(*self.paths(dataset_dir))

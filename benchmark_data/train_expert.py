@@ -30,17 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmark_data.experts import (
-    CARD_EPISODES,
-    CARD_SEED,
-    ENVIRONMENTS,
-    Policy,
-    evaluate_policy,
-    policy_path,
-    read_policy,
-    write_card,
-    write_policy,
-)
+from benchmark_data import experts
 from runs.cli import parse_config, run_cli
 from runs.directory import mark_finished, save_checkpoint
 from runs.metrics import read_metrics
@@ -51,7 +41,7 @@ from utils import Basic, Count, MayChange, PositiveFraction, UserError, Whole, p
 
 @dataclass
 class TrainExpertConfig(RunConfig):
-    env: Basic[Literal[tuple(ENVIRONMENTS)]] = "hopper"  # robot and task
+    env: Basic[Literal[tuple(experts.ENVIRONMENTS)]] = "hopper"  # robot and task
     max_timesteps: Basic[MayChange[Count | None]] = None  # environment steps; default: the recipe's
     lr: PositiveFraction = 3e-4  # learning rate of actor, critics and temperature
     batch_size: Count = 256  # transitions in an update
@@ -62,7 +52,7 @@ class TrainExpertConfig(RunConfig):
     buffer_size: Count = 1_000_000  # transitions in the replay buffer
     snapshot_every: Count = 10_000  # steps between policy files, each of them evaluated, and between checkpoints
     eval_episodes: Count = 10  # deterministic episodes of a snapshot's evaluation
-    card_episodes: MayChange[Count] = CARD_EPISODES  # episodes behind the cards of the last and the best policy
+    card_episodes: MayChange[Count] = experts.CARD_EPISODES  # episodes behind the cards of the last and the best policy
     log_every: Count = 2_000  # steps between rows of metrics.csv
 
 
@@ -124,7 +114,7 @@ def build_model(config: TrainExpertConfig, env: gymnasium.Env, seed: int) -> Any
     return model
 
 
-def extract_policy(model: Any, config: TrainExpertConfig, step: int) -> Policy:
+def extract_policy(model: Any, config: TrainExpertConfig, step: int) -> experts.Policy:
     """The acting part of the model that `build_model` made for `config`."""
     actor = model.policy.actor
     linear = [module for module in actor.latent_pi if isinstance(module, nn.Linear)]
@@ -133,8 +123,8 @@ def extract_policy(model: Any, config: TrainExpertConfig, step: int) -> Policy:
     for name, layer in (named | {"mean": actor.mu, "log_std": actor.log_std}).items():
         weights[f"{name}.weight"] = layer.weight.detach().numpy().T.copy()
         weights[f"{name}.bias"] = layer.bias.detach().numpy().copy()
-    # Its bounds of the log standard deviation are Policy's own.
-    return Policy(config.env, step, weights, RECIPES[config.env].activation)
+    # Its bounds of the log standard deviation are experts.Policy's own.
+    return experts.Policy(config.env, step, weights, RECIPES[config.env].activation)
 
 
 def model_state(model: Any) -> dict[str, Any]:
@@ -183,7 +173,7 @@ class ExpertRun(Run):
 
     def build(self) -> None:
         self.total = self.config.max_timesteps or RECIPES[self.config.env].steps
-        train_env, self.eval_env = (ENVIRONMENTS[self.config.env]() for _ in range(2))
+        train_env, self.eval_env = (experts.ENVIRONMENTS[self.config.env]() for _ in range(2))
         self.resources.callback(train_env.close)
         self.resources.callback(self.eval_env.close)
         self.step, self.evaluations = 0, {}  # step of a snapshot -> its mean return
@@ -255,10 +245,10 @@ class ExpertRun(Run):
         """
         config = self.config
         policy = extract_policy(self.model, config, self.step)
-        path = policy_path(self.run_dir / "policies", config.env, self.step)
-        write_policy(path, policy)
-        result = evaluate_policy(policy, config.eval_episodes, self.streams.evaluation_seed, env=self.eval_env)
-        write_card(path, facts(config), {"deterministic": result})
+        path = experts.policy_path(self.run_dir / "policies", config.env, self.step)
+        experts.write_policy(path, policy)
+        result = experts.evaluate_policy(policy, config.eval_episodes, self.streams.evaluation_seed, env=self.eval_env)
+        experts.write_card(path, facts(config), {"deterministic": result})
         self.evaluations[self.step] = result["mean"]
         return {"eval_return": result["mean"], "eval_std": result["std"], "eval_length": result["mean_length"]}
 
@@ -276,13 +266,15 @@ class ExpertRun(Run):
         config, returns = self.config, {}
         best = max(self.evaluations, key=self.evaluations.__getitem__)
         for step in {self.step, best}:
-            path = policy_path(self.run_dir / "policies", config.env, step)
-            policy = read_policy(path)
+            path = experts.policy_path(self.run_dir / "policies", config.env, step)
+            policy = experts.read_policy(path)
             measured = {
-                kind: evaluate_policy(policy, config.card_episodes, CARD_SEED, sampled, self.eval_env, show=True)
+                kind: experts.evaluate_policy(
+                    policy, config.card_episodes, experts.CARD_SEED, sampled, self.eval_env, show=True
+                )
                 for kind, sampled in (("deterministic", False), ("stochastic", True))
             }
-            write_card(path, facts(config), measured)
+            experts.write_card(path, facts(config), measured)
             returns[step] = measured["deterministic"]["mean"]
         summary = {"env": config.env, "steps": self.step, "best_step": best}
         summary |= {"last_return": returns[self.step], "best_return": returns[best]}

@@ -13,15 +13,7 @@ import pytest
 import torch
 
 import ogbench_utils
-from ogbench_utils import (
-    NEVER,
-    TrajectoryDataset,
-    load_arrays,
-    make_env,
-    max_episode_steps,
-    parse_dataset_id,
-    seeded_reset,
-)
+from ogbench_utils import NEVER, TrajectoryDataset, load_arrays, make_env, parse_dataset_id, seeded_reset
 from opso.maze import Maze, evaluation_tasks
 from utils import UserError
 
@@ -339,6 +331,6 @@ def test_dimensions_and_limits_are_the_environments():
         assert env.observation_space.shape == (observation_dim,) and env.action_space.shape == (action_dim,)
     limits = {"antmaze-giant-navigate-v0": 1000, "humanoidmaze-large-stitch-v0": 2000}
     for dataset_id, steps in (limits | {"humanoidmaze-giant-navigate-v0": 4000}).items():
-        assert max_episode_steps(dataset_id) == steps
+        assert ogbench_utils.max_episode_steps(dataset_id) == steps
     for dataset in ogbench_utils.DATASETS.values():
         assert gymnasium.spec(dataset.env_id) is not None

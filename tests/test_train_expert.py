@@ -12,14 +12,7 @@ import torch
 
 from benchmark_data import train_expert
 from benchmark_data.experts import ENVIRONMENTS, evaluate_policy, read_card, read_policy
-from benchmark_data.train_expert import (
-    ExpertRun,
-    TrainExpertConfig,
-    build_model,
-    extract_policy,
-    load_model_state,
-    model_state,
-)
+from benchmark_data.train_expert import ExpertRun, TrainExpertConfig, build_model, extract_policy
 from runs.directory import load_checkpoint
 from runs.metrics import read_metrics
 from utils import RunFinished, UserError
@@ -110,8 +103,8 @@ def test_a_checkpoint_holds_the_whole_model(finished):
     stored = load_checkpoint(finished / "checkpoints" / "last.pth")
     config = TrainExpertConfig(**TINY)
     model = build_model(config, ENVIRONMENTS["hopper"](), 1)
-    load_model_state(model, stored)
-    again = model_state(model)
+    train_expert.load_model_state(model, stored)
+    again = train_expert.model_state(model)
     flat = [torch.utils._pytree.tree_leaves(state) for state in (again, {name: stored[name] for name in again})]
     assert len(flat[0]) > 40
     for mine, theirs in zip(*flat, strict=True):

@@ -294,10 +294,8 @@ def run_command(
     if action not in ("train", "test"):
         raise UserError(f"{action!r}: the first word is train or test{did_you_mean(action, ('train', 'test'))}")
     config = parse_config(config_class, words, description, default_run_dir=run_class.default_run_dir)
-    return run_class(config).run() if action == "train" else retest(run_class, config)
-
-
-def retest(run_class: type[StudyRun], config: StudyConfig) -> dict[str, float]:
+    if action == "train":
+        return run_class(config).run()
     run_dir = run_class.default_run_dir(config)
     if not (run_dir / LAST).is_file():
         raise UserError(f"{run_dir / LAST}: no such file; train first, with the same flags and `train`")

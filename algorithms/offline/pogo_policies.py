@@ -13,7 +13,6 @@ runs once, whatever is drawn from it.
 Every one draws by the same noise: z [n, A] gives an action a state, z [n, K, A] gives K.
 """
 
-import abc
 import functools
 import math
 from collections.abc import Callable
@@ -75,12 +74,8 @@ class Point(Samples):
         super().__init__(lambda z: _beside(actions, z).expand_as(z), lambda: actions)
 
 
-class Density(abc.ABC):
-    """A distribution that has a density."""
-
-    @abc.abstractmethod
-    def log_prob(self, actions: Tensor) -> Tensor:
-        """log pi(a | s), [n] or [n, K]."""
+class Density:
+    """A distribution with a density: log_prob(actions) is log pi(a | s), [n] or [n, K]."""
 
     def bc_loss(self, actions: Tensor, draw: Draw) -> Tensor:
         """-log pi(a | s), [n]."""
