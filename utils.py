@@ -155,8 +155,6 @@ class RandomStreams:
     """
 
     def __init__(self, seed: int, device: str | torch.device = "cpu"):
-        if seed < 0:
-            raise UserError(f"--seed {seed}: must be 0 or larger")
         self.device = torch.device(device)
         init, sampling, policy, evaluation, dropout = np.random.SeedSequence(seed).spawn(5)
         self.init_seed = _seed_from(init)  # for building networks, see `initialising`

@@ -203,16 +203,9 @@ def mark_finished(run_dir: str | Path, summary: dict[str, Any]) -> None:
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """A config dataclass (or dict) as YAML writes it: tuples as lists, paths as text."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config)
+    """A config dataclass as YAML writes it: tuples as lists."""
+    values = dataclasses.asdict(config)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _stored_config(config: Any) -> dict[str, Any]:
@@ -221,11 +214,10 @@ def _stored_config(config: Any) -> dict[str, Any]:
 
 def _check_same_config(run_dir: Path, current: dict[str, Any], may_change: set[str]) -> None:
     path = run_dir / "config.yaml"
-    stored = {key: value for key, value in load_yaml(path).items() if key not in HOW_IT_STARTED}
-    absent = "(absent)"
+    stored, absent = load_yaml(path), "(absent)"
     if stored.keys() - current.keys() and current.keys() - stored.keys():
         raise RunExists(run_dir, "holds a run of another command or version", "choose another --run_dir")
-    for key in [*current, *(key for key in stored if key not in current)]:
+    for key in current | stored:
         before, now = stored.get(key, absent), current.get(key, absent)
         if key not in may_change and before != now:
             fault, remedy = f"{key} was {before} and is now {now}", "give the old value, or choose another --run_dir"

@@ -224,16 +224,13 @@ class Evaluator(contextlib.AbstractContextManager):
         actions = policies(observations, alive)
         if isinstance(actions, torch.Tensor):
             actions = actions.detach().cpu().numpy()
-        expected = (*alive.shape, self._shared["action"].shape[1])
-        if actions.shape != expected:
-            raise ValueError(f"the policies returned actions of shape {actions.shape}, expected {expected}")
         bad = ~np.isfinite(actions).all(axis=-1) & alive
         if bad.any():
             raise UserError(
                 f"policy {int(np.argwhere(bad)[0, 0])} gave an action that is not finite: its training has diverged; "
                 "lower the learning rate, or go on from an earlier checkpoint"
             )
-        return actions.reshape(-1, expected[-1])
+        return actions.reshape(alive.size, -1)
 
     def _everywhere(self, message: bytes) -> None:
         """Reset or step all subsets that have a live episode, and wait for them."""

@@ -51,7 +51,7 @@ class MetricLogger:
 
     def log(self, step: int, metrics: dict[str, float | torch.Tensor]) -> None:
         """Append one row; values are numbers or 0-d tensors. Raises OSError that names the file when it cannot."""
-        values = _to_floats(metrics)
+        values = {name: float(value) for name, value in metrics.items()}
         late = [name for name in values if name not in self.columns]
         if late:
             self.columns += late
@@ -141,13 +141,6 @@ class RunningMeans:
         means = {name: total / self.counts[name] for name, total in zip(self.sums, sums, strict=True)}
         self.sums, self.counts = {}, {}
         return means
-
-
-def _to_floats(metrics: dict[str, float | torch.Tensor]) -> dict[str, float]:
-    """All values as floats; the tensors leave the device in one copy."""
-    tensors = {name: value.detach().double() for name, value in metrics.items() if isinstance(value, torch.Tensor)}
-    moved = torch.stack(list(tensors.values())).tolist() if tensors else []
-    return {name: float(value) for name, value in (metrics | dict(zip(tensors, moved, strict=True))).items()}
 
 
 def _csv_line(cells: Iterable[str]) -> str:
