@@ -27,17 +27,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dataset_files import (
-    BLOCK_ROWS,
-    Dataset,
-    bad_file,
-    check_arrays,
-    jumps,
-    official_ids,
-    read_hdf5,
-    take_rows,
-    whole_returns,
-)
+from dataset_files import BLOCK_ROWS, Dataset, bad_file, check_arrays, jumps, read_hdf5, take_rows, whole_returns
 from utils import warn
 
 DATASET_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
@@ -55,6 +45,8 @@ ANTMAZES = {
     "large-play": "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5",
     "large-diverse": "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
 }
+OFFICIAL_IDS = tuple(f"{robot}-{level}-v2" for robot in ENVIRONMENTS for level in OFFICIAL_LEVELS)
+OFFICIAL_IDS += tuple(f"antmaze-{level}-v2" for level in ANTMAZES)
 # What make_dataset.py can generate; its recipes must cover exactly these.
 _GENERATED = dict.fromkeys(ENVIRONMENTS, ("medium", "medium-replay", "medium-expert")) | {"antmaze": tuple(ANTMAZES)}
 GENERATED_IDS = tuple(f"local/{robot}-{level}-v2" for robot, levels in _GENERATED.items() for level in levels)
@@ -175,14 +167,7 @@ class D4RLDataset(Dataset):
         return 100.0 * (np.asarray(returns, dtype=np.float64) - low) / (high - low)
 
 
-DATASETS = {
-    dataset_id: D4RLDataset(dataset_id)
-    for dataset_id in (
-        *(f"{robot}-{level}-v2" for robot in ENVIRONMENTS for level in OFFICIAL_LEVELS),
-        *(f"antmaze-{level}-v2" for level in ANTMAZES),
-        *GENERATED_IDS,
-    )
-}
+DATASETS = {dataset_id: D4RLDataset(dataset_id) for dataset_id in OFFICIAL_IDS + GENERATED_IDS}
 
 
 def is_official(dataset_id: str, transitions: int) -> bool | None:
@@ -191,7 +176,7 @@ def is_official(dataset_id: str, transitions: int) -> bool | None:
     None for an id that is not D4RL's, or whose file has a size that is not known here.
     """
     robot, _, level = dataset_id.removesuffix("-v2").partition("-")
-    if dataset_id not in official_ids(DATASETS) or level in ("random", "expert", "full-replay"):
+    if dataset_id not in OFFICIAL_IDS or level in ("random", "expert", "full-replay"):
         return None
     rows = REPLAY_ROWS[robot] if "replay" in level else 2_000_000 if level == "medium-expert" else 1_000_000
     return transitions >= 0.9 * rows

@@ -135,10 +135,6 @@ class Dataset(abc.ABC):
 AnyDataset = TypeVar("AnyDataset", bound=Dataset)
 
 
-def official_ids(datasets: Mapping[str, Dataset]) -> tuple[str, ...]:
-    return tuple(name for name, dataset in datasets.items() if not dataset.local)
-
-
 def find(dataset_id: str, known: Mapping[str, AnyDataset], what: str) -> AnyDataset:
     """The dataset of an id. Only listed ids pass, so that none can point outside the dataset folder.
 

@@ -17,7 +17,6 @@ from benchmark_data import check as check_module
 from benchmark_data import local
 from benchmark_data.check import check, find_path, run_check
 from benchmark_data.walker import play_episode
-from dataset_files import official_ids
 from offline_data import find_dataset
 from utils import UserError
 
@@ -51,7 +50,7 @@ def recorded(dataset_id):
     if dataset_id in dmc_utils.OFFICIAL_IDS:
         random = SimpleNamespace(act=lambda observation, rng: rng.uniform(-1, 1, 6).astype(np.float32))
         return [play_episode(dmc_utils.WalkerEnv("walk"), random, np.random.SeedSequence(seed)) for seed in range(2)]
-    if dataset_id in official_ids(d4rl_utils.DATASETS):
+    if dataset_id in d4rl_utils.OFFICIAL_IDS:
         env, limit = d4rl_utils.make_env(dataset_id), find_dataset(dataset_id).max_episode_steps
         while sum(len(part["rewards"]) for part in parts) < 1500:
             parts.append(steps(env, env.reset(seed=len(parts))[0], limit, rng))

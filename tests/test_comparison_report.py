@@ -16,7 +16,6 @@ from comparison.report import write_report
 from comparison.rows import COLUMNS, Scores
 from comparison.statistics import bootstrap_interval, cell_text, iqm, mean
 from d4rl_utils import is_official
-from dataset_files import official_ids
 
 OFFICIAL = {"hopper-medium-v2": 999_906, "walker2d-medium-v2": 999_995, "local/hopper-medium-v2": 100_000}
 CHAIN = {"q": 5.0, "spread": 0.1, "energy": -0.5, "energy_before": -0.3, "energy_fell": 1.0, "distance": 0.02}
@@ -206,7 +205,7 @@ def test_published_figures_stand_beside_official_data_alone(made):
 
 def test_every_published_row_names_an_official_dataset():
     methods, scores = report.published()
-    assert set(scores) <= set(official_ids(d4rl_utils.DATASETS))
+    assert set(scores) <= set(d4rl_utils.OFFICIAL_IDS)
     for dataset, cells in scores.items():
         assert len(cells) == len(methods)
         assert is_official(dataset, 2_000_000) and not is_official(dataset, 100_000)

@@ -12,7 +12,6 @@ import torch
 import d4rl_utils
 import offline_data
 from d4rl_utils import AntMaze, QuickRunner, make_env
-from dataset_files import official_ids
 from offline_data import normalized_score
 from runs.evaluation import Evaluator, episode_seeds
 from utils import ProcessDied, UserError
@@ -21,7 +20,7 @@ from utils import ProcessDied, UserError
 def test_scores_are_d4rls():
     """Returns that D4RL's table of references gives 0 and 100, for every level and the local ones."""
     known = {"hopper": (-20.272305, 3234.3), "halfcheetah": (-280.178953, 12135.0), "walker2d": (1.629008, 4592.3)}
-    for name in (*official_ids(d4rl_utils.DATASETS), *d4rl_utils.GENERATED_IDS):
+    for name in (*d4rl_utils.OFFICIAL_IDS, *d4rl_utils.GENERATED_IDS):
         low, high = known.get(name.removeprefix("local/").split("-")[0], (0.0, 1.0))
         np.testing.assert_allclose(normalized_score(name, [low, high]), [0, 100], atol=1e-9)
     np.testing.assert_allclose(normalized_score("hopper-medium-v2", (3234.3 - 20.272305) / 2), 50)

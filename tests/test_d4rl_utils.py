@@ -9,8 +9,8 @@ import pytest
 
 import d4rl_utils
 import dataset_files
-from d4rl_utils import DATASETS, GENERATED_IDS, load_arrays, make_env
-from dataset_files import official_ids, whole_returns
+from d4rl_utils import DATASETS, GENERATED_IDS, OFFICIAL_IDS, load_arrays, make_env
+from dataset_files import whole_returns
 from offline_data import find_dataset
 from utils import UserError
 
@@ -59,7 +59,7 @@ def tiny(tmp_path):
 
 
 def test_addresses_are_d4rls():
-    addresses = {name: f"{DATASETS[name].url}/{DATASETS[name].files[0]}" for name in official_ids(DATASETS)}
+    addresses = {name: f"{DATASETS[name].url}/{DATASETS[name].files[0]}" for name in OFFICIAL_IDS}
     assert len(set(addresses.values())) == len(addresses) == 24 and len(GENERATED_IDS) == 15
     begin = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
     assert addresses["walker2d-full-replay-v2"] == f"{begin}/gym_mujoco_v2/walker2d_full_replay-v2.hdf5"

@@ -9,18 +9,7 @@ import numpy as np
 import pytest
 
 import dmc_utils
-from dmc_utils import (
-    EPISODE_COLUMNS,
-    GENERATED_IDS,
-    OFFICIAL_IDS,
-    TASKS,
-    WalkerEnv,
-    episode_path,
-    load_episodes,
-    load_study_data,
-    read_episode,
-    write_episode,
-)
+from dmc_utils import GENERATED_IDS, OFFICIAL_IDS, WalkerEnv, episode_path, load_episodes, read_episode, write_episode
 from offline_data import find_dataset
 from utils import UserError
 
@@ -33,7 +22,7 @@ def play(task, seed=0):
     """An episode of random actions, laid out row by row with nothing of the product but its environment."""
     env, rng = WalkerEnv(task), np.random.default_rng(seed)
     observation, info = env.reset(seed=seed)
-    rows = {key: np.zeros((1001, columns), np.float32) for key, columns in EPISODE_COLUMNS.items()}
+    rows = {key: np.zeros((1001, columns), np.float32) for key, columns in dmc_utils.EPISODE_COLUMNS.items()}
     rows["observation"][0], rows["physics"][0], rows["discount"][0] = observation, info["physics"], 1.0
     for t in range(1, 1001):
         action = rng.uniform(-1, 1, 6).astype(np.float32)
@@ -48,7 +37,7 @@ def episode():
     return play("walk")
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", dmc_utils.TASKS)
 def test_a_step_is_dm_controls(task):
     env, rng = WalkerEnv(task), np.random.default_rng(0)
     observation, _ = env.reset(seed=3)
@@ -67,7 +56,7 @@ def test_a_step_is_dm_controls(task):
         assert (terminated, truncated) == (False, step.last())
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", dmc_utils.TASKS)
 def test_reward_is_dm_controls_at_every_height_and_speed(task):
     env = WalkerEnv(task)
     physics, rewards = env.suite_env.physics, []
@@ -135,7 +124,7 @@ def test_no_display_is_needed():
 
 def test_transitions_take_the_observation_of_the_row_before(episode, tmp_path):
     write_episode(episode_path(find_dataset(OFFICIAL_IDS[0]).paths(tmp_path)[0], 0), episode)
-    transitions = load_study_data([OFFICIAL_IDS[0]], tmp_path).transitions()
+    transitions = dmc_utils.load_study_data([OFFICIAL_IDS[0]], tmp_path).transitions()
     for i in (1, 2, 500, 1000):
         row = [array[i - 1] for array in transitions]
         expected = [episode["observation"][i - 1], episode["action"][i], episode["reward"][i, 0]]
@@ -152,7 +141,7 @@ def test_round_trip(episode, tmp_path):
     write_episode(path, episode)
     write_episode(again, dict(reversed(episode.items())))
     found = read_episode(path)
-    for key, columns in EPISODE_COLUMNS.items():
+    for key, columns in dmc_utils.EPISODE_COLUMNS.items():
         assert (found[key].shape, found[key].dtype) == ((1001, columns), np.float32)
         np.testing.assert_array_equal(found[key], episode[key])
     assert again.read_bytes() == path.read_bytes()

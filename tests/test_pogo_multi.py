@@ -9,8 +9,8 @@ import torch
 from test_offline_algorithms import ALGORITHMS, SIZES, A, D, N, count_state, make, make_batch, tensors
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from algorithms.offline.pogo_multi import POLICIES, ChainConfig, MultiActor, distance_to_data
-from algorithms.offline.pogo_policies import Gaussian, Point, TanhGaussian
+from algorithms.offline.pogo_multi import ChainConfig, MultiActor, distance_to_data
+from algorithms.offline.pogo_policies import POLICIES, Gaussian, Point, TanhGaussian
 
 DENSITIES = {"gaussian", "tanh_gaussian"}
 

@@ -31,26 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.offline.base import Batch, Info, OfflineAlgorithm, OfflineConfig
-from algorithms.offline.pogo_policies import (
-    DeterministicMLP,
-    Distribution,
-    Draw,
-    Gaussian,
-    GaussianMLP,
-    Point,
-    StochasticMLP,
-    TanhGaussianMLP,
-)
+from algorithms.offline.pogo_policies import Distribution, Draw, Gaussian, Point
 from pogo_agent import ActorChain, step_metrics
 from transport import DistanceConfig, gaussian_w2, policy_distance
 from utils import Basic
-
-POLICIES = {
-    "stochastic": StochasticMLP,
-    "deterministic": DeterministicMLP,
-    "gaussian": GaussianMLP,
-    "tanh_gaussian": TanhGaussianMLP,
-}
 
 
 @dataclass

@@ -26,7 +26,8 @@ from algorithms.offline.base import OfflineAlgorithm
 from algorithms.offline.cql import CQL, CQLConfig
 from algorithms.offline.edac import EDAC, EDACConfig
 from algorithms.offline.iql import IQL, IQLConfig
-from algorithms.offline.pogo_multi import POLICIES, ChainConfig, MultiActor
+from algorithms.offline.pogo_multi import ChainConfig, MultiActor
+from algorithms.offline.pogo_policies import POLICIES
 from algorithms.offline.sac_n import SACN, SACNConfig
 from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
 from benchmark_data.local import generate_if_missing

@@ -216,6 +216,14 @@ class TanhGaussianMLP(nn.Module):
         return TanhGaussian(mean, (log_std + self.log_std_offset).clamp(*self.log_std_bounds), self.max_action)
 
 
+POLICIES = {
+    "stochastic": StochasticMLP,
+    "deterministic": DeterministicMLP,
+    "gaussian": GaussianMLP,
+    "tanh_gaussian": TanhGaussianMLP,
+}
+
+
 @torch.no_grad()
 def initialise(net: MLP, last_bound: float) -> None:
     """As in the EDAC paper, in place: hidden biases of 0.1, a last layer in [-last_bound, last_bound]."""
