@@ -398,8 +398,9 @@ def test_seeds_at_once_equal_each_alone_wherever_they_were_cut(
             assert digest(folder(seed) / name) == digest(run_dir / name), (seed, name)
     scores = [summary["actor_1/stochastic/score"] for summary in summaries]
     said = f"{np.mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})"
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "seeds 0, 1, 2 at once" in out and f"Actor 1 - Stochastic: D4RL score: {said}" in out
+    assert err.count("nothing to resume, starting anew") == reached.count(0)
 
 
 def test_finished_seeds_are_left_and_counted_where_they_are_of_the_same_data(

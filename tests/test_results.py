@@ -1,11 +1,7 @@
 """Tables of results: the runs that a file names, the rows that they leave, what a kill may not lose, and the tables."""
 
-import contextlib
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,7 +10,7 @@ import yaml
 from running import error_line
 
 import run_comparison
-from comparison import jobs, queue, registry, rows, tables
+from comparison import queue, registry, rows, tables
 from comparison.registry import COMMANDS, check_flags, read_table, settings_digest, settings_of
 from runs.directory import plain_config
 from utils import UserError
@@ -266,7 +262,7 @@ def test_a_table_is_trained_once(place, capsys):
     assert len(place.ledger("start")) == 4 and len(place.rows()) == 8
     assert place.config.with_suffix(".csv").read_text().startswith(text)  # rows are appended
     before = place.rows()
-    place.config.with_suffix(".csv").unlink()  # of what is finished, they are made without training
+    place.config.with_suffix(".csv").unlink()  # as where a kill left none: of what is finished, they are made anew
     place.run("--report_only")
     assert len(place.ledger("start")) == 4 and sorted(map(str, place.rows())) == sorted(map(str, before))
     shutil.rmtree(place.folder / "logs")  # rows count even where their directory is gone
@@ -288,28 +284,16 @@ def test_a_run_of_two_tables_is_trained_once(place):
     assert {(row["table"], row["method"]) for row in place.rows()} == {("second", "uniform"), ("second", "BC")}
 
 
-def test_a_run_that_fails_does_not_stop_the_others(place, capsys):
+def test_a_run_that_fails_stops_the_one_that_waits_for_it_alone(place, capsys):
     write_table(place.config, MAZE, BC, AGENT)
     place.behave(**{"offline_trainer": "diverge", "walker.train_il": "crash"})
     with pytest.raises(SystemExit) as stop:
-        place.run("--retries", "1")
+        place.run("--retries", "1", "--jobs", "2")
     error = capsys.readouterr().err
     assert stop.value.code == 1 and len(place.rows()) == 2
     assert len(place.ledger("start")) == 4  # bad input once, a crash twice
     assert "it needs first OPSO, pretraining" in error
     assert "exit code 1: RuntimeError: a defect; starting it again" in error
-
-
-def test_a_run_waits_for_the_one_that_it_needs(place):
-    write_table(place.config, MAZE, AGENT)
-    place.behave(offline_trainer="slow")
-    with contextlib.suppress(SystemExit):  # the trainer leaves a walker's files, which are no success rates
-        place.run("--jobs", "2")
-    (pretraining,) = (place.folder / "logs").rglob("offline_trainer/**/seed_0/attempts.json")
-    (online,) = (place.folder / "logs").rglob("online_trainer/**/seed_0/attempts.json")
-    first, second = (jobs.read_attempts(path.parent)[0] for path in (pretraining, online))
-    assert first["began"] < second["began"] and first["code"] == 0
-    assert {row["method"] for row in place.rows()} == {"random"}
 
 
 def test_a_run_that_only_those_with_rows_need_is_no_work(place, capsys):
@@ -321,20 +305,6 @@ def test_a_run_that_only_those_with_rows_need_is_no_work(place, capsys):
     assert "has its rows" in out and "pretraining" not in out and "missing" not in out and "0 runs left" in out
     place.run()
     assert not place.ledger("start")
-
-
-def test_a_kill_between_finishing_and_appending_loses_nothing(place, monkeypatch):
-    write_table(place.config, AGENT, seeds=[0, 1])
-    with monkeypatch.context() as patch:
-        patch.setattr(queue, "append_csv", lambda path, found: os.kill(os.getpid(), signal.SIGKILL))
-        killed = multiprocessing.get_context("fork").Process(target=place.run, args=("--jobs", "1"))
-        killed.start()
-        killed.join()
-        assert killed.exitcode == -signal.SIGKILL
-    assert not place.rows() and len(list((place.folder / "logs").rglob("finished.json"))) == 1
-    place.run("--jobs", "1")
-    assert sorted({row["seed"] for row in place.rows()}) == ["0", "1"] and len(place.rows()) == 4
-    assert len(place.ledger("start")) == 2
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------

@@ -393,25 +393,6 @@ def test_every_panel_has_a_y_label_and_no_legend_covers_a_curve(tmp_path, monkey
 # --- run directories -------------------------------------------------------------------------------------------------
 
 
-def test_resume_needs_the_flag_and_the_same_settings(tmp_path, capsys):
-    config = SmallConfig()
-    goes_on = replace(config, resume=True)
-    assert prepare_run(tmp_path, replace(goes_on, seed=9)) is None
-    assert prepare_run(tmp_path, goes_on) is None  # nothing was saved that other settings could spoil
-    assert "starting anew" in capsys.readouterr().err
-    checkpoint = tmp_path / "checkpoints" / "last.pth"
-    save_checkpoint(checkpoint, {"step": 1})
-    with pytest.raises(UserError, match=r"--resume.*--run_dir"):
-        prepare_run(tmp_path, config)
-    assert prepare_run(tmp_path, goes_on) == checkpoint
-    before = (tmp_path / "config.yaml").read_bytes()
-    with pytest.raises(UserError, match=r"config\.yaml: seed was 0 and is now 9"):
-        prepare_run(tmp_path, replace(goes_on, seed=9))
-    assert (tmp_path / "config.yaml").read_bytes() == before
-    assert prepare_run(tmp_path, replace(goes_on, seed=9), may_change={"seed"}) == checkpoint
-    assert prepare_run(tmp_path, replace(goes_on, seed=9)) == checkpoint
-
-
 def test_finished_run_says_so_and_stops(tmp_path):
     prepare_run(tmp_path, SmallConfig())
     mark_finished(tmp_path, {"success": torch.tensor(0.5), "steps": np.int64(3)})
