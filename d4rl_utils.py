@@ -183,7 +183,11 @@ def is_official(dataset_id: str, transitions: int) -> bool | None:
 
 
 def load_arrays(path: str | os.PathLike, sizes: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-    """Read one D4RL file, without infos/ and metadata/, and check it as `dataset_files.check_arrays` does."""
+    """Read one D4RL file, without infos/ and metadata/, and check it as `dataset_files.check_arrays` does.
+
+    Returns observations [N, obs_dim], actions [N, act_dim] and rewards [N] float32, terminals (the state after the row
+    is absorbing) and timeouts (the episode was cut there) [N] bool, and, where the file has them, next_observations.
+    """
     path, needed = Path(path), ("observations", "actions", "rewards", "terminals", "timeouts")
     arrays = read_hdf5(path, needed, ("next_observations",))
     check_arrays(functools.partial(bad_file, path), arrays, sizes)

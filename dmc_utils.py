@@ -41,7 +41,8 @@ _LIMITS = {"action": (-1.0, 1.0), "reward": (0.0, 1.0), "discount": (0.0, 1.0)}
 # The study's names say td3 because its collectors were TD3; who collected a local one, its manifest says.
 OFFICIAL_IDS = tuple(f"walker_{task}-td3-{level}" for task in TASKS for level in ("medium", "medium-replay"))
 GENERATED_IDS = tuple(f"local/{name}" for name in OFFICIAL_IDS)
-SHORT_NAMES, ALL_DATASETS = ("walk_m", "walk_mr", "run_m", "run_mr"), "__all__"
+SHORT_NAMES = ("walk_m", "walk_mr", "run_m", "run_mr")
+ALL_DATASETS = "__all__"
 BY_SHORT_NAME = dict(zip(SHORT_NAMES, OFFICIAL_IDS, strict=True))
 BY_SHORT_NAME |= {f"local/{short}": f"local/{name}" for short, name in BY_SHORT_NAME.items()}
 

@@ -198,7 +198,7 @@ def expand(config: RunComparisonConfig) -> Table:
         for weights in lists:
             for run in make_runs(where, config, settings | {"w2_weights": weights}, algorithm, seeds):
                 if run.folder in runs:
-                    raise UserError(f"{where}: {run.folder} is asked for twice; leave one out")
+                    raise UserError(f"{where}: {run.folder} is asked for twice; give each entry and each seed once")
                 runs[run.folder] = run
     actors = max(len(run.method.split()) - 1 for run in runs.values())
     layout = {"header": ["dataset", "chain"], "columns": [f"actor {actor}" for actor in range(actors)]}

@@ -22,8 +22,9 @@ class Simulator:
     """The environment of a dataset, put into recorded states.
 
     A state holds MuJoCo's positions and velocities. Attributes: env, shape (numbers an observation and an action),
-    positions (how many numbers an observation begins with that say where the body is), padding (zeros before and after
-    an observation that make it a state, None where it does not show the whole state).
+    in_maze, positions (how many numbers an observation begins with that say where the body is), place (goes to a
+    float64 state), padding (zeros before and after an observation that make it a state, None where it does not show the
+    whole state).
     """
 
     def __init__(self, dataset: Dataset):

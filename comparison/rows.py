@@ -190,16 +190,15 @@ def _opso(run_dir: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
     metrics, config = read_metrics(run_dir), load_yaml(run_dir / "config.yaml")
     for name in sorted(name for name in summary if "/success_" in name):
         *other, task = name.removeprefix("eval/").split("/")
-        success, best = float(summary[name]), [value for value in metrics.get(name, []) if math.isfinite(value)]
-        yield {
-            **{
-                "mode": other[0] if other else config["acting"],
-                "task": task.removeprefix("success_").replace("rate", "all"),
-            },
-            **{"environment_steps": summary["env_steps"], "mean": success, "std": math.sqrt(success * (1 - success))},
-            "episodes": config["eval_episodes"] * (NUM_TASKS if task == "success_rate" else 1),
-            **{"score": 100 * success, "best_in_training": 100 * max(best) if best else ""},
-        }
+        success = float(summary[name])
+        row = {"environment_steps": summary["env_steps"], "mean": success, "std": math.sqrt(success * (1 - success))}
+        row |= {"mode": other[0] if other else config["acting"], "score": 100 * success}
+        row |= {"task": task.removeprefix("success_").replace("rate", "all")}
+        row |= {"episodes": config["eval_episodes"] * (NUM_TASKS if task == "success_rate" else 1)}
+        best = [value for value in metrics.get(name, []) if math.isfinite(value)]
+        if best and not other:  # which the last evaluation alone plays
+            row["best_in_training"] = 100 * max(best)
+        yield row
 
 
 def _episodes(values: list[float]) -> dict[str, Any]:

@@ -214,11 +214,14 @@ def _stored_config(config: Any) -> dict[str, Any]:
 
 def _check_same_config(run_dir: Path, current: dict[str, Any], may_change: set[str]) -> None:
     path = run_dir / "config.yaml"
-    stored, absent = load_yaml(path), "(absent)"
+    stored = load_yaml(path)
     if stored.keys() - current.keys() and current.keys() - stored.keys():
         raise RunExists(run_dir, "holds a run of another command or version", "choose another --run_dir")
     for key in current | stored:
-        before, now = stored.get(key, absent), current.get(key, absent)
+        before, now = (
+            stored.get(key),
+            current.get(key),
+        )  # a setting that is new since then, and not given, changes nothing
         if key not in may_change and before != now:
             fault, remedy = f"{key} was {before} and is now {now}", "give the old value, or choose another --run_dir"
             if key in LENGTHS:

@@ -153,9 +153,11 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     columns, *lines = path.read_text(errors="replace").split("\n")[:-1] or [""]
     rows = []
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, KeyError):
             row = dict(zip(columns.split(","), line.split(","), strict=True))
-            [int(cell) if name == "step" else float(cell or 0) for name, cell in row.items()]
+            int(row["step"])
+            for cell in row.values():
+                float(cell or 0)
             rows.append(row)
     return rows
 
@@ -196,7 +198,7 @@ def read_episodes(path: str | Path) -> list[dict[str, Any]]:
             if rows.fieldnames != [*EpisodeLog.COLUMNS]:
                 raise ValueError("other columns")
             return [{name: kind(row[name]) for name, kind in EpisodeLog.COLUMNS.items()} for row in rows]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path}: no evaluations can be read ({one_line(error)}); give a run's directory") from None
 
 

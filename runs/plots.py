@@ -68,6 +68,8 @@ def _draw(axis: Axes, panel: Panel, x: str) -> None:
         known = np.isfinite(values) & ((values > 0) | (not panel.log))
         if np.any(known):
             dots = {"marker": "."} if known.sum() <= FEW else {}
+            if known.sum() == 1 and "label" in style:
+                style = style | {"label": f"{style['label']}: {values[known][0]:.4g}"}
             axis.plot(np.asarray(metrics[x])[known], values[known], **dots | style)
     for level, style in panel.levels:
         axis.axhline(level, linewidth=1, **style)

@@ -63,7 +63,7 @@ def _preflight_seeds(
             print(f"Seed {seed}: finished, see {path.parent}")
             with expecting(path, "what a finished run leaves", "remove it and continue the run"):
                 summary = summaries[f"seed_{seed}"] = json.loads(path.read_text())
-                [summary[name] for name in ("transitions", "data_score")]  # which tell whether the data are the same
+                _ = summary["transitions"], summary["data_score"]  # which tell whether the data are the same
         except (RunExists, RunLocked) as error:  # a directory follows from its seed here
             goes_on = "" if config.resume or isinstance(error, RunLocked) else "continue it with --resume, "
             remedy = f"{goes_on}choose another --seed"

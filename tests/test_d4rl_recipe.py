@@ -63,6 +63,8 @@ def test_bytes_depend_on_the_seed_and_not_on_the_jobs(generate, replay_file, mon
 
 
 def test_the_manifest_tells_how_it_was_made(replay_file, experts_dir):
+    with h5py.File(replay_file) as file:
+        assert "policy" not in file["metadata"]  # more than one acted
     manifest = DATASETS[REPLAY].manifest(replay_file.parent.parent)
     assert (manifest["transitions"], manifest["episodes"]) == (1500, len(episode_ends(load_arrays(replay_file))))
     for name, digest in manifest["policies"].items():

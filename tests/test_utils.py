@@ -382,7 +382,7 @@ def test_every_panel_has_a_y_label_and_no_legend_covers_a_curve(tmp_path, monkey
     assert figures[1].axes[0].get_title() == "Success"
     plots.plot_online_curves({"step": [1], "env_steps": [0], "eval/success_rate": [0.5]}, tmp_path, "e")
     (axis,) = figures.pop().axes
-    assert [line.get_marker() for line in axis.lines] == ["o"]  # a point is no curve
+    assert [line.get_label() for line in axis.lines] == ["evaluation, five tasks: 0.5"]  # a point is no curve
     _, _, distance, saved, _, critics = figures[2].axes
     assert distance.get_yscale() == "log" and distance.get_ylim()[0] < 0.1 and distance.get_ylim()[1] > 0.5
     assert [line.get_label() for line in distance.lines] == ["actor 0", "actor 1"]  # a floor of 0 has no place there
@@ -391,6 +391,19 @@ def test_every_panel_has_a_y_label_and_no_legend_covers_a_curve(tmp_path, monkey
 
 
 # --- run directories -------------------------------------------------------------------------------------------------
+
+
+def test_resume_needs_the_same_settings_once_something_was_saved(tmp_path):
+    prepare_run(tmp_path, SmallConfig(seed=9, resume=True))
+    prepare_run(tmp_path, SmallConfig(resume=True))  # nothing was saved that other settings could spoil
+    checkpoint = tmp_path / "checkpoints" / "last.pth"
+    save_checkpoint(checkpoint, {"step": 1})
+    config = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(config.replace("limit: null\n", ""))  # a setting that is new since then
+    assert prepare_run(tmp_path, SmallConfig(resume=True)) == checkpoint
+    for name, before, now in (("seed", 0, 9), ("limit", None, 1)):
+        with pytest.raises(UserError, match=f"config.yaml: {name} was {before} and is now {now}"):
+            prepare_run(tmp_path, replace(SmallConfig(resume=True), **{name: now}))
 
 
 def test_finished_run_says_so_and_stops(tmp_path):

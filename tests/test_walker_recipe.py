@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from benchmark_data import experts, generation, walker
-from benchmark_data.walker import SHARES, WalkerFamily, snapshot_steps
-from dmc_utils import DATASETS, GENERATED_IDS, load_episodes
+from benchmark_data.walker import SHARES, WalkerFamily, play_episode, snapshot_steps
+from dmc_utils import DATASETS, GENERATED_IDS, WalkerEnv, load_episodes
 
 FAMILY = WalkerFamily()
 REPLAY = "local/walker_run-td3-medium-replay"
@@ -95,3 +95,10 @@ def test_the_shipped_policies_are_at_the_studys_level(dataset_id):
     paths = FAMILY.policies(dataset_id, experts.DEFAULT_EXPERTS_DIR)
     means = [experts.read_card(path)["returns"]["stochastic"]["mean"] for path in paths]
     assert np.dot(means, list(SHARES[dataset_id].values())) == pytest.approx(STUDY_RETURNS[dataset_id], rel=0.02)
+
+
+def test_a_shipped_policy_plays_as_its_card_says():
+    path = experts.policy_path(experts.DEFAULT_EXPERTS_DIR, "walker_walk", 200_000)
+    episode = play_episode(WalkerEnv("walk"), experts.read_policy(path), np.random.SeedSequence(0))
+    expected = experts.read_card(path)["returns"]["stochastic"]["mean"]
+    assert episode["reward"].sum() == pytest.approx(expected, rel=0.1)
