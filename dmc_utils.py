@@ -78,9 +78,9 @@ class WalkerEnv(gymnasium.Env):
     def __init__(self, task: str):
         if task not in TASKS:
             raise UserError(f"walker task {task!r}: it is one of {', '.join(TASKS)}")
-        import mujoco
-
         self.suite_env = getattr(_suite_walker(), task)()
+        import mujoco  # after dm_control, whose failure has a line of its own
+
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBSERVATION_DIM,), np.float32)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
         self.move_speed = self.suite_env.task._move_speed

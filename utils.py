@@ -128,7 +128,7 @@ def resolve_device(name: str) -> torch.device:
     """The device that `auto`, `cpu`, `cuda` or `cuda:<index>` names; raises UserError where it does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name):
+    if not re.fullmatch(r"(cpu|cuda)(:\d{1,2})?", name):
         raise UserError(f"--device {name}: unknown device; use auto, cpu, cuda or cuda:<index>")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -120,6 +120,9 @@ def test_no_display_is_needed():
     root = Path(dmc_utils.__file__).parent
     answer = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert (answer.stdout, answer.stderr) == ("(24,) False\n", "")
+    environment["MUJOCO_GL"] = "bogus"
+    answer = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert "UserError: dm_control cannot be imported (RuntimeError" in answer.stderr
 
 
 def test_transitions_take_the_observation_of_the_row_before(episode, tmp_path):
