@@ -317,12 +317,12 @@ class EpisodeReplay:
         self._index()
 
     def _index(self) -> None:
-        self.transitions = self._rows(0)
+        self.transitions = self._rows(with_last=False)
 
-    def _rows(self, more: int) -> torch.Tensor:
-        """The rows that start a transition; with more = 1 those of all states."""
+    def _rows(self, with_last: bool) -> torch.Tensor:
+        """The rows that start a transition; with each episode's last one, those of all states."""
         slots = [(slot * self.width, length) for slot, length in enumerate(self.lengths) if length]
-        rows = [torch.arange(first, first + length + more, device=self.device) for first, length in slots]
+        rows = [torch.arange(first, first + length + with_last, device=self.device) for first, length in slots]
         return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64, device=self.device)
 
     def __len__(self) -> int:
@@ -344,7 +344,7 @@ class EpisodeReplay:
 
     def state_dict(self) -> dict[str, Any]:
         """The filled rows, slot by slot, and where the ring stands."""
-        filled = self._rows(1)
+        filled = self._rows(with_last=True)
         kept = {"states": self.states[filled], "actions": self.actions[filled]}
         return {"added": self.added, "lengths": torch.tensor(self.lengths), **kept}
 
@@ -355,7 +355,7 @@ class EpisodeReplay:
         self.added, self.lengths = int(state["added"]), [int(length) for length in state["lengths"]]
         for slot, length in enumerate(self.lengths):
             self.episode_end[slot * self.width : slot * self.width + length + 1] = slot * self.width + length
-        filled = self._rows(1)
+        filled = self._rows(with_last=True)
         self.states[filled] = state["states"].to(self.device)
         self.actions[filled] = state["actions"].to(self.device)
         self._index()

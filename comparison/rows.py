@@ -129,8 +129,11 @@ def rows_of(run: Run, log_dir: str | Path, dataset_dir: str | None) -> list[Row]
         "command": run.text,
         "settings": settings_digest(run),
     }
-    cells = [{name: (shared | row).get(name, "") for name in COLUMNS} for row in scores]
-    return [{name: f"{v:.6g}" if isinstance(v, float) else str(v) for name, v in row.items()} for row in cells]
+    return [{name: _text((shared | row).get(name, "")) for name in COLUMNS} for row in scores]
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def check_settings(run: Run, log_dir: str | Path, dataset_dir: str | None) -> None:
