@@ -40,6 +40,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -78,12 +79,19 @@ class ActorChain:
     actor_optimizers: list[Adam]
     follows: list[bool]  # whether an actor repeats the steps of the one before, whose networks it has
     noise_owner: Any  # whose `generator` all noise is drawn from
+    generators: list[torch.Generator]  # of each actor; the first is the critics' too
+
+    def spawn_generators(self, generator: torch.Generator, count: int) -> list[torch.Generator]:
+        """The given one and others by its seed, one an actor, so that an actor changes no bit of those before it."""
+        seeds = np.random.SeedSequence(generator.initial_seed()).generate_state(count, np.uint64)
+        return [generator, *(torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds[1:])]
 
     def update_actors(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A step of each actor, in order."""
         info: dict[str, Tensor] = {}
         change: list[Tensor] = []
         for number, actor in enumerate(self.actors):
+            self.noise_owner.generator = self.generators[number]
             parameters = [parameter.detach() for parameter in actor.parameters()]
             before = [parameter.clone() for parameter in parameters]
             if self.follows[number]:
@@ -92,6 +100,7 @@ class ActorChain:
             self.actor_optimizers[number].minimise(loss)
             change = torch._foreach_sub(parameters, before)
             info |= more
+        self.noise_owner.generator = self.generators[0]
         return info
 
     def diagnose(self, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -128,7 +137,7 @@ class POGOAgent(ActorChain):
     Args:
         observation_dim, action_dim: sizes D and A.
         max_action: actions lie in [-max_action, max_action].
-        generator: of all noise, on the device.
+        generator: of the noise of critics and first actor, on the device; by its seed those of the other actors.
         data_value: mean discounted return of the data, at which critics begin (`q_start`).
     """
 
@@ -144,6 +153,7 @@ class POGOAgent(ActorChain):
     ):
         self.config, self.max_action, self.action_dim = config, max_action, action_dim
         self.generator, self.noise_owner, self.device = generator, self, torch.device(device)
+        self.generators = self.spawn_generators(generator, len(config.w2_weights))
         sizes = (observation_dim, action_dim)
         self.critic = EnsembleCritic(*sizes, config.hidden_dim).to(self.device)
         if config.q_start == "data":
@@ -216,7 +226,7 @@ class POGOAgent(ActorChain):
         )
 
     def noise(self, *shape: int) -> Tensor:
-        """Standard normal [*shape, A] from the agent's generator."""
+        """Standard normal [*shape, A] from the generator whose turn it is."""
         return torch.randn(*shape, self.action_dim, generator=self.generator, device=self.device)
 
     # -- update ---------------------------------------------------------------------------------------------------
@@ -283,7 +293,7 @@ class POGOAgent(ActorChain):
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
-        """Everything the next update depends on but the generator, which is the caller's."""
+        """Everything the next update depends on but `generators`."""
         return {
             "critic": self.critic.state_dict(),
             "actors": self.actors.state_dict(),

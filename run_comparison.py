@@ -15,6 +15,7 @@ A file that names commands (`runs:`) is a table of results instead: see docs/res
     python run_comparison.py --tables
 """
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from algorithms.offline import make_configs, pogo_multi_main
+from algorithms.offline import pogo_multi_main
 from comparison import tables
 from comparison.jobs import describe_state
 from comparison.queue import Queue
@@ -41,6 +42,7 @@ from runs.metrics import read_metrics
 from utils import Count, Range, UserError, Whole, counted, warn
 
 ROOT = Path(__file__).resolve().parent
+SHIPPED = ROOT / "configs" / "offline" / "pogo_multi"
 
 
 def usable_cores() -> int:
@@ -169,10 +171,12 @@ def read_entry(where: str, entry: Settings, algorithm: str, shared: Settings) ->
 def shipped_settings(algorithm: str, dataset_id: Any) -> Settings:
     """What CORL sets differently for an algorithm on a dataset, by the file that the repository ships for the two."""
     robot, _, level = str(dataset_id).removeprefix("local/").removesuffix("-v2").partition("-")
-    if algorithm == POGO or (robot, level) not in make_configs.DATASETS:
+    path = SHIPPED / robot / f"{level.replace('-', '_')}_v2_{algorithm}.yaml"
+    if path not in SHIPPED.glob("*/*.yaml"):
         return {}
-    values = make_configs.DIFFERENCES[algorithm](robot, level)
-    return {name: value for name, value in values.items() if name != "max_timesteps"}
+    usual = {field.name: field.default for field in dataclasses.fields(pogo_multi_main.ALGORITHMS[algorithm][1])}
+    shared = ("algorithm", "env", "max_timesteps", "w2_weights")
+    return {k: value for k, value in load_yaml(path).items() if k not in shared and value != usual[k]}
 
 
 def expand(config: RunComparisonConfig) -> Table:

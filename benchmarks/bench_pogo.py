@@ -169,7 +169,7 @@ def make_step(config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer) -> tup
     settings = chain_settings(config, actors)
     noise, sampling = (torch.Generator(buffer.device).manual_seed(seed) for seed in (0, 1))
     agent = POGOAgent(settings, config.observation_dim, config.action_dim, 1.0, noise, buffer.device)
-    return lambda: agent.update(buffer.sample(config.batch_size, sampling)), [noise, sampling]
+    return lambda: agent.update(buffer.sample(config.batch_size, sampling)), [*agent.generators, sampling]
 
 
 def contestants(

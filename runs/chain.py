@@ -167,7 +167,7 @@ class ChainRun(Run):
         return same and self.device.type == "cuda" and config.cuda_graph
 
     def generators(self) -> list[torch.Generator]:
-        return [self.streams.sampling, self.streams.policy]
+        return [self.streams.sampling, *self.agent.generators]
 
     def diagnose(self) -> dict[str, float]:
         """The chain's diagnostics on the first rows of a fixed draw; no training number depends on it."""
@@ -289,6 +289,7 @@ class ChainRun(Run):
             "observation_std": torch.from_numpy(self.std),
             "agent": self.agent.state_dict(),
             "streams": self.streams.state_dict(),
+            "later_noise": [generator.get_state() for generator in self.agent.generators[1:]],
             "step": self.step,
             "best": self.best,
         }
@@ -303,6 +304,8 @@ class ChainRun(Run):
             raise UserError(path, "began on other data", "give its --dataset_dir, or another --run_dir")
         self.agent.load_state_dict(state["agent"])
         self.streams.load_state_dict(state["streams"])
+        for generator, stored in zip(self.agent.generators[1:], state.get("later_noise", ()), strict=False):
+            generator.set_state(stored.cpu())
         self.step, self.best = state["step"], state["best"]
 
     def plot(self) -> None:
@@ -377,14 +380,17 @@ def rollout(
     noise_seed: int,
     desc: str,
 ) -> Episodes:
-    """One episode a seed of every actor, deterministic (z = 0) and stochastic, on observations (s - mean) / std."""
+    """One episode a seed of every actor, deterministic (z = 0) and stochastic, on observations (s - mean) / std.
+
+    All actors have the same noise, so that how many there are changes nothing of an actor.
+    """
     generator = torch.Generator(mean.device).manual_seed(noise_seed)
 
     @torch.no_grad()
     def policies(observations: np.ndarray, alive: np.ndarray) -> torch.Tensor:
         states = (torch.as_tensor(observations, device=mean.device) - mean) / std
         z = torch.zeros(*states.shape[:2], action_dim, device=mean.device)
-        z[1::2].normal_(generator=generator)
+        z[1::2] = torch.randn(z.shape[1:], generator=generator, device=mean.device)
         return torch.cat([actor(states[2 * i : 2 * i + 2], z[2 * i : 2 * i + 2]) for i, actor in enumerate(actors)])
 
     return evaluator.evaluate(policies, 2 * len(actors), seeds, desc)

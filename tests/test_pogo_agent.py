@@ -1,6 +1,7 @@
 """The POGO agent: its losses against loops, one actor against a plain agent, the chain's order, diagnostics."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -331,6 +332,18 @@ def test_an_actor_takes_over_the_change_of_the_one_before_it():
                 assert torch.allclose(change, first if follow else torch.zeros_like(first), atol=1e-6)
 
 
+@pytest.mark.parametrize("w2_noise", ["same", "independent"])
+def test_an_actor_changes_no_bit_before_it(w2_noise):
+    agents = [make_agent(apart=False, w2_weights=(0.4,) * actors, w2_noise=w2_noise) for actors in (1, 2, 3)]
+    for seed in range(4):
+        for agent in agents:
+            agent.update(make_batch(seed))
+    for shorter, longer in itertools.pairwise(agents):
+        assert same(tensors(shorter.critic.state_dict()), tensors(longer.critic.state_dict()))
+        for actor, found in zip(shorter.actors, longer.actors, strict=False):
+            assert same(tensors(actor.state_dict()), tensors(found.state_dict()))
+
+
 def test_targets_follow_by_tau_and_policy_freq_skips_actors():
     agent, batch = make_agent(policy_freq=3, tau=0.1), make_batch()
     for step in range(4):
@@ -383,11 +396,13 @@ def test_save_and_load_continue_to_the_same_bits(tmp_path):
     whole, batches = make_agent(), [make_batch(seed) for seed in range(6)]
     for batch in batches[:3]:
         whole.update(batch)
-    save_checkpoint(tmp_path / "a.pth", whole.state_dict() | {"generator": whole.generator.get_state()})
+    noise = [generator.get_state() for generator in whole.generators]
+    save_checkpoint(tmp_path / "a.pth", whole.state_dict() | {"noise": noise})
     state = load_checkpoint(tmp_path / "a.pth")
     again = make_agent(seed=1)
     again.load_state_dict(state)
-    again.generator.set_state(state["generator"])
+    for generator, stored in zip(again.generators, state["noise"], strict=True):
+        generator.set_state(stored)
     for batch in batches[3:]:
         whole.update(batch)
         again.update(batch)
@@ -454,7 +469,7 @@ def test_the_energy_of_a_step_that_helps_falls():
 def test_a_captured_update_equals_the_eager_one(w2_noise, backend):
     agents = [make_agent(device="cuda", w2_noise=w2_noise, sinkhorn_backend=backend) for _ in range(2)]
     batch = {name: value.cuda() for name, value in make_batch().items()}
-    captured = GraphedStep(lambda: agents[1].update(batch), [agents[1].generator])
+    captured = GraphedStep(lambda: agents[1].update(batch), agents[1].generators)
     for _ in range(20):
         expected, found = agents[0].update(batch), captured()
         for name in expected:

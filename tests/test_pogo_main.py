@@ -120,6 +120,13 @@ def test_a_run_writes_all_its_outputs(finished):
     assert np.isnan(metrics["eval/actor_1/stochastic/score"]).tolist() == [True, False, True, False]
 
 
+def test_a_longer_chain_holds_the_shorter_one(finished, arguments, tmp_path):
+    """What actor 0 does and scores, with noise too, is the same to the bit without the actor after it."""
+    train(arguments(tmp_path / "one") + ["--w2_weights", "0.4"])
+    alone, both = (read_episodes(run / "training" / "evaluations.csv") for run in (tmp_path / "one", finished))
+    assert alone == [episode for episode in both if episode["actor"] == 0] and len(alone) > 4
+
+
 @pytest.mark.parametrize(
     "gains, promised, words",
     [

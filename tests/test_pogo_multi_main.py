@@ -14,7 +14,8 @@ import yaml
 from running import digest, error_line, short_chain_episodes
 
 import make_dataset
-from algorithms.offline import make_configs, pogo_multi_main
+import run_comparison
+from algorithms.offline import pogo_multi_main
 from algorithms.offline.pogo_multi_main import ALGORITHMS, MultiRun, find_config
 from offline_data import load_transitions
 from policy import Policy
@@ -212,21 +213,28 @@ def test_bad_settings_are_one_line_that_names_the_flag(flags, words, arguments, 
     assert words in exits(capsys, *arguments("iql", tmp_path / "run"), *flags)
 
 
-def test_the_shipped_files_are_those_that_the_table_writes(tmp_path):
-    texts = make_configs.files()
-    there = set(make_configs.FOLDER.rglob("*.yaml"))
-    assert there == set(texts) and len(texts) == 90
-    for path, text in texts.items():
-        assert path.read_text() == text, f"{path}: run python -m algorithms.offline.make_configs"
-        config = parse(["--config_path", str(path)])
+# What CORL sets by dataset; all else in a shipped file is the default.
+CORLS = {"iql_tau", "beta", "iql_deterministic", "tau", "awac_lambda", "num_critics", "eta", "actor_lr", "cql_alpha"}
+CORLS |= {"cql_lagrange", "cql_max_target_backup", "q_n_hidden_layers", "normalize", "normalize_reward"}
+CORLS |= {"reward_scale", "reward_bias"}
+
+
+def test_every_algorithm_has_a_whole_file_for_every_dataset():
+    paths = {str(path.relative_to(run_comparison.SHIPPED)): path for path in run_comparison.SHIPPED.rglob("*.yaml")}
+    assert len({name.partition("_v2_")[0] for name in paths}) == 15 and len(paths) == 15 * len(ALGORITHMS)
+    for name, path in paths.items():
+        config, text = parse(["--config_path", str(path)]), yaml.safe_load(path.read_text())
         MultiRun.check(config)
-        own = make_configs.CONFIGS[config.algorithm]
-        assert {field.name for field in dataclasses.fields(own)} <= set(yaml.safe_load(text))
-        expected = f"{path.parent.name}-{path.name.partition('_v2_')[0].replace('_', '-')}-v2"
-        assert config.env == expected and path.stem.endswith(f"_{config.algorithm}")
+        robot, _, level = config.env.removesuffix("-v2").partition("-")
+        assert name == f"{robot}/{level.replace('-', '_')}_v2_{config.algorithm}.yaml"
+        run = ALGORITHMS[config.algorithm][1]
+        assert {field.name for field in dataclasses.fields(run.__bases__[1])} <= text.keys(), name
+        usual = {field.name: field.default for field in dataclasses.fields(run)}
+        changed = {key for key, value in text.items() if value != usual[key]}
+        assert changed <= CORLS | {"env", "w2_weights", "max_timesteps"}, name
     for algorithm, q in (("awac", 245), ("td3_bc", 2.5), ("iql", 245 * 1000 / 2569)):  # the last normalises rewards
-        weights = pytest.approx([0, 1.6 / 3 * q, 1.6 / 3 * q], rel=0.05)
-        assert make_configs.weights(algorithm, "hopper", "medium") == weights
+        text = yaml.safe_load(paths[f"hopper/medium_v2_{algorithm}.yaml"].read_text())
+        assert text["w2_weights"] == pytest.approx([0, 1.6 / 3 * q, 1.6 / 3 * q], rel=0.05)
 
 
 # CORL's own, and what they build: stochastic actors, unless the algorithm needs a density.
@@ -246,7 +254,7 @@ SHIPPED = {
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_file_has_corls_settings_and_builds_its_policies(name):
     values, policy = SHIPPED[name]
-    config = parse(["--config_path", str(make_configs.FOLDER / f"{name}.yaml"), "--hidden_dim", "8"])
+    config = parse(["--config_path", str(run_comparison.SHIPPED / f"{name}.yaml"), "--hidden_dim", "8"])
     assert {key: getattr(config, key) for key in values} == values
     agent = pogo_multi_main.build(config, (11, 3, 1.0), torch.Generator(), torch.device("cpu"))
     assert [type(actor).__name__ for actor in agent.actors] == [policy] * 3

@@ -3,7 +3,8 @@
     actor 0       the algorithm's own actor loss + w_0 D(pi_0, data)
     actor i >= 1  the algorithm's improvement      + w_i D(pi_i, pi_{i-1})
 
-and everything of the algorithm that asks for an action (targets, advantages, penalties) asks actor 0. (The original
+and everything of the algorithm that asks for an action (targets, advantages, penalties) asks actor 0, whose bits no
+later actor changes. (The original
 text keeps a second actor for CQL's penalty, without the weight w_0; here the critics are those of the policy that the
 chain begins with.) Actors are trained in order, each after the one before has made its step, which gives no gradient.
 
@@ -67,6 +68,7 @@ class MultiActor(ActorChain):
         self.algorithm.actor_lr_decay |= chain.lr_decay
         self.chain, self.actors, self.noise_owner = chain, [self.algorithm.actor], self.algorithm
         self.device = self.algorithm.device
+        self.generators = self.spawn_generators(generator, len(chain.w2_weights))
         given = policies or [None] * len(chain.w2_weights)
         own = self.algorithm.make_actor if given[0] is None else self.algorithm.default_actor()
         makers = [make or own for make in given]
