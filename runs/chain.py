@@ -47,7 +47,7 @@ class ChainRunConfig(DeviceRunConfig):
     num_seeds: Basic[MayChange[Annotated[int, Range(1, 1000)]]] = 1  # train so many seeds at once, from --seed on
     batch_size: Count = 256  # transitions in an update
     normalize: bool = True  # train on (s - mean) / (std + 1e-3), with the data's mean and standard deviation
-    eval_freq: Count = 5_000  # updates between evaluations; each one writes a checkpoint
+    eval_freq: Count = 5_000  # updates between evaluations; each one writes a checkpoint, as does each minute
     eval_episodes: Count = 10  # episodes of an evaluation, for every actor, deterministic and stochastic
     final_runs: Count = 5  # evaluations at the end, on seeds that no other evaluation uses
     eval_workers: MayChange[Workers | None] = None  # processes that step environments; default: cores - 1, at most 7
@@ -219,8 +219,9 @@ class ChainRun(Run):
         if evaluates:
             metrics |= self.evaluate()
         self.logger.log(self.step, metrics)
-        if evaluates:
+        if evaluates or self.is_save_due():
             self.save()  # before the lines that say how far it is: whoever stops it then keeps what they tell of
+        if evaluates:
             self.print_evaluation(metrics)
 
     def is_evaluation(self, step: int) -> bool:
@@ -294,7 +295,8 @@ class ChainRun(Run):
             "best": self.best,
         }
         save_checkpoint(self.checkpoint, state)
-        if self.config.keep_checkpoints:
+        self.saved_at = time.monotonic()
+        if self.config.keep_checkpoints and self.is_evaluation(self.step):
             save_checkpoint(self.checkpoint.with_name(f"step_{self.step}.pth"), state)
 
     def load_state(self, path: Path, state: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from runs.cli import check_ranges, marked
 from runs.metrics import MetricLogger
 from utils import MAY_CHANGE, Basic, MayChange, RandomStreams, UserError, Whole, resolve_device, warn, write_text_atomic
 
+SAVE_SECONDS = 60.0  # the longest that is trained without a checkpoint, where evaluations lie farther apart
 FAILURE = "failure.txt"  # why a run stopped before its end, in its directory
 
 
@@ -89,6 +91,11 @@ class Run(contextlib.AbstractContextManager):
         self.logger = MetricLogger(self.log_dir(), self.step if checkpoint else None, *trackers)
         self.resources.callback(self.logger.close)
         self.started(self.step if checkpoint else None)
+        self.saved_at = time.monotonic()
+
+    def is_save_due(self) -> bool:
+        """Whether a minute of training is unsaved; asked where a row of metrics ends, from where a run can go on."""
+        return time.monotonic() - self.saved_at >= SAVE_SECONDS
 
     def close(self) -> None:
         """Release the directory, the environments and the log; closing twice is harmless."""

@@ -241,12 +241,13 @@ def test_how_often_a_run_evaluates_or_logs_changes_no_number(finished, arguments
         assert torch.equal(value, states[1]["agent"]["actors"][name]), name
 
 
-@pytest.mark.parametrize("stop_at", [6, 10])
-def test_a_resumed_run_equals_the_uninterrupted_one(stop_at, finished, arguments, tmp_path):
-    """Cut right after a checkpoint, and between two."""
+@pytest.mark.parametrize("stop_at, every, saved", [(6, 60, 6), (10, 60, 6), (5, 0, 3), (10, 0, 9)])
+def test_a_resumed_run_equals_the_uninterrupted_one(stop_at, every, saved, finished, arguments, tmp_path, monkeypatch):
+    """Cut right after a checkpoint, and between two; with one an evaluation, or a row of metrics."""
+    monkeypatch.setattr("runs.run.SAVE_SECONDS", every)
     cut = tmp_path / "cut"
     train_until(stop_at, arguments(cut))
-    assert load_checkpoint(cut / "checkpoints/last.pth")["step"] == 6
+    assert load_checkpoint(cut / "checkpoints/last.pth")["step"] == saved
     train(arguments(cut, "--resume"))
     for name in OUTPUTS:
         assert digest(finished / name) == digest(cut / name), name

@@ -50,7 +50,7 @@ class StudyConfig(DeviceRunConfig):
     faulty_pairing: bool = False  # for ablation: pair observations with the action that led to them
     max_timesteps: Basic[Count] = 10_000  # updates of the run
     batch_size: Count = 256  # transitions in an update
-    eval_freq: Count = 2_000  # updates between evaluations; each one writes a checkpoint
+    eval_freq: Count = 2_000  # updates between evaluations; each one writes a checkpoint, as does each minute
     eval_episodes: Count = 10  # episodes a task of an evaluation in training
     log_freq: Count = 500  # updates between rows of metrics.csv
     TEST_AFTER_TRAINING: bool = True  # play test_episodes with the last and the best agent at the end
@@ -194,24 +194,21 @@ class StudyRun(Run):
                 means.add(self.learner.update(self.make_batch()))
                 self.step += 1
                 bar.update()
-                evaluates, saves = self.is_evaluation(self.step), self.is_save(self.step)
-                if evaluates or saves or self.step % config.log_freq == 0:
+                evaluates = self.is_evaluation(self.step)
+                if evaluates or self.step % config.log_freq == 0:
                     metrics = means.take()
                     self.check_metrics(metrics)
                     bar.set_postfix({name: f"{value:.3g}" for name, value in list(metrics.items())[:2]})
                     if evaluates:
                         metrics |= self.evaluate()
                     self.logger.log(self.step, metrics)
-                    if saves:
+                    if evaluates or self.is_save_due():
                         self.save()
                     if evaluates:  # after saving: whoever stops the run then keeps what the line tells of
                         tqdm.write(f"update {self.step}: {self.last_returns}", file=sys.stdout)
 
     def is_evaluation(self, step: int) -> bool:
         return step % self.config.eval_freq == 0 or step == self.config.max_timesteps
-
-    def is_save(self, step: int) -> bool:
-        return self.is_evaluation(step)
 
     def trained_tasks(self) -> list[str]:
         """The tasks to play: those that the data has episodes of."""
@@ -254,6 +251,7 @@ class StudyRun(Run):
         state = {"learner": self.learner.state_dict(), "streams": self.streams.state_dict(), "best": self.best}
         state |= {"method": self.method, "data": self.fingerprint}
         save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state | self.saved_agent())
+        self.saved_at = time.monotonic()
 
     def load_state(self, path: Path, state: dict[str, Any]) -> None:
         """UserError where it is another method's, or began on other data."""

@@ -32,7 +32,6 @@ from walker.ppo import PPO, PPOConfig
 from walker.study_run import StudyConfig, StudyRun, run_command
 
 HELD_OUT_EVERY = 20  # each 20th episode is held out from the model
-SAVES_IN_FIT = 10  # checkpoints while the model is fitted
 
 
 @dataclass
@@ -128,10 +127,6 @@ class InModelRun(StudyRun):
     def is_evaluation(self, step: int) -> bool:
         iterations = step - self.config.model_updates
         return step == self.config.max_timesteps or iterations >= 0 and iterations % self.config.eval_freq == 0
-
-    def is_save(self, step: int) -> bool:
-        fits = step < self.config.model_updates
-        return fits and step % max(self.config.model_updates // SAVES_IN_FIT, 1) == 0 or self.is_evaluation(step)
 
     def evaluate(self) -> dict[str, float]:
         """As every run, with the model's errors in episodes that it was not fitted to."""
