@@ -51,7 +51,7 @@ class POGORun(ChainRun):
         rows = (data.rewards, data.terminated, data.truncated)
         self.values = self.beside.values if self.beside else data_values(*rows, self.config.discount)
         self.mean_value, self.best_value = self.values
-        return POGOAgent(self.config, *sizes, self.streams.policy, self.device, self.mean_value)
+        return POGOAgent(self.config, *sizes, self.streams.policy, self.device, self.mean_value, data.reward_shift)
 
     def describe(self) -> str:
         """As every chain, and what Q has to compare with."""

@@ -47,7 +47,7 @@ class ChainRunConfig(DeviceRunConfig):
     num_seeds: Basic[MayChange[Annotated[int, Range(1, 1000)]]] = 1  # train so many seeds at once, from --seed on
     batch_size: Count = 256  # transitions in an update
     normalize: bool = True  # train on (s - mean) / (std + 1e-3), with the data's mean and standard deviation
-    eval_freq: Count = 5_000  # updates between evaluations; each one writes a checkpoint, as does each minute
+    eval_freq: Count = 5_000  # updates between evaluations, and at most between checkpoints
     eval_episodes: Count = 10  # episodes of an evaluation, for every actor, deterministic and stochastic
     final_runs: Count = 5  # evaluations at the end, on seeds that no other evaluation uses
     eval_workers: MayChange[Workers | None] = None  # processes that step environments; default: cores - 1, at most 7
@@ -65,10 +65,10 @@ class ChainRunConfig(DeviceRunConfig):
 class ChainRun(Run):
     """One run: the data, the agent, its environments, its random streams and its directory.
 
-    The agent has `update(batch)`, `anneal(share)`, `diagnose(batch, seed)`, `state_dict()`, `load_state_dict()` and
-    `step`; the settings have `w2_weights`, `discount` and the solver's too. beside: a run of the same settings and
-    another seed, in this process, whose data and environments serve both. prefix: of what this run prints; `Seed 3: `
-    where there are several.
+    The agent has `update(batch)`, `anneal(share)`, `diagnose(batch, seed)`, `state_dict()`, `load_state_dict()`,
+    `generators` of its noise, the first that of the streams, and `step`; the settings have `w2_weights`, `discount`
+    and the solver's too. beside: a run of the same settings and another seed, in this process, whose data and
+    environments serve both. prefix: of what this run prints; `Seed 3: ` where there are several.
     """
 
     config: ChainRunConfig
@@ -294,8 +294,7 @@ class ChainRun(Run):
             "step": self.step,
             "best": self.best,
         }
-        save_checkpoint(self.checkpoint, state)
-        self.saved_at = time.monotonic()
+        self.write_checkpoint(state)
         if self.config.keep_checkpoints and self.is_evaluation(self.step):
             save_checkpoint(self.checkpoint.with_name(f"step_{self.step}.pth"), state)
 
@@ -306,7 +305,7 @@ class ChainRun(Run):
             raise UserError(path, "began on other data", "give its --dataset_dir, or another --run_dir")
         self.agent.load_state_dict(state["agent"])
         self.streams.load_state_dict(state["streams"])
-        for generator, stored in zip(self.agent.generators[1:], state.get("later_noise", ()), strict=False):
+        for generator, stored in zip(self.agent.generators[1:], state["later_noise"], strict=True):
             generator.set_state(stored.cpu())
         self.step, self.best = state["step"], state["best"]
 

@@ -17,7 +17,7 @@ from runs.cli import check_ranges, marked
 from runs.metrics import MetricLogger
 from utils import MAY_CHANGE, Basic, MayChange, RandomStreams, UserError, Whole, resolve_device, warn, write_text_atomic
 
-SAVE_SECONDS = 60.0  # the longest that is trained without a checkpoint, where evaluations lie farther apart
+SAVE_SECONDS = 60.0  # after which the next row of metrics is saved too, where evaluations lie farther apart
 FAILURE = "failure.txt"  # why a run stopped before its end, in its directory
 
 
@@ -91,11 +91,18 @@ class Run(contextlib.AbstractContextManager):
         self.logger = MetricLogger(self.log_dir(), self.step if checkpoint else None, *trackers)
         self.resources.callback(self.logger.close)
         self.started(self.step if checkpoint else None)
-        self.saved_at = time.monotonic()
+        self.save_at = time.monotonic() + SAVE_SECONDS
+
+    def write_checkpoint(self, state: dict[str, Any]) -> None:
+        """Save it. A save between evaluations is due a minute later, or when a large one takes 5% of the time."""
+        began = time.monotonic()
+        directory.save_checkpoint(self.checkpoint, state)
+        ended = time.monotonic()
+        self.save_at = ended + max(SAVE_SECONDS, 20 * (ended - began))
 
     def is_save_due(self) -> bool:
-        """Whether a minute of training is unsaved; asked where a row of metrics ends, from where a run can go on."""
-        return time.monotonic() - self.saved_at >= SAVE_SECONDS
+        """Asked where a row of metrics ends, from where a run can go on."""
+        return time.monotonic() >= self.save_at
 
     def close(self) -> None:
         """Release the directory, the environments and the log; closing twice is harmless."""

@@ -216,6 +216,16 @@ def test_lambda_carries_no_gradient():
         assert torch.allclose(first, parameter.grad * info["actor_0/q_scale"], rtol=1e-4, atol=1e-7)
 
 
+def test_lambda_does_not_see_what_was_added_to_all_rewards():
+    """-1 a step lowers every Q by 100; critics that have learned that pull as hard as without it."""
+    plain, shifted = make_agent(), make_agent()
+    with torch.no_grad():
+        shifted.critic.net.layers()[-1][1].sub_(100)
+    shifted.q_shift = POGOAgent(shifted.config, D, A, 1.0, torch.Generator(), reward_shift=-1.0).q_shift
+    found = [agent.actor_loss(0, make_batch())[1]["actor_0/q_scale"].item() for agent in (plain, shifted)]
+    assert found[1] == pytest.approx(found[0], rel=1e-3) and found[0] > 1
+
+
 def distance_alone(agent: POGOAgent, updates: int = 600) -> tuple[float, float]:
     """Spread of actor 1 over that of actor 0, before and after actor 1 alone minimises its distance alone."""
     agent.critic.frozen_q1 = lambda observations, actions: 0 * actions.sum(-1)
@@ -338,6 +348,8 @@ def test_an_actor_changes_no_bit_before_it(w2_noise):
     for seed in range(4):
         for agent in agents:
             agent.update(make_batch(seed))
+    first_draws = {torch.rand(1, generator=generator).item() for generator in agents[2].generators}
+    assert len(first_draws) == 3
     for shorter, longer in itertools.pairwise(agents):
         assert same(tensors(shorter.critic.state_dict()), tensors(longer.critic.state_dict()))
         for actor, found in zip(shorter.actors, longer.actors, strict=False):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -241,16 +242,28 @@ def test_how_often_a_run_evaluates_or_logs_changes_no_number(finished, arguments
         assert torch.equal(value, states[1]["agent"]["actors"][name]), name
 
 
-@pytest.mark.parametrize("stop_at, every, saved", [(6, 60, 6), (10, 60, 6), (5, 0, 3), (10, 0, 9)])
-def test_a_resumed_run_equals_the_uninterrupted_one(stop_at, every, saved, finished, arguments, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop_at, rows, saved", [(6, False, 6), (10, False, 6), (5, True, 3), (10, True, 9)])
+def test_a_resumed_run_equals_the_uninterrupted_one(stop_at, rows, saved, finished, arguments, tmp_path, monkeypatch):
     """Cut right after a checkpoint, and between two; with one an evaluation, or a row of metrics."""
-    monkeypatch.setattr("runs.run.SAVE_SECONDS", every)
+    if rows:
+        monkeypatch.setattr(POGORun, "is_save_due", lambda run: True)
     cut = tmp_path / "cut"
     train_until(stop_at, arguments(cut))
     assert load_checkpoint(cut / "checkpoints/last.pth")["step"] == saved
     train(arguments(cut, "--resume"))
     for name in OUTPUTS:
         assert digest(finished / name) == digest(cut / name), name
+
+
+def test_a_row_of_metrics_is_saved_a_minute_after_the_last_save(arguments, tmp_path, monkeypatch):
+    clock, saved, update, write = [0.0], [], POGORun.update, POGORun.write_checkpoint
+    monkeypatch.setattr("runs.run.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(POGORun, "update", lambda run: clock.append(clock.pop() + 25) or update(run))
+    monkeypatch.setattr(POGORun, "write_checkpoint", lambda run, state: saved.append(run.step) or write(run, state))
+    train(arguments(tmp_path / "run", "--keep_checkpoints", log_freq=1))
+    assert saved == [3, 6, 9, 12]
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").glob("*.pth")}
+    assert kept == {"last.pth", "step_6.pth", "step_12.pth"}  # of evaluations
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(arguments, tmp_path):

@@ -95,6 +95,7 @@ def test_a_run_that_is_cut_goes_on_to_the_same_bits(algorithm, finished, argumen
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MultiRun, "update", interrupted)
+        patch.setattr(MultiRun, "is_save_due", lambda run: True)  # it goes on from a row of metrics
         pogo_multi_main.main(arguments(algorithm, tmp_path / "cut"))
     pogo_multi_main.main(["--resume", "--run_dir", str(tmp_path / "cut")])  # which knows its algorithm and settings
     for name in OUTPUTS:
@@ -232,6 +233,10 @@ def test_every_algorithm_has_a_whole_file_for_every_dataset():
         usual = {field.name: field.default for field in dataclasses.fields(run)}
         changed = {key for key, value in text.items() if value != usual[key]}
         assert changed <= CORLS | {"env", "w2_weights", "max_timesteps"}, name
+        first, second, third = config.w2_weights
+        assert second == third and first == (10 if robot == "antmaze" else 0), name
+        if config.algorithm == "edac":
+            assert config.eta == (5 if level == "medium-expert" and robot != "hopper" else 1), name
     for algorithm, q in (("awac", 245), ("td3_bc", 2.5), ("iql", 245 * 1000 / 2569)):  # the last normalises rewards
         text = yaml.safe_load(paths[f"hopper/medium_v2_{algorithm}.yaml"].read_text())
         assert text["w2_weights"] == pytest.approx([0, 1.6 / 3 * q, 1.6 / 3 * q], rel=0.05)

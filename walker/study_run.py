@@ -50,7 +50,7 @@ class StudyConfig(DeviceRunConfig):
     faulty_pairing: bool = False  # for ablation: pair observations with the action that led to them
     max_timesteps: Basic[Count] = 10_000  # updates of the run
     batch_size: Count = 256  # transitions in an update
-    eval_freq: Count = 2_000  # updates between evaluations; each one writes a checkpoint, as does each minute
+    eval_freq: Count = 2_000  # updates between evaluations, and at most between checkpoints
     eval_episodes: Count = 10  # episodes a task of an evaluation in training
     log_freq: Count = 500  # updates between rows of metrics.csv
     TEST_AFTER_TRAINING: bool = True  # play test_episodes with the last and the best agent at the end
@@ -250,8 +250,7 @@ class StudyRun(Run):
     def save(self) -> None:
         state = {"learner": self.learner.state_dict(), "streams": self.streams.state_dict(), "best": self.best}
         state |= {"method": self.method, "data": self.fingerprint}
-        save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state | self.saved_agent())
-        self.saved_at = time.monotonic()
+        self.write_checkpoint(state | self.saved_agent())
 
     def load_state(self, path: Path, state: dict[str, Any]) -> None:
         """UserError where it is another method's, or began on other data."""

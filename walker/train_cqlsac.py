@@ -20,7 +20,7 @@ from walker.study_run import StudyConfig, ValueRun, run_command
 @dataclass
 class WalkerCQLConfig(StudyConfig, CQLConfig):
     max_timesteps: Basic[Count] = 30_000  # updates of the run
-    eval_freq: Count = 5_000  # updates between evaluations; each one writes a checkpoint, as does each minute
+    eval_freq: Count = 5_000  # updates between evaluations, and at most between checkpoints
     reward_scale: Positive = 0.1  # rewards are multiplied by this
     actor_lr: Positive = 3e-4  # learning rate of Adam for the actor and the temperature
     cql_n_actions: Count = 4  # actions of each of the three kinds in the penalty

@@ -35,7 +35,7 @@ RETURN_SCALE = 1000.0
 @dataclass
 class TransformerConfig(StudyConfig):
     max_timesteps: Basic[Count] = 3_000  # updates of the run
-    eval_freq: Count = 1_000  # updates between evaluations; each one writes a checkpoint, as does each minute
+    eval_freq: Count = 1_000  # updates between evaluations, and at most between checkpoints
     log_freq: Count = 100  # updates between rows of metrics.csv
     batch_size: Count = 64  # windows in an update
     lr: Positive = 1e-3  # learning rate of AdamW

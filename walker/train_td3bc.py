@@ -16,7 +16,7 @@ from walker.study_run import StudyConfig, ValueRun, run_command
 @dataclass
 class WalkerTD3BCConfig(StudyConfig, TD3BCConfig):
     max_timesteps: Basic[Count] = 200_000  # updates of the run
-    eval_freq: Count = 20_000  # updates between evaluations; each one writes a checkpoint, as does each minute
+    eval_freq: Count = 20_000  # updates between evaluations, and at most between checkpoints
     log_freq: Count = 2_000  # updates between rows of metrics.csv
     reward_scale: Positive = 1.0  # rewards are multiplied by this
 
