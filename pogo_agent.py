@@ -19,8 +19,8 @@ rate and, unless `td_actor` says otherwise, its bootstrap from the online actor;
 
 Choices where the sources differ or are silent:
 - lambda = 1 / mean|Q| over the batch (`q_normalization batch`), as the original text has a normalisation. The code
-  published later has lambda = 1 (`none`). Where a constant is added to all rewards, as -1 to those of antmazes, Q is
-  taken without what that adds up to: else its size is that of the constant, and nothing is left of its slopes.
+  published later has lambda = 1 (`none`). Where each step pays the same but at a goal, as -1 on antmazes, Q is taken
+  without what that adds up to: else its size is that of the constant, and nothing is left of its slopes.
 - All actors begin as copies of the first, and before its own gradient step an actor takes over the change of weights
   that the one before it has just made (`follow`), as a step of the scheme begins where the one before it stands.
   Without that an actor spends the run on coming near the one before, and never gets to its step.
@@ -140,7 +140,7 @@ class POGOAgent(ActorChain):
         max_action: actions lie in [-max_action, max_action].
         generator: of the noise of critics and first actor, on the device; by its seed those of the other actors.
         data_value: mean discounted return of the data, at which critics begin (`q_start`).
-        reward_shift: what was added to every reward.
+        step_reward: what every step pays, which lambda takes no account of.
     """
 
     def __init__(
@@ -152,10 +152,10 @@ class POGOAgent(ActorChain):
         generator: torch.Generator,
         device: str | torch.device = "cpu",
         data_value: float = 0.0,
-        reward_shift: float = 0.0,
+        step_reward: float = 0.0,
     ):
         self.config, self.max_action, self.action_dim = config, max_action, action_dim
-        self.q_shift = reward_shift / (1 - config.discount)
+        self.q_floor = step_reward / (1 - config.discount)
         self.generator, self.noise_owner, self.device = generator, self, torch.device(device)
         self.generators = self.spawn_generators(generator, len(config.w2_weights))
         sizes = (observation_dim, action_dim)
@@ -222,7 +222,7 @@ class POGOAgent(ActorChain):
         """lambda, 0-d, without gradient."""
         if self.config.q_normalization == "none":
             return torch.ones_like(q[0])
-        return 1 / (q.detach() - self.q_shift).abs().mean()
+        return 1 / (q.detach() - self.q_floor).abs().mean()
 
     def distance(self, number: int, reference: int, observations: Tensor, z: Tensor, samples: Tensor) -> Tensor:
         """D, 0-d, of one actor to another; z, samples: [n, K, A] noise and the actor's actions at it."""

@@ -11,6 +11,7 @@ checkpoints/last.pth.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmark_data.local import generate_if_missing
@@ -51,7 +52,8 @@ class POGORun(ChainRun):
         rows = (data.rewards, data.terminated, data.truncated)
         self.values = self.beside.values if self.beside else data_values(*rows, self.config.discount)
         self.mean_value, self.best_value = self.values
-        return POGOAgent(self.config, *sizes, self.streams.policy, self.device, self.mean_value, data.reward_shift)
+        values = (self.mean_value, step_reward(data.rewards))
+        return POGOAgent(self.config, *sizes, self.streams.policy, self.device, *values)
 
     def describe(self) -> str:
         """As every chain, and what Q has to compare with."""
@@ -72,6 +74,12 @@ class POGORun(ChainRun):
                 "--blur_relative spread or a smaller --sinkhorn_blur would see more"
             )
         return metrics
+
+
+def step_reward(rewards: np.ndarray) -> float:
+    """What each step pays where rewards [N] are of two values, as -1 of the -1 and 0 of a maze; else 0."""
+    values = np.unique(rewards)
+    return float(values[0]) if len(values) == 2 else 0.0
 
 
 def trained_actors(state: dict[str, Any], device: torch.device) -> list[TransportActor]:

@@ -107,7 +107,7 @@ def test_a_run_reads_it_and_is_scored_by_goals_reached(umaze, tmp_path, monkeypa
         f"--env {UMAZE} --dataset_dir {path.parent.parent} --run_dir {tmp_path / 'run'} --device cpu --eval_workers 0"
     )
     sizes = "--max_timesteps 4 --eval_freq 4 --eval_episodes 1 --final_runs 1 --batch_size 8 --hidden_dim 8"
-    shifts, finish = [], pogo_main.POGORun.finish
-    monkeypatch.setattr(pogo_main.POGORun, "finish", lambda run: shifts.append(run.agent.q_shift) or finish(run))
+    floors, finish = [], pogo_main.POGORun.finish
+    monkeypatch.setattr(pogo_main.POGORun, "finish", lambda run: floors.append(run.agent.q_floor) or finish(run))
     pogo_main.main([*flags.split(), *sizes.split()])
-    assert (tmp_path / "run" / "finished.json").exists() and shifts == [pytest.approx(-100)]
+    assert (tmp_path / "run" / "finished.json").exists() and floors == [pytest.approx(-100)]

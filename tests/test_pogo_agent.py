@@ -221,7 +221,7 @@ def test_lambda_does_not_see_what_was_added_to_all_rewards():
     plain, shifted = make_agent(), make_agent()
     with torch.no_grad():
         shifted.critic.net.layers()[-1][1].sub_(100)
-    shifted.q_shift = POGOAgent(shifted.config, D, A, 1.0, torch.Generator(), reward_shift=-1.0).q_shift
+    shifted.q_floor = POGOAgent(shifted.config, D, A, 1.0, torch.Generator(), step_reward=-1.0).q_floor
     found = [agent.actor_loss(0, make_batch())[1]["actor_0/q_scale"].item() for agent in (plain, shifted)]
     assert found[1] == pytest.approx(found[0], rel=1e-3) and found[0] > 1
 
