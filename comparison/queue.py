@@ -89,7 +89,9 @@ class Queue:
         return make_job(self.run_dir(run), run.command, flags, self.config.run_threads)
 
     def known(self) -> tuple[Scores, Scores]:
-        return Scores([read_csv(self.table.csv)]), Scores(map(read_csv, sorted(self.table.csv.parent.glob("*.csv"))))
+        """Rows of this table, and of all in its folder; a comparison's results.csv, say, is no table's."""
+        tables = sorted(path.with_suffix(".csv") for path in self.table.path.parent.glob("*.yaml"))
+        return Scores([read_csv(self.table.csv)]), Scores(map(read_csv, filter(Path.exists, tables)))
 
     def add(self, run: Run, rows: list[Row]) -> None:
         append_csv(self.table.csv, rows)

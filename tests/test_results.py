@@ -252,6 +252,7 @@ def test_a_csv_that_is_none_of_scores_is_one_line(place, capsys, text):
 
 def test_a_table_is_trained_once(place, capsys):
     write_table(place.config, AGENT, BC, seeds=[0, 1])
+    place.config.with_name("results.csv").write_text("dataset,seed\nof a comparison, which has its own columns\n")
     place.run("--jobs", "1", "--seeds", "0")
     assert len(place.ledger("start")) == 2 and len(place.rows()) == 4
     assert "2 of 4 runs are in" in capsys.readouterr().out
