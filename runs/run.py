@@ -86,6 +86,7 @@ class Run(contextlib.AbstractContextManager):
         self.build()
         if checkpoint is not None:
             self.load(checkpoint)
+            print(f"{self.prefix}continues from step {self.step:,}")
         trackers = (config.tensorboard, config.wandb_project, config, self.wandb_labels())
         (self.run_dir / FAILURE).unlink(missing_ok=True)
         self.logger = MetricLogger(self.log_dir(), self.step if checkpoint else None, *trackers)
