@@ -48,20 +48,20 @@ def make_inputs(rows: int, dtype=torch.float32, *members: int) -> list[torch.Ten
     return [s, a.requires_grad_()]
 
 
-def close(found: list[torch.Tensor], wanted: list[torch.Tensor], tolerance: float) -> None:
+def assert_close(found: list[torch.Tensor], wanted: list[torch.Tensor], tolerance: float) -> None:
     for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
         assert one.shape == other.shape and one.dtype == other.dtype, number
         size = float(other.detach().abs().max())
         assert size > 0 and float((one - other).detach().abs().max()) <= tolerance * size, number
 
 
-def by_both(kernels: str, work, tolerance: float) -> list[torch.Tensor]:
+def assert_same_by_both(kernels: str, work, tolerance: float) -> list[torch.Tensor]:
     """`work()` gives the same tensors by these kernels as by the plain form; returns the former."""
     choose_kernels("plain")
     wanted = work()
     choose_kernels(kernels)
     found = work()
-    close(found, wanted, tolerance)
+    assert_close(found, wanted, tolerance)
     return found
 
 
@@ -90,11 +90,11 @@ def test_outputs_and_gradients(kernels, dtype, rows, wanted, size, settings):
         y = net(*inputs)
         return [y, *torch.autograd.grad(y, [*(inputs[number] for number in wanted), net.theta], slope_like(y))]
 
-    y, *_ = by_both(kernels, work, TOLERANCE[dtype])
+    y, *_ = assert_same_by_both(kernels, work, TOLERANCE[dtype])
     assert y.shape == (*((size,) if size else ()), rows, 2)
     usual = [module(torch.cat(inputs, 1)) for module in (plain_members(net) if size else [plain(net)])]
     usual = torch.stack(usual) if size else usual[0]
-    close([y], [torch.tanh(usual) if net.squash else usual], TOLERANCE[dtype])
+    assert_close([y], [torch.tanh(usual) if net.squash else usual], TOLERANCE[dtype])
     with torch.no_grad():
         assert torch.equal(net(*inputs), y)
 
@@ -110,8 +110,8 @@ def test_rows_of_each_members_own(kernels, dtype, rows):
         y = net(x)
         return [y, *torch.autograd.grad(y, [x, net.theta], slope_like(y))]
 
-    y, *_ = by_both(kernels, work, TOLERANCE[dtype])
-    close([y], [torch.stack([own(x[k]) for k, own in enumerate(plain_members(net))])], TOLERANCE[dtype])
+    y, *_ = assert_same_by_both(kernels, work, TOLERANCE[dtype])
+    assert_close([y], [torch.stack([own(x[k]) for k, own in enumerate(plain_members(net))])], TOLERANCE[dtype])
 
 
 @fast
@@ -130,10 +130,10 @@ def test_frozen(kernels, dtype, rows, members):
         assert slopes[0] is None and slopes[1] is None
         return [y, slopes[2]]
 
-    by_both(kernels, work, TOLERANCE[dtype])
+    assert_same_by_both(kernels, work, TOLERANCE[dtype])
     whole = net(s, a)[: members or 3]
     wanted = torch.autograd.grad(whole, a, slope_like(whole))[0]
-    close(work(), [whole, wanted], TOLERANCE[dtype])
+    assert_close(work(), [whole, wanted], TOLERANCE[dtype])
 
 
 @fast
@@ -151,7 +151,7 @@ def test_squared_error(kernels, dtype, rows, size, expectile):
         assert not y.requires_grad and loss.dim() == 0
         return [loss, y, *torch.autograd.grad(0.3 * loss, net.theta)]
 
-    loss, y, _ = by_both(kernels, work, TOLERANCE[dtype])
+    loss, y, _ = assert_same_by_both(kernels, work, TOLERANCE[dtype])
     assert y.shape == (*((size,) if size else ()), rows)
     total = 0.0
     for own in y.view(-1, rows):
@@ -173,11 +173,11 @@ def test_with_gradients(kernels, dtype, rows, hidden_layers):
         loss = (q * slope_like(q)).sum() + (g**2 * slope_like(g)).sum()
         return [q, g, *torch.autograd.grad(loss, net.theta)]
 
-    q, g, _ = by_both(kernels, work, TOLERANCE[dtype])
+    q, g, _ = assert_same_by_both(kernels, work, TOLERANCE[dtype])
     assert q.shape == (3, rows, 1) and g.shape == (3, rows, A)
     whole = net(s, a)
     wanted = [torch.autograd.grad(one.sum(), a, retain_graph=True)[0] for one in whole]
-    close([q, g], [whole, torch.stack(wanted)], TOLERANCE[dtype])
+    assert_close([q, g], [whole, torch.stack(wanted)], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("kernels", ["plain", "torch"])
@@ -190,12 +190,12 @@ def test_edacs_similarity_is_differentiated_as_by_a_double_backward(kernels):
     g = g / (g.norm(dim=-1, keepdim=True) + 1e-10)
     similarity = sum((g[i] * g[j]).sum(-1).mean() for i, j in itertools.permutations(range(4), 2)) / 3
     found = gradient_similarity(net.with_gradients([s, a], A)[1])
-    close([found], [similarity], 1e-12)
+    assert_close([found], [similarity], 1e-12)
     (slope,) = torch.autograd.grad(found, net.theta)
     for k, own in enumerate(modules):
         wanted = torch.autograd.grad(similarity, [*own.parameters()], allow_unused=True, retain_graph=True)
         for number, (weight, bias) in enumerate(net.layers(slope)):
-            close([weight[k].T], [wanted[2 * number]], 1e-12)
+            assert_close([weight[k].T], [wanted[2 * number]], 1e-12)
             by_bias = wanted[2 * number + 1]
             assert not bias[k].any() and (by_bias is None or not by_bias.any())
 
@@ -207,16 +207,16 @@ def test_one_network_twice_in_one_graph_sums_both_gradients(kernels):
     other = torch.randn(20, A)
     apart = [torch.autograd.grad(net(s, x).square().sum(), net.theta)[0] for x in (a, other)]
     (net(s, a).square().sum() + net(s, other).square().sum()).backward()
-    close([net.theta.grad], [apart[0] + apart[1]], 1e-5)
+    assert_close([net.theta.grad], [apart[0] + apart[1]], 1e-5)
     critic, target = make_net(size=3), torch.randn(20)  # the one whose gradient is made in its forward pass
     losses = [critic.squared_error([s, x], target)[0] for x in (a, other)]
     sum(losses).backward()
     apart = [torch.autograd.grad(critic.squared_error([s, x], target)[0], critic.theta)[0] for x in (a, other)]
-    close([critic.theta.grad], [apart[0] + apart[1]], 1e-5)
+    assert_close([critic.theta.grad], [apart[0] + apart[1]], 1e-5)
     through = make_net(16, A)  # a network fed with its own output
     found = torch.autograd.grad(through(s, through(s, a)).sum(), [a, through.theta])
     choose_kernels("plain")
-    close(found, torch.autograd.grad(through(s, through(s, a)).sum(), [a, through.theta]), 1e-5)
+    assert_close(found, torch.autograd.grad(through(s, through(s, a)).sum(), [a, through.theta]), 1e-5)
 
 
 @fast
@@ -251,7 +251,7 @@ def test_a_linear_layer_of_any_shape(kernels, dtype):
             y = linear(x, layer.weight, bias)
             return [y, *torch.autograd.grad(y, among, slope_like(y))]
 
-        by_both(kernels, work, TOLERANCE[dtype])
+        assert_same_by_both(kernels, work, TOLERANCE[dtype])
 
 
 # -- views of the vector ----------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_no_view_of_the_parameters_is_stale(made):
             other.theta.mul_(1.5)
     wanted = torch.stack([own(torch.cat([s, a], 1)) for own in plain_members(other)])
     assert not torch.allclose(wanted, first, atol=1e-3)
-    close([other(s, a)], [wanted], 1e-5)
+    assert_close([other(s, a)], [wanted], 1e-5)
     for own, views in zip(plain_members(other), other.members(), strict=True):
         for module, (weight, bias) in zip(own[::2], views, strict=True):
             assert torch.equal(module.weight, weight.t()) and torch.equal(module.bias, bias)

@@ -4,9 +4,9 @@
     actor i >= 1  the algorithm's improvement      + w_i D(pi_i, pi_{i-1})
 
 and everything of the algorithm that asks for an action (targets, advantages, penalties) asks actor 0, whose bits no
-later actor changes. (The original
-text keeps a second actor for CQL's penalty, without the weight w_0; here the critics are those of the policy that the
-chain begins with.) Actors are trained in order, each after the one before has made its step, which gives no gradient.
+later actor changes. (The original text keeps a second actor for CQL's penalty, without the weight w_0; here the critics
+are those of the policy that the chain begins with.) Actors are trained in order, each after the one before has made its
+step, which gives no gradient.
 
 D is half of W2 squared between the two policies' actions in a state, averaged over states, whatever the policies are:
 
