@@ -186,7 +186,7 @@ class OfflineRun(Run):
             "torch_generators": [torch.get_rng_state(), *cuda],  # dropout draws from them
             **{key: self.model_state()[key] for key in ("dataset", "config", "observation_dim")},
         }
-        save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state)
+        self.write_checkpoint(state)
 
     def model_state(self) -> dict:
         """What the online stage and the plots need: the model with its normaliser, its sizes and its dataset."""

@@ -332,7 +332,7 @@ class OnlineRun(Run):
             save_checkpoint(self.run_dir / "best_model.pth", self.model_state() | {"success_rate": success})
         state = self.model_state() | {name: getattr(self, name) for name in COUNTERS}
         parts = {name: getattr(self, name).state_dict() for name in ("agent", "replay", "streams")}
-        save_checkpoint(self.run_dir / "checkpoints" / "last.pth", state | parts)
+        self.write_checkpoint(state | parts)
 
     def model_state(self) -> dict[str, Any]:
         """What `MazePolicy` needs: encoder, heads, metric, the graph's nodes, their sizes and the dataset."""

@@ -182,21 +182,6 @@ def lock_run(run_dir: str | Path) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def telling_what_is_kept(run_dir: str | Path, checkpoint: str | Path) -> Iterator[None]:
-    """Give a Ctrl-C inside the words on what it leaves of the run. Of several runs, those of one that was saved."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        saved = Path(checkpoint).exists()
-        if (Path(run_dir) / "finished.json").exists():
-            interrupt.args = interrupt.args or (f"the run was finished, see {run_dir}",)
-        elif saved or not interrupt.args:
-            words = "the last checkpoint is kept; the same command with --resume continues from it"
-            interrupt.args = (words if saved else "nothing was saved yet; the same command starts again",)
-        raise
-
-
 def mark_finished(run_dir: str | Path, summary: dict[str, Any]) -> None:
     """Write finished.json: the run's last figures, and the sign that nothing is left to do."""
     write_text_atomic(Path(run_dir) / "finished.json", json.dumps(summary, indent=2, default=float) + "\n")

@@ -4,6 +4,7 @@ import abc
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ class Run(contextlib.AbstractContextManager):
         self.run_dir, self.checkpoint = self.default_run_dir(config), self.checkpoint_path(config)
         self.data_facts: dict[str, Any] = {}  # of the data that is loaded, for versions.json (`offline_data.made_here`)
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
-        self.resources.enter_context(directory.telling_what_is_kept(self.run_dir, self.checkpoint))
+        self.saved_step: int | None = None  # of the last checkpoint, once this process has read or written one
+        self.resources.enter_context(self.telling_what_is_kept())
         with contextlib.ExitStack() as opening:
             opening.push(self)  # closes it, unless all went well
             try:
@@ -86,6 +88,7 @@ class Run(contextlib.AbstractContextManager):
         self.build()
         if checkpoint is not None:
             self.load(checkpoint)
+            self.saved_step = self.step
             print(f"{self.prefix}continues from step {self.step:,}")
         trackers = (config.tensorboard, config.wandb_project, config, self.wandb_labels())
         (self.run_dir / FAILURE).unlink(missing_ok=True)
@@ -98,8 +101,23 @@ class Run(contextlib.AbstractContextManager):
         """Save it. A save between evaluations is due a minute later, or when a large one takes 5% of the time."""
         began = time.monotonic()
         directory.save_checkpoint(self.checkpoint, state)
-        ended = time.monotonic()
+        self.saved_step, ended = self.step, time.monotonic()
         self.save_at = ended + max(SAVE_SECONDS, 20 * (ended - began))
+
+    @contextlib.contextmanager
+    def telling_what_is_kept(self) -> Iterator[None]:
+        """Give a Ctrl-C inside the words on what it leaves of the run. Of several runs, those of one that was saved."""
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            saved, step = self.checkpoint.exists(), self.saved_step
+            if (self.run_dir / "finished.json").exists():
+                interrupt.args = interrupt.args or (f"the run was finished, see {self.run_dir}",)
+            elif saved or not interrupt.args:
+                at = "" if step is None else f", of step {step:,},"
+                words = f"the last checkpoint{at} is kept; the same command with --resume continues from it"
+                interrupt.args = (words if saved else "nothing was saved yet; the same command starts again",)
+            raise
 
     def is_save_due(self) -> bool:
         """Asked where a row of metrics ends, from where a run can go on."""

@@ -215,7 +215,7 @@ def test_ctrl_c_says_what_is_kept_and_the_last_line_what_was_done_since(argument
     assert "nothing was saved yet" in train_until(3, arguments(run_dir))
     assert "nothing was saved yet" in train_until(6, arguments(run_dir), method="save")
     assert "Update 6" not in capsys.readouterr().out  # what is told of is saved
-    assert "--resume continues from it" in train_until(8, arguments(run_dir))
+    assert "checkpoint, of step 6, is kept; the same command with --resume" in train_until(8, arguments(run_dir))
     train(arguments(run_dir, "--resume"))
     assert "the last 6 of 12 updates in " in capsys.readouterr().out
 
