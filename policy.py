@@ -63,12 +63,15 @@ class Policy:
     def act(self, observation: np.ndarray, goal: np.ndarray | None = None, deterministic: bool = True) -> np.ndarray:
         """Actions [A] or [n, A] float32 of raw observations [D] or [n, D], of one environment or of n.
 
-        goal: an observation to reach, [D] or [n, D]; OPSO alone needs and reads it.
+        goal: an observation to reach, [D] or [n, D]; OPSO needs it, no other has one.
         deterministic: without the noise of a chain's actors, or of OPSO's last round. The study's agents have none.
 
         OPSO's and the walker study's policies remember what they have done: call at every step, `reset` between
-        episodes. Raises UserError for a run of offline_trainer.py, ValueError for another size or no goal.
+        episodes. Raises UserError for a run of offline_trainer.py, ValueError for another size, a missing goal, or one
+        that nothing reads.
         """
+        if goal is not None and not isinstance(self.trained, MazePolicy):
+            raise ValueError("this policy has no goal: OPSO alone takes one")
         if isinstance(self.trained, Agent):
             if not deterministic:
                 raise ValueError("the walker study's agents act deterministically")

@@ -76,7 +76,7 @@ class Evaluation:
     ) -> dict[str, float]:
         """`run` for each other way of acting, then for the agent's own, whose episodes are those of the pictures."""
         metrics = {}
-        for acting in (*(others or ()), None):
+        for acting in (*dict.fromkeys(others or ()), None):
             if acting != agent.config.acting:
                 metrics |= self.run(agent, graph, episodes, acting)
         return metrics

@@ -351,15 +351,16 @@ def test_a_policy_acts_from_its_file_alone_as_in_training(finished, arguments, m
     rows, raw = torch.from_numpy(run.data.observations[:5]), run.data.observations[:5] * run.std + run.mean
     for number in range(2):
         expected = run.acting()[number](rows, torch.zeros(5, run.data.action_dim)).detach().numpy()
-        np.testing.assert_allclose(
-            Policy(finished / "checkpoints/last.pth", actor=number).act(raw), expected, atol=1e-4
-        )
+        policy = Policy(finished / "checkpoints/last.pth", actor=number)
+        np.testing.assert_allclose(policy.act(raw), expected, atol=1e-4)
     run.close()
     monkeypatch.setattr(chain_policy, "load_checkpoint", None)  # the file is read once
     policy = Policy(finished)  # a run's directory will do
     np.testing.assert_array_equal(policy.act(raw), Policy(finished, actor=1).act(raw))
     np.testing.assert_allclose(policy.act(raw[0]), policy.act(raw)[0], atol=1e-5)  # one observation, or many
     assert not np.array_equal(policy.act(raw, deterministic=False), policy.act(raw)) and policy.trained.env == DATASET
+    with pytest.raises(ValueError, match="no goal"):
+        policy.act(raw, raw)
     with pytest.raises(ValueError, match="actor 2: the chain has actors 0 to 1"):
         Policy(finished, actor=2)
     with pytest.raises(ValueError, match=r"shape \(5, 10\), not \[..., 11\]"):

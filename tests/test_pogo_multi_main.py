@@ -22,6 +22,7 @@ from policy import Policy
 from runs import plots
 from runs.directory import load_checkpoint
 from runs.metrics import read_episodes, read_metrics
+from runs.run import data_values
 from utils import UserError
 
 DATASET = "local/hopper-medium-v2"
@@ -194,6 +195,8 @@ def test_rewards_are_scaled_as_asked(arguments, dataset_dir, tmp_path):
     run = MultiRun(parse(arguments("iql", tmp_path / "run", "--normalize_reward", reward_scale=2, reward_bias=-3)))
     expected = plain.rewards * 1000 / (plain.returns.max() - plain.returns.min()) * 2 - 3
     np.testing.assert_allclose(run.data.rewards, expected, rtol=1e-5, atol=1e-5)
+    value = abs(data_values(run.data.rewards, run.data.terminated, run.data.truncated, 0.99)[0])
+    assert float(run.describe().rpartition("rule w_i ")[2]) == pytest.approx(1.6 / 3 * value, rel=0.05)
     run.close()
 
 
@@ -215,9 +218,8 @@ def test_bad_settings_are_one_line_that_names_the_flag(flags, words, arguments, 
 
 
 # What CORL sets by dataset; all else in a shipped file is the default.
-CORLS = {"iql_tau", "beta", "iql_deterministic", "tau", "awac_lambda", "num_critics", "eta", "actor_lr", "cql_alpha"}
-CORLS |= {"cql_lagrange", "cql_max_target_backup", "q_n_hidden_layers", "normalize", "normalize_reward"}
-CORLS |= {"reward_scale", "reward_bias"}
+CORLS = """iql_tau beta iql_deterministic tau awac_lambda num_critics eta actor_lr cql_alpha cql_lagrange
+cql_max_target_backup q_n_hidden_layers normalize normalize_reward reward_scale reward_bias"""
 
 
 def test_every_algorithm_has_a_whole_file_for_every_dataset():
@@ -228,11 +230,10 @@ def test_every_algorithm_has_a_whole_file_for_every_dataset():
         MultiRun.check(config)
         robot, _, level = config.env.removesuffix("-v2").partition("-")
         assert name == f"{robot}/{level.replace('-', '_')}_v2_{config.algorithm}.yaml"
-        run = ALGORITHMS[config.algorithm][1]
-        assert {field.name for field in dataclasses.fields(run.__bases__[1])} <= text.keys(), name
-        usual = {field.name: field.default for field in dataclasses.fields(run)}
+        assert {field.name for field in dataclasses.fields(type(config).__bases__[1])} <= text.keys(), name
+        usual = {field.name: field.default for field in dataclasses.fields(config)}
         changed = {key for key, value in text.items() if value != usual[key]}
-        assert changed <= CORLS | {"env", "w2_weights", "max_timesteps"}, name
+        assert changed <= {*CORLS.split(), "algorithm", "env", "w2_weights", "max_timesteps"}, name
         first, second, third = config.w2_weights
         assert second == third and first == (10 if robot == "antmaze" else 0), name
         if config.algorithm == "edac":

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import utils
-from algorithms.offline.pogo_multi_main import EDACRunConfig
+from algorithms.offline.pogo_multi_main import ALGORITHMS
 from offline_trainer import OfflineTrainerConfig
 from online_trainer import OnlineTrainerConfig
 from pogo_main import POGOTrainerConfig
@@ -450,7 +450,7 @@ def test_overwrite_leaves_what_is_no_run(tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
-COMMANDS = [POGOTrainerConfig, OfflineTrainerConfig, OnlineTrainerConfig, EDACRunConfig, MORELConfig]
+COMMANDS = [POGOTrainerConfig, OfflineTrainerConfig, OnlineTrainerConfig, ALGORITHMS["edac"][1], MORELConfig]
 
 
 @pytest.mark.parametrize("config_class", COMMANDS)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from algorithms.offline.awac import AWAC, AWACConfig
-from algorithms.offline.base import OfflineAlgorithm
+from algorithms.offline.base import OfflineAlgorithm, OfflineConfig
 from algorithms.offline.cql import CQL, CQLConfig
 from algorithms.offline.edac import EDAC, EDACConfig
 from algorithms.offline.iql import IQL, IQLConfig
@@ -36,6 +36,7 @@ from runs.chain import Act, ChainRun, ChainRunConfig
 from runs.cli import load_yaml, parse_config, run_cli
 from runs.directory import expecting, load_checkpoint
 from runs.policy import evaluate_again
+from runs.run import data_values
 from runs.seeds import run_seeds
 from utils import Basic, Count, MayChange, Number, Positive, UserError, warn
 
@@ -64,46 +65,21 @@ class MultiRunConfig(ChainRunConfig, ChainConfig):
     load_model: str | None = None  # begin with the networks and optimizers of this last.pth, at update 0
 
 
-# A run's settings are those of the run, of the chain and of its own algorithm, and no other's.
+Algorithm = tuple[type[OfflineAlgorithm], type[MultiRunConfig]]
 
 
-@dataclass
-class IQLRunConfig(MultiRunConfig, IQLConfig):
-    algorithm: Basic[Literal["iql"]] = "iql"  # the algorithm whose critics and losses are trained
+def with_run(algorithm: type[OfflineAlgorithm], own: type[OfflineConfig]) -> Algorithm:
+    """An algorithm, and the settings of its runs: those of a run, of the chain and its own, no other's."""
+    return algorithm, dataclass(type(f"{algorithm.__name__}RunConfig", (MultiRunConfig, own), {}))
 
 
-@dataclass
-class TD3BCRunConfig(MultiRunConfig, TD3BCConfig):
-    algorithm: Basic[Literal["td3_bc"]] = "td3_bc"  # the algorithm whose critics and losses are trained
-
-
-@dataclass
-class AWACRunConfig(MultiRunConfig, AWACConfig):
-    algorithm: Basic[Literal["awac"]] = "awac"  # the algorithm whose critics and losses are trained
-
-
-@dataclass
-class CQLRunConfig(MultiRunConfig, CQLConfig):
-    algorithm: Basic[Literal["cql"]] = "cql"  # the algorithm whose critics and losses are trained
-
-
-@dataclass
-class SACNRunConfig(MultiRunConfig, SACNConfig):
-    algorithm: Basic[Literal["sac_n"]] = "sac_n"  # the algorithm whose critics and losses are trained
-
-
-@dataclass
-class EDACRunConfig(MultiRunConfig, EDACConfig):
-    algorithm: Basic[Literal["edac"]] = "edac"  # the algorithm whose critics and losses are trained
-
-
-ALGORITHMS: dict[str, tuple[type[OfflineAlgorithm], type[MultiRunConfig]]] = {
-    "iql": (IQL, IQLRunConfig),
-    "td3_bc": (TD3BC, TD3BCRunConfig),
-    "awac": (AWAC, AWACRunConfig),
-    "cql": (CQL, CQLRunConfig),
-    "sac_n": (SACN, SACNRunConfig),
-    "edac": (EDAC, EDACRunConfig),
+ALGORITHMS: dict[str, Algorithm] = {
+    "iql": with_run(IQL, IQLConfig),
+    "td3_bc": with_run(TD3BC, TD3BCConfig),
+    "awac": with_run(AWAC, AWACConfig),
+    "cql": with_run(CQL, CQLConfig),
+    "sac_n": with_run(SACN, SACNConfig),
+    "edac": with_run(EDAC, EDACConfig),
 }
 
 
@@ -164,6 +140,14 @@ class MultiRun(ChainRun):
         data.rewards *= np.float32(config.reward_scale)
         data.rewards += np.float32(config.reward_bias)
         return data
+
+    def describe(self) -> str:
+        """As every chain, and the weights of docs/pogo_multi.md's rule for later actors."""
+        data, config = self.data, self.config
+        value = data_values(data.rewards, data.terminated, data.truncated, config.discount)[0]
+        size = config.alpha if isinstance(config, TD3BCConfig) else abs(value)
+        weight = float(f"{1.6 / data.action_dim * size:.2g}")
+        return f"{super().describe()}; discounted returns {value:.4g}, by docs/pogo_multi.md's rule w_i {weight:g}"
 
     def make_agent(self, observation_dim: int, action_dim: int, max_action: float) -> MultiActor:
         sizes = (observation_dim, action_dim, max_action)
