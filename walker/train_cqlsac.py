@@ -4,15 +4,22 @@
     python -m walker.train_cqlsac test
 
 A squashed Gaussian whose log std is cut to [-20, 2]; without the cut the study saw it grow to 300. Defaults that differ
-from D4RL's are for runs of tens of thousands of updates, not a million: the actor's learning rate is the critics', and
-rewards are scaled so that Q is of the order of 10; and for a CPU: fewer layers, fewer actions in the penalty.
+from D4RL's are for runs of tens of thousands of updates, not a million: the actor's learning rate is the critics', which
+begin at the data's mean discounted return, and the temperature near where it ends; and for a CPU: fewer layers, fewer
+actions in the penalty. Rewards are raised to the size of D4RL's: the penalty counts a uniform action for 10 more than one
+of the policy, by their densities, and where Q differs by less it lifts the data's actions without end
+(docs/notebook_walker.md).
 """
 
 import functools
+import math
 from dataclasses import dataclass
+
+import torch
 
 from algorithms.offline.cql import CQL, CQLConfig
 from runs.cli import run_cli
+from runs.run import data_values
 from utils import Basic, Count, Positive
 from walker.study_run import StudyConfig, ValueRun, run_command
 
@@ -21,7 +28,7 @@ from walker.study_run import StudyConfig, ValueRun, run_command
 class WalkerCQLConfig(StudyConfig, CQLConfig):
     max_timesteps: Basic[Count] = 30_000  # updates of the run
     eval_freq: Count = 5_000  # updates between evaluations, and at most between checkpoints
-    reward_scale: Positive = 0.1  # rewards are multiplied by this
+    reward_scale: Positive = 10.0  # rewards are multiplied by this
     actor_lr: Positive = 3e-4  # learning rate of Adam for the actor and the temperature
     cql_n_actions: Count = 4  # actions of each of the three kinds in the penalty
     q_n_hidden_layers: Count = 2  # hidden layers of the critics
@@ -29,6 +36,17 @@ class WalkerCQLConfig(StudyConfig, CQLConfig):
 
 class CQLRun(ValueRun):
     method, algorithm, kind = "cql", CQL, "tanh_gaussian_mlp"
+    learner: CQL
+
+    @torch.no_grad()
+    def make_learner(self) -> CQL:
+        learner = super().make_learner()
+        rows = (getattr(self.buffer, name).cpu().numpy() for name in ("rewards", "terminated", "truncated"))
+        value, _ = data_values(*rows, self.config.discount)
+        for critic in (learner.critic, learner.critic_target):
+            critic.net.layers()[-1][1].add_(value)  # the bias of the output
+        learner.temperature.log_alpha.fill_(math.log(0.1))
+        return learner
 
 
 main = functools.partial(run_command, CQLRun, WalkerCQLConfig, __doc__)
