@@ -211,10 +211,8 @@ def test_inputs_are_standardised_and_carry_the_bit(open_run, data):
     assert torch.allclose(inputs[:, :24].mean(0), torch.zeros(24), atol=1e-4)
     assert float((inputs[:, :24].std(0) - 1).abs().max()) < 0.05
     assert inputs[:2000, 24].unique().tolist() == [0.0] and inputs[2000:, 24].unique().tolist() == [1.0]
-    raw = inputs[:, :24].numpy() * run.std + run.mean
-    assert np.abs(raw - data.transitions().observations).max() < 1e-4
-    assert run.buffer.terminated.sum() == 0
-    assert run.buffer.truncated.nonzero().flatten().tolist() == [999, 1999, 2999, 3999]
+    assert np.abs(inputs[:, :24].numpy() * run.std + run.mean - data.transitions().observations).max() < 1e-4
+    assert not run.buffer.terminated.any() and run.buffer.truncated.nonzero()[:, 0].tolist() == [999, 1999, 2999, 3999]
 
 
 def test_noise_is_new_in_every_batch_and_never_on_the_bit(open_run):
@@ -225,8 +223,7 @@ def test_noise_is_new_in_every_batch_and_never_on_the_bit(open_run):
     assert float(first[:, 24].abs().max()) == 0
     batch = run.make_batch()
     assert set(batch["observations"][:, 24].tolist()) <= {0.0, 1.0}
-    own = run.buffer.observations[:, :24]
-    assert float((batch["observations"][:, None, :24] - own).abs().amax(-1).amin()) > 1e-3
+    assert float((batch["observations"][:, None, :24] - run.buffer.observations[:, :24]).abs().amax(-1).amin()) > 1e-3
     for off in (0.0, -1.0):
         quiet = open_run(train_il.CloningRun, train_il.CloningConfig, "bc", random_noise=off)
         assert torch.equal(quiet.with_noise(inputs), inputs)
@@ -237,9 +234,8 @@ def test_windows_of_the_transformer_are_rows_of_one_episode(open_run, data):
     faulty = open_run(train_dt.TransformerRun, train_dt.TransformerConfig, "dt", context=30, faulty_pairing="true")
     assert torch.equal(faulty.episodes["observations"][:, :999], run.episodes["observations"][:, 1:1000])
     assert torch.equal(faulty.episodes["actions"], run.episodes["actions"])
-    returns = data.rewards.sum(1)
-    assert run.learner.policy.targets["walk"] == pytest.approx(np.quantile(returns[:2], 0.9), abs=1e-2)
-    assert run.learner.policy.targets["run"] == pytest.approx(np.quantile(returns[2:], 0.9), abs=1e-2)
+    walk, running = np.quantile(data.rewards.sum(1).reshape(2, 2), 0.9, axis=1)
+    assert run.learner.policy.targets == pytest.approx({"walk": walk, "run": running}, abs=1e-2)
     batch = run.make_batch()
     assert batch["observations"].shape == (400, 30, 25)
     to_go = np.cumsum(data.rewards[:, ::-1], 1)[:, ::-1] / 1000
@@ -275,6 +271,10 @@ def test_shared_transitions_are_the_most_valuable_and_paid_by_the_main_task(open
         shared = run.learner.critic(batch["observations"][20:], batch["actions"][20:]).amin(0)
     assert len(values) == 100 and len(shared) == 20
     assert torch.allclose(shared.sort().values, values.sort().values[-20:], atol=1e-6)
+    following, returns = 0.5 * data.rewards[2:].mean(1) / (1 - 0.99), []  # of an episode that a time limit cut
+    for reward in 0.5 * data.rewards[2:].T[::-1]:
+        returns.append(following := reward + 0.99 * following)
+    assert values.numpy() == pytest.approx(np.mean(returns), rel=0.02)  # where the critics begin
     for share in (0.0, 1.0):
         run.config.shared_part = share
         assert len(run.make_batch()["rewards"]) == 40

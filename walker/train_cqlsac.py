@@ -15,6 +15,7 @@ import functools
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from algorithms.offline.cql import CQL, CQLConfig
@@ -41,8 +42,8 @@ class CQLRun(ValueRun):
     @torch.no_grad()
     def make_learner(self) -> CQL:
         learner = super().make_learner()
-        rows = (getattr(self.buffer, name).cpu().numpy() for name in ("rewards", "terminated", "truncated"))
-        value, _ = data_values(*rows, self.config.discount)
+        rewards, truncated = self.buffer.rewards.cpu().numpy(), self.buffer.truncated.cpu().numpy().astype(bool)
+        value, _ = data_values(rewards, np.zeros_like(truncated), truncated, self.config.discount)
         for critic in (learner.critic, learner.critic_target):
             critic.net.layers()[-1][1].add_(value)  # the bias of the output
         learner.temperature.log_alpha.fill_(math.log(0.1))
