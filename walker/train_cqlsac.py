@@ -5,7 +5,7 @@
 
 A squashed Gaussian whose log std is cut to [-20, 2]; without the cut the study saw it grow to 300. Defaults that differ
 from D4RL's are for runs of tens of thousands of updates, not a million: the actor's learning rate is the critics',
-which begin at the data's mean discounted return, and the temperature near where it ends; and for a CPU: fewer layers,
+which begin at the level of the data's returns, and the temperature near where it ends; and for a CPU: fewer layers,
 fewer actions in the penalty. Rewards are raised to the size of D4RL's: the penalty counts a uniform action for 10 more
 than one of the policy, by their densities, and where Q differs by less it lifts the data's actions without end
 (docs/notebook_walker.md).
@@ -15,12 +15,10 @@ import functools
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from algorithms.offline.cql import CQL, CQLConfig
 from runs.cli import run_cli
-from runs.run import data_values
 from utils import Basic, Count, Positive
 from walker.study_run import StudyConfig, ValueRun, run_command
 
@@ -42,8 +40,7 @@ class CQLRun(ValueRun):
     @torch.no_grad()
     def make_learner(self) -> CQL:
         learner = super().make_learner()
-        rewards, truncated = self.buffer.rewards.cpu().numpy(), self.buffer.truncated.cpu().numpy().astype(bool)
-        value, _ = data_values(rewards, np.zeros_like(truncated), truncated, self.config.discount)
+        value = self.buffer.rewards.mean() / (1 - self.config.discount)  # nothing ends
         for critic in (learner.critic, learner.critic_target):
             critic.net.layers()[-1][1].add_(value)  # the bias of the output
         learner.temperature.log_alpha.fill_(math.log(0.1))
