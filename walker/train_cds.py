@@ -68,8 +68,6 @@ class CDSRun(CQLRun):
     def make_batch(self) -> dict[str, Tensor]:
         shared = round(self.config.shared_part * self.config.batch_size)
         own = self.buffer.sample(self.config.batch_size - shared, self.streams.sampling)
-        if shared == 0:
-            return self.noisy(own)
         candidates = self.others.sample(shared * self.config.share_candidates, self.streams.sampling)
         best = self.value(candidates).topk(shared).indices
         return self.noisy({name: torch.cat([own[name], candidates[name][best]]) for name in own})

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from algorithms.offline.awac import AWAC, AWACConfig
-from algorithms.offline.base import OfflineAlgorithm, OfflineConfig
+from algorithms.offline.base import OfflineAlgorithm
 from algorithms.offline.cql import CQL, CQLConfig
 from algorithms.offline.edac import EDAC, EDACConfig
 from algorithms.offline.iql import IQL, IQLConfig
@@ -65,21 +65,17 @@ class MultiRunConfig(ChainRunConfig, ChainConfig):
     load_model: str | None = None  # begin with the networks and optimizers of this last.pth, at update 0
 
 
-Algorithm = tuple[type[OfflineAlgorithm], type[MultiRunConfig]]
-
-
-def with_run(algorithm: type[OfflineAlgorithm], own: type[OfflineConfig]) -> Algorithm:
-    """An algorithm, and the settings of its runs: those of a run, of the chain and its own, no other's."""
-    return algorithm, dataclass(type(f"{algorithm.__name__}RunConfig", (MultiRunConfig, own), {}))
-
-
-ALGORITHMS: dict[str, Algorithm] = {
-    "iql": with_run(IQL, IQLConfig),
-    "td3_bc": with_run(TD3BC, TD3BCConfig),
-    "awac": with_run(AWAC, AWACConfig),
-    "cql": with_run(CQL, CQLConfig),
-    "sac_n": with_run(SACN, SACNConfig),
-    "edac": with_run(EDAC, EDACConfig),
+# An algorithm, and the settings of its runs: those of a run, of the chain and its own, no other's.
+ALGORITHMS: dict[str, tuple[type[OfflineAlgorithm], type[MultiRunConfig]]] = {
+    name: (algorithm, dataclass(type(f"{algorithm.__name__}RunConfig", (MultiRunConfig, own), {})))
+    for name, algorithm, own in (
+        ("iql", IQL, IQLConfig),
+        ("td3_bc", TD3BC, TD3BCConfig),
+        ("awac", AWAC, AWACConfig),
+        ("cql", CQL, CQLConfig),
+        ("sac_n", SACN, SACNConfig),
+        ("edac", EDAC, EDACConfig),
+    )
 }
 
 
