@@ -32,7 +32,7 @@ from torch import nn
 
 from benchmark_data import experts
 from runs.cli import parse_config, run_cli
-from runs.directory import mark_finished, save_checkpoint
+from runs.directory import mark_finished
 from runs.metrics import read_metrics
 from runs.plots import Panel, panels_figure
 from runs.run import Run, RunConfig
@@ -236,7 +236,7 @@ class ExpertRun(Run):
             self.bar.set_postfix({name: f"{row[name]:.1f}" for name in row if "return" in name}, refresh=False)
         if saves:
             state = {"step": self.step, "evaluations": self.evaluations, "config": self.model_config()}
-            save_checkpoint(self.checkpoint, state | model_state(self.model))
+            self.write_checkpoint(state | model_state(self.model))
 
     def snapshot(self) -> dict[str, float]:
         """Write the policy of this step with its card; returns the columns of its evaluation.

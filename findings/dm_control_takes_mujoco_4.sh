@@ -4,8 +4,8 @@
 # Versions: dm_control 1.0.50, the newest, with mujoco 4.0.0, which pip chooses for its `mujoco>=3.17.0`. Seen: pip
 # check finds nothing wrong, `from dm_control import suite` works, and suite.load fails for every benchmark task with
 # "AttributeError: 'MjModel' object has no attribute 'flex_vertedge'". With mujoco 3.17.0 all of them load.
-# We had guessed that a package by MuJoCo's own authors bounds its version, or works with the newest. A requirements file
-# has to say mujoco<4 beside it.
+# We had guessed that a package by MuJoCo's own authors bounds its version, or works with the newest. Whoever
+# requires dm_control has to require mujoco<4 too.
 # Ends with 0 while this is so and with 1 once it has changed.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -2,7 +2,7 @@
 # OGBench's mazes draw starts and goals from NumPy's global generator: reset(seed=...) fixes neither, and the worker
 # processes of a vector environment all begin in one and the same place, whatever seeds they are given.
 #
-# Versions: ogbench 1.2.2, gymnasium 1.4.0, mujoco 3.17.0, on Linux, where AsyncVectorEnv forks. Seen in
+# Versions: ogbench 1.2.2, gymnasium 1.4.0, mujoco 3.17.0, Python 3.11 on Linux, where AsyncVectorEnv forks. Seen in
 # pointmaze-medium-v0, task 1: two resets with seed 0 give two starts and two goals; resets with seeds 0 and 1 give the
 # same, where np.random.seed(5) stands before each. Four environments in AsyncVectorEnv, seeds 0 to 3, begin at one
 # point with one goal, since each process has a copy of the global generator; SyncVectorEnv's begin at four.

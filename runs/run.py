@@ -110,12 +110,12 @@ class Run(contextlib.AbstractContextManager):
         try:
             yield
         except KeyboardInterrupt as interrupt:
-            saved, step = self.checkpoint.exists(), self.saved_step
+            saved, step, whose = self.checkpoint.exists(), self.saved_step, self.prefix
             if (self.run_dir / "finished.json").exists():
                 interrupt.args = interrupt.args or (f"the run was finished, see {self.run_dir}",)
             elif saved or not interrupt.args:
                 at = "" if step is None else f", of step {step:,},"
-                words = f"the last checkpoint{at} is kept; the same command with --resume continues from it"
+                words = f"{whose}the last checkpoint{at} is kept; the same command with --resume continues from it"
                 interrupt.args = (words if saved else "nothing was saved yet; the same command starts again",)
             raise
 

@@ -216,6 +216,7 @@ def test_ctrl_c_says_what_is_kept_and_the_last_line_what_was_done_since(argument
     assert "nothing was saved yet" in train_until(6, arguments(run_dir), method="save")
     assert "Update 6" not in capsys.readouterr().out  # what is told of is saved
     assert "checkpoint, of step 6, is kept; the same command with --resume" in train_until(8, arguments(run_dir))
+    assert "checkpoint, of step 6, is kept" in train_until(7, arguments(run_dir, "--resume"))
     train(arguments(run_dir, "--resume"))
     assert "the last 6 of 12 updates in " in capsys.readouterr().out
 
@@ -359,12 +360,11 @@ def test_a_policy_acts_from_its_file_alone_as_in_training(finished, arguments, m
     np.testing.assert_array_equal(policy.act(raw), Policy(finished, actor=1).act(raw))
     np.testing.assert_allclose(policy.act(raw[0]), policy.act(raw)[0], atol=1e-5)  # one observation, or many
     assert not np.array_equal(policy.act(raw, deterministic=False), policy.act(raw)) and policy.trained.env == DATASET
-    with pytest.raises(ValueError, match="no goal"):
-        policy.act(raw, raw)
     with pytest.raises(ValueError, match="actor 2: the chain has actors 0 to 1"):
         Policy(finished, actor=2)
-    with pytest.raises(ValueError, match=r"shape \(5, 10\), not \[..., 11\]"):
-        policy.act(raw[:, 1:])
+    for words, given in (("no goal", (raw, raw)), (r"shape \(5, 10\), not \[..., 11\]", (raw[:, 1:],))):
+        with pytest.raises(ValueError, match=words):
+            policy.act(*given)
     with pytest.raises(UserError, match="OPSO alone has a code"):
         policy.encode(raw)
 

@@ -192,12 +192,13 @@ def parse(flags: list[str]):
 
 def test_rewards_are_scaled_as_asked(arguments, dataset_dir, tmp_path):
     plain = load_transitions(DATASET, dataset_dir)
-    run = MultiRun(parse(arguments("iql", tmp_path / "run", "--normalize_reward", reward_scale=2, reward_bias=-3)))
-    expected = plain.rewards * 1000 / (plain.returns.max() - plain.returns.min()) * 2 - 3
-    np.testing.assert_allclose(run.data.rewards, expected, rtol=1e-5, atol=1e-5)
-    value = abs(data_values(run.data.rewards, run.data.terminated, run.data.truncated, 0.99)[0])
-    assert float(run.describe().rpartition("rule w_i ")[2]) == pytest.approx(1.6 / 3 * value, rel=0.05)
-    run.close()
+    expected = plain.rewards * 1000 / (plain.returns.max() - plain.returns.min()) * 2 - 30
+    value, _ = data_values(expected, plain.terminated, plain.truncated, 0.99)
+    for algorithm, size in (("iql", -value), ("td3_bc", 2.5)):
+        flags = arguments(algorithm, tmp_path / algorithm, "--normalize_reward", reward_scale=2, reward_bias=-30)
+        with MultiRun(parse(flags)) as run:
+            np.testing.assert_allclose(run.data.rewards, expected, rtol=1e-5, atol=1e-5)
+            assert run.describe().endswith(f" rule w_i {float(f'{1.6 / 3 * size:.2g}'):g}")
 
 
 @pytest.mark.parametrize(
@@ -276,8 +277,8 @@ def test_an_algorithms_own_policy_can_be_asked_for(algorithm, layers, arguments,
         assert len(actor.net.layers()) == layers
 
 
-def test_an_algorithm_must_be_named(arguments, tmp_path, capsys):
-    assert "--algorithm is missing" in exits(capsys, "--env", DATASET)
+def test_an_algorithm_must_be_named(arguments, finished, tmp_path, capsys):
+    assert "--algorithm is missing" in exits(capsys, "--overwrite", "--run_dir", str(finished / "iql"))
     assert "--algorithm sac: must be one of iql" in exits(capsys, "--algorithm", "sac")
     (tmp_path / "x.yaml").write_text("algorithm: awac\nbeta: 3.0\n")
     assert "unknown key 'beta'" in exits(capsys, "--config_path", tmp_path / "x.yaml")

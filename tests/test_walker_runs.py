@@ -260,8 +260,7 @@ def test_shared_transitions_are_the_most_valuable_and_paid_by_the_main_task(open
     assert len(run.buffer) == len(run.others) == 2000
     assert set(run.buffer.observations[:, 24].tolist()) == set(run.others.observations[:, 24].tolist()) == {1.0}
     assert np.allclose(run.buffer.rewards.numpy(), 0.5 * data.rewards[2:].reshape(-1))
-    expected = rewards_in_task(WalkerEnv("run"), data.physics[0, 1:])
-    assert np.allclose(run.others.rewards[:1000].numpy(), 0.5 * expected)
+    assert np.allclose(run.others.rewards[:1000].numpy(), 0.5 * rewards_in_task(WalkerEnv("run"), data.physics[0, 1:]))
     assert run.describe().count("run") and f"walk {data.rewards[:2].sum(1).mean():.1f}" in run.describe()  # their own
     drawn, sample = [], run.others.sample
     run.others.sample = lambda *arguments: drawn.append(sample(*arguments)) or drawn[-1]
@@ -271,8 +270,9 @@ def test_shared_transitions_are_the_most_valuable_and_paid_by_the_main_task(open
         shared = run.learner.critic(batch["observations"][20:], batch["actions"][20:]).amin(0)
     assert len(values) == 100 and len(shared) == 20
     assert torch.allclose(shared.sort().values, values.sort().values[-20:], atol=1e-6)
-    level = sum(0.99**step * 0.5 * data.rewards[2:].mean() for step in range(2000))
-    assert values.numpy() == pytest.approx(level, rel=0.02)  # where the critics begin
+    targets = run.learner.critic_target(batch["observations"], batch["actions"]).detach().numpy()
+    level = pytest.approx(sum(0.99**step * 0.5 * data.rewards[2:].mean() for step in range(2000)), rel=0.02)
+    assert values.numpy() == level and targets == level and float(run.learner.temperature.alpha()) == pytest.approx(0.1)
     for share in (0.0, 1.0):
         run.config.shared_part = share
         assert len(run.make_batch()["rewards"]) == 40
@@ -327,8 +327,9 @@ def test_the_one_policy_of_all_systems_acts_as_the_agent(finished):
         Policy(finished / "bc", task="fly")
     with pytest.raises(ValueError, match=r"observations have the shape \(1, 3\), not \[n, 24\]"):
         policy.act(np.zeros(3))
-    with pytest.raises(ValueError, match="deterministically"):
-        policy.act(observations, deterministic=False)
+    for words, flags in (("deterministically", {"deterministic": False}), ("no goal", {"goal": observations})):
+        with pytest.raises(ValueError, match=words):
+            policy.act(observations, **flags)
 
 
 def test_bad_input_is_one_line(finished, arguments, tmp_path, capsys, data_dir):

@@ -6,9 +6,8 @@
 A squashed Gaussian whose log std is cut to [-20, 2]; without the cut the study saw it grow to 300. Defaults that differ
 from D4RL's are for runs of tens of thousands of updates, not a million: the actor's learning rate is the critics',
 which begin at the level of the data's returns, and the temperature near where it ends; and for a CPU: fewer layers,
-fewer actions in the penalty. Rewards are raised to the size of D4RL's: the penalty counts a uniform action for 10 more
-than one of the policy, by their densities, and where Q differs by less it lifts the data's actions without end
-(docs/notebook_walker.md).
+fewer actions in the penalty. Rewards are of D4RL's size: the penalty counts a uniform action for 10 more than one of
+the policy, and where Q differs by less, it lifts the data's without end (docs/notebook_walker.md).
 """
 
 import functools

@@ -213,8 +213,9 @@ def find_config(argv: list[str]) -> type[MultiRunConfig]:
     pairs = zip(words, words[1:], strict=False)
     given = {word.replace("-", "_"): following for word, following in pairs if word.startswith("--")}
     flag, file = given.get("__algorithm"), given.get("__config", given.get("__config_path"))
-    if file is None and "__run_dir" in given and Path(given["__run_dir"], "config.yaml").is_file():
-        file = f"{given['__run_dir']}/config.yaml"
+    folder = given.get("__run_dir")
+    if file is None and folder and "--resume" in words and Path(folder, "config.yaml").is_file():
+        file = f"{folder}/config.yaml"
     stored = load_yaml(Path(file)).get("algorithm") if file is not None else None
     if flag is not None and stored not in (None, flag):
         raise UserError(f"--algorithm {flag}: {file} is of {stored}; take a file of {flag}, or leave the flag out")
