@@ -144,7 +144,11 @@ def processor_facts() -> dict[str, str]:
     return {}
 
 
-def processor_name() -> str:
+def processor_name(device: str = "cpu") -> str:
+    """Model of the processor behind a device."""
+    place = resolve_device(device)
+    if place.type == "cuda":
+        return torch.cuda.get_device_name(place)
     return processor_facts().get("model name") or platform.processor() or platform.machine()
 
 

@@ -28,7 +28,7 @@ def find_family(dataset_id: str) -> Family:
         raise UserError(f"dataset {dataset_id} names the official file; what is made here is local/{dataset_id}")
     if dataset_id.split("/")[-1].startswith("humanoidmaze-"):
         raise UserError(f"dataset {dataset_id}: {HUMANOID_MESSAGE}")
-    nearest = BY_SHORT_NAME.get(dataset_id) or nearest_id(dataset_id, ids)
+    nearest = BY_SHORT_NAME.get(f"local/{dataset_id.removeprefix('local/')}") or nearest_id(dataset_id, ids)
     hint = f"the nearest that can is {nearest!r}; " if nearest else ""
     raise UserError(f"dataset {dataset_id!r} cannot be made here; {hint}see `python make_dataset.py --list`")
 

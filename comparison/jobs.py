@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from runs.directory import lock_run
-from utils import RunLocked, UserError, one_line, processor_name, write_text_atomic
+from utils import RunLocked, UserError, one_line, write_text_atomic
 
 BAD_INPUT, LOCKED, INTERRUPTED = UserError.exit_code, RunLocked.exit_code, 130  # exit codes
 STOP_SECONDS = 20  # from an interrupt to a kill
@@ -113,17 +113,6 @@ def is_locked(run_dir: str | Path) -> bool:
         return True
 
 
-def processor(command: list[str]) -> str:
-    """Model of what a command trains on here: the first NVIDIA GPU unless it is told `--device cpu`, else the CPU."""
-    wants_cpu = ("--device", "cpu") in zip(command, command[1:], strict=False)
-    for path in [] if wants_cpu else Path("/proc/driver/nvidia/gpus").glob("*/information"):
-        with contextlib.suppress(OSError):
-            for line in path.read_text().splitlines():
-                if line.startswith("Model:"):
-                    return line.partition(":")[2].strip()
-    return processor_name()
-
-
 # -- Processes --------------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +134,7 @@ def execute(job: Job, stop: threading.Event | None = None) -> Outcome:
     run_dir.mkdir(parents=True, exist_ok=True)
     now, began = datetime.datetime.now().astimezone(), time.monotonic()
     attempt = {"began": now.isoformat(), "seconds": None, "code": None, "line": None}
-    attempts = [*read_attempts(run_dir), attempt | {"processor": processor(job.command)}]
+    attempts = [*read_attempts(run_dir), attempt]
     write_text_atomic(run_dir / "attempts.json", json.dumps(attempts, indent=1) + "\n")
     with open(run_dir / "output.log", "ab") as log:
         words = shlex.join(["python", *job.command])

@@ -206,20 +206,10 @@ class Queue:
                 self.left.insert(0, run)
                 return
             self.fail(run, words, f"; see {self.run_dir(run) / 'output.log'}")
-            self.fail_others(run, words)
 
     def fail(self, run: Run, words: str, more: str = "") -> None:
         self.failed[run] = words
         warn(f"{run.name}: failed, {words}{more}")
-
-    def fail_others(self, run: Run, words: str) -> None:
-        """Runs of the data that a failed one could not get: the next try would fail as it did."""
-        lost = self.lacks(run).keys()
-        others = [other for other in self.left if lost & self.lacks(other).keys()] if lost else []
-        if others:
-            warn(f"{len(others)} other runs of {', '.join(sorted(lost))} fail with it")
-            self.failed |= dict.fromkeys(others, words)
-            self.left = [other for other in self.left if other not in others]
 
     def lacks(self, run: Run) -> dict[str, str]:
         """A run's datasets that are not there, and how they come about."""

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from comparison.jobs import read_attempts, seconds_spent
+from comparison.jobs import seconds_spent
 from comparison.registry import MACHINE, RESERVED, Run, settings_digest, settings_of
 from ogbench_utils import NUM_TASKS
 from runs.cli import load_yaml, marked
-from runs.directory import LENGTHS, plain_config
+from runs.directory import LENGTHS, is_same, plain_config
 from runs.metrics import episodes_by_policy, read_metrics
 from utils import MAY_CHANGE, UserError, exclusive_folder, write_text_atomic
 
@@ -113,7 +113,7 @@ def rows_of(run: Run, log_dir: str | Path, dataset_dir: str | None) -> list[Row]
             raise ValueError("no score of a last checkpoint")
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{run_dir}: its scores cannot be read ({error!r}); remove it to train it again") from None
-    attempts, seconds = read_attempts(run_dir), seconds_spent(run_dir)
+    seconds = seconds_spent(run_dir)
     shared = {
         "table": run.table,
         "system": run.system,
@@ -123,7 +123,7 @@ def rows_of(run: Run, log_dir: str | Path, dataset_dir: str | None) -> list[Row]
         "data_sha256": versions.get("data_sha256", ""),
         "seed": run.seed,
         "seconds": "" if seconds is None else round(seconds),
-        "processor": attempts[-1].get("processor", "") if attempts else "",
+        "processor": versions.get("processor", ""),
         "precision": load_yaml(run_dir / "config.yaml").get("precision", "float32"),
         "commit": (versions.get("commit") or "")[:12],
         "command": run.text,
@@ -147,7 +147,7 @@ def check_settings(run: Run, log_dir: str | Path, dataset_dir: str | None) -> No
     config = settings_of(run.command, run.arguments(log_dir, dataset_dir))
     now, free = plain_config(config), marked(type(config), MAY_CHANGE) - LENGTHS
     for name in sorted(now.keys() - MACHINE - RESERVED - free):
-        if now[name] is not None and stored.get(name) != now[name]:
+        if now[name] is not None and not is_same(stored, name, now[name]):
             remedy = "take the old settings or another --log_dir, or remove that directory to train it again"
             raise UserError(run_dir, f"{name} was {stored.get(name)} and is now {now[name]}", remedy)
 

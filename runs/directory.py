@@ -27,6 +27,7 @@ from utils import (
     UserError,
     exclusive_folder,
     one_line,
+    processor_name,
     torch,
     write_bytes_atomic,
     write_text_atomic,
@@ -119,7 +120,7 @@ def prepare_run(
         _clear(run_dir, checkpoint)
     started = checkpoint.exists()
     write_text_atomic(run_dir / "config.yaml", yaml.safe_dump(_stored_config(config), sort_keys=False))
-    write_text_atomic(run_dir / "versions.json", json.dumps(_versions() | (data or {}), indent=2) + "\n")
+    write_text_atomic(run_dir / "versions.json", json.dumps(_versions(config) | (data or {}), indent=2) + "\n")
     if getattr(config, "resume", False) and not started:
         print(f"{run_dir}: nothing to resume, starting anew", file=sys.stderr)
     return checkpoint if started else None
@@ -197,26 +198,30 @@ def _stored_config(config: Any) -> dict[str, Any]:
     return {key: value for key, value in plain_config(config).items() if key not in HOW_IT_STARTED}
 
 
+def is_same(stored: dict[str, Any], name: str, now: Any) -> bool:
+    """Whether a setting is as it was stored; one that is new since then and off (None, False) changes nothing."""
+    return stored[name] == now if name in stored else now is None or now is False
+
+
 def _check_same_config(run_dir: Path, current: dict[str, Any], may_change: set[str]) -> None:
     path = run_dir / "config.yaml"
     stored = load_yaml(path)
     if stored.keys() - current.keys() and current.keys() - stored.keys():
         raise RunExists(run_dir, "holds a run of another command or version", "choose another --run_dir")
     for key in current | stored:
-        before, now = (
-            stored.get(key),
-            current.get(key),
-        )  # a setting that is new since then, and not given, changes nothing
-        if key not in may_change and before != now:
-            fault, remedy = f"{key} was {before} and is now {now}", "give the old value, or choose another --run_dir"
+        now = current.get(key)
+        if key not in may_change and not is_same(stored, key, now):
+            fault = f"{key} was {stored.get(key)} and is now {now}"
+            remedy = "give the old value, or choose another --run_dir"
             if key in LENGTHS:
                 fault += "; a run cannot be made longer or shorter, as its schedules follow its length"
             raise RunExists(path, fault, f"{remedy}, or replace the run with --overwrite")
 
 
-def _versions() -> dict[str, str | None]:
-    """What ran: interpreter, platform, packages (null where not installed) and the commit of this checkout."""
+def _versions(config: Any) -> dict[str, str | None]:
+    """What ran: interpreter, platform, processor, packages (null where not installed), commit of this checkout."""
     versions: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    versions["processor"] = processor_name(getattr(config, "device", "cpu"))
     for package in ("torch", "numpy", "mujoco", "gymnasium", "ogbench", "dm_control"):
         try:
             versions[package] = importlib.metadata.version(package)

@@ -157,6 +157,7 @@ def test_files_that_nobody_here_made_are_kept_unless_asked(tmp_path):
         ("local/humanoidmaze-large-stitch-v0", "not shipped"),
         ("local/pointmaze-giant-navigate-v0", "nearest that can is 'local/pointmaze-.*--list"),
         ("local/walk_m", "nearest that can is 'local/walker_walk-td3-medium'"),
+        ("walk_m", "nearest that can is 'local/walker_walk-td3-medium'"),
         ("pointmaze-medium-navigate-v0", "official file.*local/pointmaze-medium-navigate-v0"),
         ("../../etc/local/hopper-medium-v2", "cannot be made here"),
         ("cartpole", "^dataset 'cartpole' cannot be made here; see .*--list"),

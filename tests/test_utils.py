@@ -37,6 +37,7 @@ class SmallConfig:
     # How W2 is computed.
     mode: Literal["sinkhorn", "gaussian"] = "sinkhorn"
     limit: int | None = None
+    fast: bool = False
     w2_weights: tuple[float, ...] = (0.1, 0.2)
 
 
@@ -399,9 +400,10 @@ def test_resume_needs_the_same_settings_once_something_was_saved(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "last.pth"
     save_checkpoint(checkpoint, {"step": 1})
     config = (tmp_path / "config.yaml").read_text()
-    (tmp_path / "config.yaml").write_text(config.replace("limit: null\n", ""))  # a setting that is new since then
+    old = config.replace("limit: null\n", "").replace("fast: false\n", "")  # settings that are new since then
+    (tmp_path / "config.yaml").write_text(old)
     assert prepare_run(tmp_path, SmallConfig(resume=True)) == checkpoint
-    for name, before, now in (("seed", 0, 9), ("limit", None, 1)):
+    for name, before, now in (("seed", 0, 9), ("limit", None, 1), ("fast", False, True)):
         with pytest.raises(UserError, match=f"config.yaml: {name} was {before} and is now {now}"):
             prepare_run(tmp_path, replace(SmallConfig(resume=True), **{name: now}))
 
