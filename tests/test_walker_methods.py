@@ -51,6 +51,8 @@ def test_an_action_sees_the_past_and_its_own_state_and_return_but_no_more(transf
 def test_padding_changes_nothing(transformer, kept, padded):
     arguments = windows()
     expected = transformer(*(part[:, kept] for part in arguments))
+    newest = transformer(*(part[:, kept] for part in arguments), newest=True)
+    assert torch.allclose(newest, expected[:, -1:], atol=1e-6)
     for part, fill in zip(arguments, (1e3, 1e3, 1e3, 0, False), strict=True):
         part[:, padded] = fill
     assert torch.allclose(transformer(*arguments)[:, kept], expected, atol=1e-6)

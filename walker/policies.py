@@ -74,10 +74,12 @@ class TransformerBlock(nn.Module):
         self.qkv, self.out = Linear(width, 3 * width), Linear(width, width)
         self.mlp = nn.Sequential(Linear(width, 4 * width), nn.ReLU(), Linear(4 * width, width))
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x: [n, L, width]; mask: [n, 1, L, L], True where a token may look."""
+    def forward(self, x: Tensor, mask: Tensor, newest: bool = False) -> Tensor:
+        """x: [n, L, width]; mask: [n, 1, L, L], True where a token may look. newest: of the last token."""
         heads = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # [n, heads, L, width / heads] each
+        if newest:
+            x, q, mask = x[:, -1:], q[:, :, -1:], mask[:, :, -1:]
         share = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=share)
         x = x + F.dropout(self.out(attended.transpose(1, 2).flatten(2)), self.dropout, self.training)
@@ -116,8 +118,10 @@ class DecisionTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, inputs: Tensor, actions: Tensor, returns: Tensor, times: Tensor, valid: Tensor) -> Tensor:
-        """Actions [n, L, A] in [-1, 1] of L steps, each from the steps up to its own.
+    def forward(
+        self, inputs: Tensor, actions: Tensor, returns: Tensor, times: Tensor, valid: Tensor, newest: bool = False
+    ) -> Tensor:
+        """Actions [n, L, A] in [-1, 1] of L steps, each from the steps up to its own; newest: [n, 1, A], the last alone.
 
         inputs: [n, L, D]. actions: [n, L, A], of which a step's own is not looked at. returns: [n, L], still to come,
         scaled. times: [n, L] int64. valid: [n, L] bool, False for padding, which nothing looks at.
@@ -131,9 +135,11 @@ class DecisionTransformer(nn.Module):
         # A padded token sees itself, so that its row of the softmax is not empty; nobody looks at it.
         own = torch.eye(3 * steps, dtype=torch.bool, device=x.device)
         mask = causal & valid.repeat_interleave(3, dim=1).view(n, 1, 1, 3 * steps) | own
+        if newest:  # its state is the last token that anything looks at
+            x, mask = x[:, :-1], mask[:, :, :-1, :-1]
         for block in self.blocks:
-            x = block(x, mask)
-        return torch.tanh(self.head(self.norm_out(x[:, 1::3])))
+            x = block(x, mask, newest and block is self.blocks[-1])
+        return torch.tanh(self.head(self.norm_out(x if newest else x[:, 1::3])))
 
 
 class ReturnConditioned(nn.Module):
@@ -168,7 +174,7 @@ class ReturnConditioned(nn.Module):
         steps = window[0].shape[1]
         times = torch.arange(self.step + 1 - steps, self.step + 1, device=inputs.device).expand(n, steps)
         valid = torch.ones(n, steps, dtype=torch.bool, device=inputs.device)
-        actions = self.network(*window, times, valid)[:, -1]
+        actions = self.network(*window, times, valid, newest=True)[:, -1]
         window[1][:, -1] = actions
         self.seen, self.step = window, self.step + 1
         return actions
