@@ -121,7 +121,7 @@ class DecisionTransformer(nn.Module):
     def forward(
         self, inputs: Tensor, actions: Tensor, returns: Tensor, times: Tensor, valid: Tensor, newest: bool = False
     ) -> Tensor:
-        """Actions [n, L, A] in [-1, 1] of L steps, each from the steps up to its own; newest: [n, 1, A], the last alone.
+        """Actions [n, L, A] in [-1, 1] of L steps, each from those up to its own; newest: of the last, [n, 1, A].
 
         inputs: [n, L, D]. actions: [n, L, A], of which a step's own is not looked at. returns: [n, L], still to come,
         scaled. times: [n, L] int64. valid: [n, L] bool, False for padding, which nothing looks at.
