@@ -128,8 +128,7 @@ def record(run, log_dir: Path, summary: dict, files: dict[str, str]) -> Path:
     files = {"config.yaml": stored_settings(run, log_dir), "finished.json": json.dumps(summary), **files}
     versions = {"commit": "0123456789abcdef", "data_rows": 400, "data_sha256": "abc", "processor": "a chip"}
     files |= {"versions.json": json.dumps(versions)}
-    attempt = {"began": "2026-01-01T00:00:00+00:00", "seconds": 12.4, "code": 0, "line": ""}
-    files["attempts.json"] = json.dumps([attempt])
+    files["attempts.json"] = '[{"began": "2026-01-01T00:00:00+00:00", "seconds": 12.4, "code": 0, "line": ""}]'
     for name, text in files.items():
         (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run_dir / name).write_text(text)

@@ -330,7 +330,6 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(place, capsys):
 
 
 def test_data_that_cannot_be_had_is_told_once(place, capsys):
-    """Runs of other data go on."""
     (place.notes / "hopper_medium-v2.hdf5").unlink()
     (place.notes / "walker2d_medium-v2.hdf5").touch()
     entry = BASE["environments"]["hopper"]["medium"]
