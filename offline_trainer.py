@@ -234,9 +234,9 @@ def main(argv: list[str] | None = None) -> None:
     with OfflineRun(config) as run:
         metrics = run.train()
         run.plot()
-    names = ("value_distance_spearman", "proposer_cosine", "code_std", "code_rank", "val_loss")
-    summary = {name: metrics[name] for name in names}
-    mark_finished(run.run_dir, {**summary, "updates": run.agent.step, "dataset": config.dataset})
+        names = ("value_distance_spearman", "proposer_cosine", "code_std", "code_rank", "val_loss")
+        summary = {name: metrics[name] for name in names}
+        mark_finished(run.run_dir, {**summary, "updates": run.agent.step, "dataset": config.dataset})
     print(f"{config.dataset}, seed {config.seed}, update {run.agent.step}, last checkpoint:")
     for name, value in summary.items():
         print(f"  {name}: {value:.3f}")

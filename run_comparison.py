@@ -304,8 +304,9 @@ class Comparison(Queue):
 
 def check(config: RunComparisonConfig) -> None:
     check_gpus(config.gpus_per_run)
-    if config.address and config.backend != "ray":
-        raise UserError(f"--address {config.address}: is of a Ray cluster; add --backend ray")
+    for name, value in (("address", config.address), ("gpus_per_run", config.gpus_per_run)):
+        if value and config.backend != "ray":
+            raise UserError(f"--{name} {value}: is of a Ray cluster; add --backend ray")
     if config.backend == "ray" and not config.address:
         raise UserError("--backend ray: needs --address host:port of the cluster, or auto for this machine's")
 
