@@ -305,7 +305,7 @@ class Comparison(Queue):
 def check(config: RunComparisonConfig) -> None:
     check_gpus(config.gpus_per_run)
     for name, value in (("address", config.address), ("gpus_per_run", config.gpus_per_run)):
-        if value and config.backend != "ray":
+        if value is not None and config.backend != "ray":
             raise UserError(f"--{name} {value}: is of a Ray cluster; add --backend ray")
     if config.backend == "ray" and not config.address:
         raise UserError("--backend ray: needs --address host:port of the cluster, or auto for this machine's")

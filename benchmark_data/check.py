@@ -74,7 +74,7 @@ def check_manifest(data: Data, dataset_dir: Path) -> None:
         return
     manifest, path = data.dataset.manifest(dataset_dir), data.dataset.manifest_path(dataset_dir)
     if manifest is None:
-        data.fault(f"no manifest {path.name} beside it that fits, so that loaders refuse it; make it again with --overwrite")
+        data.fault(f"no manifest {path.name} beside it that fits: loaders refuse it; make it again with --overwrite")
         return
     files = manifest["files"].items()
     changed = [name for name, entry in files if sha256(path.parent / name) != entry["sha256"]]

@@ -150,7 +150,7 @@ def check_run(run_dir: str | Path, config: Any, may_change: Iterable[str] = (), 
         return
     replacing = ", or replace it with --overwrite" if hasattr(config, "overwrite") else ""
     if finished or resume and (started or (run_dir / LAST).exists()):  # or the link to another --checkpoint_dir
-        _check_same_config(run_dir, _stored_config(config), {"run_dir", *may_change})
+        _check_same_config(run_dir, config, {"run_dir", *may_change})
     if finished:
         remedy = f"choose another --run_dir to train again{replacing}"
         raise RunFinished(f"{run_dir}: this run is finished, its results are in finished.json; {remedy}")
@@ -198,20 +198,22 @@ def _stored_config(config: Any) -> dict[str, Any]:
     return {key: value for key, value in plain_config(config).items() if key not in HOW_IT_STARTED}
 
 
-def is_same(stored: dict[str, Any], name: str, now: Any) -> bool:
-    """Whether a setting is as it was stored; one that is new since then and off (None, False) changes nothing."""
-    return stored[name] == now if name in stored else now is None or now is False
+def is_same(stored: dict[str, Any], name: str, config: Any) -> bool:
+    """Whether a setting is as it was stored; one that is new since then, and off by default, changes nothing."""
+    now = plain_config(config).get(name)
+    if name in stored:
+        return stored[name] == now
+    return now is None or now is False and getattr(type(config), name) is False
 
 
-def _check_same_config(run_dir: Path, current: dict[str, Any], may_change: set[str]) -> None:
-    path = run_dir / "config.yaml"
+def _check_same_config(run_dir: Path, config: Any, may_change: set[str]) -> None:
+    path, current = run_dir / "config.yaml", _stored_config(config)
     stored = load_yaml(path)
     if stored.keys() - current.keys() and current.keys() - stored.keys():
         raise RunExists(run_dir, "holds a run of another command or version", "choose another --run_dir")
     for key in current | stored:
-        now = current.get(key)
-        if key not in may_change and not is_same(stored, key, now):
-            fault = f"{key} was {stored.get(key)} and is now {now}"
+        if key not in may_change and not is_same(stored, key, config):
+            fault = f"{key} was {stored.get(key)} and is now {current.get(key)}"
             remedy = "give the old value, or choose another --run_dir"
             if key in LENGTHS:
                 fault += "; a run cannot be made longer or shorter, as its schedules follow its length"

@@ -329,17 +329,17 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(place, capsys):
     assert "seed 0: finished" in out and "1 run left: about 5.0 hours, with 1 at once, by what was trained" in out
 
 
-def test_data_that_cannot_be_had_is_told_once(place, capsys):
+def test_a_run_that_cannot_have_its_data_fails_alone(place, capsys):
     (place.notes / "hopper_medium-v2.hdf5").unlink()
     (place.notes / "walker2d_medium-v2.hdf5").touch()
     entry = BASE["environments"]["hopper"]["medium"]
     place.write(BASE | {"environments": {"hopper": {"medium": entry}, "walker2d": {"medium": entry}}})
-    place.behave(seed_0="no data", seed_1="no data")
+    place.behave(seed_0="no data")
     with pytest.raises(SystemExit):
         place.run()
     said = capsys.readouterr().out
-    assert "hopper-medium-v2, 2 runs: exit code 2: cannot download it; put it there by hand" in said
-    assert len(place.ledger("end")) == 2 and len(place.ledger()) == 6
+    assert "hopper-medium-v2, pogo 0.4 1 seed 0: exit code 2: cannot download it; put it there by hand" in said
+    assert len(place.ledger("end")) == 3 and len(place.ledger()) == 7
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(Linear(width, 4 * width), nn.ReLU(), Linear(4 * width, width))
 
     def forward(self, x: Tensor, mask: Tensor, newest: bool = False) -> Tensor:
-        """x: [n, L, width]; mask: [n, 1, L, L], True where a token may look. newest: of the last token."""
+        """x: [n, L, width]; mask: [n, 1, L, L], True where a token may look. newest: of the last token alone."""
         heads = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # [n, heads, L, width / heads] each
         if newest:
@@ -121,7 +121,7 @@ class DecisionTransformer(nn.Module):
     def forward(
         self, inputs: Tensor, actions: Tensor, returns: Tensor, times: Tensor, valid: Tensor, newest: bool = False
     ) -> Tensor:
-        """Actions [n, L, A] in [-1, 1] of L steps, each from those up to its own; newest: of the last, [n, 1, A].
+        """Actions [n, L, A] in [-1, 1] of L steps, each from those up to its own; newest: of the last alone, [n, 1, A].
 
         inputs: [n, L, D]. actions: [n, L, A], of which a step's own is not looked at. returns: [n, L], still to come,
         scaled. times: [n, L] int64. valid: [n, L] bool, False for padding, which nothing looks at.
@@ -137,8 +137,9 @@ class DecisionTransformer(nn.Module):
         mask = causal & valid.repeat_interleave(3, dim=1).view(n, 1, 1, 3 * steps) | own
         if newest:  # its state is the last token that anything looks at
             x, mask = x[:, :-1], mask[:, :, :-1, :-1]
-        for block in self.blocks:
-            x = block(x, mask, newest and block is self.blocks[-1])
+        for block in self.blocks[:-1]:
+            x = block(x, mask)
+        x = self.blocks[-1](x, mask, newest)
         return torch.tanh(self.head(self.norm_out(x if newest else x[:, 1::3])))
 
 
