@@ -11,8 +11,8 @@ import torch
 from offline_agent import build_model
 from online_agent import OnlineAgent, OnlineAgentConfig
 from opso.search import Planner, StateGraph
-from runs.directory import checkpoint_file, load_checkpoint
-from utils import UserError, one_line
+from runs.directory import checkpoint_file, expecting, load_checkpoint
+from utils import UserError
 
 
 class MazePolicy:
@@ -34,17 +34,13 @@ class MazePolicy:
         self.agent: OnlineAgent | None = None  # of the online stage
         self.graph: StateGraph | None = None
         self.state = state = load_checkpoint(self.path, device) if state is None else state
-        try:
+        what, remedy = "a policy of online_trainer.py, nor a model of offline_trainer.py", "give a run of theirs"
+        with expecting(self.path, what, f"{remedy} or its best_model.pth"):
             self.dataset, self.config = state["dataset"], state["config"]
             if "pretrained" in state:
                 self._build_online(state)
             else:
                 self._build_offline(state)
-        except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{self.path}: not a policy of online_trainer.py, nor a model of offline_trainer.py "
-                f"({one_line(error)}); give a run of theirs or its best_model.pth"
-            ) from None
 
     def _build_offline(self, state: dict[str, Any]) -> None:
         model = build_model(state["observation_dim"], SimpleNamespace(**self.config))

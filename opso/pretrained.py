@@ -8,8 +8,8 @@ from typing import Any
 
 from model import OfflineModel
 from offline_agent import build_model
-from runs.directory import load_checkpoint
-from utils import UserError, one_line
+from runs.directory import expecting, load_checkpoint
+from utils import UserError
 
 
 def load_pretrained(config: Any) -> tuple[OfflineModel, dict[str, Any]]:
@@ -30,13 +30,11 @@ def load_pretrained(config: Any) -> tuple[OfflineModel, dict[str, Any]]:
     if state.get("dataset") != dataset:
         fault = f"pretrained on {state.get('dataset')}, not on {dataset}"
         raise UserError(path, fault, f"give a run of `python offline_trainer.py --dataset {dataset}`")
-    try:
+    with expecting(path, "a model of offline_trainer.py", remedy):
         settings = state["config"]
         model = build_model(state["observation_dim"], SimpleNamespace(**settings))
         model.load_state_dict(state["agent"]["target"])
         settings["discount"], settings["hidden_dim"], settings["max_trajectories"]  # noqa: B018  the run needs them
-    except (KeyError, AttributeError, TypeError, RuntimeError, ValueError) as error:
-        raise UserError(path, f"not a model of offline_trainer.py ({one_line(error)})", remedy) from None
     if not (path.parents[1] / "finished.json").exists():
         print(
             f"{path.parents[1]}: this pretraining is not finished; what it has learned so far is used", file=sys.stderr

@@ -1,12 +1,13 @@
 """PPO (Schulman et al., "Proximal Policy Optimization Algorithms", 2017) inside a learned model.
 
-    actor    -E[min(rho A, clip(rho, 1 - clip, 1 + clip) A)] - entropy_weight H     rho = pi(a|s) / pi_old(a|s)
-    value    E[(V(s) - R)^2]
+    actor    -E[min(rho A, clip(rho, 1 - clip, 1 + clip) A)] - bc_weight E_data[log pi(a|s)]
+    value    E[(V(s) - R)^2]                                       rho = pi(a|s) / pi_old(a|s)
 
 A and R from generalised advantage estimation (Schulman et al., 2016). Many imagined episodes go on side by side; one
 that is cut by the horizon bootstraps from V, one that a model ends does not. Rewards are multiplied by 1 - discount, so
-that V is of the size of a reward. The policy begins as a clone and V with nothing, so V alone is trained for the first
-`value_warmup` iterations. No clipping of V; policy and value have an Adam and a limit of the gradient each.
+that V is of the size of a reward. The policy begins as a clone and V knows no state yet, so V alone is trained for the
+first `value_warmup` iterations. The likelihood of the data's actions keeps the policy where the model was fitted, and
+its learning rate falls to 0. No clipping of V; policy and value have an Adam and a limit of the gradient each.
 """
 
 import math
@@ -29,7 +30,7 @@ class PPOConfig:
     discount: BelowOne = 0.99  # discount factor of rewards
     gae_lambda: Fraction = 0.95  # lambda of generalised advantage estimation
     clip: Positive = 0.2  # how far the ratio of densities may move in an iteration
-    entropy_weight: NonNegative = 0.0  # weight of the policy's entropy
+    bc_weight: NonNegative = 0.3  # weight of the likelihood of the data's actions, without which PPO exploits the model
     ppo_lr: Positive = 1e-4  # learning rate of Adam for the policy
     value_lr: Positive = 1e-3  # learning rate of Adam for V
     value_warmup: Whole = 10  # iterations at first in which V alone is trained
@@ -56,9 +57,6 @@ class GaussianActor(nn.Module):
         """log pi(a|s), [n], of actions before they are cut to [-1, 1]."""
         z = (actions - self(inputs)) / self.log_std.exp()
         return (-0.5 * z.square() - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-    def entropy(self) -> Tensor:
-        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
 
 class Rollout(NamedTuple):
@@ -126,36 +124,39 @@ class PPO:
             advantages[t] = running
         return advantages
 
-    def improve(self, rollout: Rollout, train_actor: bool = True) -> dict[str, Tensor]:
-        """`epochs` passes over the rows, each in `minibatches` updates; means over them."""
+    def improve(self, rollout: Rollout, data: tuple[Tensor, Tensor], train_actor: bool = True) -> dict[str, Tensor]:
+        """`epochs` passes over the rows, each in `minibatches` updates; means over them. data: inputs and actions."""
         config, losses = self.config, []
-        rows = len(rollout.inputs)
         for _ in range(config.epochs):
-            order = torch.randperm(rows, generator=self.generator, device=self.device)
+            order = torch.randperm(len(rollout.inputs), generator=self.generator, device=self.device)
             for chosen in order.chunk(config.minibatches):
-                losses.append(self.minibatch(Rollout(*(part[chosen] for part in rollout)), train_actor))
+                losses.append(self.minibatch(Rollout(*(part[chosen] for part in rollout)), data, train_actor))
         figures = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
         with torch.no_grad():
             unexplained = (rollout.returns - self.values(rollout.inputs)).var() / (rollout.returns.var() + 1e-8)
         return figures | {"explained_variance": 1 - unexplained}
 
-    def minibatch(self, rows: Rollout, train_actor: bool = True) -> dict[str, Tensor]:
-        actor_loss, kl = self.actor_loss(rows)
+    def anneal(self, share: float) -> None:
+        """Let the policy's learning rate fall to 0 along a line, for a share of the iterations behind."""
+        self.actor_optimizer.param_groups[0]["lr"] = self.config.ppo_lr * (1 - share)
+
+    def minibatch(self, rows: Rollout, data: tuple[Tensor, Tensor], train_actor: bool = True) -> dict[str, Tensor]:
+        actor_loss, kl = self.actor_loss(rows, data)
         value_loss = (self.values(rows.inputs) - rows.returns).square().mean()
         if train_actor:
             self.minimise(actor_loss, self.actor, self.actor_optimizer)
         self.minimise(value_loss, self.value, self.value_optimizer)
-        figures = {"actor_loss": actor_loss, "value_loss": value_loss, "entropy": self.actor.entropy(), "kl": kl}
+        figures = {"actor_loss": actor_loss, "value_loss": value_loss, "std": self.actor.log_std.exp().mean(), "kl": kl}
         return {name: value.detach() for name, value in figures.items()}
 
-    def actor_loss(self, rows: Rollout) -> tuple[Tensor, Tensor]:
+    def actor_loss(self, rows: Rollout, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The clipped loss, advantages standardised over the rows; and the divergence from the policy that acted."""
         config = self.config
         log_ratio = self.actor.log_prob(rows.inputs, rows.actions) - rows.log_probs
         ratio, clipped = log_ratio.exp(), log_ratio.exp().clamp(1 - config.clip, 1 + config.clip)
         advantages = (rows.advantages - rows.advantages.mean()) / (rows.advantages.std(correction=0) + 1e-8)
         loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
-        return loss - config.entropy_weight * self.actor.entropy(), (ratio - 1 - log_ratio).mean()
+        return loss - config.bc_weight * self.actor.log_prob(*data).mean(), (ratio - 1 - log_ratio).mean()
 
     def minimise(self, loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -4,7 +4,7 @@
    one would act where the model has seen nothing. Where there are 20 episodes or more, each 20th is held out from the
    model, and `held_out/...` in metrics.csv says how well it foretells them.
 2. From then on an update is an iteration of PPO: `imagined_envs` episodes of `horizon` steps in the model, which begin
-   at states of the data.
+   at states of the data, whose likely actions hold the policy (`bc_weight`).
 
 Noise on observations reaches the cloning alone: model and PPO see what is.
 
@@ -56,6 +56,7 @@ class InModelLearner(Learner):
         super().__init__(data.device)
         self.config, self.data, self.generator = config, data, generator
         self.ppo = PPO(config, model.input_dim, ACTION_DIM, config.hidden_dim, generator, self.device)
+        self.ppo.value.layers()[-1][1].data.add_(data.rewards.mean())  # V begins at the level of the data's rewards
         self.lr = torch.tensor(config.model_lr, device=self.device)
         self.model = self.add("model", model, self.lr)
         self.optimizers["cloning"] = Adam(self.ppo.actor.net.parameters(), self.lr)
@@ -78,8 +79,10 @@ class InModelLearner(Learner):
 
     def iterate(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
         rollout, figures = self.ppo.imagine(starts["observations"], self.model_step)
-        warm = self.step - self.config.model_updates >= self.config.value_warmup
-        return figures | self.ppo.improve(rollout, warm)
+        config, iteration = self.config, self.step - self.config.model_updates
+        self.ppo.anneal(iteration / (config.max_timesteps - config.model_updates))
+        data = starts["observations"], starts["actions"]
+        return figures | self.ppo.improve(rollout, data, iteration >= config.value_warmup)
 
     def model_step(self, inputs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A step of the model, in which nothing ends."""
