@@ -13,7 +13,6 @@ from utils import UserError, one_line
 
 LINGER_SECONDS = 30  # how long Ctrl-C waits for the cluster's tasks
 CONNECT_SECONDS, ANSWER_SECONDS = 5, 45  # for a connection to an address, and for Ray's answer behind it
-TOKEN = "where its head has a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here too"
 # Asks for a cluster in a process that can be given up: ray.init tries for minutes, also where its token is refused.
 PROBE = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False)"
 
@@ -106,7 +105,8 @@ def probe(address: str) -> None:
         command = [sys.executable, "-c", PROBE, address]
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
     except subprocess.TimeoutExpired:
-        fault, remedy = f"no answer in {ANSWER_SECONDS} seconds", f"{remedy}; {TOKEN}"
+        fault = f"no answer in {ANSWER_SECONDS} seconds"
+        remedy += "; where its head has a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here too"
         raise UserError(f"--address {address}: no Ray cluster answers there ({fault}); {remedy}") from None
     if done.returncode:
         fault = one_line((done.stderr.strip().splitlines() or ["no message"])[-1])[:200]

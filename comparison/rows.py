@@ -147,7 +147,7 @@ def check_settings(run: Run, log_dir: str | Path, dataset_dir: str | None) -> No
     config = settings_of(run.command, run.arguments(log_dir, dataset_dir))
     now, free = plain_config(config), marked(type(config), MAY_CHANGE) - LENGTHS
     for name in sorted(now.keys() - MACHINE - RESERVED - free):
-        if now[name] is not None and not is_same(stored, name, config):
+        if now[name] is not None and not is_same(stored, name, now[name], config):
             remedy = "take the old settings or another --log_dir, or remove that directory to train it again"
             raise UserError(run_dir, f"{name} was {stored.get(name)} and is now {now[name]}", remedy)
 

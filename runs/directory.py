@@ -198,9 +198,8 @@ def _stored_config(config: Any) -> dict[str, Any]:
     return {key: value for key, value in plain_config(config).items() if key not in HOW_IT_STARTED}
 
 
-def is_same(stored: dict[str, Any], name: str, config: Any) -> bool:
-    """Whether a setting is as it was stored; one that is new since then, and off by default, changes nothing."""
-    now = plain_config(config).get(name)
+def is_same(stored: dict[str, Any], name: str, now: Any, config: Any) -> bool:
+    """Whether a config's setting is as it was stored; one that is new since then, and off by default, changes nothing."""
     if name in stored:
         return stored[name] == now
     return now is None or now is False and getattr(type(config), name) is False
@@ -212,7 +211,7 @@ def _check_same_config(run_dir: Path, config: Any, may_change: set[str]) -> None
     if stored.keys() - current.keys() and current.keys() - stored.keys():
         raise RunExists(run_dir, "holds a run of another command or version", "choose another --run_dir")
     for key in current | stored:
-        if key not in may_change and not is_same(stored, key, config):
+        if key not in may_change and not is_same(stored, key, current.get(key), config):
             fault = f"{key} was {stored.get(key)} and is now {current.get(key)}"
             remedy = "give the old value, or choose another --run_dir"
             if key in LENGTHS:
