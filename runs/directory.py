@@ -199,7 +199,7 @@ def _stored_config(config: Any) -> dict[str, Any]:
 
 
 def is_same(stored: dict[str, Any], name: str, now: Any, config: Any) -> bool:
-    """Whether a config's setting is as it was stored; one that is new since then, and off by default, changes nothing."""
+    """Whether a setting is as it was stored; one that is new since then, and off by default, changes nothing."""
     if name in stored:
         return stored[name] == now
     return now is None or now is False and getattr(type(config), name) is False
