@@ -145,15 +145,16 @@ def find(dataset_id: str, known: Mapping[str, AnyDataset], what: str) -> AnyData
     raise UserError(f"dataset {dataset_id!r} is not {what}{did_you_mean(dataset_id, known)}")
 
 
-def nearest_id(name: str, ids: Iterable[str]) -> str | None:
-    """The id that `name` is near to, None where it is near none."""
-    return next(iter(difflib.get_close_matches(str(name), ids, n=1, cutoff=0.7)), None)
+def nearest_id(name: str, known: Iterable[str]) -> str | None:
+    """The id, or other name, that `name` is near to, None where it is near none."""
+    spelled = {other.lower(): other for other in known}
+    return next((spelled[near] for near in difflib.get_close_matches(str(name).lower(), spelled, 1, 0.7)), None)
 
 
-def did_you_mean(name: str, ids: Iterable[str]) -> str:
-    """The end of an error line: the id that is near where there is one."""
-    near = nearest_id(name, ids)
-    return f"; did you mean {near!r}?" if near else ""
+def did_you_mean(name: str, known: Iterable[str], shown: str = "{!r}") -> str:
+    """The end of an error line: the known name that is near, where there is one, written as `shown` has it."""
+    near = nearest_id(name, known)
+    return f"; did you mean {shown.format(near)}?" if near else ""
 
 
 def sha256(path: str | Path) -> str:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import dmc_utils
-from runs.cli import check_values, load_yaml, nearest, parse_config
+from dataset_files import did_you_mean
+from runs.cli import check_values, load_yaml, parse_config
 from runs.directory import plain_config
 from utils import UserError
 
@@ -138,7 +139,8 @@ def check_keys(where: str, values: Any, known: Iterable[str]) -> None:
         raise UserError(f"{where}: must hold `key: value` lines, not {values!r}")
     for key in values:
         if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}; {nearest(str(key), known)}")
+            hint = did_you_mean(key, known) or f"; it must be one of {', '.join(sorted(known))}"
+            raise UserError(f"{where}: unknown key {key!r}{hint}")
 
 
 def as_flags(name: str, value: Any) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import difflib
 import gc
 import inspect
 import os
@@ -16,13 +15,14 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
 
+from dataset_files import did_you_mean
 from utils import BASIC, DISK_FULL, ProcessDied, Range, RunFinished, UserError, one_line
 
 # Flags of the original texts that have no place here, and what takes it.
@@ -135,9 +135,8 @@ def check_values(
         if key in checked:
             raise UserError(where, f"{spelled} stands twice, once under another name", "leave one out")
         if key not in hints:
-            raise UserError(
-                where, f"unknown key {str(key)!r}", nearest(str(key), [*hints, *aliases], otherwise="see --help")
-            )
+            hint = did_you_mean(key, [*hints, *aliases]) or "; see --help"
+            raise UserError(where, f"unknown key {str(key)!r}{hint}")
         try:
             checked[key] = _coerce(readers[key](value) if key in readers else value, hints[key])
         except ValueError:
@@ -167,8 +166,9 @@ def _read_flags(
         groups[name], negated[name] = [value] if equals else [], off
         if name not in hints or not flag.startswith("--"):
             data = [f"--{each} names the data here" for each in DATA_FLAGS if name in DATA_FLAGS and each in hints]
-            said = REPLACED.get(name) or "".join(data) or nearest(name, hints, "--{}", "see --help")
-            unknown.append(f"unknown flag {flag}; {said}")
+            said = REPLACED.get(name) or "".join(data)
+            hint = f"; {said}" if said else did_you_mean(name, hints, "--{}") or "; see --help"
+            unknown.append(f"unknown flag {flag}{hint}")
     if unknown:
         raise UserError("; ".join(unknown))
     for name, given in groups.items():
@@ -203,18 +203,6 @@ def _from_words(words: list[str], hint: Any) -> Any:
     text = " ".join(words)
     bracketed = "," in text or text[:1] in ("[", "(")
     return _coerce(text.strip("[]()").replace(",", " ").split() if bracketed else words, hint)
-
-
-def nearest(name: str, known: Iterable[str], shown: str = "{!r}", otherwise: str = "") -> str:
-    """`the nearest one is ...`: the known name that is spelled most like another. `otherwise` where none resembles it.
-
-    shown: how to write it. The default of `otherwise` lists all names.
-    """
-    spelled = {other.lower(): other for other in known}
-    found = difflib.get_close_matches(name.lower(), list(spelled), n=1)
-    if found:
-        return f"the nearest one is {shown.format(spelled[found[0]])}"
-    return otherwise or f"it must be one of {', '.join(sorted(spelled.values()))}"
 
 
 def _alternatives(hint: Any) -> list[Any]:

@@ -100,7 +100,7 @@ def test_a_run_may_need_a_pretraining_of_its_seed(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"seed": [0]}, "unknown key 'seed'; the nearest one is 'seeds'"),
+        ({"seed": [0]}, "unknown key 'seed'; did you mean 'seeds'?"),
         ({"runs": [AGENT | {"command": "walker.agnt"}]}, "runs[0].command: must be one of walker.agent"),
         ({"runs": [AGENT | {"flags": {"episode": 2}}]}, "--episode"),
         ({"runs": [AGENT | {"flags": {"seed": 2}}]}, "flags.seed: is set by run_comparison.py"),
