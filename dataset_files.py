@@ -1,7 +1,6 @@
 """Data files of every benchmark: dataset ids, where the files are, reading, checks, downloads. No pickle is loaded."""
 
 import abc
-import difflib
 import functools
 import hashlib
 import json
@@ -14,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from utils import UserError, exclusive_folder, one_line, progress
+from utils import UserError, did_you_mean, exclusive_folder, one_line, progress
 
 BLOCK_ROWS = 1 << 14  # rows checked at a time, so that checks need no second copy of the data
 Bad = Callable[[str], UserError]  # of a fault: the error that names the file and what to do about it
@@ -143,18 +142,6 @@ def find(dataset_id: str, known: Mapping[str, AnyDataset], what: str) -> AnyData
     if dataset_id in known:
         return known[dataset_id]
     raise UserError(f"dataset {dataset_id!r} is not {what}{did_you_mean(dataset_id, known)}")
-
-
-def nearest_id(name: str, known: Iterable[str]) -> str | None:
-    """The id, or other name, that `name` is near to, None where it is near none."""
-    spelled = {other.lower(): other for other in known}
-    return next((spelled[near] for near in difflib.get_close_matches(str(name).lower(), spelled, 1, 0.7)), None)
-
-
-def did_you_mean(name: str, known: Iterable[str], shown: str = "{!r}") -> str:
-    """The end of an error line: the known name that is near, where there is one, written as `shown` has it."""
-    near = nearest_id(name, known)
-    return f"; did you mean {shown.format(near)}?" if near else ""
 
 
 def sha256(path: str | Path) -> str:

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from dataset_files import Dataset, bad_file, check_rows, did_you_mean, read_npz
-from utils import UserError, one_line
+from dataset_files import Dataset, bad_file, check_rows, read_npz
+from utils import UserError, did_you_mean, one_line
 
 TASKS = ("walk", "run")
 OBSERVATION_DIM = 24

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmark_data.recorded import BENCHMARKS, FAULT, Data, read
-from dataset_files import Dataset, nearest_id, sha256
+from dataset_files import Dataset, sha256
 from offline_data import DATASETS
-from utils import UserError, counted
+from utils import UserError, counted, nearest_id
 
 SAMPLE, ENDS = 2000, 200  # rows that the simulator steps from; ends that it looks at, and moves that may be ends
 AGREES, DIFFERS = 1e-3, 1e-2  # of good rows one in 1000 misses by more than the first, where a contact begins or ends

@@ -10,10 +10,10 @@ from benchmark_data.experts import DEFAULT_EXPERTS_DIR as EXPERTS_DIR
 from benchmark_data.generation import Family, Plan
 from benchmark_data.maze import HUMANOID_MESSAGE, MazeFamily
 from benchmark_data.walker import WalkerFamily
-from dataset_files import Dataset, nearest_id
+from dataset_files import Dataset
 from dmc_utils import BY_SHORT_NAME
 from offline_data import find_dataset
-from utils import UserError
+from utils import UserError, nearest_id
 
 FAMILIES: tuple[Family, ...] = (MazeFamily(), D4RLFamily(), AntMazeFamily(), WalkerFamily())
 

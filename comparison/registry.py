@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import dmc_utils
-from dataset_files import did_you_mean
 from runs.cli import check_values, load_yaml, parse_config
 from runs.directory import plain_config
-from utils import UserError
+from utils import UserError, did_you_mean
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
-from dataset_files import did_you_mean
-from utils import BASIC, DISK_FULL, ProcessDied, Range, RunFinished, UserError, one_line
+from utils import BASIC, DISK_FULL, ProcessDied, Range, RunFinished, UserError, did_you_mean, one_line
 
 # Flags of the original texts that have no place here, and what takes it.
 REPLACED = {"comet_api": "TensorBoard, which every run writes, or --wandb_project takes its place"}

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from algorithms.offline.base import OfflineAlgorithm
 from benchmark_data.local import generate_if_missing
-from dataset_files import did_you_mean
 from dmc_utils import ACTION_DIM, ALL_DATASETS, BY_SHORT_NAME, TASKS, load_study_data, parse_datasets
 from offline_data import made_here
 from runs.cli import parse_config
@@ -36,7 +35,7 @@ from runs.evaluation import episode_seeds, num_workers
 from runs.metrics import RunningMeans, read_metrics
 from runs.plots import plot_study_curves
 from runs.run import DeviceRunConfig, Run, largest_q, part_of
-from utils import Basic, Count, MayChange, Number, ReplayBuffer, UserError, Workers, counted, progress
+from utils import Basic, Count, MayChange, Number, ReplayBuffer, UserError, Workers, counted, did_you_mean, progress
 from walker.agent import EXPERT_RETURNS, Agent, acting_state, evaluate, in_words, play_saved, write_returns
 from walker.policies import Markov
 
