@@ -19,9 +19,9 @@ def mean(scores: np.ndarray) -> np.ndarray:
 
 def iqm(scores: np.ndarray) -> np.ndarray:
     """Interquartile mean over the last axis: without the lowest and highest quarter, each rounded down."""
-    ordered = np.sort(scores, axis=-1)
-    cut = ordered.shape[-1] // 4
-    return ordered[..., cut : ordered.shape[-1] - cut].mean(-1)
+    from scipy.stats import trim_mean  # late: it takes a third of a second, and --help does without
+
+    return trim_mean(scores, 0.25, axis=-1)
 
 
 def bootstrap_interval(
@@ -39,7 +39,7 @@ def bootstrap_interval(
 
 def t_half_width(values: Iterable[float]) -> float:
     """Half the 95% t-interval of a mean of at least two values."""
-    from scipy.stats import t as student  # late: it takes a third of a second, and --help does without
+    from scipy.stats import t as student
 
     found = np.asarray(list(values))
     return float(student.ppf(0.975, len(found) - 1) * found.std(ddof=1) / math.sqrt(len(found)))

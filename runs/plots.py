@@ -150,16 +150,12 @@ def plot_training_curves(metrics: Metrics, path: str | Path, title: str) -> None
 
 def _binned(xy: np.ndarray, values: np.ndarray, extent: tuple, size: float) -> np.ndarray:
     """Mean of values [n, ...] in square cells of side `size` over extent -> [rows, columns, ...], nan where empty."""
+    from scipy.stats import binned_statistic_2d
+
     left, right, bottom, top = extent
-    columns, rows = round((right - left) / size), round((top - bottom) / size)
-    j = np.clip(((xy[:, 0] - left) / size).astype(int), 0, columns - 1)
-    i = np.clip(((xy[:, 1] - bottom) / size).astype(int), 0, rows - 1)
-    total = np.zeros((rows, columns, *values.shape[1:]))
-    count = np.zeros((rows, columns))
-    np.add.at(total, (i, j), values)
-    np.add.at(count, (i, j), 1)
-    count[count == 0] = np.nan
-    return total / count.reshape(rows, columns, *[1] * (values.ndim - 1))
+    cells = round((top - bottom) / size), round((right - left) / size)
+    found = binned_statistic_2d(xy[:, 1], xy[:, 0], values.T, "mean", cells, [(bottom, top), (left, right)]).statistic
+    return np.moveaxis(found, 0, -1) if values.ndim > 1 else found
 
 
 def _draw_maze(axis, maze, title: str, start: np.ndarray, goal: np.ndarray) -> None:
