@@ -29,11 +29,12 @@ Choices where the sources differ or are silent:
   the data (docs/notebook_pogo.md).
 - The actors' learning rate falls to 0 over the run (`lr_decay`): an actor follows one that moves at every step, and
   lags behind by more than the step it is to make (docs/notebook_pogo.md).
-- K samples a state and policy; the distance takes all of them, Q the first: fewer passes through the critic, and no
-  difference in expectation.
+- One sample a state and policy (`sinkhorn_K`), where the original has four: with the same noise on both sides more
+  samples are more of the same, and actors are so narrow that their best assignment saves less than a thousandth. Of
+  several the distance takes all, Q the first: no difference in expectation.
 - Actor and reference are sampled with the same noise, and the optimal assignment is exact: with independent noise an
   actor is drawn to a third of its reference's spread, and GeomLoss's gradients are a third off (docs/pogo_theory.md).
-  `--w2_noise independent --sinkhorn_backend tensorized` is the original.
+  `--w2_noise independent --sinkhorn_backend tensorized --sinkhorn_K 4` is the original.
 """
 
 import functools
@@ -47,14 +48,16 @@ from torch import Tensor, nn
 
 from model import EnsembleCritic, TransportActor
 from model_kernels import Adam, cosine
-from transport import DistanceConfig, blur_unit, cloud_spread, l2, policy_distance
+from transport import DistanceConfig, Samples, blur_unit, cloud_spread, l2, policy_distance
 from utils import BelowOne, Count, NonNegative, Positive, PositiveFraction
 
 EPS = 1e-12  # avoids division by zero
+SHOWN = 4  # samples a state, at least, of which diagnostics tell the spread
 
 
 @dataclass
 class POGOConfig(DistanceConfig):
+    sinkhorn_K: Samples = 1  # samples of a policy in a state, between which distances are measured; the original has 4
     lr: Positive = 3e-4  # learning rate of Adam for critic and actors; 1e-4 is usual on antmaze
     follow: bool = True  # an actor first repeats the change of weights that the actor before it has just made
     lr_decay: bool = True  # let the actors' learning rate fall to 0 along a cosine over the run
@@ -266,7 +269,7 @@ class POGOAgent(ActorChain):
         the chain stood before it: an energy below that says the step moved and helped.
         """
         config, observations = self.config, batch["observations"]
-        z = self.noise(len(observations), config.sinkhorn_K)
+        z = self.noise(len(observations), max(config.sinkhorn_K, SHOWN))
         with torch.no_grad():
             samples = self.actors[number](observations, z)
             if number == 0:

@@ -102,9 +102,9 @@ POGO = "pogo"
 COMMANDS = {POGO: ("pogo_main", POGORun)} | dict.fromkeys(
     pogo_multi_main.ALGORITHMS, ("algorithms.offline.pogo_multi_main", pogo_multi_main.MultiRun)
 )
-# Milliseconds of an update with one actor on one core, and of each further actor: docs/performance.md.
+# Milliseconds of an update with one actor on one core, and of each further actor, by samples: docs/performance.md.
 UPDATE_MS = {POGO: 3.8, "td3_bc": 3.2, "iql": 4.7, "awac": 8.2, "cql": 79.0, "sac_n": 29.0, "edac": 43.0}
-FURTHER_ACTOR_MS = 4.5
+FURTHER_ACTOR_MS, SAMPLE_MS = 1.4, 0.8
 Settings = dict[str, Any]
 
 
@@ -231,8 +231,8 @@ def make_runs(where: str, config: RunComparisonConfig, settings: Settings, algor
             label = " ".join([algorithm, *(f"{weight:g}" for weight in trainer.w2_weights)])
             shown = {"row": (trainer.env, label), "column": "actor {actor}"}
             folder = config.apart(config.log_dir).resolve() / run_class.run_name(trainer)
-            update = UPDATE_MS[algorithm] + FURTHER_ACTOR_MS * (len(trainer.w2_weights) - 1)
-            hours = update * trainer.max_timesteps / 3.6e6
+            further = (len(trainer.w2_weights) - 1) * (FURTHER_ACTOR_MS + SAMPLE_MS * trainer.sinkhorn_K)
+            hours = (UPDATE_MS[algorithm] + further) * trainer.max_timesteps / 3.6e6
             yield Run("", label, command, flags, trainer.env, seed, hours=hours, folder=folder, **shown)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

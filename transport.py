@@ -30,6 +30,7 @@ from utils import Basic, Positive, Range
 
 Backend = Literal["exact", "fused", "tensorized", "online", "auto"]
 Noise = Literal["same", "independent", "debiased"]
+Samples = Annotated[int, Range(1, 64)]
 MAX_EXACT = 10  # samples a cloud; work and memory grow as 2^K K
 SMALLEST_SPREAD = 1e-3  # of max_action: a cloud narrower than this counts as this wide where a blur is relative to it
 
@@ -220,7 +221,7 @@ Sampler = Callable[[Tensor], Tensor]  # noise [B, K, A] -> actions [B, K, A]
 class DistanceConfig:
     w2_weights: Basic[tuple[float, ...]] = (0.4, 0.5, 0.5)  # weight of each actor's distance: more keeps it nearer
     w2_noise: Noise = "same"  # noise of an actor and its reference: same, independent, or debiased (docs/pogo.md)
-    sinkhorn_K: Annotated[int, Range(2, 64)] = 4  # samples of a policy in a state, between which distances are measured
+    sinkhorn_K: Samples = 4  # samples of a policy in a state, between which distances are measured
     sinkhorn_backend: Backend = "exact"  # solver: exact, fused, or GeomLoss's tensorized, online (needs pykeops), auto
     sinkhorn_blur: Positive = 0.05  # entropic smoothing of distances, in units of actions; the exact solver has none
     sinkhorn_scaling: Annotated[float, Range(0.01, 0.999)] = 0.5  # ratio of Sinkhorn's scales; larger: more accurate

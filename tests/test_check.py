@@ -275,7 +275,6 @@ def test_a_local_dataset_needs_its_manifest(tmp_path):
     ("given", "words"),
     [
         ("missing.npz", "no such file or folder, and no dataset id"),
-        ("hoper-medium-v2", "did you mean hopper-medium-v2"),
         ("hopper-medium-v2", "not at .*hopper_medium-v2.hdf5; `python make_dataset.py --list` says"),
         ("mine.npz", "no dataset's file or folder is called so"),
     ],

@@ -166,8 +166,9 @@ def test_the_critic_loss_counts_both_and_leads_to_the_critic_alone():
     "settings",
     [
         {"q_normalization": "none"},
-        {"w2_noise": "independent", "sinkhorn_backend": "fused"},
-        {"w2_noise": "debiased", "sinkhorn_scaling": 0.8, "sinkhorn_backend": "fused"},
+        {"sinkhorn_K": 4},
+        {"w2_noise": "independent", "sinkhorn_K": 4, "sinkhorn_backend": "fused"},
+        {"w2_noise": "debiased", "sinkhorn_K": 4, "sinkhorn_scaling": 0.8, "sinkhorn_backend": "fused"},
     ],
 )
 def test_an_actors_loss_equals_its_equation(number, settings):
@@ -179,7 +180,7 @@ def test_an_actors_loss_equals_its_equation(number, settings):
         actions = agent.actors[0](s, torch.randn(N, A, generator=twin))
         distance = ((actions - batch["actions"]) ** 2).mean()
     else:
-        noise = [torch.randn(N, 4, A, generator=twin) for _ in range(4)]
+        noise = [torch.randn(N, config.sinkhorn_K, A, generator=twin) for _ in range(4)]
         solver = (0.05, "exact" if config.w2_noise == "same" else "tensorized", box_diameter(1.0, A))
 
         def d(x, y):
@@ -244,7 +245,8 @@ def distance_alone(agent: POGOAgent, updates: int = 600) -> tuple[float, float]:
 @pytest.mark.parametrize("w2_noise, least, most", [("same", 1, 1), ("debiased", 0.93, 1.05), ("independent", 0, 0.75)])
 def test_what_the_distance_alone_does_to_a_copy_of_the_reference(w2_noise, least, most):
     """Nothing with the same noise, next to nothing debiased; with independent noise it narrows the copy."""
-    agent = make_agent(apart=False, w2_noise=w2_noise, q_normalization="none", hidden_dim=64)
+    samples = 1 if w2_noise == "same" else 4
+    agent = make_agent(apart=False, w2_noise=w2_noise, sinkhorn_K=samples, q_normalization="none", hidden_dim=64)
     with torch.no_grad():
         for actor in agent.actors:
             actor.net.layers()[0][0][D:].mul_(4)
@@ -447,7 +449,7 @@ def test_diagnostics_change_nothing_and_say_what_moved():
 
 
 def test_diagnostics_with_independent_noise_have_a_floor_and_a_blur():
-    agent = make_agent(w2_noise="independent", sinkhorn_backend="fused")
+    agent = make_agent(w2_noise="independent", sinkhorn_K=4, sinkhorn_backend="fused")
     agent.actors[1].load_state_dict(agent.actors[0].state_dict())
     found = {name.removeprefix("chain/"): float(value) for name, value in agent.diagnose(make_batch(), 1).items()}
     assert found["actor_1/distance"] == pytest.approx(found["actor_1/floor"], rel=0.3) and found["actor_1/floor"] > 0
@@ -479,7 +481,7 @@ def test_the_energy_of_a_step_that_helps_falls():
 @pytest.mark.gpu
 @pytest.mark.parametrize("w2_noise, backend", [("same", "exact"), ("independent", "fused"), ("debiased", "exact")])
 def test_a_captured_update_equals_the_eager_one(w2_noise, backend):
-    agents = [make_agent(device="cuda", w2_noise=w2_noise, sinkhorn_backend=backend) for _ in range(2)]
+    agents = [make_agent(device="cuda", w2_noise=w2_noise, sinkhorn_K=4, sinkhorn_backend=backend) for _ in range(2)]
     batch = {name: value.cuda() for name, value in make_batch().items()}
     captured = GraphedStep(lambda: agents[1].update(batch), agents[1].generators)
     for _ in range(20):

@@ -292,6 +292,8 @@ def test_bad_settings_name_the_flag(arguments, tmp_path, capsys, monkeypatch):
         assert f"--{name} nothing" in line and choice in line
     for weights in (["-1"], ["inf"], ["nan", "1"], ["0.4,-1"], ["0.4,x"]):
         assert "--w2_weights" in exits(capsys, *arguments(tmp_path / "run"), "--w2_weights", *weights)
+    for more in (["--w2_noise", "independent"], ["--sinkhorn_backend", "fused"]):
+        assert "--sinkhorn_K 1: one sample" in exits(capsys, *arguments(tmp_path / "run"), "--sinkhorn_K", 1, *more)
     line = exits(capsys, *arguments(tmp_path / "run"), "--sinkhorn_K", 11)
     assert "--sinkhorn_K 11: --sinkhorn_backend exact takes at most 10" in line
     if importlib.util.find_spec("pykeops") is None:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from algorithms.offline.base import Batch, Info, OfflineAlgorithm, OfflineConfig
 from algorithms.offline.pogo_policies import Distribution, Draw, Gaussian, Point
-from pogo_agent import ActorChain, step_metrics
+from pogo_agent import SHOWN, ActorChain, step_metrics
 from transport import DistanceConfig, gaussian_w2, policy_distance
 from utils import Basic
 
@@ -127,7 +127,7 @@ class MultiActor(ActorChain):
     def diagnose_actor(self, number: int, batch: Batch) -> Info:
         """As every chain; `q` is the mean of the lesser Q at one draw a state."""
         observations, policy = batch["observations"], self.actors[number](batch["observations"])
-        z = self.algorithm.noise(len(observations), self.chain.sinkhorn_K)
+        z = self.algorithm.noise(len(observations), max(self.chain.sinkhorn_K, SHOWN))
         draw = policy.draw(z)
         if number == 0:
             before = batch["actions"].unsqueeze(1).expand_as(draw.actions)
