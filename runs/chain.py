@@ -81,11 +81,6 @@ class ChainRun(Run):
         if not weights or not all(0 <= weight < math.inf for weight in weights):
             words = " ".join(f"{weight:g}" for weight in weights)
             raise UserError(f"--w2_weights {words}: give one weight for each actor, none negative, as in 0.4 0.5 0.5")
-        if config.sinkhorn_K == 1 and (config.w2_noise, config.sinkhorn_backend) != ("same", "exact"):
-            raise UserError(
-                "--sinkhorn_K 1: one sample says nothing of a policy's spread, so it takes --w2_noise same and "
-                "--sinkhorn_backend exact; give 2 or more, the original has 4"
-            )
         if config.sinkhorn_backend == "exact" and config.sinkhorn_K > MAX_EXACT:
             raise UserError(f"--sinkhorn_K {config.sinkhorn_K}: --sinkhorn_backend exact takes at most {MAX_EXACT}")
         if config.sinkhorn_backend == "online":  # whose first distance would fail
@@ -94,6 +89,11 @@ class ChainRun(Run):
                 raise UserError(f"--sinkhorn_backend online: needs pykeops (pip install pykeops); {instead}")
             if shutil.which(os.environ.get("CXX") or "g++") is None:
                 raise UserError(f"--sinkhorn_backend online: needs a C++ compiler (g++, or CXX); {instead}")
+        if config.sinkhorn_K == 1 and (config.w2_noise, config.sinkhorn_backend) != ("same", "exact"):
+            raise UserError(
+                "--sinkhorn_K 1: one sample says nothing of a policy's spread, so it takes --w2_noise same and "
+                "--sinkhorn_backend exact; give 2 or more, the original has 4"
+            )
         if config.resume and not config.save_model:
             raise UserError("--resume --no_save_model: such a run leaves nothing to go on from; start it anew")
 
