@@ -98,13 +98,12 @@ class Run:
         return own if self.needs is None else f"{self.needs.text} && {own}"
 
     def run_dir(self, log_dir: str | Path) -> Path:
-        """<log_dir>/results/<command>/<dataset>/<8 digits of its flags>/seed_<seed>, whichever table asks for it."""
+        """<log_dir>/results/<command>/<dataset>/<8 digits of its settings>/seed_<seed>, whichever table asks for it."""
         if self.folder is not None:
             return self.folder
-        needs = () if self.needs is None else (self.needs.command, *self.needs.flags)
-        digits = hashlib.sha256(repr((self.command, self.flags, needs)).encode()).hexdigest()[:8]
         dataset = re.sub(r"[^\w.+-]+", "_", self.dataset) or "no_data"
-        return Path(log_dir).resolve() / "results" / self.command / dataset / digits / f"seed_{self.seed}"
+        place = Path(log_dir).resolve() / "results" / self.command / dataset
+        return place / settings_digest(self) / f"seed_{self.seed}"
 
     def arguments(self, log_dir: str | Path, dataset_dir: str | None) -> list[str]:
         """All flags of its process but for those that follow from the machine."""

@@ -28,7 +28,7 @@ from runs.metrics import read_metrics
 from runs.plots import Metrics, chart_png
 from utils import write_text_atomic
 
-MIN_DISTANCE = 1e-6  # below this an actor counts as not moved: of two Gaussians or two points the floor is 0
+MIN_DISTANCE = 1e-6  # below this an actor counts as not moved, where the floor is 0
 WIDTH, SHOWN = 100, 10  # of a terminal; kinds of runs without a result that are listed there
 UNKNOWN = "–"
 NOT_SHOWN = {"table", "system", "method", "dataset", "task", "environment_steps"}
@@ -260,8 +260,8 @@ NOTES = (
 )
 HOW_TO_READ = (
     "At the end of training, the last tenth of the rows of metrics.csv, means over seeds. A step moved if its distance "
-    "is at least twice its floor, the distance between two independent draws of the actor before it (where that has "
-    f"a closed form and is 0: at least {MIN_DISTANCE:g}). It helped if the score that it gained over the actor before "
+    "is at least twice its floor, the distance of the actor before it to itself (where that is 0, as with the same "
+    f"noise: at least {MIN_DISTANCE:g}). It helped if the score that it gained over the actor before "
     "it on the same episodes (for actor 0: over the data) has a paired 95% t-interval above 0. Energy is the loss L of "
     "the step; before: had the actor stayed where the chain stood. ⚠ marks a blur larger than the spread of the "
     "samples: the distance then understates how far apart two actors are, and hardly holds the later one back."

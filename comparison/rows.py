@@ -125,7 +125,7 @@ def rows_of(run: Run, log_dir: str | Path, dataset_dir: str | None) -> list[Row]
         "seconds": "" if seconds is None else round(seconds),
         "processor": versions.get("processor", ""),
         "precision": load_yaml(run_dir / "config.yaml").get("precision", "float32"),
-        "commit": (versions.get("commit") or "")[:12],
+        "commit": versions.get("commit") or "",
         "command": run.text,
         "settings": settings_digest(run),
     }

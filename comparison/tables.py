@@ -75,7 +75,8 @@ def matching(table: Table, scores: Scores) -> list[tuple[Run, Row]]:
         for key, values in kinds.items():
             if len(values) > 1:
                 listed = ", ".join(sorted(values))
-                raise UserError(f"{table.csv}: rows of {key} differ in {name} ({listed}); train them on the same")
+                remedy = "remove those of one of them and train these runs again"
+                raise UserError(f"{table.csv}: rows of {key} differ in {name} ({listed}); {remedy}")
     where = table.layout.get("where", {})
     check_keys(f"{table.path}: layout.where", where, COLUMNS)
     wanted = {key: list(map(str, value if isinstance(value, list) else [value])) for key, value in where.items()}

@@ -89,7 +89,8 @@ class ChainRun(Run):
                 raise UserError(f"--sinkhorn_backend online: needs pykeops (pip install pykeops); {instead}")
             if shutil.which(os.environ.get("CXX") or "g++") is None:
                 raise UserError(f"--sinkhorn_backend online: needs a C++ compiler (g++, or CXX); {instead}")
-        if config.sinkhorn_K == 1 and (config.w2_noise, config.sinkhorn_backend) != ("same", "exact"):
+        sampled = (config.w2_noise, config.sinkhorn_backend)
+        if config.sinkhorn_K == 1 and len(weights) > 1 and sampled != ("same", "exact"):
             raise UserError(
                 "--sinkhorn_K 1: one sample says nothing of a policy's spread, so it takes --w2_noise same and "
                 "--sinkhorn_backend exact; give 2 or more, the original has 4"
@@ -388,9 +389,9 @@ def rollout(
 ) -> Episodes:
     """One episode a seed of every actor, deterministic (z = 0) and stochastic, on observations (s - mean) / std.
 
-    All actors have the same noise, so that how many there are changes nothing of an actor.
+    All actors have the same noise, drawn anew in each round, so that how many there are changes nothing of an actor.
     """
-    generator = torch.Generator(mean.device).manual_seed(noise_seed)
+    generator = torch.Generator(mean.device)
 
     @torch.no_grad()
     def policies(observations: np.ndarray, alive: np.ndarray) -> torch.Tensor:
@@ -399,7 +400,9 @@ def rollout(
         z[1::2] = torch.randn(z.shape[1:], generator=generator, device=mean.device)
         return torch.cat([actor(states[2 * i : 2 * i + 2], z[2 * i : 2 * i + 2]) for i, actor in enumerate(actors)])
 
-    return evaluator.evaluate(policies, 2 * len(actors), seeds, desc)
+    return evaluator.evaluate(
+        policies, 2 * len(actors), seeds, desc, lambda start: generator.manual_seed(noise_seed + start)
+    )
 
 
 def final_seeds(streams: RandomStreams, count: int) -> tuple[int, list[int]]:

@@ -166,7 +166,8 @@ def _read_flags(
         if name not in hints or not flag.startswith("--"):
             data = [f"--{each} names the data here" for each in DATA_FLAGS if name in DATA_FLAGS and each in hints]
             said = REPLACED.get(name) or "".join(data)
-            hint = f"; {said}" if said else did_you_mean(name, hints, "--{}") or "; see --help"
+            known = [*hints, *(f"no_{each}" for each, hint in hints.items() if hint is bool)]
+            hint = f"; {said}" if said else did_you_mean(name, known, "--{}") or "; see --help"
             unknown.append(f"unknown flag {flag}{hint}")
     if unknown:
         raise UserError("; ".join(unknown))

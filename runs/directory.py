@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import json
@@ -236,13 +237,15 @@ def _versions(config: Any) -> dict[str, str | None]:
 
 
 def _commit(folder: Path) -> str | None:
-    command = ["git", "-C", str(folder), "rev-parse", "--show-toplevel", "HEAD"]
+    """The code's commit, 12 digits, with a + where code was changed since; None where there is none."""
+    git = functools.partial(subprocess.check_output, cwd=folder, stderr=subprocess.DEVNULL, text=True, timeout=10)
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+        top, commit = git(["git", "rev-parse", "--show-toplevel", "--short=12", "HEAD"]).splitlines()
+        changed = git(["git", "diff", "--name-only", "HEAD", "--", "*.py"])
     except (OSError, subprocess.SubprocessError):
         return None
     # A folder that was unpacked inside some other repository has no commit of its own.
-    return lines[1] if Path(lines[0]).resolve() == folder else None
+    return commit + "+" * bool(changed) if Path(top).resolve() == folder else None
 
 
 def checkpoint_file(path: str | Path) -> Path:

@@ -174,12 +174,13 @@ class Evaluator(contextlib.AbstractContextManager):
         self._connections.clear()
 
     def evaluate(
-        self, policies: Policies, num_policies: int, seeds: Sequence[int], desc: str | None = None
+        self, policies: Policies, num_policies: int, seeds: Sequence[int], desc: str | None = None, begin_round=None
     ) -> Episodes:
         """Play one episode a policy and seed.
 
         policies: all `num_policies` of them in one function, see Policies. seeds: reset seeds of the E episodes, the
-        same for every policy; see episode_seeds. desc: text of a progress bar; None shows none.
+        same for every policy; see episode_seeds. desc: text of a progress bar; None shows none. begin_round(start) is
+        called before the round whose first seed is the `start`-th.
 
         Raises UserError for actions that are not finite and for what make_env raises it for, ProcessDied where a worker
         died, RuntimeError with the traceback for any other failure in one. The evaluator can be used again after each.
@@ -191,6 +192,8 @@ class Evaluator(contextlib.AbstractContextManager):
         with progress(num_policies * len(seeds), desc or "", unit="episode", leave=False, disable=desc is None) as bar:
             try:
                 for start in range(0, len(seeds), width):
+                    if begin_round:
+                        begin_round(start)
                     rounds.append(self._rollout(policies, num_policies, seeds[start : start + width], bar))
             except BaseException:
                 self._stop_workers()  # they may be in the middle of a step; the next evaluation starts new ones

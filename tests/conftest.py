@@ -19,10 +19,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    missing = {
-        "gpu": not torch.cuda.is_available(),
-        "cuda_packages": importlib.util.find_spec("mamba_ssm") is None,
-    }
+    missing = {"gpu": not torch.cuda.is_available(), "cuda_packages": importlib.util.find_spec("mamba_ssm") is None}
     for item in items:
         for marker, skip in missing.items():
             if skip and marker in item.keywords:

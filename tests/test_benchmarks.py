@@ -13,15 +13,7 @@ import pytest
 import torch
 
 import make_dataset
-from benchmarks import (
-    bench_algorithms,
-    bench_pogo,
-    bench_updates,
-    peers,
-    run_all,
-    run_corl,
-    turns,
-)
+from benchmarks import bench_algorithms, bench_pogo, bench_updates, peers, run_all, run_corl, turns
 from offline_data import load_transitions, normalized_score
 from pogo_agent import POGOAgent, POGOConfig
 from runs.cli import parse_config

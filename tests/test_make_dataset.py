@@ -199,10 +199,7 @@ def test_a_run_that_stops_early_leaves_no_dataset_and_says_so(tmp_path, monkeypa
         (["--dataset", STITCH, "--num_transitions", "5"], "counted in episodes; use --num_episodes"),
         (["--dataset", "local/hopper-medium-v2", "--num_episodes", "5"], "counted in transitions; use --num_tran"),
         (["--dataset", STITCH, "--experts_dir", "absent"], "^--experts_dir absent: no such folder"),
-        (
-            ["--dataset", "local/hopper-medium-v2", "--experts_dir", "."],
-            "cannot .*train_expert --env hopper`",
-        ),
+        (["--dataset", "local/hopper-medium-v2", "--experts_dir", "."], "cannot .*train_expert --env hopper`"),
     ],
 )
 def test_flags_that_make_nothing(tmp_path, monkeypatch, flags, words):

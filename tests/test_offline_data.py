@@ -96,8 +96,7 @@ def singletask_file(folder: Path, name: str, dims: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, task, dims",
-    [("antmaze-medium-navigate", "", (29, 8)), ("pointmaze-large-stitch", "-task4", (2, 2))],
+    "name, task, dims", [("antmaze-medium-navigate", "", (29, 8)), ("pointmaze-large-stitch", "-task4", (2, 2))]
 )
 def test_single_tasks_are_relabelled_as_ogbench_does(tmp_path, name, task, dims):
     import ogbench

@@ -43,8 +43,7 @@ def generator(seed=0):
 
 
 @pytest.mark.parametrize(
-    "bad",
-    ["pointmaze-medium-navigate", "../" + OFFICIAL, "local/../" + OFFICIAL, "pointmaze-medium-explore-v0"],
+    "bad", ["pointmaze-medium-navigate", "../" + OFFICIAL, "local/../" + OFFICIAL, "pointmaze-medium-explore-v0"]
 )
 def test_other_ids_are_refused_with_the_nearest_one(bad, tmp_path):
     with pytest.raises(UserError, match="did you mean '(local/)?[a-z]+maze-"):

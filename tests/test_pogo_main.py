@@ -186,6 +186,22 @@ def test_evaluation_equals_stepping_one_environment_by_hand(arguments, tmp_path,
     assert not np.allclose(played.returns[0], played.returns[1])  # noise does something
 
 
+def test_an_actors_noise_depends_on_no_others_episodes():
+    """However long these make a round, the next one begins with noise of its own."""
+
+    def noise_after(steps: int) -> torch.Tensor:
+        def evaluate(policies, count, seeds, desc, begin_round):
+            for start, length in ((0, steps), (1, 1)):
+                begin_round(start)
+                acted = [policies(np.zeros((2, 1, 3), np.float32), None) for _ in range(length)]
+            return acted[-1][1]
+
+        evaluator, ones = SimpleNamespace(evaluate=evaluate), torch.ones(3)
+        return chain.rollout(evaluator, [lambda s, z: z], 2, ones, ones, [0, 1], 7, "")
+
+    assert torch.equal(noise_after(3), noise_after(5)) and noise_after(3).any()
+
+
 def test_actors_can_be_updated_less_often(arguments, tmp_path):
     train(arguments(tmp_path / "run", "--no_save_model", policy_freq=2, log_freq=1))
     metrics = read_metrics(tmp_path / "run/training")

@@ -72,16 +72,12 @@ def test_a_file_becomes_runs(tmp_path):
     }
     each |= {"row": ["{USE_DATASET_STR}", "BC"], "seeds": [1]}
     table = read_table(write_table(tmp_path / "t.yaml", AGENT, each, seeds=[0, 1]))
-    assert [(run.method, run.dataset, run.seed) for run in table.runs] == [
-        ("random", "", 0),
-        ("random", "", 1),
-        ("BC", "local/walk_m", 1),
-        ("BC", "local/run_m", 1),
-    ]
+    expected = [("random", "", 0), ("random", "", 1), ("BC", "local/walk_m", 1), ("BC", "local/run_m", 1)]
+    assert [(run.method, run.dataset, run.seed) for run in table.runs] == expected
     run = table.runs[-1]
     assert run.row == ("local/run_m", "BC") and run.name == "t BC local/run_m seed 1"
     assert run.text == "python -m walker.train_il --no_ADD_TASK_BIT --USE_DATASET_STR local/run_m --lr 0.001 --seed 1"
-    assert len({run.run_dir(tmp_path).parent for run in table.runs}) == 3  # one for each list of flags
+    assert len({run.run_dir(tmp_path).parent for run in table.runs}) == 3  # one for each settings
     other = read_table(write_table(tmp_path / "u.yaml", each, seeds=[0]))
     assert other.runs[-1].run_dir(tmp_path) == run.run_dir(tmp_path)  # whichever table asks for it
 
@@ -126,7 +122,7 @@ def record(run, log_dir: Path, summary: dict, files: dict[str, str]) -> Path:
     """The directory of a finished run, as its command leaves it."""
     run_dir = run.run_dir(log_dir)
     files = {"config.yaml": stored_settings(run, log_dir), "finished.json": json.dumps(summary), **files}
-    versions = {"commit": "0123456789abcdef", "data_rows": 400, "data_sha256": "abc", "processor": "a chip"}
+    versions = {"commit": "0123456789ab", "data_rows": 400, "data_sha256": "abc", "processor": "a chip"}
     files |= {"versions.json": json.dumps(versions)}
     files["attempts.json"] = '[{"began": "2026-01-01T00:00:00+00:00", "seconds": 12.4, "code": 0, "line": ""}]'
     for name, text in files.items():
@@ -235,6 +231,7 @@ def test_a_new_setting_that_is_off_changes_no_digest_and_a_changed_default_does(
         monkeypatch.setattr(registry, "resolved_settings", lambda *_, change=change: settings | change)
         settings_digest.cache_clear()
         assert (settings_digest(run) == before) is same
+        assert (before in str(run.run_dir(tmp_path))) is same  # so a changed default trains anew, beside the old run
     settings_digest.cache_clear()
 
 

@@ -85,6 +85,7 @@ def test_yaml_lies_between_defaults_and_flags(tmp_path):
     [
         (["--zzz", "3"], ["unknown flag --zzz; see --help"]),
         (["--sed", "1", "--lrr=2"], ["unknown flag --sed; did you mean --seed?; unknown flag --lrr"]),
+        (["--no_fst"], ["did you mean --no_fast?"]),
         (["--seed", "1.5"], ["--seed", "an integer"]),
         (["--seed"], ["--seed", "value"]),
         (["--mode", "exact"], ["--mode", "sinkhorn, gaussian"]),
