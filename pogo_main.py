@@ -49,15 +49,15 @@ class POGORun(ChainRun):
 
     def make_agent(self, observation_dim: int, action_dim: int, max_action: float) -> POGOAgent:
         sizes, data = (observation_dim, action_dim, max_action), self.data
-        rows = (data.rewards, data.terminated, data.truncated)
-        self.values = self.beside.values if self.beside else data_values(*rows, self.config.discount)
-        self.mean_value, self.best_value = self.values
-        values = (self.mean_value, step_reward(data.rewards))
-        return POGOAgent(self.config, *sizes, self.streams.policy, self.device, *values)
+        rows = (data.rewards, data.terminated, data.truncated, self.config.discount)
+        self.values = self.beside.values if self.beside else data_values(*rows)
+        mean, self.best_value = self.values
+        return POGOAgent(self.config, *sizes, self.streams.policy, self.device, mean, step_reward(data.rewards))
 
     def describe(self) -> str:
-        """As every chain, and what Q has to compare with."""
-        return f"{super().describe()}; discounted returns {self.mean_value:.4g}, at most {self.best_value:.4g}"
+        """As every chain, and what Q and the weights have to compare with."""
+        (mean, best), rule = self.values, 1.6 / self.data.action_dim  # docs/pogo.md derives it
+        return f"{super().describe()}; discounted returns {mean:.4g}, at most {best:.4g}; w_i by the rule {rule:.2g}"
 
     def acting(self) -> list[Act]:
         return list(self.agent.actors)
