@@ -38,7 +38,7 @@ SMALLER = {
     "offline_trainer.py": (OFFLINE, "value_distance_spearman"),
     "online_trainer.py": (
         f"--dataset {DATASET} --dataset_dir datasets --offline_run_dir pretrained --inverse_dynamics_data offline "
-        "--max_episodes 0 --fit_updates 2 --batch_size 1 --graph_nodes 8 --eval_episodes 1",
+        "--max_episodes 0 --fit_updates 2 --metric_updates 2 --batch_size 1 --graph_nodes 8 --eval_episodes 1",
         "eval/success_rate",
     ),
     "pogo_main.py": (CHAIN, "D4RL score"),

@@ -164,7 +164,7 @@ def put_minari(tmp_path, monkeypatch):
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore::UserWarning")
 
 
-def test_minari_episodes(put_minari):
+def test_minari_episodes(put_minari, monkeypatch):
     episodes, name = buffer((5, 4, 5)), "minari/test/scored-v0"
     folder = put_minari("test/scored-v0", episodes, ref_min_score=2.0, ref_max_score=12.0)
     data = load_transitions(name, folder)
@@ -177,6 +177,7 @@ def test_minari_episodes(put_minari):
     assert (data.env_id, data.max_action, "score" in data.facts()) == ("Hopper-v4", 1.0, False)
     np.testing.assert_allclose(normalized_score(name, [2.0, 7.0, 12.0], folder), [0, 50, 100])
     assert make_env(name, folder).reset(seed=0)[0].shape == (11,)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # without a network its client waits before it tries again
     with pytest.raises(UserError, match="minari/test/none-v0: Minari cannot load it"):
         load_transitions("minari/test/none-v0", folder)
     with pytest.raises(UserError, match="after minari/ comes Minari's id"):
