@@ -66,7 +66,7 @@ def transformers_block(block: Mamba2, config: BenchEncoderConfig):
         expand=2,
         n_groups=1,
         conv_kernel=4,
-        chunk_size=block.chunk_size,
+        chunk_size=min(block.chunk_size, config.length),  # it fills up every sequence to whole chunks
         use_bias=False,
         num_hidden_layers=1,
     )
