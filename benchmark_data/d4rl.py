@@ -15,6 +15,7 @@ random actions, as SAC's warm-up is; every later training step is recorded anew 
 
 import functools
 import io
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,9 +209,10 @@ def write_file(
             file["metadata/policy/nonlinearity"] = np.bytes_(policy.activation)
             file["metadata/policy/output_distribution"] = np.bytes_("tanh_gaussian")
             names = {"mean": "last_fc", "log_std": "last_fc_log_std"}
-            for name in policy.layer_names:  # D4RL's matrices are [out, in]
-                layer = file.create_group(f"metadata/policy/{names.get(name, name.replace('hidden.', 'fc'))}")
-                layer["weight"], layer["bias"] = policy.weights[f"{name}.weight"].T, policy.weights[f"{name}.bias"]
+            # D4RL's matrices are [out, in]. The order decides the file's bytes, by which rows of scores know the data.
+            for part, name in itertools.product(("weight", "bias"), policy.layer_names):
+                layer = names.get(name, name.replace("hidden.", "fc"))
+                file[f"metadata/policy/{layer}/{part}"] = policy.weights[f"{name}.{part}"].T
     utils.write_bytes_atomic(path, buffer.getbuffer())
 
 

@@ -96,6 +96,11 @@ def test_the_file_says_what_the_cards_say(experts_dir, tmp_path):
         assert file["metadata/algorithm"][()].decode() == "TD3 of Zoë" and file["infos/qpos"].dtype == np.float64
         assert b"not the official file" in file["metadata/note"][()] and "policy" in file["metadata"]  # one acted
         recipe = file["metadata/recipe"][()].decode()
+        places = [
+            [layer[part].id.get_offset() for layer in file["metadata/policy"].values() if isinstance(layer, h5py.Group)]
+            for part in ("weight", "bias")
+        ]
+        assert max(places[0]) < min(places[1])  # the order that the bytes of earlier files have
     manifest = json.loads(path.with_suffix(".json").read_text())
     assert manifest["recipe"] == recipe and "TD3 of Zoë" in recipe and "SAC" not in json.dumps(manifest)
     assert "return 0.300 of the expert's mean action and 0.600 of the expert's sampled ones" in recipe
