@@ -94,13 +94,12 @@ def load_transitions(
     """Read a dataset, downloading an official one that is missing, and compare it with its environment.
 
     antmaze_reward_shift: added to the rewards of D4RL's antmazes, 1 at the goal and 0 elsewhere; IQL adds -1. Raises
-    UserError for data that cannot be had, rewards that are all equal, an environment that is not the data's.
+    UserError for data that cannot be had, rewards that no action changes, an environment that is not the data's.
     """
     data = OfflineData(dataset_id, **find_dataset(dataset_id).transitions(dataset_dir))
-    if data.rewards.min() == data.rewards.max():
-        raise UserError(
-            f"dataset {dataset_id}: every reward is {data.rewards[0]:g}, there is nothing to learn; use another"
-        )
+    low, high = data.rewards.min(), data.rewards.max()
+    if low == high and not (low and data.terminated.any()):  # the same for each step until a fall is worth learning
+        raise UserError(f"dataset {dataset_id}: every reward is {low:g}, there is nothing to learn; use another")
     check_environment(data, make_env(dataset_id, dataset_dir))
     if data.env_id.removeprefix("antmaze-") in d4rl_utils.AntMaze.MAPS:
         data.reward_shift = float(antmaze_reward_shift)
@@ -304,7 +303,7 @@ def find_dataset(dataset_id: str) -> Dataset:
         if not re.fullmatch(r"minari(/[\w-]+)+", dataset_id):
             raise UserError(f"dataset {dataset_id!r}: after minari/ comes Minari's id, as in mujoco/hopper/medium-v0")
         return MinariDataset(dataset_id)
-    return find(dataset_id, DATASETS, "a dataset of OGBench, D4RL or Minari (see `python make_dataset.py --list`)")
+    return find(dataset_id, DATASETS, "a dataset of OGBench, D4RL or Minari (`make_dataset.py --list`, docs/data.md)")
 
 
 def made_here(ids: list[str], dataset_dir: str | os.PathLike | None) -> dict[str, Any]:

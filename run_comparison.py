@@ -202,7 +202,8 @@ def expand(config: RunComparisonConfig) -> Table:
         for weights in lists:
             for run in make_runs(where, config, settings | {"w2_weights": weights}, algorithm, seeds):
                 if run.folder in runs:
-                    raise UserError(f"{where}: {run.folder} is asked for twice; give each entry and each seed once")
+                    fault = f"{run.folder} is asked for twice, as weights and seed alone tell runs apart"
+                    raise UserError(where, fault, "for other settings write a file with `runs:`, see docs/results.md")
                 runs[run.folder] = run
     actors = max(len(run.method.split()) - 1 for run in runs.values())
     layout = {"header": ["dataset", "chain"], "columns": [f"actor {actor}" for actor in range(actors)]}
@@ -232,7 +233,7 @@ def make_runs(where: str, config: RunComparisonConfig, settings: Settings, algor
             shown = {"row": (trainer.env, label), "column": "actor {actor}"}
             folder = config.apart(config.log_dir).resolve() / run_class.run_name(trainer)
             further = (len(trainer.w2_weights) - 1) * (FURTHER_ACTOR_MS + SAMPLE_MS * trainer.sinkhorn_K)
-            hours = (UPDATE_MS[algorithm] + further) * trainer.max_timesteps / 3.6e6
+            hours = (UPDATE_MS.get(algorithm, 10.0) + further) * trainer.max_timesteps / 3.6e6
             yield Run("", label, command, flags, trainer.env, seed, hours=hours, folder=folder, **shown)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -250,7 +251,7 @@ class Comparison(Queue):
         super().__init__(config, expand(config))
         self.table.runs = self.runs  # the report is of those that --only takes
         self.rows: dict[Run, list[Row]] = {}
-        self.output, self.charts = config.apart(config.output), {}
+        self.output = config.apart(config.output)
         for run in self.runs:
             if is_finished(run.folder) or (run.folder / "checkpoints" / "last.pth").exists():
                 check_settings(run, config.log_dir, config.dataset_dir)
@@ -295,7 +296,7 @@ class Comparison(Queue):
                 self.append(run)  # it may have finished since it was looked at, and in another process
         states = {run: self.failed.get(run) or describe_state(run.folder, False) for run in self.runs}
         rows = [row for run in self.runs for row in self.rows.get(run, [])]
-        return write_report(self.table, rows, states, self.output, self.charts)
+        return write_report(self.table, rows, states, self.output)
 
     def report(self) -> str:
         written = f"report.html, results.md and results.csv in {self.output.resolve()}"

@@ -16,6 +16,7 @@ from comparison import jobs
 from comparison.ray import RayPool
 from comparison.registry import Run, Table, as_flags, resolved_settings, settings_of
 from comparison.rows import Row, Scores, append_csv, is_finished, read_csv, rows_of
+from comparison.tables import draw
 from offline_data import find_dataset
 from runs.directory import plain_config
 from utils import UserError, counted, one_line, progress, torch, warn
@@ -115,7 +116,7 @@ class Queue:
         if not self.is_finished(run):
             return False
         try:
-            self.add(run, rows_of(run, self.config.log_dir, self.config.dataset_dir))
+            self.add(run, rows_of(run, self.config.log_dir))
             return True
         except (UserError, OSError) as error:  # the other runs go on; the next start takes it up
             self.fail(run, one_line(error))
@@ -258,6 +259,6 @@ class Queue:
         print(f"{counted(len(left), 'run')} left: about {words}")
 
     def report(self) -> str:
-        there, all_runs = len(self.table.runs) - len(self.known()[0].missing(self.table.runs)), len(self.table.runs)
-        words = f"{self.table.name}: {there} of {all_runs} runs are in {self.table.csv}; {len(self.failed)} failed"
-        return f"{words}\npython run_comparison.py --tables puts them into README and docs" if there else words
+        words, grid, missing = draw(self.table, self.known()[0])
+        there = f"{len(self.table.runs) - len(missing)} of {len(self.table.runs)}"
+        return f"{words}\n\n{grid.text()}\n\n{there} runs are in {self.table.csv}; {len(self.failed)} failed"

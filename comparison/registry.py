@@ -161,7 +161,7 @@ def fill(path: Path, where: str, template: Any, values: dict[str, Any]) -> str:
 def read_table(path: str | Path) -> Table:
     """A file's runs and layout. Raises UserError that names the file and the key."""
     path = Path(path)
-    usual = {"title": path.stem, "seeds": (0,), "layout": {}}
+    usual = {"title": f"{path.stem}.", "seeds": (0,), "layout": {}}
     sections = usual | check_values(path, load_yaml(path), FILE_KEYS)
     layout = {"columns": []} | check_values(f"{path}: layout", sections["layout"], LAYOUT_KEYS)
     runs: list[Run] = []
@@ -211,8 +211,8 @@ def _flags(path: Path, where: str, command: str, flags: Any) -> tuple[tuple[str,
         raise UserError(f"{path}: {where}.flags.{name}: is set by run_comparison.py; leave it out")
     data = COMMANDS[command].data
     dataset = "" if data is None else str(flags.get(data, ""))
-    if data is not None and not all(part.strip().startswith("local/") for part in dataset.split(",")):
-        raise UserError(f"{path}: {where}.flags.{data}: must name local/ data, which is made here, not {dataset!r}")
+    if data is not None and not dataset:
+        raise UserError(f"{path}: {where}.flags.{data}: must be given, the id of the data")
     return tuple(word for name in sorted(flags) for word in as_flags(name, flags[name])), dataset
 
 

@@ -305,22 +305,17 @@ def page(title: str, parts: list[tuple[str, str, str]]) -> str:
     )
 
 
-def chart(chains: list[Chain], charts: dict[tuple, str]) -> str:
-    """One dataset's chart, drawn anew where runs have been added."""
-    key = tuple((chain.label, len(chain.metrics)) for chain in chains)
-    if key not in charts:
-        found = [(chain.label[1], chain.metrics, chain.actors, chain.data_score) for chain in chains]
-        picture = base64.b64encode(chart_png(chains[0].dataset, found)).decode()
-        charts[key] = f'<img alt="curves" src="data:image/png;base64,{picture}">'
-    return f'<div class="scroll">{charts[key]}</div>'
+def chart(chains: list[Chain]) -> str:
+    """One dataset's."""
+    found = [(chain.label[1], chain.metrics, chain.actors, chain.data_score) for chain in chains]
+    picture = base64.b64encode(chart_png(chains[0].dataset, found)).decode()
+    return f'<div class="scroll"><img alt="curves" src="data:image/png;base64,{picture}"></div>'
 
 
-def write_report(
-    table: Table, rows: list[Row], states: dict[Run, str], output: Path, charts: dict[tuple, str] | None = None
-) -> str:
+def write_report(table: Table, rows: list[Row], states: dict[Run, str], output: Path) -> str:
     """Write results.csv, results.md and report.html; returns a summary for the terminal.
 
-    rows: of the runs that are finished. states: why the others are not. charts: keeps what was drawn for the next call.
+    rows: of the runs that are finished. states: why the others are not.
     Raises UserError where runs of one dataset saw different data, OSError that names a file that cannot be written.
     """
     scores = Scores([rows])
@@ -334,8 +329,7 @@ def write_report(
     shown = [(head, grid.html(), note) for head, note, grid in parts]
     for dataset in dict.fromkeys(chain.label[0] for chain in chains):
         own = [chain for chain in chains if chain.label[0] == dataset]
-        drawn = chart(own, {} if charts is None else charts)
-        shown.append((f"Curves of {html.escape(own[0].dataset)}", drawn, CURVES))
+        shown.append((f"Curves of {html.escape(own[0].dataset)}", chart(own), CURVES))
     write_csv(output / "results.csv", CSV_COLUMNS, csv_rows(rows))
     title = f"Comparison: {table.path.name}"
     texts = [f"## {head}\n\n{grid.markdown()}\n\n{note}" for head, note, grid in parts]

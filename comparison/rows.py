@@ -102,11 +102,10 @@ def is_finished(run_dir: Path) -> bool:
     return (run_dir / "finished.json").exists()
 
 
-def rows_of(run: Run, log_dir: str | Path, dataset_dir: str | None) -> list[Row]:
-    """Rows of a finished run, from its directory; UserError where that is damaged or of other settings."""
+def rows_of(run: Run, log_dir: str | Path) -> list[Row]:
+    """Rows of a finished run, from its directory; UserError where that is damaged."""
     run_dir = run.run_dir(log_dir)
     try:
-        check_settings(run, log_dir, dataset_dir)
         summary, versions = (json.loads((run_dir / name).read_text()) for name in ("finished.json", "versions.json"))
         scores = list({"walker": _walker, "opso": _opso}.get(run.system, _chain)(run_dir, summary))
         if not scores:

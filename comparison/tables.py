@@ -149,10 +149,16 @@ def caption(table: Table, found: list[tuple[Run, Row]]) -> str:
     return "; ".join(words) + "."
 
 
-def render(table: Table, scores: Scores) -> str:
-    """The text between the markers, line break included. Raises UserError as `matching` and `cells_of` do."""
+def draw(table: Table, scores: Scores) -> tuple[str, Grid, set[str]]:
+    """Caption, cells, and the commands of runs that are missing. Raises UserError as `matching` and `cells_of` do."""
     found, missing = matching(table, scores), scores.missing(table.runs)
-    text = f"{caption(table, found)}\n\n{make_grid(table, cells_of(table, found), missing).markdown()}\n"
+    return caption(table, found), make_grid(table, cells_of(table, found), missing), missing
+
+
+def render(table: Table, scores: Scores) -> str:
+    """The text between the markers, line break included. Raises UserError as `draw` does."""
+    words, grid, missing = draw(table, scores)
+    text = f"{words}\n\n{grid.markdown()}\n"
     if missing:
         there = len(table.runs) - len(missing)
         command = f"run_comparison.py --config results/{table.path.name} --jobs 2"
@@ -179,8 +185,8 @@ def render_glance(root: Path) -> str:
         commits |= {row["commit"][:7] for row in found.values()} - {""}
     grid = Grid([*glance["header"], "score", "the data's own"], lines, len(glance["header"]))
     words = f"{glance['title']} Last checkpoints, mean over seeds, ± 95% t-interval, (lowest to highest) of two seeds, "
-    words += "* one seed, - not trained yet" + (f"; commits {', '.join(sorted(commits))}." if commits else ".")
-    return f"{words}\n\n{grid.markdown()}\n"
+    listed = f"; commits {', '.join(sorted(commits))}" if commits else ""
+    return f"{words}* one seed, which ranks nothing, - not trained yet{listed}.\n\n{grid.markdown()}\n"
 
 
 def page_texts(root: Path) -> dict[Path, str]:

@@ -308,7 +308,7 @@ def _show_help(config_class: type, description: str) -> None:
     basic, hints, groups = marked(config_class, BASIC), typing.get_type_hints(config_class), {"basic": []}
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for owner in config_class.__mro__:  # the command's own settings first
-        words = re.findall("[A-Z]+(?![a-z])|[A-Z][a-z]+", owner.__name__.removesuffix("Config"))
+        words = re.findall("[A-Z]+[0-9]*(?![a-z])|[A-Z][a-z]+", owner.__name__.removesuffix("Config"))
         for name in [name for name in vars(owner).get("__annotations__", {}) if name in fields]:
             field = fields.pop(name)
             comment = re.search(rf"(?m)^    {name}:[^#]*# *(.*)$", inspect.getsource(owner))

@@ -71,8 +71,8 @@ class Made:
         grid = report.steps_grid(self.chains())
         return [dict(zip(grid.header, row, strict=True)) for row in grid.rows]
 
-    def write(self, output: Path, charts: dict | None = None) -> str:
-        return write_report(self.table, self.rows, dict.fromkeys(self.runs, "exit 2: Q <is> 9"), output, charts)
+    def write(self, output: Path) -> str:
+        return write_report(self.table, self.rows, dict.fromkeys(self.runs, "exit 2: Q <is> 9"), output)
 
 
 @pytest.fixture(autouse=True)
@@ -271,12 +271,3 @@ def test_the_page_fetches_nothing_and_holds_its_pictures(made, tmp_path):
     assert base64.b64decode(re.search(r"base64,([^\"]*)", text)[1]).startswith(b"\x89PNG")
     bare = re.sub(r"base64,[^\"]*", "", text)
     assert not re.search(r"url\(|@import|\bnan\b|(?:src|href)=\"(?!data:)", bare)
-
-
-def test_a_chart_that_is_there_is_not_drawn_again(comparison, tmp_path, monkeypatch):
-    kept, drawn = {}, []
-    monkeypatch.setattr(report, "chart_png", lambda title, chains: drawn.append(title) or b"")
-    comparison.write(tmp_path, kept)
-    comparison.add("walker2d-medium-v2", (0.4, 0.5), 3)
-    comparison.write(tmp_path, kept)
-    assert drawn == ["hopper-medium-v2", "walker2d-medium-v2", "local/hopper-medium-v2", "walker2d-medium-v2"]

@@ -30,6 +30,8 @@ def test_facts_and_memory(tmp_path):
     equal = many_columns() | {"rewards": np.zeros(500, np.float32)}
     with pytest.raises(UserError, match=f"dataset {HOPPER}: every reward is 0, there is nothing to learn"):
         load_transitions(HOPPER, put(tmp_path / "equal", equal))
+    alive = equal | {"rewards": np.ones(500, np.float32), "terminals": np.arange(500) % 50 == 49}
+    assert load_transitions(HOPPER, put(tmp_path / "alive", alive)).terminated.sum() == 10  # a step more is worth more
 
 
 def test_normalizer(monkeypatch):

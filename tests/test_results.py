@@ -65,6 +65,14 @@ def test_a_file_of_the_repository_names_local_data_and_flags_that_its_commands_h
     assert len({run.name for run in table.runs}) == len(table.runs)  # a line of --dry_run tells which run it is
 
 
+def test_the_shown_sweep_is_a_table(tmp_path):
+    page = (ROOT / "docs" / "results.md").read_text()
+    (tmp_path / "sweep.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    table = read_table(tmp_path / "sweep.yaml")
+    check_flags(table)
+    assert [run.row for run in table.runs] == 2 * [("0.0001",), ("0.0003",)]
+
+
 def test_a_file_becomes_runs(tmp_path):
     each = BC | {
         "flags": {"lr": 1e-3, "ADD_TASK_BIT": False},
@@ -100,7 +108,7 @@ def test_a_run_may_need_a_pretraining_of_its_seed(tmp_path):
         ({"runs": [AGENT | {"command": "walker.agnt"}]}, "runs[0].command: must be one of walker.agent"),
         ({"runs": [AGENT | {"flags": {"episode": 2}}]}, "--episode"),
         ({"runs": [AGENT | {"flags": {"seed": 2}}]}, "flags.seed: is set by run_comparison.py"),
-        ({"runs": [BC | {"flags": {"USE_DATASET_STR": "walk_m"}}]}, "must name local/ data"),
+        ({"runs": [BC | {"flags": {}}]}, "flags.USE_DATASET_STR: must be given"),
         ({"runs": [AGENT, AGENT | {"method": "same"}]}, "two entries name the same run"),
         ({"runs": [AGENT | {"row": ["{env}"]}]}, "must hold no other braces"),
         ({"runs": [AGENT | {"each": {"episodes": "abc"}}]}, "runs[0].each: episodes must be a list, not 'abc'"),
@@ -141,7 +149,7 @@ def test_rows_of_the_walker(tmp_path):
     text = "\n".join([*lines, "best,walk,0,950.0", "best,run,0,310.0"]) + "\n"
     summary = {"steps": 5, "data/walk/return": 949.0, "data/run/return": 293.0, "datasets": []}
     record(run, tmp_path, summary, {"evaluation.csv": text})
-    walk, ran = rows.rows_of(run, tmp_path, None)
+    walk, ran = rows.rows_of(run, tmp_path)
     assert tuple(walk) == rows.COLUMNS
     expected = {"table": "t", "system": "walker", "method": "BC", "dataset": "local/__all__", "task": "walk"}
     expected |= {"updates": "5", "environment_steps": "0", "episodes": "2", "mean": "920", "std": "20", "score": "920"}
@@ -158,7 +166,7 @@ def test_rows_of_the_maze_stages(tmp_path):
     summary = {"value_distance_spearman": 0.95, "proposer_cosine": 0.9, "code_std": 0.6, "code_rank": 45.0}
     summary |= {"updates": 420, "dataset": run.dataset}
     record(run, tmp_path, summary, {})
-    found = {row["task"]: (row["score"], row["episodes"]) for row in rows.rows_of(run, tmp_path, str(tmp_path))}
+    found = {row["task"]: (row["score"], row["episodes"]) for row in rows.rows_of(run, tmp_path)}
     figures = {"value_distance_spearman": "0.95", "proposer_cosine": "0.9", "code_rank": "45", "code_std": "0.6"}
     assert found == {name: (value, "") for name, value in figures.items()}
 
@@ -168,29 +176,23 @@ def test_rows_of_the_maze_stages(tmp_path):
     other = {"eval/value/success_rate": 0.25, "eval/value/episode_steps": 700.0}
     metrics = "step,eval/success_rate,eval/success_task5\n8,0.95,0.25\n16,0.9,0.5\n"
     record(run, tmp_path, summary, {"metrics.csv": metrics})
-    found = {row["task"]: row for row in rows.rows_of(run, tmp_path, str(tmp_path))}
+    found = {row["task"]: row for row in rows.rows_of(run, tmp_path)}
     assert list(found) == ["all", "task1", "task2", "task3", "task4", "task5"]
     record(run, tmp_path, summary | other, {"metrics.csv": metrics})
-    (value,) = (row for row in rows.rows_of(run, tmp_path, str(tmp_path)) if row["mode"] == "value")
+    (value,) = (row for row in rows.rows_of(run, tmp_path) if row["mode"] == "value")
     assert (value["task"], value["score"], value["episodes"]) == ("all", "25", "100")
     assert [found["all"][name] for name in ("score", "episodes", "best_in_training")] == ["90", "100", "95"]
     assert [found["task5"][name] for name in ("mean", "std", "score", "episodes")] == ["0.5", "0.5", "50", "20"]
     assert (found["all"]["environment_steps"], found["all"]["mode"]) == ("1234", "search")
 
 
-def test_a_finished_run_of_other_settings_has_no_rows(tmp_path):
+def test_a_damaged_run_has_no_rows(tmp_path):
     run = only_run(tmp_path, AGENT)
     run_dir = record(run, tmp_path, {}, {"evaluation.csv": "agent,task,episode,return\nlast,walk,0,1.0\n"})
-    stored = yaml.safe_load((run_dir / "config.yaml").read_text())
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(stored | {"device": "cuda:1"}))
-    assert rows.rows_of(run, tmp_path, None)  # the machine is no setting
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(stored | {"load": "x.pth", "episodes": 3}))
-    with pytest.raises(UserError, match="episodes was 3 and is now 2; .* remove that directory"):
-        rows.rows_of(run, tmp_path, None)
+    assert rows.rows_of(run, tmp_path)
     (run_dir / "finished.json").write_text("{")
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(stored))
     with pytest.raises(UserError, match="its scores cannot be read"):
-        rows.rows_of(run, tmp_path, None)
+        rows.rows_of(run, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +297,7 @@ def test_a_run_that_fails_stops_the_one_that_waits_for_it_alone(place, capsys):
 
 def test_a_run_that_only_those_with_rows_need_is_no_work(place, capsys):
     (run,) = read_table(write_table(place.config, MAZE)).runs
-    row = dict.fromkeys(rows.COLUMNS, "") | {"command": run.text, "score": "1"}
+    row = dict.fromkeys(rows.COLUMNS, "") | {"command": run.text, "score": "1", "task": "walk", "updates": "1"}
     rows.write_csv(place.config.with_suffix(".csv"), rows.COLUMNS, [row])
     place.run("--dry_run")
     out = capsys.readouterr().out
@@ -305,6 +307,13 @@ def test_a_run_that_only_those_with_rows_need_is_no_work(place, capsys):
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_counts():
+    for path in sorted((ROOT / "results").glob("*.yaml")):
+        table, found = read_table(path), rows.read_csv(path.with_suffix(".csv"))
+        counted = [row for run in table.runs for row in rows.Scores([found]).of(run)]
+        assert len(counted) == len(found), f"{table.csv}: remove the rows of other commands and defaults; git has them"
 
 
 def test_the_pages_are_as_the_scores_say():

@@ -50,7 +50,7 @@ KNOWS_ONLY = {
 ALSO_ALLOWED = {("run_comparison", "pogo_main"), ("policy", "pogo_main")}
 MAX_TOP_ENTRIES, MAX_TOP_MODULES = 39, 17  # the aim: 30 entries
 MAX_FILE_LINES = 465
-MAX_SOURCE_LINES, MAX_TEST_LINES = 16_330, 11_980  # the aims: 14,500 and 10,500
+MAX_SOURCE_LINES, MAX_TEST_LINES = 16_400, 12_050  # room for an algorithm and its tests; the aims: 14,500 and 10,500
 MAX_UNTURNED_SETTINGS = 10  # names of settings that no page, YAML, test or benchmark turns
 UNRESTRICTED = {"tests", "benchmarks"}
 ONLY_PACKAGES = {
@@ -179,7 +179,7 @@ def size_violations(lines: dict[str, int]) -> list[str]:
     tests = sum(count for path, count in python.items() if top_name(path) == "tests")
     for what, count, most in (("source", source, MAX_SOURCE_LINES), ("tests", tests, MAX_TEST_LINES)):
         if count > most:
-            found.append(f"{count} lines of {what}, at most {most} are allowed")
+            found.append(f"{count} lines of {what}, at most {most} are allowed: can some go? Else raise the limit here")
     entries = {Path(path).parts[0] for path in lines if not path.startswith(".")}
     for what, names, most in (
         ("entries", entries, MAX_TOP_ENTRIES),
@@ -388,7 +388,7 @@ def test_few_settings_are_turned_by_nothing():
     read = [path for path in repository_files() if path.suffix in (".md", ".yaml", ".csv")]
     read += [ROOT / path for path in sources() if top_name(path) in UNRESTRICTED]
     found = unturned_settings(product_sources(), "\n".join(path.read_text() for path in read))
-    assert len(found) <= MAX_UNTURNED_SETTINGS, found
+    assert len(found) <= MAX_UNTURNED_SETTINGS, f"name a new setting in a page or a YAML file, or drop one of {found}"
 
 
 def test_no_error_text_is_read():

@@ -7,7 +7,8 @@ which is its own single step unless a chain of actors takes that place (pogo_mul
     next_actor_loss(distribution, draw, batch)   of a chain's later ones, without the distance to the one before
 
 `distribution` is what `policy(observations)` gives, `draw` one action a state of it. A batch holds observations,
-next_observations [n, D], actions [n, A], rewards, terminated [n] float32.
+next_observations [n, D], actions [n, A], rewards, terminated, truncated [n] float32. The run and a chain's diagnostics
+ask for `self.critic`, and for `critic_loss` and `q_data`, Q of the batch's actions, in what `update` gives.
 """
 
 import abc
