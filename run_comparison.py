@@ -233,7 +233,7 @@ def make_runs(where: str, config: RunComparisonConfig, settings: Settings, algor
             shown = {"row": (trainer.env, label), "column": "actor {actor}"}
             folder = config.apart(config.log_dir).resolve() / run_class.run_name(trainer)
             further = (len(trainer.w2_weights) - 1) * (FURTHER_ACTOR_MS + SAMPLE_MS * trainer.sinkhorn_K)
-            hours = (UPDATE_MS.get(algorithm, 10.0) + further) * trainer.max_timesteps / 3.6e6
+            hours = algorithm in UPDATE_MS and (UPDATE_MS[algorithm] + further) * trainer.max_timesteps / 3.6e6 or None
             yield Run("", label, command, flags, trainer.env, seed, hours=hours, folder=folder, **shown)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -260,6 +260,7 @@ class Comparison(Queue):
         return Scores(self.rows.values()), Scores([])
 
     def add(self, run: Run, rows: list[Row]) -> None:
+        check_settings(run, self.config.log_dir, self.config.dataset_dir)  # another process may have trained it
         read_metrics(run.folder / "training")  # the report needs them: a run without is none
         self.rows[run] = rows
 

@@ -18,6 +18,7 @@ from comparison.registry import Run, Table, as_flags, resolved_settings, setting
 from comparison.rows import Row, Scores, append_csv, is_finished, read_csv, rows_of
 from comparison.tables import draw
 from offline_data import find_dataset
+from runs.cli import load_yaml
 from runs.directory import plain_config
 from utils import UserError, counted, one_line, progress, torch, warn
 
@@ -91,7 +92,8 @@ class Queue:
 
     def known(self) -> tuple[Scores, Scores]:
         """Rows of this table, and of all in its folder; a comparison's results.csv, say, is no table's."""
-        tables = sorted(path.with_suffix(".csv") for path in self.table.path.parent.glob("*.yaml"))
+        files = [path for path in self.table.path.parent.glob("*.yaml") if "runs" in load_yaml(path)]
+        tables = sorted(path.with_suffix(".csv") for path in files)
         return Scores([read_csv(self.table.csv)]), Scores(map(read_csv, filter(Path.exists, tables)))
 
     def add(self, run: Run, rows: list[Row]) -> None:
@@ -259,6 +261,11 @@ class Queue:
         print(f"{counted(len(left), 'run')} left: about {words}")
 
     def report(self) -> str:
-        words, grid, missing = draw(self.table, self.known()[0])
-        there = f"{len(self.table.runs) - len(missing)} of {len(self.table.runs)}"
-        return f"{words}\n\n{grid.text()}\n\n{there} runs are in {self.table.csv}; {len(self.failed)} failed"
+        own, runs = self.known()[0], self.table.runs
+        try:
+            words, grid, _ = draw(self.table, own)
+            shown = f"{words}\n\n{grid.text()}"
+        except UserError as error:
+            shown = f"no table yet: {error}"
+        there = f"{len(runs) - len(own.missing(runs))} of {len(runs)} runs are in {self.table.csv}"
+        return f"{shown}\n\n{there}; {len(self.failed)} failed"

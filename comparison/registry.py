@@ -172,6 +172,10 @@ def read_table(path: str | Path) -> Table:
         runs += found
     if not runs:
         raise UserError(f"{path}: runs must be a list of commands, see docs/results.md")
+    layout["columns"], header = [*map(str, layout["columns"])], layout.get("header", ["method"])
+    for run in runs:
+        if len(run.row) != len(header):
+            raise UserError(f"{path}: row {' '.join(run.row)}: layout.header needs a word for each of its labels")
     texts = [run.text for run in runs]
     for text in texts:
         if texts.count(text) > 1:

@@ -407,6 +407,14 @@ def test_a_crash_is_tried_again_from_the_checkpoint_and_divergence_is_not(place,
     assert len(place.rows()) == 12
 
 
+def test_a_run_that_another_command_has_trained_otherwise_is_no_result(place):
+    waiting = Comparison(parse_config(run_comparison.RunComparisonConfig, place.flags(), config_flag="--settings"))
+    place.write(BASE | {"common": BASE["common"] | {"max_timesteps": 60}})
+    place.run()
+    assert not waiting.append(waiting.runs[0])
+    assert "max_timesteps was 60 and is now 50" in waiting.failed[waiting.runs[0]]
+
+
 def test_a_setting_that_may_change_on_resuming_may_change_between_two_commands(place, capsys):
     """A run that diverged says itself that --q_limit allows more."""
     place.behave(seed_1="diverge")
