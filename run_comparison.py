@@ -233,7 +233,8 @@ def make_runs(where: str, config: RunComparisonConfig, settings: Settings, algor
             shown = {"row": (trainer.env, label), "column": "actor {actor}"}
             folder = config.apart(config.log_dir).resolve() / run_class.run_name(trainer)
             further = (len(trainer.w2_weights) - 1) * (FURTHER_ACTOR_MS + SAMPLE_MS * trainer.sinkhorn_K)
-            hours = algorithm in UPDATE_MS and (UPDATE_MS[algorithm] + further) * trainer.max_timesteps / 3.6e6 or None
+            first = UPDATE_MS.get(algorithm)  # None: not measured, nothing is guessed
+            hours = first and (first + further) * trainer.max_timesteps / 3.6e6
             yield Run("", label, command, flags, trainer.env, seed, hours=hours, folder=folder, **shown)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
