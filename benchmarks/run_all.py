@@ -8,8 +8,7 @@
 On a CPU: POGO, the six algorithms, the Mamba-2 block, OPSO's two stages, Sinkhorn, evaluation, acting. On a GPU, in
 less than eight minutes: the tests marked gpu, POGO captured as CUDA graphs (1 to 3 actors, 8 seeds at once), the six,
 the Mamba-2 block, OPSO's two stages, Sinkhorn. Flags name what cannot be installed: clones of CORL, JAX-CORL and
-unifloral (bench_algorithms.py), the published agent.py (bench_pogo.py), another checkout of this repository
-(bench_updates.py).
+unifloral (bench_algorithms.py), another checkout of this repository (bench_updates.py).
 
 Each script runs in a process of its own. One that fails, or takes longer than it may under `--limit`, is a line of the
 table and not the end of the run. The table is written after each script. `--quick` takes tiny sizes, to try the command
@@ -55,7 +54,6 @@ class RunAllConfig:
     corl: str | None = None  # a clone of CORL
     jax_corl: str | None = None  # a clone of JAX-CORL
     unifloral: str | None = None  # a clone of unifloral
-    agent: str | None = None  # agent.py of the published POGO
     base: str | None = None  # another checkout of this repository, to measure updates against
 
 
@@ -129,7 +127,6 @@ def command_of(name: str, config: RunAllConfig) -> list[str] | None:
         command += [f"--{flag}", vars(config)[flag]] if vars(config)[flag] else []
     command += ["--precision", config.precision] if name in ("pogo", "algorithms") else []
     if name == "pogo":
-        command += ["--path", config.agent] if config.agent else []
         command += ["--jax"] if config.device == "cpu" and importlib.util.find_spec("jax") and not config.quick else []
     return command
 
@@ -187,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := set(config.only) - set(PARTS):
         raise UserError(f"--only {unknown.pop()}: choose among {', '.join(PARTS)}")
     limit = config.limit or (GPU_LIMIT if config.device == "cuda" else None)
-    paths = {name: vars(config)[name] for name in ("corl", "jax_corl", "unifloral", "agent", "base")}
+    paths = {name: vars(config)[name] for name in ("corl", "jax_corl", "unifloral", "base")}
     for name, path in paths.items():
         if path and not Path(path).exists():
             raise UserError(f"--{name} {path}: not there")

@@ -15,31 +15,6 @@ from benchmarks import bench_algorithms, bench_pogo, bench_updates, peers, run_a
 from pogo_agent import POGOAgent, POGOConfig
 from runs.cli import parse_config
 
-STAND_IN = """
-import torch
-
-device = torch.device("cpu")
-
-
-class POGO:
-    def __init__(self, state_dim, action_dim, max_action, w2_weights, seed):
-        self.sizes, self.actors = (state_dim, action_dim), len(w2_weights)
-
-    def train(self, replay_buffer, batch_size):
-        state, action, next_state, reward, not_done = replay_buffer.sample(batch_size, seed=7)
-        assert state.shape == next_state.shape == (batch_size, self.sizes[0])
-        assert action.shape == (batch_size, self.sizes[1]) and reward.shape == not_done.shape == (batch_size, 1)
-        assert set(not_done.flatten().tolist()) == {1.0}
-"""
-SMALL = ["--device", "cpu", "--batch_size", "8", "--transitions", "20", "--seconds", "0", "--repeats", "1"]
-
-
-def test_the_published_agent_is_measured_where_its_file_is_named(tmp_path, capsys):
-    (tmp_path / "agent.py").write_text(STAND_IN)
-    bench_pogo.main([*SMALL, "--max_actors", "2", "--path", str(tmp_path / "agent.py")])
-    said = capsys.readouterr().out
-    assert said.count("_published_agent: ours") == 2 and said.count("_plain_scheme: ours") == 2
-
 
 def as_nets(critic, actors):
     """Two critics and actors of ours as jax_pogo.py has them: weight [in, out] and bias [out] of each layer."""
@@ -113,7 +88,7 @@ def test_every_part_of_the_whole_run_works_in_its_quick_form(name, capsys):
 
 
 def test_every_part_of_the_whole_run_takes_its_flags_on_a_gpu():
-    clones = {name: "there" for name in ("corl", "jax_corl", "unifloral", "agent", "base")}
+    clones = {name: "there" for name in ("corl", "jax_corl", "unifloral", "base")}
     found = {name: run_all.command_of(name, run_all.RunAllConfig("cuda", **clones)) for name in run_all.PARTS}
     assert [name for name, command in found.items() if command is None] == ["evaluation", "online"]
     assert found["gpu_tests"][-1].endswith(".py") and {"-m", "gpu"} < set(found["gpu_tests"])
