@@ -5,9 +5,9 @@
     python benchmarks/run_all.py --precision bf16 --only pogo algorithms
     python benchmarks/run_all.py --quick
 
-On a CPU: POGO, the six algorithms, the Mamba-2 block, OPSO's two stages, Sinkhorn, evaluation, acting. On a GPU, in
-less than eight minutes: the tests marked gpu, POGO captured as CUDA graphs (1 to 3 actors, 8 seeds at once), the six,
-the Mamba-2 block, OPSO's two stages, Sinkhorn. Flags name what cannot be installed: clones of CORL, JAX-CORL and
+On a CPU: POGO, the six algorithms, the Mamba-2 block, OPSO's two stages, acting. On a GPU, in less than eight minutes:
+the tests marked gpu, POGO captured as CUDA graphs (1 to 3 actors, 8 seeds at once), the six, the Mamba-2 block, OPSO's
+two stages. Flags name what cannot be installed: clones of CORL, JAX-CORL and
 unifloral (bench_algorithms.py), another checkout of this repository (bench_updates.py).
 
 Each script runs in a process of its own. One that fails, or takes longer than it may under `--limit`, is a line of the
@@ -85,10 +85,6 @@ PARTS = {
     "updates": Part("bench_updates.py", "--small --calls 1 --repeats 1", cuda="--calls 20", peers=("base",)),
     "offline": Part(
         "bench_offline.py", "--batch_size 2 --context_length 10 --d_model 32 --repeats 1", cpu="--threads 1"
-    ),
-    "sinkhorn": Part("bench_sinkhorn.py", "--batch 8 --repeats 1 --calls 1"),
-    "evaluation": Part(
-        "bench_evaluation.py", "--steps 110000 --episodes 1 --repeats 1 --workers 0", cuda=None, devices=False
     ),
     "online": Part(
         "bench_online.py",

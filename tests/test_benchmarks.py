@@ -90,7 +90,7 @@ def test_every_part_of_the_whole_run_works_in_its_quick_form(name, capsys):
 def test_every_part_of_the_whole_run_takes_its_flags_on_a_gpu():
     clones = {name: "there" for name in ("corl", "jax_corl", "unifloral", "base")}
     found = {name: run_all.command_of(name, run_all.RunAllConfig("cuda", **clones)) for name in run_all.PARTS}
-    assert [name for name, command in found.items() if command is None] == ["evaluation", "online"]
+    assert [name for name, command in found.items() if command is None] == ["online"]
     assert found["gpu_tests"][-1].endswith(".py") and {"-m", "gpu"} < set(found["gpu_tests"])
     for config, name in [(bench_pogo.BenchPOGOConfig, "pogo"), (bench_updates.BenchUpdatesConfig, "updates")]:
         assert parse_config(config, found[name][2:]).device == "cuda"
