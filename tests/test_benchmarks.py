@@ -2,16 +2,24 @@
 
 import copy
 import functools
-import importlib
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_algorithms, bench_pogo, bench_updates, peers, run_all, turns
+from benchmarks import (
+    bench_algorithms,
+    bench_encoder,
+    bench_offline,
+    bench_online,
+    bench_pogo,
+    bench_updates,
+    peers,
+    run_all,
+    turns,
+)
 from pogo_agent import POGOAgent, POGOConfig
 from runs.cli import parse_config
 
@@ -74,28 +82,26 @@ def test_an_update_in_jax_equals_ours():
     assert min(float(value.detach().abs().max()) for value in jax.tree.leaves(as_nets(*slopes))) > 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name, part in run_all.PARTS.items() if part.script.endswith(".py")])
-def test_every_part_of_the_whole_run_works_in_its_quick_form(name, capsys):
-    """In this process, which has imported most already; what the parts print is what the whole run looks for."""
-    if name == "encoder":
-        pytest.importorskip("transformers")
-    command = run_all.command_of(name, run_all.RunAllConfig(quick=True))
-    importlib.import_module(f"benchmarks.{Path(command[1]).stem}").main(command[2:])
-    assert run_all.CLAIM.findall(capsys.readouterr().out) or name in (
-        "algorithms",
-        "updates",
-    )  # which have no peer here
+CONFIGS = {
+    "pogo": bench_pogo.BenchPOGOConfig,
+    "algorithms": bench_algorithms.BenchAlgorithmsConfig,
+    "encoder": bench_encoder.BenchEncoderConfig,
+    "updates": bench_updates.BenchUpdatesConfig,
+    "offline": bench_offline.BenchOfflineConfig,
+    "online": bench_online.BenchOnlineConfig,
+}
 
 
-def test_every_part_of_the_whole_run_takes_its_flags_on_a_gpu():
-    clones = {name: "there" for name in ("corl", "jax_corl", "unifloral", "base")}
-    found = {name: run_all.command_of(name, run_all.RunAllConfig("cuda", **clones)) for name in run_all.PARTS}
-    assert [name for name, command in found.items() if command is None] == ["online"]
-    assert found["gpu_tests"][-1].endswith(".py") and {"-m", "gpu"} < set(found["gpu_tests"])
-    for config, name in [(bench_pogo.BenchPOGOConfig, "pogo"), (bench_updates.BenchUpdatesConfig, "updates")]:
-        assert parse_config(config, found[name][2:]).device == "cuda"
-    settings = parse_config(bench_algorithms.BenchAlgorithmsConfig, found["algorithms"][2:])
-    assert (settings.device, settings.corl, settings.unifloral) == ("cuda", "there", "there")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_part_of_the_whole_run_takes_its_flags(device):
+    clones = dict.fromkeys(run_all.PEERS, "there")
+    found = {
+        name: run_all.command_of(name, run_all.RunAllConfig(device, quick=True, **clones)) for name in run_all.PARTS
+    }
+    assert [name for name, command in found.items() if command is None] == (["online"] if device == "cuda" else [])
+    settings = {name: parse_config(CONFIGS[name], command[2:]) for name, command in found.items() if command}
+    assert all(config.device == device for name, config in settings.items() if name != "online")
+    assert settings["algorithms"].corl == settings["algorithms"].unifloral == settings["updates"].base == "there"
 
 
 def test_rates_are_medians_of_turns_and_count_the_updates_of_a_call():
