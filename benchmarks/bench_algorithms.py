@@ -41,13 +41,12 @@ from runs.cuda_graphs import GraphedStep
 from runs.metrics import RunningMeans
 from utils import Count, NonNegative, ReplayBuffer, UserError, Whole, progress, resolve_device, warn
 
-NAMES = ("td3_bc", "iql", "iql_deterministic", "awac", "cql", "sac_n", "edac")
 OTHER_WORK = {("cql", "unifloral")}  # shown, but no measure of ours
 
 
 @dataclass
 class BenchAlgorithmsConfig(KernelConfig):
-    algorithms: tuple[str, ...] = tuple(name for name in NAMES if name != "iql_deterministic")  # which of them
+    algorithms: tuple[str, ...] = tuple(ALGORITHMS)  # which of them
     corl: str | None = None  # a clone of CORL, to measure it too
     jax_corl: str | None = None  # a clone of JAX-CORL, to measure it too
     unifloral: str | None = None  # a clone of unifloral, to measure it too
@@ -69,10 +68,8 @@ def make_arrays(transitions: int) -> dict[str, np.ndarray]:
 
 def make_ours(name: str, arrays: dict[str, np.ndarray], device: torch.device, graph: bool) -> Contestant:
     """One update of a chain of one actor on a fresh batch, eager or captured as a CUDA graph."""
-    algorithm, settings = ALGORITHMS[name.removesuffix("_deterministic")]
+    algorithm, settings = ALGORITHMS[name]
     config = settings()
-    if name == "iql_deterministic":
-        config.iql_deterministic = True
     if device.type == "cuda" and name == "td3_bc":
         config.policy_freq = 1  # one graph holds one kind of update; eager alike, to compare the two
     noise, sampling = (torch.Generator(device).manual_seed(seed) for seed in (0, 1))
@@ -148,8 +145,8 @@ def claims_of(name: str, rates: dict[str, float]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchAlgorithmsConfig, argv, __doc__)
-    if unknown := set(config.algorithms) - set(NAMES):
-        raise UserError(f"--algorithms {unknown.pop()}: choose among {', '.join(NAMES)}")
+    if unknown := set(config.algorithms) - set(ALGORITHMS):
+        raise UserError(f"--algorithms {unknown.pop()}: choose among {', '.join(ALGORITHMS)}")
     device = resolve_device(config.device)
     if device.type == "cpu" and (config.jax_corl or config.unifloral):
         peers.start_jax()

@@ -8,10 +8,12 @@ is not installed is left out, which is said: transformers is in requirements-dev
 requirements/cuda.txt.
 """
 
+import functools
 import importlib.util
 import logging
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.turns import claim, median_rates, on_device
 from model import Mamba2
 from runs.cli import parse_config, run_cli
 from utils import Count, resolve_device
@@ -98,20 +101,8 @@ def check_agreement(candidates: dict, u: torch.Tensor) -> None:
                 raise RuntimeError(f"{name} computes something else: relative error {error:.1e}")
 
 
-def seconds(candidates: dict, u: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Median time of forward and backward of each candidate, one after another in every round."""
-    times = {name: [] for name in candidates}
-    wait = torch.cuda.synchronize if u.is_cuda else lambda: None
-    for round_ in range(repeats + 3):
-        for name, run in candidates.items():
-            x = u.clone().requires_grad_()
-            wait()
-            began = time.perf_counter()
-            run(x).sum().backward()
-            wait()
-            if round_ >= 3:  # the first rounds warm caches and allocators
-                times[name].append(time.perf_counter() - began)
-    return {name: float(torch.tensor(values).median()) for name, values in times.items()}
+def forward_and_backward(run: Callable, u: torch.Tensor) -> None:
+    run(u.clone().requires_grad_()).sum().backward()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -131,15 +122,15 @@ def main(argv: list[str] | None = None) -> None:
         fused.load_state_dict(block.state_dict())
         candidates["mamba_ssm"] = fused
     check_agreement(candidates, u)
-    times = seconds(candidates, u, config.repeats)
+    made = {
+        name: on_device(functools.partial(forward_and_backward, run, u), device) for name, run in candidates.items()
+    }
+    rates = median_rates(made, config.repeats, 0.0, time.perf_counter)
     print(f"{'':14}{'ms':>8}")
-    for name, value in times.items():
-        print(f"{name:14}{1e3 * value:8.1f}")
-    for name in list(times)[1:]:
-        ratio = times[name] / times["ours"]
-        print(
-            f"mamba2_vs_{name}: ours {1e3 * times['ours']:.1f} ms, peer {1e3 * times[name]:.1f} ms, ratio {ratio:.2f}"
-        )
+    for name, rate in rates.items():
+        print(f"{name:14}{1e3 / rate:8.1f}")
+    for name in list(rates)[1:]:
+        print(claim(f"mamba2_vs_{name}", rates["ours"], rates[name]))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.turns import claim, median_rates, on_device
 from offline_agent import OfflineAgent, OfflineAgentConfig
 from offline_trainer import sample_batch
 from ogbench_utils import TrajectoryDataset
@@ -89,27 +90,16 @@ def main(argv: list[str] | None = None) -> None:
     ours = OfflineAgent(agent_config, config.observation_dim, *data.normalizer(), device=config.device)
     peer = OneTransitionAgent(agent_config, config.observation_dim, *data.normalizer(), device=config.device)
     generator = torch.Generator(config.device).manual_seed(0)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times: dict[str, list[float]] = {"ours": [], "peer": []}
-    for round_ in range(config.repeats + 3):
-        batch = sample_batch(data, agent_config, config.batch_size, generator)
-        for name, agent, part in (("ours", ours, batch), ("peer", peer, one_transition(batch))):
-            wait()
-            began = time.perf_counter()
-            agent.update(part)
-            wait()
-            if round_ >= 3:
-                times[name].append(time.perf_counter() - began)
-    median = {name: float(torch.tensor(values).median()) for name, values in times.items()}
-    rate = {
-        "ours": config.batch_size * config.context_length / median["ours"],
-        "peer": config.batch_size / median["peer"],
-    }
+    batch = sample_batch(data, agent_config, config.batch_size, generator)
+    last = one_transition(batch)
+    made = {"ours": on_device(lambda: ours.update(batch), device), "peer": on_device(lambda: peer.update(last), device)}
+    updates = median_rates(made, config.repeats, 0.0, time.perf_counter)
+    sizes = {"ours": config.batch_size * config.context_length, "peer": config.batch_size}
+    rates = {name: size * updates[name] for name, size in sizes.items()}
     print(f"{'':8}{'ms an update':>14}{'transitions an update':>24}{'transitions/s':>16}")
-    for name, size in (("ours", config.context_length), ("peer", 1)):
-        print(f"{name:8}{1e3 * median[name]:14.1f}{size * config.batch_size:24d}{rate[name]:16,.0f}")
-    ratio = rate["ours"] / rate["peer"]
-    print(f"offline_transitions_per_second: ours {rate['ours']:.0f}, peer {rate['peer']:.0f}, ratio {ratio:.1f}")
+    for name, size in sizes.items():
+        print(f"{name:8}{1e3 / updates[name]:14.1f}{size:24d}{rates[name]:16,.0f}")
+    print(claim("offline_transitions_per_second", rates["ours"], rates["peer"]))
 
 
 if __name__ == "__main__":

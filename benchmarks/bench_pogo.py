@@ -2,29 +2,23 @@
 
     python benchmarks/bench_pogo.py
     python benchmarks/bench_pogo.py --device cuda
-    git clone https://github.com/seonvin0319/POGO
-    python benchmarks/bench_pogo.py --path POGO/pogogo/agent.py
     python benchmarks/bench_pogo.py --jax
 
-The peer is the published agent where `--path` says where its file lies. Beside it, always, its scheme written plainly
-with the same sizes: twin critics one after the other, a pass of one sample for Q beside the K samples of the distance,
-GeomLoss's tensorized Sinkhorn, Adam and averages parameter by parameter. `--jax` adds our own plain JAX version,
-jax_pogo.py, a jitted scan on one thread (`pip install -r requirements/benchmarks.txt`; on a CPU alone).
+The peer is that scheme (https://github.com/seonvin0319/POGO) written plainly with the same sizes: twin critics one
+after the other, a pass of one sample for Q beside the K samples of the distance, GeomLoss's tensorized Sinkhorn, Adam
+and averages parameter by parameter. `--jax` adds our own plain JAX version, jax_pogo.py, a jitted scan on one thread
+(`pip install -r requirements/benchmarks.txt`; on a CPU alone).
 
 All take turns in one process on the same data; medians are printed, of processor time with one thread on a CPU, else of
 wall time. On a GPU, ours is measured captured as a CUDA graph too, and so are `--num_seeds` agents at once, branches of
 one graph, against one after the other.
 """
 
-import contextlib
 import copy
-import importlib.util
-import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +34,9 @@ from pogo_agent import POGOAgent, POGOConfig
 from runs.cli import parse_config, run_cli
 from runs.cuda_graphs import GraphedStep, SideBySide
 from transport import Backend, Noise
-from utils import Count, NonNegative, ReplayBuffer, UserError, one_line, resolve_device, warn
+from utils import Count, NonNegative, ReplayBuffer, UserError, resolve_device, warn
 
-PEERS = ("plain scheme", "published agent", "plain JAX")
+PEERS = ("plain scheme", "plain JAX")
 
 
 @dataclass
@@ -57,7 +51,6 @@ class BenchPOGOConfig(KernelConfig):
     seconds: NonNegative = 0.5  # length of a turn
     repeats: Count = 7  # turns of each; the median is printed
     max_actors: Count = 3  # chains of 1 to so many actors
-    path: str | None = None  # agent.py of the published code, to measure it too
     num_seeds: Count = 8  # on a GPU: agents trained at once, as `pogo_main.py --num_seeds` does
     jax: bool = False  # also measure our plain JAX version
     threads: Count = 1  # CPU threads
@@ -122,34 +115,6 @@ class PublishedScheme:
         return {"critic_loss": loss.detach()}
 
 
-class TheirBuffer:
-    """Our batches in the shapes and the order that the published agent asks for."""
-
-    def __init__(self, buffer: ReplayBuffer):
-        self.buffer = buffer
-        self.generator = torch.Generator(buffer.device).manual_seed(1)
-
-    def sample(self, batch_size: int, seed: int | None = None) -> tuple[torch.Tensor, ...]:
-        batch = self.buffer.sample(batch_size, self.generator)
-        following, rewards = batch["next_observations"], batch["rewards"][:, None]
-        return batch["observations"], batch["actions"], following, rewards, 1 - batch["terminated"][:, None]
-
-
-def load_published(path: str, device: torch.device) -> ModuleType:
-    """The module of the published agent; UserError where it is none, or would compute on another device."""
-    try:
-        spec = importlib.util.spec_from_file_location("published_agent", path)
-        module = importlib.util.module_from_spec(spec)
-        with contextlib.redirect_stdout(io.StringIO()):  # it says which device it takes
-            spec.loader.exec_module(module)
-        _, own_device = module.POGO, module.device.type
-    except Exception as error:  # a file of somebody else's may raise anything
-        raise UserError(f"--path {path}: not the published agent.py ({one_line(error)})") from None
-    if own_device != device.type:
-        raise UserError(f"--device {device.type}: the published agent takes {own_device} wherever it is")
-    return module
-
-
 def make_buffer(config: BenchPOGOConfig, device: torch.device) -> ReplayBuffer:
     """Random transitions on the device."""
     n, d, a = config.transitions, config.observation_dim, config.action_dim
@@ -172,9 +137,7 @@ def make_step(config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer) -> tup
     return lambda: agent.update(buffer.sample(config.batch_size, sampling)), [*agent.generators, sampling]
 
 
-def contestants(
-    config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer, published: ModuleType | None
-) -> dict[str, Contestant]:
+def contestants(config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer) -> dict[str, Contestant]:
     """Name -> one update on a fresh batch; those that are not ours are in PEERS."""
     device = buffer.device
     steps = {"eager": make_step(config, actors, buffer)[0]}
@@ -182,10 +145,6 @@ def contestants(
         steps["graph"] = GraphedStep(*make_step(config, actors, buffer))
     scheme, sampling = PublishedScheme(config, actors, device), torch.Generator(device).manual_seed(1)
     steps["plain scheme"] = lambda: scheme.update(buffer.sample(config.batch_size, sampling))
-    if published is not None:
-        theirs = published.POGO(config.observation_dim, config.action_dim, 1.0, w2_weights=[0.4] * actors, seed=0)
-        batches = TheirBuffer(buffer)
-        steps["published agent"] = lambda: theirs.train(batches, config.batch_size)
     found = {name: on_device(step, device) for name, step in steps.items()}
     if config.jax:
         from benchmarks import jax_pogo  # not before peers.start_jax has set its threads
@@ -213,9 +172,6 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     device = resolve_device(config.device)
     use_kernels(config, device)
-    published = load_published(config.path, device) if config.path else None
-    if published is not None and config.sinkhorn_K != 4:
-        raise UserError(f"--sinkhorn_K {config.sinkhorn_K}: the published agent has 4; leave --path out to change it")
     if config.jax and device.type != "cpu":
         raise UserError(f"--jax --device {device.type}: the JAX version is measured on a CPU")
     if config.jax:
@@ -224,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     clock = choose_clock(device, config.threads)
     print("| actors | whose | updates/s |\n|---|---|---|")
     for actors in range(1, config.max_actors + 1):
-        made = contestants(config, actors, buffer, published)
+        made = contestants(config, actors, buffer)
         rates = median_rates(made, config.repeats, config.seconds, clock)
         for name, rate in rates.items():
             print(f"| {actors} | {name if name in PEERS else f'ours, {name}'} | {rate:.1f} |")

@@ -88,12 +88,10 @@ def td3_bc(corl: Any, _: str, device: torch.device = CPU) -> Pair:
     return Pair(ours.update, trainer.train, weights)
 
 
-def iql(corl: Any, name: str, device: torch.device = CPU) -> Pair:
-    point = name == "iql_deterministic"
-    actor = (corl.DeterministicPolicy if point else corl.GaussianPolicy)(D, A, 1.0)
-    q, value = corl.TwinQ(D, A), corl.ValueFunction(D)
+def iql(corl: Any, _: str, device: torch.device = CPU) -> Pair:
+    actor, q, value = corl.GaussianPolicy(D, A, 1.0), corl.TwinQ(D, A), corl.ValueFunction(D)
     trainer = corl.ImplicitQLearning(1.0, actor, adam(actor), q, adam(q), value, adam(value), device=str(device))
-    ours = IQL(IQLConfig(iql_deterministic=point), (D, A, 1.0), torch.default_generator)
+    ours = IQL(IQLConfig(), (D, A, 1.0), torch.default_generator)
     critics = [q.q1, q.q2]
     weights = beside(ours.actor, actor) + beside(ours.value, value) + critics_beside(ours.critic, critics)
     copy_over(weights + critics_beside(ours.critic_target, critics))
@@ -160,8 +158,7 @@ def cql(corl: Any, _: str, device: torch.device = CPU) -> Pair:
     return Pair(update, trainer.train, weights)
 
 
-MAKERS = {"td3_bc": td3_bc, "iql": iql, "iql_deterministic": iql, "awac": awac, "cql": cql}
-MAKERS |= dict.fromkeys(("sac_n", "edac"), sac_n)
+MAKERS = {"td3_bc": td3_bc, "iql": iql, "awac": awac, "cql": cql, "sac_n": sac_n, "edac": sac_n}
 
 
 def copy_over(weights: Weights) -> None:
@@ -171,8 +168,7 @@ def copy_over(weights: Weights) -> None:
 
 def load(folder: str, name: str) -> Any:
     """CORL's file of an algorithm, from a clone. Raises UserError."""
-    file = {"iql_deterministic": "iql"}.get(name, name)
-    return load_file("--corl", folder, f"algorithms/offline/{file}.py")
+    return load_file("--corl", folder, f"algorithms/offline/{name}.py")
 
 
 def contestant(folder: str, name: str, arrays: dict[str, np.ndarray], device: torch.device) -> Contestant:

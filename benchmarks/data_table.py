@@ -16,14 +16,14 @@ from benchmark_data.generation import Family
 from benchmark_data.local import FAMILIES, find_family, generate_if_missing
 from offline_data import find_dataset
 from runs.cli import parse_config, run_cli
-from utils import UserError
+from utils import Count
 
 
 @dataclass
 class DataTableConfig:
     ids: tuple[str, ...] = ()  # rows of the table; default every id that can be made but the full mazes
     dataset_dir: str | None = None  # where datasets are kept; else the benchmark's own variable, else datasets/
-    jobs: int = 1  # processes
+    jobs: Count = 1  # processes
 
 
 def outcome(manifest: dict) -> str:
@@ -47,8 +47,6 @@ def deviation(family: Family, manifest: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(DataTableConfig, argv, __doc__)
-    if config.jobs < 1:
-        raise UserError(f"--jobs {config.jobs}: at least 1 is needed")
     print("| id | episodes | transitions | outcome | MB | seconds |\n|---|---|---|---|---|---|")
     for dataset_id in config.ids or [known for family in FAMILIES for known in family.ids if "-full-" not in known]:
         generate_if_missing(dataset_id, config.dataset_dir, config.jobs)

@@ -8,12 +8,10 @@ Nothing of theirs is copied: a file is imported where it lies. They import gym, 
 update does not use: empty modules stand for those that are missing. JAX computes on one thread of the CPU.
 """
 
-import contextlib
 import importlib.util
 import os
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -79,18 +77,12 @@ def start_jax() -> types.ModuleType:
     """The jax module, on one thread of the CPU. UserError where it is not installed."""
     if importlib.util.find_spec("jax") is None:
         raise UserError("JAX is not installed: pip install -r requirements/benchmarks.txt, or leave its peers out")
-    with _one_thread():
+    flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    with mock.patch.dict(os.environ, {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}):
         import jax
 
         jax.numpy.zeros(1).block_until_ready()  # reads the environment, once in a process
     return jax
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    with mock.patch.dict(os.environ, {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}):
-        yield
 
 
 def jax_corl(folder: str, name: str, arrays: dict[str, np.ndarray], layer_norm: bool) -> Contestant:

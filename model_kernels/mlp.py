@@ -402,24 +402,17 @@ def run_mlp(net, theta: Tensor, members: int, inputs: Sequence[Tensor], squash: 
     return y.tanh_() if squash else y
 
 
-def _require_one_output(net) -> None:
-    if net.widths[-1] != 1 or net.squash:
-        raise ValueError("this fast form is of networks of one output without tanh; use kernels plain")
-
-
 def run_regression(net, inputs: Sequence[Tensor], target: Tensor, expectile: float | None) -> tuple[Tensor, Tensor]:
     """Squared error of a `model.MLP` of one output to target [n]: mean over rows, sum over networks, 0-d; its outputs.
 
     With an expectile, errors of outputs above the target weigh 1 - expectile, and others expectile. The error is
     differentiable by the parameters, the outputs [size, n, 1] are not.
     """
-    _require_one_output(net)
     return _Regression.apply(net.theta, net, target, expectile, *inputs)
 
 
 def run_frozen(net, members: int, inputs: Sequence[Tensor]) -> Tensor:
     """The first `members` of a `model.MLP` of one output, [members, n, 1], differentiable by its last input alone."""
-    _require_one_output(net)
     if not torch.is_grad_enabled() or not inputs[-1].requires_grad:
         return _values(net, members, _concatenate(inputs), keep=False)[0]
     return _Frozen.apply(net, members, *inputs)

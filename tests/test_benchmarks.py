@@ -2,46 +2,26 @@
 
 import copy
 import functools
-import importlib
-import json
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import make_dataset
-from benchmarks import bench_algorithms, bench_pogo, bench_updates, peers, run_all, run_corl, turns
-from offline_data import load_transitions, normalized_score
+from benchmarks import (
+    bench_algorithms,
+    bench_encoder,
+    bench_offline,
+    bench_online,
+    bench_pogo,
+    bench_updates,
+    peers,
+    run_all,
+    turns,
+)
 from pogo_agent import POGOAgent, POGOConfig
 from runs.cli import parse_config
-
-STAND_IN = """
-import torch
-
-device = torch.device("cpu")
-
-
-class POGO:
-    def __init__(self, state_dim, action_dim, max_action, w2_weights, seed):
-        self.sizes, self.actors = (state_dim, action_dim), len(w2_weights)
-
-    def train(self, replay_buffer, batch_size):
-        state, action, next_state, reward, not_done = replay_buffer.sample(batch_size, seed=7)
-        assert state.shape == next_state.shape == (batch_size, self.sizes[0])
-        assert action.shape == (batch_size, self.sizes[1]) and reward.shape == not_done.shape == (batch_size, 1)
-        assert set(not_done.flatten().tolist()) == {1.0}
-"""
-SMALL = ["--device", "cpu", "--batch_size", "8", "--transitions", "20", "--seconds", "0", "--repeats", "1"]
-
-
-def test_the_published_agent_is_measured_where_its_file_is_named(tmp_path, capsys):
-    (tmp_path / "agent.py").write_text(STAND_IN)
-    bench_pogo.main([*SMALL, "--max_actors", "2", "--path", str(tmp_path / "agent.py")])
-    said = capsys.readouterr().out
-    assert said.count("_published_agent: ours") == 2 and said.count("_plain_scheme: ours") == 2
 
 
 def as_nets(critic, actors):
@@ -102,28 +82,26 @@ def test_an_update_in_jax_equals_ours():
     assert min(float(value.detach().abs().max()) for value in jax.tree.leaves(as_nets(*slopes))) > 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name, part in run_all.PARTS.items() if part.script.endswith(".py")])
-def test_every_part_of_the_whole_run_works_in_its_quick_form(name, capsys):
-    """In this process, which has imported most already; what the parts print is what the whole run looks for."""
-    if name == "encoder":
-        pytest.importorskip("transformers")
-    command = run_all.command_of(name, run_all.RunAllConfig(quick=True))
-    importlib.import_module(f"benchmarks.{Path(command[1]).stem}").main(command[2:])
-    assert run_all.CLAIM.findall(capsys.readouterr().out) or name in (
-        "algorithms",
-        "updates",
-    )  # which have no peer here
+CONFIGS = {
+    "pogo": bench_pogo.BenchPOGOConfig,
+    "algorithms": bench_algorithms.BenchAlgorithmsConfig,
+    "encoder": bench_encoder.BenchEncoderConfig,
+    "updates": bench_updates.BenchUpdatesConfig,
+    "offline": bench_offline.BenchOfflineConfig,
+    "online": bench_online.BenchOnlineConfig,
+}
 
 
-def test_every_part_of_the_whole_run_takes_its_flags_on_a_gpu():
-    clones = {name: "there" for name in ("corl", "jax_corl", "unifloral", "agent", "base")}
-    found = {name: run_all.command_of(name, run_all.RunAllConfig("cuda", **clones)) for name in run_all.PARTS}
-    assert [name for name, command in found.items() if command is None] == ["evaluation", "online"]
-    assert found["gpu_tests"][-1].endswith(".py") and {"-m", "gpu"} < set(found["gpu_tests"])
-    for config, name in [(bench_pogo.BenchPOGOConfig, "pogo"), (bench_updates.BenchUpdatesConfig, "updates")]:
-        assert parse_config(config, found[name][2:]).device == "cuda"
-    settings = parse_config(bench_algorithms.BenchAlgorithmsConfig, found["algorithms"][2:])
-    assert (settings.device, settings.corl, settings.unifloral) == ("cuda", "there", "there")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_part_of_the_whole_run_takes_its_flags(device):
+    clones = dict.fromkeys(run_all.PEERS, "there")
+    found = {
+        name: run_all.command_of(name, run_all.RunAllConfig(device, quick=True, **clones)) for name in run_all.PARTS
+    }
+    assert [name for name, command in found.items() if command is None] == (["online"] if device == "cuda" else [])
+    settings = {name: parse_config(CONFIGS[name], command[2:]) for name, command in found.items() if command}
+    assert all(config.device == device for name, config in settings.items() if name != "online")
+    assert settings["algorithms"].corl == settings["algorithms"].unifloral == settings["updates"].base == "there"
 
 
 def test_rates_are_medians_of_turns_and_count_the_updates_of_a_call():
@@ -151,86 +129,3 @@ def test_a_file_of_a_peer_leaves_the_environment_as_it_was(tmp_path):
     module, before = peers.load_file("--corl", str(tmp_path), "x.py"), list(sys.argv)
     assert "wandb" not in sys.modules and "gym" not in sys.modules
     assert module.argv == [str(tmp_path / "x.py")] and sys.argv == before and os.environ.get("XLA_FLAGS") != "theirs"
-
-
-# A file as CORL's are: what it asks of its modules, and a policy that acts 0.
-CORL_FILE = """
-from dataclasses import dataclass
-
-import d4rl
-import gym
-import numpy as np
-import pyrallis
-import wandb
-
-
-@dataclass
-class TrainConfig:
-    env: str = ""
-    lr: float = 1.0
-    seed: int = 0
-    device: str = "cuda"
-    max_timesteps: int = 10
-    eval_freq: int = 10
-    n_episodes: int = 10
-
-    def __post_init__(self):
-        assert self.device == "cpu" and self.lr == 3e-4 and self.seed == 5
-
-
-@pyrallis.wrap()
-def train(config: TrainConfig):
-    env = gym.make(config.env)
-    assert isinstance(env, gym.Env)
-    data = d4rl.qlearning_dataset(env)
-    np.savez("seen.npz", **data)
-    env = gym.wrappers.TransformObservation(gym.wrappers.TransformObservation(env, lambda o: o + 1), lambda o: 2 * o)
-    env.seed(3)
-    env.action_space.seed(3)
-    wandb.init(config={}, project="", group="", name="", id="")
-    wandb.run.save()
-    for step in range(1, config.max_timesteps + 1):
-        wandb.log({"loss": 0.0}, step=step)
-    assert config.eval_freq == config.max_timesteps
-    observation, done, total = env.reset(), False, 0.0
-    while not done:
-        observation, reward, done, _ = env.step(np.zeros(env.action_space.shape))
-        total += reward
-    np.save("last.npy", observation)
-    np.save("total.npy", total)
-    wandb.log({"d4rl_normalized_score": env.get_normalized_score(total) * 100.0}, step=config.max_timesteps)
-"""
-
-
-@pytest.fixture
-def corl(tmp_path, monkeypatch):
-    """A clone with one file, and its data."""
-    monkeypatch.chdir(tmp_path)
-    for folder in ("algorithms/offline", "configs/offline/td3_bc/hopper"):
-        (tmp_path / "CORL" / folder).mkdir(parents=True)
-    (tmp_path / "CORL/algorithms/offline/td3_bc.py").write_text(CORL_FILE)
-    (tmp_path / "CORL/configs/offline/td3_bc/hopper/medium_v2.yaml").write_text("lr: 3e-4\nunknown: 1\ndevice: cuda\n")
-    make_dataset.generate("local/hopper-medium-v2", size=300, dataset_dir="data", progress=False)
-    return ["--algorithms", "td3_bc", "--envs", "local/hopper-medium-v2", "--dataset_dir", "data", "--seeds", "5"]
-
-
-def test_a_file_of_corl_trains_on_our_data_and_is_scored(corl, capsys):
-    run_corl.main([*corl, "--max_timesteps", "20"])
-    data, seen = load_transitions("local/hopper-medium-v2", "data"), np.load("seen.npz")
-    pairs = {"terminals": "terminated"} | dict.fromkeys(("observations", "actions", "rewards", "next_observations"))
-    assert set(seen) == set(pairs)
-    for name, own in pairs.items():
-        assert np.array_equal(seen[name], getattr(data, own or name))
-    # Both transformations, in their order, on what an environment of the same seed shows.
-    env = run_corl.make_env("local/hopper-medium-v2", "data")
-    observation, _ = env.reset(seed=3)
-    total, over = 0.0, False
-    while not over:
-        observation, reward, terminated, truncated, _ = env.step(np.zeros(3))
-        total, over = total + reward, terminated or truncated
-    assert np.allclose(np.load("last.npy"), 2 * (observation + 1)) and float(np.load("total.npy")) == total
-    expected = float(normalized_score("local/hopper-medium-v2", np.array([total]), "data")[0])
-    assert f"| td3_bc, local/hopper-medium-v2 | {expected:.1f} * |" in capsys.readouterr().out
-    stored = json.loads(Path("logs/corl/local/hopper-medium-v2/td3_bc/updates_20/seed_5.json").read_text())
-    assert stored["score"] == pytest.approx(expected) and "gym" not in sys.modules
-    assert stored["settings"]["lr"] == 3e-4 and stored["data"]["transitions"] == 300

@@ -66,13 +66,11 @@ SMALLER = {
         "--transitions 300 --seconds 0 --turns 1 --algorithms td3_bc --corl none --jax_corl none --unifloral none",
         "| td3_bc | ours, eager |",
     ),
-    "benchmarks/run_all.py": ("--quick --only sinkhorn --device cpu", "| sinkhorn_fused_vs_tensorized |"),
+    "benchmarks/run_all.py": ("--quick --only encoder --device cpu", "| mamba2_vs_sequential |"),
     "benchmarks/bench_updates.py": (
         "--small --calls 1 --repeats 1 --updates opso_online_update --base none",
         "| ours |",
     ),
-    "benchmarks/bench_sinkhorn.py": ("--device cpu --repeats 1 --calls 1", ": ours"),
-    "benchmarks/bench_evaluation.py": ("--steps 110000 --episodes 1 --repeats 1", ": ours"),
     "benchmarks/bench_online.py": (
         "--num_envs 2 --graph_nodes 4 --context_length 4 --steps 2 --repeats 1",
         "acting_steps_per_second_2_envs: ours",

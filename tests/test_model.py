@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import model
 from model import GoalValue, InverseDynamics, Mamba2, MambaEncoder, NextState, OfflineModel, RewardLogit, TransitionQ
-from model_kernels import choice, cuda, linear
+from model_kernels import choice, cuda
 
 
 def sequential_mamba2(block: Mamba2, u: torch.Tensor) -> torch.Tensor:
@@ -69,15 +69,6 @@ def test_block_equals_the_sequential_scan(length, chunk_size):
             assert gradient is None or gradient.abs().max() == 0, name
         else:
             assert relative(gradient, slow[name]) < 1e-5, name
-
-
-def test_hand_written_gradients_pass_gradcheck():
-    """For the input and every parameter, over two chunks."""
-    mixer = block(chunk_size=4, d_model=8, d_state=4, headdim=8).double()
-    u = torch.randn(2, 6, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda u, *_: mixer(u), (u, *mixer.parameters()))
-    x, z = (torch.randn(3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(model.RMSNormGated(8).double(), (x, z))
 
 
 @pytest.mark.parametrize("length", [1, 100])
@@ -234,7 +225,6 @@ FORMS = {  # name: the form, and the shapes of what it takes
     "convolution": (model.causal_conv_silu, [(2, 9, 6), (6, 1, 4), (6,)]),
     "convolution of fewer than its width": (model.causal_conv_silu, [(2, 3, 6), (6, 1, 4), (6,)]),
     "norm": (lambda x, z, weight: gated_norm(x, z, weight), [(2, 9, 6), (2, 9, 6), (6,)]),
-    "linear": (lambda x, weight, bias: linear(x, weight, bias), [(2, 9, 6), (4, 6), (4,)]),
 }
 
 
@@ -264,7 +254,7 @@ def test_encoder_is_the_same_by_all_kernels(kernels, monkeypatch):
     """In float32, the gradient of every parameter too, by three chunks of a scan and by single states."""
     if kernels == "onednn" and not choice.onednn_works():
         pytest.skip("this PyTorch has no such operator")
-    x, found = torch.randn(3, 20, 5), {}
+    x, found = torch.randn(3, 20, 5, generator=torch.Generator().manual_seed(0)), {}
     for chosen in ("torch", kernels):
         monkeypatch.setattr(choice._Chosen, "kernels", chosen)
         net = encoder()
@@ -275,15 +265,3 @@ def test_encoder_is_the_same_by_all_kernels(kernels, monkeypatch):
         found[chosen] = {name: p.grad for name, p in net.named_parameters()} | {"codes": codes}
     for name, expected in found["torch"].items():
         assert relative(found[kernels][name], expected) < 1e-4, name
-
-
-def test_linear_layers_are_those_of_torch():
-    """The same class to whoever asks, the same first weights, and the layers of the block are such."""
-    torch.manual_seed(0)
-    own = model.Linear(5, 3)
-    torch.manual_seed(0)
-    theirs = torch.nn.Linear(5, 3)
-    assert isinstance(own, torch.nn.Linear) and torch.equal(own.weight, theirs.weight)
-    x = torch.randn(2, 4, 5)
-    assert torch.allclose(own(x), theirs(x), atol=1e-6)
-    assert isinstance(Mamba2(32, headdim=16).in_proj, model.Linear)

@@ -1,7 +1,6 @@
 """The fast forms of the MLPs against the plain ones, the choice between them, their Adam."""
 
 import copy
-import itertools
 import pickle
 import types
 
@@ -12,7 +11,6 @@ from test_offline_algorithms import make, make_batch
 from test_pogo_agent import make_agent
 from test_pogo_agent import make_batch as make_pogo_batch
 
-from algorithms.offline.edac import gradient_similarity
 from model import MLP
 from model_kernels import Adam, choice, choose_kernels, linear
 from model_kernels.choice import fastest_kernels, onednn_works
@@ -178,26 +176,6 @@ def test_with_gradients(kernels, dtype, rows, hidden_layers):
     whole = net(s, a)
     wanted = [torch.autograd.grad(one.sum(), a, retain_graph=True)[0] for one in whole]
     assert_close([q, g], [whole, torch.stack(wanted)], TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("kernels", ["plain", "torch"])
-def test_edacs_similarity_is_differentiated_as_by_a_double_backward(kernels):
-    choose_kernels(kernels)
-    net, (s, a) = make_net(16, 1, size=4, hidden_layers=3, dtype=torch.float64), make_inputs(50, torch.float64)
-    modules = plain_members(net)
-    q = [own(torch.cat([s, a], 1)).sum() for own in modules]
-    g = torch.stack([torch.autograd.grad(one, a, create_graph=True)[0] for one in q])
-    g = g / (g.norm(dim=-1, keepdim=True) + 1e-10)
-    similarity = sum((g[i] * g[j]).sum(-1).mean() for i, j in itertools.permutations(range(4), 2)) / 3
-    found = gradient_similarity(net.with_gradients([s, a], A)[1])
-    assert_close([found], [similarity], 1e-12)
-    (slope,) = torch.autograd.grad(found, net.theta)
-    for k, own in enumerate(modules):
-        wanted = torch.autograd.grad(similarity, [*own.parameters()], allow_unused=True, retain_graph=True)
-        for number, (weight, bias) in enumerate(net.layers(slope)):
-            assert_close([weight[k].T], [wanted[2 * number]], 1e-12)
-            by_bias = wanted[2 * number + 1]
-            assert not bias[k].any() and (by_bias is None or not by_bias.any())
 
 
 @fast

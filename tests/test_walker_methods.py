@@ -9,7 +9,7 @@ import torch
 from utils import ReplayBuffer
 from walker.dynamics import DataStatistics, MLPDynamics, VAEDynamics, statistics_of
 from walker.policies import DecisionTransformer, ReturnConditioned, TransformerBlock
-from walker.ppo import PPO, GaussianActor, PPOConfig, Rollout
+from walker.ppo import PPO, PPOConfig, Rollout
 from walker.train_dt import SequenceLearner, TransformerConfig
 from walker.train_il import BehaviorCloning, CloningConfig
 from walker.train_morel import MORELConfig, MORELLearner
@@ -229,14 +229,6 @@ def test_advantages_are_those_of_a_plain_loop():
                 total += weight * float(rewards[k, row] + 0.99 * going_on[k, row] * following[k, row] - values[k, row])
                 weight *= 0.99 * 0.95 * float(going_on[k, row])
             assert float(found[t, row]) == pytest.approx(total, abs=1e-5)
-
-
-def test_the_density_is_pytorchs():
-    torch.manual_seed(0)
-    actor = GaussianActor(3, 2, 8, initial_std=0.3)
-    inputs, actions = torch.randn(5, 3), torch.randn(5, 2)
-    expected = torch.distributions.Normal(actor(inputs).detach(), actor.log_std.detach().exp())
-    assert torch.allclose(actor.log_prob(inputs, actions), expected.log_prob(actions).sum(-1), atol=1e-5)
 
 
 def test_a_row_that_ended_begins_anew_and_does_not_bootstrap():

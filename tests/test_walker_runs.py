@@ -181,11 +181,11 @@ def test_the_task_bit_tells_the_tasks_apart(finished, arguments, tmp_path):
         agent, actions = Agent(), []
         agent.load(run_dir)
         assert agent.policy.network.net[0].weight.shape[1] == inputs
-        for task in ("walk", 1):
+        for task in TASKS:
             agent.set_task(task)
             actions.append(agent.act(np.ones(24)))
-        assert agent.task == "run" and np.array_equal(*actions) == (inputs == 24)
-    with pytest.raises(ValueError, match="walk, run, 0, 1"):
+        assert np.array_equal(*actions) == (inputs == 24)
+    with pytest.raises(ValueError, match="walk, run"):
         agent.set_task("stand")
 
 

@@ -62,12 +62,11 @@ class Agent:
         self.mean, self.std, self.task_bit, self.method = mean, std, acting["task_bit"], acting["method"]
         self.reset()
 
-    def set_task(self, task: str | int) -> None:
-        """`walk` or `run`, or 0 or 1, for all that follows; episodes begin."""
-        names = (*TASKS, *range(len(TASKS)))
-        if task not in names:
-            raise ValueError(f"task {task!r}: it is one of {', '.join(map(str, names))}")
-        self.task = TASKS[names.index(task) % len(TASKS)]
+    def set_task(self, task: str) -> None:
+        """`walk` or `run`, for all that follows; episodes begin."""
+        if task not in TASKS:
+            raise ValueError(f"task {task!r}: it is one of {', '.join(TASKS)}")
+        self.task = task
         self.reset()
 
     def reset(self) -> None:

@@ -155,15 +155,13 @@ class ReturnConditioned(nn.Module):
 
     def begin(self, n: int, task: str) -> None:
         """Forget what was seen, and ask for the task's target."""
-        self.task, self.target, self.step = task, self.targets[task] / self.return_scale, 0
+        self.target, self.step = self.targets[task] / self.return_scale, 0
         self.seen: list[Tensor] = []  # inputs, actions, returns: [n, steps, ...], of the last steps
 
     @torch.no_grad()
     def act(self, inputs: Tensor, rewards: Tensor) -> Tensor:
-        """A reward that is not known counts as an even share of the target; after `max_steps` episodes begin anew."""
+        """A reward that is not known counts as an even share of the target."""
         n, before = len(inputs), self.network.context - 1
-        if self.step == self.network.max_steps:
-            self.begin(n, self.task)
         if self.step == 0:
             returns = inputs.new_full((n,), self.target)
             window = [inputs[:, None], inputs.new_zeros(n, 1, self.network.action_dim), returns[:, None]]

@@ -8,12 +8,8 @@ directory is logs/{env}/{algorithm}_w2_{weights}/seed_{seed}.
     python -m algorithms.offline.pogo_multi_main --config FILE --w2_weights 20 20 20
 """
 
-import sys
-
-if __name__ == "__main__":
-    sys.path[0] = __file__.rpartition("/algorithms/offline/")[0]  # for `python FILE`, without -m
-
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal

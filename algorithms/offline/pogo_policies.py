@@ -39,8 +39,6 @@ class Draw:
 
     def first(self) -> "Draw":
         """One action a state, of K."""
-        if self.actions.dim() == 2:
-            return self
         return Draw(self.actions[:, 0], self._density and (lambda: self.log_prob[:, 0]))
 
 
