@@ -82,7 +82,7 @@ class MazeDataset(Dataset):
         rows = rows[~arrays["terminals"][rows]]
         if len(rows) and self.maze_size != "teleport":
             words = f"row {rows[0] + 1} cannot follow row {rows[0]} in an episode, it is too far off"
-            raise bad_file(path, f"{words}: a mark in terminals is missing, or a row off")
+            raise bad_file(path, f"{words}: rows are shuffled, or a mark in terminals is missing or a row off")
         return arrays
 
     def load(

@@ -1,18 +1,16 @@
 """A dataset's rows in one form, whatever its benchmark, and the simulator that they are held against."""
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 import d4rl_utils
 import dmc_utils
 import ogbench_utils
-from dataset_files import Dataset, whole_returns
+from dataset_files import Dataset, read_npz, whole_returns
 
 FAULT, NOTE = "fault", "note"
 BENCHMARKS = (ogbench_utils.MazeDataset, d4rl_utils.D4RLDataset, dmc_utils.WalkerDataset)
@@ -21,30 +19,29 @@ BENCHMARKS = (ogbench_utils.MazeDataset, d4rl_utils.D4RLDataset, dmc_utils.Walke
 class Simulator:
     """The environment of a dataset, put into recorded states.
 
-    A state holds MuJoCo's positions and velocities. Attributes: env, shape (numbers an observation and an action),
-    in_maze, positions (how many numbers an observation begins with that say where the body is), place (goes to a
-    float64 state), padding (zeros before and after an observation that make it a state, None where it does not show the
-    whole state).
+    A state holds MuJoCo's positions and velocities. Attributes: env, observation_dim, in_maze, place (goes to a float64
+    state), padding (zeros before and after an observation that make it a state, None where it does not show the whole
+    state).
     """
 
     def __init__(self, dataset: Dataset):
         self.env: Any = dataset.make_env()
         self.env.reset(seed=0)
-        self.shape = self.env.observation_space.shape + self.env.action_space.shape
+        (self.observation_dim,) = self.env.observation_space.shape
         self.in_maze, robot = "maze" in dataset.id, self.env.unwrapped
         if isinstance(dataset, dmc_utils.WalkerDataset):
-            size, self.positions, self.place = dmc_utils.PHYSICS_DIM, 15, robot.set_physics
+            size, self.place = dmc_utils.PHYSICS_DIM, robot.set_physics
         else:
             nq, nv = robot.model.nq, robot.model.nv
-            size, self.positions = nq + nv, 2 if self.in_maze else nq - 1
+            size = nq + nv
             self.place = lambda state: robot.set_state(*np.split(state, [nq]))
         # A runner's observation leaves out x, on which nothing depends, and a point's its velocity, which is set to
         # zero in each step. An ant's is the state; a humanoid's and the walker study's are other numbers.
-        self.padding = {0: (0, 0), 1: (1, 0), 2: (0, 2)}.get(size - self.shape[0])
+        self.padding = {0: (0, 0), 1: (1, 0), 2: (0, 2)}.get(size - self.observation_dim)
 
     def step(self, states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Observations [n, obs_dim] and rewards [n] of one step from each state; nan where the physics diverge."""
-        observations, rewards = np.full((len(states), self.shape[0]), np.nan), np.full(len(states), np.nan)
+        observations, rewards = np.full((len(states), self.observation_dim), np.nan), np.full(len(states), np.nan)
         for row, (state, action) in enumerate(zip(states, actions, strict=True)):
             self.place(state.astype(np.float64))
             try:
@@ -134,31 +131,17 @@ def read(path: Path, dataset: Dataset) -> Data:
     simulator = Simulator(dataset)
     if isinstance(dataset, dmc_utils.WalkerDataset):
         return _read_walker(path, dataset, simulator)
-    d4rl = isinstance(dataset, d4rl_utils.D4RLDataset)
-    # A maze's file without the last check of dataset.read, for jumps: the simulator tells what is wrong.
-    arrays = dataset.read(path) if d4rl else ogbench_utils.load_arrays(path, simulator.shape)
+    arrays = dataset.read(path)
     flags = {key: arrays.pop(key) for key in ("terminals", "timeouts") if key in arrays}
     data = Data(dataset, simulator, flags=flags, **arrays)
-    with h5py.File(path, "r", locking=False) if d4rl else np.load(path) as file:
-        _read_stored(data, file, *(("infos/qpos", "infos/qvel") if d4rl else ("qpos", "qvel")))
+    if simulator.padding is None:  # a humanoid's
+        states = read_npz(path, (), ("qpos", "qvel"))
+        data.states = np.hstack(list(states.values())) if len(states) == 2 else None
     return data
 
 
-def _read_stored(data: Data, file: Mapping[str, Any], *state_keys: str) -> None:
-    """What loaders leave aside: the states, and the types of what they cast."""
-    for key in ("observations", "actions", "rewards", "next_observations"):
-        if key in file and file[key].dtype != np.float32:
-            # D4RL's own scripts leave float64 in antmaze's rewards, and in all of the medium-replay files.
-            known = "replay" in data.dataset.id or data.goals and key == "rewards"
-            known = known and data.d4rl and not data.dataset.local
-            tail = "loaders cast it" if known else "another program wrote this file; take the original"
-            (data.note if known else data.fault)(f"{key} is {file[key].dtype}, not float32: {tail}")
-    if data.simulator.padding is None and all(key in file for key in state_keys):
-        data.states = np.concatenate([file[key][()] for key in state_keys], axis=1)
-
-
 def _read_walker(path: Path, dataset: Dataset, simulator: Simulator) -> Data:
-    paths = [path] if path.is_file() else dmc_utils.episode_paths(path.parent if path.name == "data" else path)
+    paths = dmc_utils.episode_paths(path)
     episodes = [dmc_utils.read_episode(file) for file in paths]
     columns = {key: np.concatenate([episode[key] for episode in episodes]) for key in episodes[0]}
     ends = np.arange(len(columns["reward"])) % (dmc_utils.EPISODE_STEPS + 1) == dmc_utils.EPISODE_STEPS
