@@ -1,12 +1,11 @@
 """Make a benchmark's data on this machine, list what there is, check any file.
 
     python make_dataset.py --list
-    python make_dataset.py --list --only hopper
     python make_dataset.py --dataset local/antmaze-medium-navigate-v0 --num_episodes 100 --jobs 2
     python make_dataset.py --dataset local/hopper-medium-v2 --num_transitions 200000
     python make_dataset.py --check datasets/local/hopper_medium-v2.hdf5
 
-Without --list, --only or --check it makes --dataset.
+Without --list or --check it makes --dataset.
 
 Sizes where none is given: 100 episodes (mazes' navigate, walker study), 300 (stitch), 120 (explore), 100,000
 transitions (D4RL). local/antmaze-medium-navigate-full-v0 and its kin are as large as OGBench's own files: 1,000
@@ -29,7 +28,6 @@ from dataclasses import dataclass
 import d4rl_utils
 import dmc_utils
 import ogbench_utils
-import utils
 from benchmark_data.check import run_check
 from benchmark_data.local import find_family, generate, generate_if_missing  # noqa: F401  for scripts
 from benchmark_data.maze import HUMANOID_MESSAGE
@@ -56,39 +54,33 @@ class MakeDatasetConfig:
     jobs: Count = 1  # processes that make episodes side by side; changes no byte of the files
     overwrite: bool = False  # replace a dataset of another seed, size or policies, or files without a manifest
     list: bool = False  # instead, show every id: size, where it is, or how to get it
-    only: str | None = None  # list the ids that hold this text, and no others
     check: str | None = None  # instead, check this file, folder or dataset id, generated or official
 
 
-def print_list(dataset_dir: str | None, only: str | None = None) -> None:
-    """Print every dataset id, or those that hold `only`. Raises UserError where there is none."""
-    flag = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
+def print_list(dataset_dir: str | None) -> None:
+    """Print every dataset id."""
+    command = "python make_dataset.py --dataset <id>" + (f" --dataset_dir {dataset_dir}" if dataset_dir else "")
     sections = []
     for title, datasets, source in BENCHMARKS:
-        shown = [dataset for name, dataset in datasets.items() if (only or "") in name]
-        made = [dataset for dataset in shown if dataset.local and dataset.generated]
-        official = [dataset for dataset in shown if not dataset.local]
-        sections += section(f"{title}, made here", f"python make_dataset.py --dataset <id>{flag}", made, dataset_dir)
+        made = [dataset for dataset in datasets.values() if dataset.local and dataset.generated]
+        official = [dataset for dataset in datasets.values() if not dataset.local]
+        sections.append(section(f"{title}, made here", command, made, dataset_dir))
         for url in dict.fromkeys(dataset.url for dataset in official):
             group = [dataset for dataset in official if dataset.url == url]
-            sections += section(f"{title}, official files", f"{url}/{source}" if url else source, group, dataset_dir)
-    if not sections:
-        raise UserError(f"--only {only}: no dataset id holds it; leave it out to see all")
-    if only is None or "humanoid" in only:
-        sections.append(f"local/humanoidmaze-*: {HUMANOID_MESSAGE}.")
+            address = f"{url}/{source}" if url else source
+            sections.append(section(f"{title}, official files", address, group, dataset_dir))
+    sections.append(f"local/humanoidmaze-*: {HUMANOID_MESSAGE}.")
     print("\n\n".join(sections))
 
 
-def section(title: str, source: str, datasets: list[Dataset], dataset_dir: str | os.PathLike | None) -> list[str]:
-    """One text, where there are datasets: title, folder, source, and a line each dataset in aligned columns."""
-    if not datasets:
-        return []
+def section(title: str, source: str, datasets: list[Dataset], dataset_dir: str | os.PathLike | None) -> str:
+    """Title, folder, source, and a line each dataset in aligned columns."""
     headings = ("id", "size", "content", "file, or the path of what is there")
     lines = [headings, *(describe(dataset, dataset_dir) for dataset in datasets)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1] + [0]
     table = ["  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines]
     folder = datasets[0].paths(dataset_dir)[0].parent
-    return ["\n".join([title, f"  folder: {folder}", f"  source: {source}", "", *table])]
+    return "\n".join([title, f"  folder: {folder}", f"  source: {source}", "", *table])
 
 
 def describe(dataset: Dataset, dataset_dir: str | os.PathLike | None) -> tuple[str, ...]:
@@ -104,12 +96,10 @@ def describe(dataset: Dataset, dataset_dir: str | os.PathLike | None) -> tuple[s
     return dataset.id, f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB", content, str(paths[0])
 
 
-def run(config: MakeDatasetConfig) -> None:
-    listing = config.list or config.only is not None
-    if listing and config.check is not None:
-        raise UserError("--check: cannot be had together with --list or --only; leave one out")
-    if listing:
-        print_list(config.dataset_dir, config.only)
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(MakeDatasetConfig, argv, __doc__)
+    if config.list:
+        print_list(config.dataset_dir)
     elif config.check is not None:
         sys.exit(run_check(config.check, config.dataset_dir))
     else:
@@ -120,20 +110,6 @@ def run(config: MakeDatasetConfig) -> None:
             raise UserError(f"{config.dataset} is counted in {unit}; use --num_{unit}")
         where = {"dataset_dir": config.dataset_dir, "experts_dir": config.experts_dir}
         print(generate(config.dataset, size, config.seed, jobs=config.jobs, overwrite=config.overwrite, **where))
-
-
-def main(argv: list[str] | None = None) -> None:
-    config = parse_config(MakeDatasetConfig, argv, __doc__)
-    try:
-        run(config)
-    except KeyboardInterrupt as interrupt:
-        interrupt.args = ("nothing was written; the same command starts again",)
-        raise
-    except OSError as error:
-        if error.errno not in utils.DISK_FULL:
-            raise
-        name = error.filename or "a file"
-        raise UserError(f"{name}: the disk is full; nothing was written; free some space and start again") from None
 
 
 if __name__ == "__main__":

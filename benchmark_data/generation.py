@@ -139,8 +139,6 @@ def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, over
                         raise UserError(f"{path} {fault}; move it away, replace it with --overwrite or {remedy}")
                 _write_dataset(family, plan, dataset_dir)
     except OSError as error:
-        if error.errno in utils.DISK_FULL:
-            raise
         raise UserError(f"{folder}: cannot write there ({error.strerror}); choose another --dataset_dir") from None
     return target
 

@@ -172,8 +172,12 @@ def test_ids_that_cannot_be_made(dataset_id, message, tmp_path):
 @pytest.mark.parametrize(
     "error, told, words",
     [
-        (KeyboardInterrupt(), KeyboardInterrupt, "nothing was written; the same command starts again"),
-        (OSError(errno.ENOSPC, "No space left", "a.npz"), UserError, "^a.npz: the disk is full; nothing was written"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (
+            OSError(errno.ENOSPC, "No space left", "a.npz"),
+            UserError,
+            "cannot write there .No space left.*--dataset_dir",
+        ),
         (ZeroDivisionError(), ZeroDivisionError, None),
     ],
 )
@@ -298,18 +302,3 @@ def test_the_list_tells_what_is_there_and_how_to_get_the_rest(tmp_path, capsys):
     for family in local.FAMILIES:
         assert set(family.ids) <= set(lines)
     assert {*d4rl_utils.OFFICIAL_IDS, "pointmaze-teleport-stitch-v0", "humanoidmaze-giant-navigate-v0"} <= set(lines)
-
-
-def test_the_list_can_be_of_what_is_asked_alone(tmp_path, capsys):
-    def shown(text):
-        make_dataset.main(["--only", text, "--dataset_dir", str(tmp_path)])
-        return capsys.readouterr().out
-
-    ids = re.findall(r"^  (\S+-v2) ", shown("hopper"), re.M)
-    assert ids == [name for name in (*d4rl_utils.GENERATED_IDS, *d4rl_utils.OFFICIAL_IDS) if "hopper" in name]
-    assert "maze" not in shown("local/walker2d") and "not shipped" in shown("humanoid")
-    with pytest.raises(UserError, match="^--only hoper: no dataset id holds it"):
-        shown("hoper")
-    for flags in (["--list"], ["--only", "hopper"]):
-        with pytest.raises(UserError, match="^--check: .* together with --list or --only"):
-            make_dataset.main([*flags, "--check", "x"])
