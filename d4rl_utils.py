@@ -95,8 +95,15 @@ class D4RLDataset(Dataset):
         return 700 if self.env_id == "antmaze-umaze" else MAX_EPISODE_STEPS
 
     def read(self, path: Path) -> dict[str, np.ndarray]:
-        """`load_arrays`, and the rows must be those of the id's robot, with next_observations but in antmazes."""
-        arrays = load_arrays(path, sizes=_DIMENSIONS[self.robot])
+        """Read the file, without infos/ and metadata/, and check it as `dataset_files.check_arrays` does.
+
+        Returns observations [N, obs_dim], actions [N, act_dim] and rewards [N] float32, terminals (the state after the
+        row is absorbing) and timeouts (the episode was cut there) [N] bool, and next_observations, which antmazes may
+        lack. The rows must be those of the id's robot.
+        """
+        needed = ("observations", "actions", "rewards", "terminals", "timeouts")
+        arrays = read_hdf5(path, needed, ("next_observations",))
+        check_arrays(functools.partial(bad_file, path), arrays, _DIMENSIONS[self.robot])
         if "next_observations" not in arrays and self.robot != "antmaze":
             raise bad_file(path, "no array 'next_observations', which tells where episodes end")
         return arrays
@@ -180,18 +187,6 @@ def is_official(dataset_id: str, transitions: int) -> bool | None:
         return None
     rows = REPLAY_ROWS[robot] if "replay" in level else 2_000_000 if level == "medium-expert" else 1_000_000
     return transitions >= 0.9 * rows
-
-
-def load_arrays(path: str | os.PathLike, sizes: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-    """Read one D4RL file, without infos/ and metadata/, and check it as `dataset_files.check_arrays` does.
-
-    Returns observations [N, obs_dim], actions [N, act_dim] and rewards [N] float32, terminals (the state after the row
-    is absorbing) and timeouts (the episode was cut there) [N] bool, and, where the file has them, next_observations.
-    """
-    path, needed = Path(path), ("observations", "actions", "rewards", "terminals", "timeouts")
-    arrays = read_hdf5(path, needed, ("next_observations",))
-    check_arrays(functools.partial(bad_file, path), arrays, sizes)
-    return arrays
 
 
 @contextlib.contextmanager

@@ -103,8 +103,8 @@ class Dataset(abc.ABC):
             return None
         return manifest if whole else None
 
-    def ensure(self, dataset_dir: str | os.PathLike | None = None, base_url: str = "") -> tuple[Path, ...]:
-        """`paths`, after a download (from base_url if given) of what is missing of an official dataset.
+    def ensure(self, dataset_dir: str | os.PathLike | None = None) -> tuple[Path, ...]:
+        """`paths`, after a download of what is missing of an official dataset.
 
         Raises UserError for a local dataset that is missing or incomplete, and for a download that fails: it names the
         address, and where to put the file by hand.
@@ -113,7 +113,7 @@ class Dataset(abc.ABC):
         if not self.local:
             for path in paths:
                 if not path.exists():
-                    self._fetch(path, base_url or self.url)
+                    self._fetch(path)
         elif self.manifest(dataset_dir) is None:
             if not self.generated:
                 raise UserError(
@@ -124,11 +124,11 @@ class Dataset(abc.ABC):
             raise UserError(f"{self.id}: no complete dataset at {paths[0]}; make it with `{command}`")
         return paths
 
-    def _fetch(self, path: Path, base_url: str) -> None:
+    def _fetch(self, path: Path) -> None:
         advice = f"put {path.name} into {path.parent} by hand"
         if self.generated:
             advice += f", or use local/{self.name}, which is made on this machine"
-        download(f"{base_url.rstrip('/')}/{path.name}", path, self.read, advice)
+        download(f"{self.url}/{path.name}", path, self.read, advice)
 
 
 AnyDataset = TypeVar("AnyDataset", bound=Dataset)
@@ -199,7 +199,7 @@ def read_hdf5(path: Path, keys: Iterable[str], optional: Iterable[str] = ()) -> 
 _FLAGS = ("terminals", "timeouts")
 
 
-def check_arrays(bad: Bad, arrays: dict[str, np.ndarray], sizes: tuple[int, int] | None = None) -> None:
+def check_arrays(bad: Bad, arrays: dict[str, np.ndarray], sizes: tuple[int, int]) -> None:
     """Check the arrays of a file, and turn them into float32 and bool in place.
 
     observations and next_observations [N, obs_dim], actions [N, act_dim] in [-1, 1], rewards [N], terminals and
@@ -221,7 +221,7 @@ def check_arrays(bad: Bad, arrays: dict[str, np.ndarray], sizes: tuple[int, int]
     if shapes.get("next_observations", shapes["observations"]) != shapes["observations"]:
         raise bad(f"next_observations {shapes['next_observations']} is not shaped as the observations")
     found = (shapes["observations"][1], shapes["actions"][1])
-    if sizes is not None and found != sizes:
+    if found != sizes:
         raise bad(f"{found[0]} observation and {found[1]} action numbers a row, not {sizes}")
     for key, array in arrays.items():
         if key in _FLAGS:
@@ -234,19 +234,17 @@ def check_arrays(bad: Bad, arrays: dict[str, np.ndarray], sizes: tuple[int, int]
             check_rows(bad, key, arrays[key], *((-1, 1) if key == "actions" else ()))
 
 
-def check_rows(bad: Bad, name: str, array: np.ndarray, low: ArrayLike = -np.inf, high: ArrayLike = np.inf) -> None:
+def check_rows(bad: Bad, name: str, array: np.ndarray, low: float = -np.inf, high: float = np.inf) -> None:
     """Raise `bad(fault)` at the first row of [N, ...] that is not finite, or over 1e-5 (rounding) out of bounds."""
-    low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
     for start in range(0, len(array), BLOCK_ROWS):
         block = array[start : start + BLOCK_ROWS]
-        good = np.isfinite(block).reshape(len(block), -1).all(axis=1)
+        block = block.reshape(len(block), -1)
+        good = np.isfinite(block).all(axis=1)
         if not good.all():
-            raise bad(f"{name} row {start + int(np.argmin(good))} holds NaN or infinity")
-        good = (block >= low - 1e-5) & (block <= high + 1e-5)
+            raise bad(f"{name} row {start + np.argmin(good)} holds NaN or infinity")
+        good = ((block >= low - 1e-5) & (block <= high + 1e-5)).all(axis=1)
         if not good.all():
-            row, *column = np.argwhere(~good)[0]
-            ends = (np.broadcast_to(bound, block.shape)[(row, *column)] for bound in (low, high))
-            raise bad(f"{name} row {start + row} lies outside [{', '.join(f'{end:g}' for end in ends)}]")
+            raise bad(f"{name} row {start + np.argmin(good)} lies outside [{low:g}, {high:g}]")
 
 
 def jumps(places: np.ndarray, limit: float) -> np.ndarray:

@@ -175,7 +175,7 @@ class WalkerDataset(Dataset):
     def read(self, path: Path) -> list[dict[str, np.ndarray]]:
         return load_episodes(path)
 
-    def _fetch(self, path: Path, base_url: str) -> None:
+    def _fetch(self, path: Path) -> None:
         raise UserError(
             f"{self.id}: no folder {path}; put the study's collected_data folder into {path.parent.parent}, or use "
             f"local/{self.name}, which make_dataset.py makes"

@@ -186,7 +186,7 @@ class MinariDataset(Dataset):
         default = Path.home() / ".minari" / "datasets"
         return Path(dataset_dir or os.environ.get("MINARI_DATASETS_PATH") or default).expanduser()
 
-    def ensure(self, dataset_dir: str | os.PathLike | None = None, base_url: str = "") -> tuple[Path, ...]:
+    def ensure(self, dataset_dir: str | os.PathLike | None = None) -> tuple[Path, ...]:
         """Its folder, filled by Minari where it is missing."""
         paths = self.paths(dataset_dir)
         self.read(*paths)

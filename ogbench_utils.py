@@ -76,10 +76,25 @@ class MazeDataset(Dataset):
         return f"{self.name}.npz", f"{self.name}-val.npz"
 
     def read(self, path: Path) -> dict[str, np.ndarray]:
-        """`load_arrays`, and the rows must be those of the id's robot, in episodes without a jump."""
-        arrays = load_arrays(path, _DIMENSIONS[self.maze_env])
+        """Read and check a file: observations [N, obs_dim], actions [N, act_dim] float32, terminals [N] bool.
+
+        Raises UserError for the faults of `dataset_files.check_arrays`, terminals that do not end the file, an episode
+        of one row, a jump inside an episode, and files written from what OGBench's own loader returns: it leaves out
+        the last state of each episode.
+        """
+        arrays = read_npz(path, ("observations", "actions", "terminals"), ("next_observations", "valids"))
+        if "next_observations" in arrays or "valids" in arrays:
+            raise bad_file(path, "was written from what OGBench's loader returns, not as the file that it reads")
+        check_arrays(functools.partial(bad_file, path), arrays, _DIMENSIONS[self.maze_env])
+        terminals = arrays["terminals"]
+        if not terminals[-1]:
+            raise bad_file(path, f"the last row ({len(terminals) - 1}) does not end an episode")
+        ends = np.flatnonzero(terminals)
+        short = np.flatnonzero(np.diff(ends, prepend=-1) < 2)
+        if len(short):
+            raise bad_file(path, f"the episode that ends at row {ends[short[0]]} has fewer than 2 rows")
         rows = jumps(arrays["observations"][:, :2], _LONGEST_STEP)
-        rows = rows[~arrays["terminals"][rows]]
+        rows = rows[~terminals[rows]]
         if len(rows) and self.maze_size != "teleport":
             words = f"row {rows[0] + 1} cannot follow row {rows[0]} in an episode, it is too far off"
             raise bad_file(path, f"{words}: rows are shuffled, or a mark in terminals is missing or a row off")
@@ -119,27 +134,6 @@ def parse_dataset_id(dataset_id: str) -> MazeDataset:
     return find(dataset_id, DATASETS, "an OGBench maze dataset (see `python make_dataset.py --list`)")
 
 
-def load_arrays(path: str | os.PathLike, sizes: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-    """Read and check one dataset file: observations [N, obs_dim], actions [N, act_dim] float32, terminals [N] bool.
-
-    Raises UserError for the faults of `dataset_files.check_arrays`, terminals that do not end the file, an episode of
-    one row, and files written from what OGBench's own loader returns: it leaves out the last state of each episode.
-    """
-    path = Path(path)
-    arrays = read_npz(path, ("observations", "actions", "terminals"), ("next_observations", "valids"))
-    if "next_observations" in arrays or "valids" in arrays:
-        raise bad_file(path, "was written from what OGBench's loader returns, not as the file that it reads")
-    check_arrays(functools.partial(bad_file, path), arrays, sizes)
-    terminals = arrays["terminals"]
-    if not terminals[-1]:
-        raise bad_file(path, f"the last row ({len(terminals) - 1}) does not end an episode")
-    ends = np.flatnonzero(terminals)
-    short = np.flatnonzero(np.diff(ends, prepend=-1) < 2)
-    if len(short):
-        raise bad_file(path, f"the episode that ends at row {ends[short[0]]} has fewer than 2 rows")
-    return arrays
-
-
 class TrajectoryDataset:
     """Episodes laid end to end in rows, on one device.
 
@@ -163,7 +157,7 @@ class TrajectoryDataset:
     def __init__(
         self, arrays: dict[str, np.ndarray], max_trajectories: int | None = None, device: str | torch.device = "cpu"
     ):
-        """The first `max_trajectories` episodes of what `load_arrays` returns, or all; UserError for fewer than 1."""
+        """The first `max_trajectories` episodes of `MazeDataset.read`, or all; UserError for fewer than 1."""
         if max_trajectories is not None and max_trajectories < 1:
             raise UserError(f"--max_trajectories {max_trajectories}: at least 1 is needed")
         ends = np.flatnonzero(arrays["terminals"])[:max_trajectories]

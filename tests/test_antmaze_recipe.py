@@ -12,7 +12,7 @@ import pogo_main
 from benchmark_data import check, experts
 from benchmark_data.antmaze import ROW, AntMazeFamily, EpisodeMaker
 from benchmark_data.generation import Plan, make
-from d4rl_utils import DATASETS, load_arrays
+from d4rl_utils import DATASETS
 from runs import chain
 
 UMAZE, PLAY = "local/antmaze-umaze-v2", "local/antmaze-large-play-v2"
@@ -102,7 +102,6 @@ def test_a_run_reads_it_and_is_scored_by_goals_reached(umaze, tmp_path, monkeypa
     data = offline_data.load_transitions(UMAZE, path.parent.parent)
     assert len(data) == 1000 and data.truncated.sum() + (columns["terminals"] & columns["timeouts"]).sum() == 2
     np.testing.assert_array_equal(data.rewards, columns["rewards"] - 1)
-    assert load_arrays(path)["next_observations"].shape == (1000, 29)
     flags = (
         f"--env {UMAZE} --dataset_dir {path.parent.parent} --run_dir {tmp_path / 'run'} --device cpu --eval_workers 0"
     )

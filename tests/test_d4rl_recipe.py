@@ -8,15 +8,14 @@ import h5py
 import numpy as np
 import pytest
 
-from benchmark_data import d4rl, experts
+from benchmark_data import d4rl, experts, recorded
 from benchmark_data.d4rl import SNAPSHOTS, D4RLFamily, recipe_parts, record_episode
 from benchmark_data.generation import Plan, make
-from benchmark_data.recorded import read
-from d4rl_utils import DATASETS, load_arrays, make_env
+from d4rl_utils import DATASETS, make_env
 
 SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6), "walker2d": (17, 6)}
 MEDIUM, REPLAY = "local/hopper-medium-v2", "local/hopper-medium-replay-v2"
-episode_ends = DATASETS[REPLAY].episode_ends  # the same for every robot
+load_arrays, episode_ends = DATASETS[REPLAY].read, DATASETS[REPLAY].episode_ends
 
 
 def random_policy(robot: str, step: int) -> experts.Policy:
@@ -73,12 +72,13 @@ def test_the_manifest_tells_how_it_was_made(replay_file, experts_dir):
 
 @pytest.mark.parametrize("size, episodes, whole", [(1500, 2, 1), (50, 1, 1), (2000, 2, 2)])
 def test_an_episode_that_the_size_cut_counts_as_no_return(generate, size, episodes, whole):
-    path = generate("local/halfcheetah-medium-v2", size)  # its episodes have 1000 steps
-    manifest, rewards = json.loads(path.with_suffix(".json").read_text()), load_arrays(path)["rewards"]
+    dataset = DATASETS["local/halfcheetah-medium-v2"]
+    path = generate(dataset.id, size)  # its episodes have 1000 steps
+    manifest, rewards = json.loads(path.with_suffix(".json").read_text()), dataset.read(path)["rewards"]
     returns = np.array([part.sum() for part in np.split(rewards.astype(np.float64), [1000])])[:whole]
     assert manifest["episodes"] == episodes
     # --check counts as the manifest does.
-    np.testing.assert_allclose(read(path, DATASETS["local/halfcheetah-medium-v2"]).returns(), returns)
+    np.testing.assert_allclose(recorded.read(path, dataset).returns(), returns)
     for name in ("mean", "std", "min"):
         assert manifest["returns"][name] == pytest.approx(getattr(returns, name)())
 
@@ -195,7 +195,7 @@ def test_terminals_and_timeouts_are_apart(falls_at, rows, terminal):
 def test_recorded_actions_from_recorded_states_give_the_recorded_next_ones(robot, generate):
     dataset_id = f"local/{robot}-medium-expert-v2"
     path = generate(dataset_id, 1200)
-    data = read(path, DATASETS[dataset_id])
+    data = recorded.read(path, DATASETS[dataset_id])
     with h5py.File(path) as file:
         states = np.concatenate([file["infos/qpos"][()], file["infos/qvel"][()]], axis=1)
     observations, rewards = data.simulator.step(states, data.actions)

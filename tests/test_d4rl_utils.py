@@ -9,12 +9,14 @@ import pytest
 
 import d4rl_utils
 import dataset_files
-from d4rl_utils import DATASETS, GENERATED_IDS, OFFICIAL_IDS, load_arrays, make_env
+from d4rl_utils import DATASETS, GENERATED_IDS, OFFICIAL_IDS, make_env
 from dataset_files import whole_returns
 from offline_data import find_dataset
 from utils import UserError
 
 ROWS = 12
+HOPPER, ANTMAZE, ANT = "hopper-medium-replay-v2", "antmaze-umaze-v2", (29, 8)
+read = DATASETS[HOPPER].read
 
 
 def test_a_file_too_short_is_not_the_official_one():
@@ -84,10 +86,10 @@ def test_folders(tmp_path, monkeypatch, repository):
 def test_what_d4rls_loader_takes_is_taken(tmp_path):
     """Columns of shape [rows, 1], numbers for booleans, and float64."""
     columns = tiny_columns()
-    older = {key: columns[key] for key in ("observations", "actions", "timeouts")}
+    older = {key: columns[key] for key in ("observations", "next_observations", "actions", "timeouts")}
     older |= {"rewards": columns["rewards"][:, None], "terminals": columns["terminals"][:, None].astype(np.float32)}
     older["observations"] = older["observations"].astype(np.float64)
-    arrays = load_arrays(write(tmp_path / "older.hdf5", older))
+    arrays = read(write(tmp_path / "older.hdf5", older))
     assert set(arrays) == set(older)
     for key, array in arrays.items():
         np.testing.assert_array_equal(array, columns[key])
@@ -122,7 +124,7 @@ def test_a_faulty_column_is_named(tmp_path, key, fault, message):
     columns[key] = fault(columns[key])
     path = write(tmp_path / "faulty.hdf5", {name: column for name, column in columns.items() if column is not None})
     with pytest.raises(UserError, match=f"faulty.hdf5: {message}"):
-        load_arrays(path)
+        read(path)
 
 
 def test_damaged_files_are_one_line(tiny):
@@ -131,17 +133,17 @@ def test_damaged_files_are_one_line(tiny):
     for cut in (0, 1, 100, length // 2, length - 1):
         tiny.write_bytes(good[:cut])
         with pytest.raises(UserError, match="tiny.hdf5: not a readable HDF5 file, or cut short") as caught:
-            load_arrays(tiny)
+            read(tiny)
         assert "\n" not in str(caught.value)
     with h5py.File(write(tiny, tiny_columns())) as file:
         start = file["actions"].id.get_chunk_info(0).byte_offset
     tiny.write_bytes(good[:start] + b"\xff" * 20 + good[start + 20 :])  # inside the compressed numbers
     with pytest.raises(UserError, match="not a readable HDF5 file"):
-        load_arrays(tiny)
+        read(tiny)
     with pytest.raises(UserError, match="no such file"):
-        load_arrays(tiny.with_name("other.hdf5"))
+        read(tiny.with_name("other.hdf5"))
     with pytest.raises(UserError, match="no such file"):
-        load_arrays(tiny.parent)
+        read(tiny.parent)
 
 
 def test_a_file_that_memory_has_no_room_for_is_not_called_damaged(tiny, monkeypatch):
@@ -150,20 +152,17 @@ def test_a_file_that_memory_has_no_room_for_is_not_called_damaged(tiny, monkeypa
 
     monkeypatch.setattr(h5py, "File", load)
     with pytest.raises(UserError, match="tiny.hdf5: does not fit in memory; use a smaller dataset"):
-        load_arrays(tiny)
+        read(tiny)
 
 
 def test_episodes_end_at_falls_timeouts_jumps_and_the_end_of_the_file(tiny, monkeypatch):
-    arrays, episode_ends = load_arrays(tiny), DATASETS[HOPPER].episode_ends
+    arrays, episode_ends = read(tiny), DATASETS[HOPPER].episode_ends
     assert episode_ends(arrays).tolist() == [4, 7, 11]
     assert whole_returns(arrays["rewards"], arrays["terminals"], episode_ends(arrays)).tolist() == [10.0, 18.0, 38.0]
     arrays["timeouts"][:] = False  # an end without a mark shows in the observations
     for rows in (1, 4, 5, ROWS - 1, ROWS):  # searched at a time
         monkeypatch.setattr(d4rl_utils, "BLOCK_ROWS", rows)
         assert episode_ends(arrays).tolist() == [4, 7, 11]
-
-
-HOPPER, ANTMAZE, ANT = "hopper-medium-replay-v2", "antmaze-umaze-v2", (29, 8)
 
 
 def load(dataset_id: str, folder: Path | None = None) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -23,11 +23,12 @@ from benchmark_data import generation, local, maze
 from benchmark_data.check import check
 from benchmark_data.local import find_family, generate, generate_if_missing
 from benchmark_data.maze import Ways, cell_distances
-from ogbench_utils import load_arrays, make_env, parse_dataset_id
+from ogbench_utils import make_env, parse_dataset_id
 from opso.maze import Maze
 from utils import UserError
 
 STITCH = "local/pointmaze-medium-stitch-v0"
+read = parse_dataset_id(STITCH).read
 NAVIGATE = "local/pointmaze-medium-navigate-v0"
 EXPERTS = Path(make_dataset.__file__).parent / "datasets" / "experts"
 FILES = ["pointmaze-medium-stitch-v0-val.npz", "pointmaze-medium-stitch-v0.json", "pointmaze-medium-stitch-v0.npz"]
@@ -89,12 +90,12 @@ def test_bytes_do_not_depend_on_jobs_but_on_the_seed(stitch_dir, tmp_path):
         if name.endswith(".npz"):
             assert (stitch_dir / "local" / name).read_bytes() == (tmp_path / "two" / "local" / name).read_bytes()
     same_rows = slice(0, 2 * 201)
-    whole = load_arrays(stitch_dir / "local" / FILES[2])["observations"][same_rows]
-    assert not np.array_equal(load_arrays(other)["observations"], whole)
+    whole = read(stitch_dir / "local" / FILES[2])["observations"][same_rows]
+    assert not np.array_equal(read(other)["observations"], whole)
     # The first episodes are the same however many follow, and validation repeats none of them.
     fewer = generate(STITCH, 2, 0, tmp_path / "fewer", progress=False)
-    np.testing.assert_array_equal(load_arrays(fewer)["observations"], whole)
-    assert not np.array_equal(load_arrays(tmp_path / "fewer" / "local" / FILES[0])["observations"], whole[:201])
+    np.testing.assert_array_equal(read(fewer)["observations"], whole)
+    assert not np.array_equal(read(tmp_path / "fewer" / "local" / FILES[0])["observations"], whole[:201])
 
 
 def test_manifest(stitch_dir):
@@ -194,7 +195,7 @@ def test_a_run_that_stops_early_leaves_no_dataset_and_says_so(tmp_path, monkeypa
         make_dataset.main(["--dataset", STITCH, "--num_episodes", "2", "--dataset_dir", str(tmp_path)])
     assert names(tmp_path / "local") == []
     with pytest.raises(UserError, match=f"python make_dataset.py --dataset {STITCH} --dataset_dir"):
-        parse_dataset_id(STITCH).ensure(tmp_path, "http://127.0.0.1:9")  # nor is a local one downloaded
+        parse_dataset_id(STITCH).ensure(tmp_path)  # nor is a local one downloaded
 
 
 @pytest.mark.parametrize(

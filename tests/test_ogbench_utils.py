@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ogbench_utils
-from ogbench_utils import NEVER, TrajectoryDataset, load_arrays, make_env, parse_dataset_id, seeded_reset
+from ogbench_utils import NEVER, MazeDataset, TrajectoryDataset, make_env, parse_dataset_id, seeded_reset
 from opso.maze import Maze, evaluation_tasks
 from utils import UserError
 
@@ -79,7 +79,7 @@ def test_each_fault_of_a_file_is_named(fault, tmp_path):
     path = tmp_path / "bad.npz"
     path.write_bytes(npz_bytes(BAD_ARRAYS[fault]))
     with pytest.raises(UserError, match=fault) as caught:
-        load_arrays(path)
+        parse_dataset_id(OFFICIAL).read(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -101,7 +101,7 @@ def test_a_file_written_from_what_ogbenchs_loader_returns(tmp_path):
     for more in ({"next_observations": arrays["observations"]}, {"valids": np.ones(7)}):
         np.savez(tmp_path / "again.npz", **arrays, **more)
         with pytest.raises(UserError, match="again.npz: was written from what OGBench's loader returns"):
-            load_arrays(tmp_path / "again.npz")
+            parse_dataset_id(OFFICIAL).read(tmp_path / "again.npz")
 
 
 def test_layout_and_max_trajectories():
@@ -208,11 +208,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as running:
         running.files = {f"{OFFICIAL}{end}.npz": npz_bytes(episodes(20_000, 10_000)) for end in ("", "-val")}
         running.resumes, running.cuts, running.requests = True, [], []
         running.url = f"http://127.0.0.1:{running.server_port}/ogbench"
+        monkeypatch.setattr(MazeDataset, "url", running.url)
         thread = threading.Thread(target=running.serve_forever, args=(0.02,))
         thread.start()
         yield running
@@ -229,11 +230,10 @@ WHOLE = [f"{OFFICIAL}-val.npz", f"{OFFICIAL}.npz"]
 
 def test_download_then_no_network(server, tmp_path):
     folder = tmp_path / "data"
-    train, val = parse_dataset_id(OFFICIAL).ensure(folder, server.url)
+    train, val = parse_dataset_id(OFFICIAL).ensure(folder)
     assert names(folder) == WHOLE and [val.name, train.name] == WHOLE
     assert train.read_bytes() == server.files[train.name]
-    assert parse_dataset_id(OFFICIAL).ensure(folder, "http://127.0.0.1:9") == (train, val)
-    assert len(server.requests) == 2
+    assert parse_dataset_id(OFFICIAL).ensure(folder) == (train, val) and len(server.requests) == 2
     data = parse_dataset_id(OFFICIAL).load("val", folder, max_trajectories=1)
     assert data.num_trajectories == 1
 
@@ -242,9 +242,9 @@ def test_download_then_no_network(server, tmp_path):
 def test_a_cut_download_goes_on_at_once_and_one_cut_twice_in_the_next_run(server, tmp_path, resumes):
     server.resumes, server.cuts = resumes, [100_000, 100_000, 100_000]
     with pytest.raises(UserError, match=f"{server.url}/{OFFICIAL}.npz .*{tmp_path}.* local/{OFFICIAL}"):
-        parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)
+        parse_dataset_id(OFFICIAL).ensure(tmp_path)
     assert names(tmp_path) == [f"{OFFICIAL}.npz.part"]
-    train, _ = parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)  # which is cut once
+    train, _ = parse_dataset_id(OFFICIAL).ensure(tmp_path)  # which is cut once
     assert 0 < int(server.requests[2]["Range"].removeprefix("bytes=").removesuffix("-")) <= 200_000
     assert train.read_bytes() == server.files[train.name] and names(tmp_path) == WHOLE
 
@@ -262,21 +262,22 @@ def test_wrong_content_is_refused_and_removed(server, tmp_path, content, left, f
     if left:
         (tmp_path / f"{OFFICIAL}.npz.part").write_bytes(left)
     with pytest.raises(UserError, match=f"{server.url}.* is not the dataset: .*{fault}"):
-        parse_dataset_id(OFFICIAL).ensure(tmp_path, server.url)
+        parse_dataset_id(OFFICIAL).ensure(tmp_path)
     assert names(tmp_path) == []
 
 
-def test_absent_and_unreachable_addresses(server, tmp_path):
+def test_absent_and_unreachable_addresses(server, tmp_path, monkeypatch):
     server.files.clear()
     with pytest.raises(UserError, match="HTTP status 404") as caught:
-        parse_dataset_id("antmaze-medium-explore-v0").ensure(tmp_path, server.url)
+        parse_dataset_id("antmaze-medium-explore-v0").ensure(tmp_path)
     # No recipe makes ant data here, so the advice names one that works.
     assert "use local/antmaze-medium-explore-v0," in str(caught.value)
+    monkeypatch.setattr(MazeDataset, "url", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=rf"cannot download http://127.0.0.1:9/{OFFICIAL}.npz \(ConnectionError\)"):
-        parse_dataset_id(OFFICIAL).ensure(tmp_path, "http://127.0.0.1:9")
+        parse_dataset_id(OFFICIAL).ensure(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; give the folder that holds it"):
-        parse_dataset_id(OFFICIAL).ensure(tmp_path / "file", server.url)
+        parse_dataset_id(OFFICIAL).ensure(tmp_path / "file")
     assert names(tmp_path) == ["file"]
 
 
