@@ -325,16 +325,15 @@ class SeededDraws(gymnasium.Wrapper):
         return result
 
 
-def _discard_maze_file(env: gymnasium.Env, lowest_fd: int) -> None:
-    """Close and delete the temporary XML file that OGBench leaves open for every maze it builds."""
-    path = env.unwrapped.fullpath
+def _discard_maze_file(path: str, fd: int) -> None:
+    """Close and delete the temporary XML file that OGBench leaves open for every maze it builds.
+
+    fd: the lowest descriptor that was free before, which the file has unless another thread took it.
+    """
     with contextlib.suppress(OSError):
-        info = os.stat(path)
-        # Descriptors are handed out from the lowest free number; the file's identity decides, so nothing else closes.
-        for fd in range(lowest_fd, lowest_fd + 64):
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(fd), info):
-                    os.close(fd)
+        if os.path.samestat(os.fstat(fd), os.stat(path)):
+            os.close(fd)
+    with contextlib.suppress(OSError):
         os.remove(path)
 
 
@@ -347,7 +346,7 @@ def make_env(dataset_id: str, **kwargs: Any) -> SeededDraws:
     probe = os.open(os.devnull, os.O_RDONLY)
     os.close(probe)
     env = gymnasium.make(env_id, **kwargs)
-    _discard_maze_file(env, probe)
+    _discard_maze_file(env.unwrapped.fullpath, probe)
     return SeededDraws(env, "teleport" in env_id)
 
 

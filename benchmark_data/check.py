@@ -18,7 +18,7 @@ import numpy as np
 from benchmark_data.recorded import BENCHMARKS, FAULT, Data, read
 from dataset_files import Dataset, sha256
 from offline_data import DATASETS
-from utils import UserError, counted, nearest_id
+from utils import UserError, counted, did_you_mean
 
 SAMPLE, TRIED = 2000, 200  # rows that the simulator steps from; those of them that are tried with other actions
 DIFFERS = 1e-2  # a row that misses by more is wrong
@@ -40,9 +40,8 @@ def find_path(given: str | Path, dataset_dir: str | Path | None = None) -> Path:
     if path.exists():
         return path
     if name not in DATASETS:
-        near = nearest_id(name, DATASETS)
-        hint = f"did you mean {near}? Give" if near else "give"
-        raise UserError(f"{path}: no such file or folder, and no dataset id; {hint} a path or an id after --check")
+        hint = did_you_mean(name, DATASETS)
+        raise UserError(f"{path}: no such file or folder, and no dataset id{hint}; give a path or an id after --check")
     place = DATASETS[name].paths(dataset_dir)[0]
     if not place.exists():
         raise UserError(f"{name}: not at {place}; `python make_dataset.py --list` says how to get it")

@@ -125,19 +125,18 @@ def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, over
         experts.read_policy(path)  # else it is told now
     plan = dataclasses.replace(plan, policies=tuple((path.name, sha256(path)) for path in policies))
     target, folder = plan.dataset.paths(dataset_dir)[0], plan.dataset.manifest_path(dataset_dir).parent
-    if _already_made(family, plan, dataset_dir, overwrite):
-        if plan.progress:
-            print(f"{plan.dataset_id}: already at {target}", file=sys.stderr)
-        return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with alone_in(folder):
-            if not _already_made(family, plan, dataset_dir, overwrite):  # nor by the process that this one waited for
-                for path in () if overwrite else plan.dataset.paths(dataset_dir):
-                    if path.is_file() or any(path.rglob("*")):  # perhaps someone's own
-                        fault, remedy = "is there without a complete dataset's manifest", "choose another --dataset_dir"
-                        raise UserError(f"{path} {fault}; move it away, replace it with --overwrite or {remedy}")
-                _write_dataset(family, plan, dataset_dir)
+            if _already_made(family, plan, dataset_dir, overwrite):
+                if plan.progress:
+                    print(f"{plan.dataset_id}: already at {target}", file=sys.stderr)
+                return target
+            for path in () if overwrite else plan.dataset.paths(dataset_dir):
+                if path.is_file() or any(path.rglob("*")):  # perhaps someone's own
+                    fault, remedy = "is there without a complete dataset's manifest", "choose another --dataset_dir"
+                    raise UserError(f"{path} {fault}; move it away, replace it with --overwrite or {remedy}")
+            _write_dataset(family, plan, dataset_dir)
     except OSError as error:
         raise UserError(f"{folder}: cannot write there ({error.strerror}); choose another --dataset_dir") from None
     return target

@@ -11,9 +11,8 @@ from benchmark_data.generation import Family, Plan
 from benchmark_data.maze import HUMANOID_MESSAGE, MazeFamily
 from benchmark_data.walker import WalkerFamily
 from dataset_files import Dataset
-from dmc_utils import BY_SHORT_NAME
 from offline_data import find_dataset
-from utils import UserError, nearest_id
+from utils import UserError, did_you_mean
 
 FAMILIES: tuple[Family, ...] = (MazeFamily(), D4RLFamily(), AntMazeFamily(), WalkerFamily())
 
@@ -28,9 +27,8 @@ def find_family(dataset_id: str) -> Family:
         raise UserError(f"dataset {dataset_id} names the official file; what is made here is local/{dataset_id}")
     if dataset_id.split("/")[-1].startswith("humanoidmaze-"):
         raise UserError(f"dataset {dataset_id}: {HUMANOID_MESSAGE}")
-    nearest = BY_SHORT_NAME.get(f"local/{dataset_id.removeprefix('local/')}") or nearest_id(dataset_id, ids)
-    hint = f"the nearest that can is {nearest!r}; " if nearest else ""
-    raise UserError(f"dataset {dataset_id!r} cannot be made here; {hint}see `python make_dataset.py --list`")
+    hint = did_you_mean(dataset_id, ids)
+    raise UserError(f"dataset {dataset_id!r} cannot be made here{hint}; see `python make_dataset.py --list`")
 
 
 def generate(

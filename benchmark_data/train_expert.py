@@ -18,7 +18,6 @@ the actor's last layer at the start.
 """
 
 import functools
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -206,16 +205,8 @@ class ExpertRun(Run):
             self.bar = bar
             # With reset_num_timesteps=False stable-baselines3 counts from where it stands.
             remaining = self.total - self.step
-            try:
-                self.model.learn(remaining, self.after_step, log_interval=None, reset_num_timesteps=False)
-                self.record()
-            except ValueError:  # torch refuses to sample from NaN
-                loss = self.model.logger.name_to_value.get(LOSSES["critic_loss"], 0.0)
-                if math.isfinite(loss):
-                    raise
-                raise UserError(
-                    f"{self.run_dir}: the critic's loss is {loss} at step {self.step}; lower --lr"
-                ) from None
+            self.model.learn(remaining, self.after_step, log_interval=None, reset_num_timesteps=False)
+            self.record()
 
     def after_step(self, *_: Any) -> bool:
         """stable-baselines3's callback: a step is taken, the transition not yet stored. Returns whether to go on."""
