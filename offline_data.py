@@ -186,11 +186,8 @@ class MinariDataset(Dataset):
         default = Path.home() / ".minari" / "datasets"
         return Path(dataset_dir or os.environ.get("MINARI_DATASETS_PATH") or default).expanduser()
 
-    def ensure(self, dataset_dir: str | os.PathLike | None = None) -> tuple[Path, ...]:
-        """Its folder, filled by Minari where it is missing."""
-        paths = self.paths(dataset_dir)
-        self.read(*paths)
-        return paths
+    def _fetch(self, path: Path) -> None:
+        self.read(path)
 
     def _bad(self, fault: str) -> UserError:
         return UserError(f"dataset {self.id}: {fault}; use another dataset")

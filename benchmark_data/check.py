@@ -34,33 +34,26 @@ OFFICIAL = {
 }
 
 
-def find_path(given: str | Path, dataset_dir: str | Path | None = None) -> Path:
-    """The file or folder to check: a path that is there, else a dataset id's place. Raises UserError for neither."""
+def find(given: str | Path, dataset_dir: str | Path | None = None) -> tuple[Dataset, Path, Path]:
+    """The dataset of an id or path, its file or folder, and their --dataset_dir. Raises UserError for neither."""
     path, name = Path(given), str(given)
-    if path.exists():
-        return path
-    if name not in DATASETS:
+    if name in DATASETS and not path.exists():
+        path = DATASETS[name].paths(dataset_dir)[0]
+        if not path.exists():
+            raise UserError(f"{name}: not at {path}; `python make_dataset.py --list` says how to get it")
+    if not path.exists():
         hint = did_you_mean(name, DATASETS)
         raise UserError(f"{path}: no such file or folder, and no dataset id{hint}; give a path or an id after --check")
-    place = DATASETS[name].paths(dataset_dir)[0]
-    if not place.exists():
-        raise UserError(f"{name}: not at {place}; `python make_dataset.py --list` says how to get it")
-    return place
-
-
-def identify(path: Path) -> tuple[Dataset, Path]:
-    """The dataset of a path, and its --dataset_dir. Raises UserError where the path is no dataset's."""
-    place = path.absolute()
-    dataset = OFFICIAL.get(place.name)
+    dataset = OFFICIAL.get(path.absolute().name)
     if dataset is None:
         raise UserError(
             f"{path}: no dataset's file or folder is called so, and what it should hold is unknown; rename it as "
             "`python make_dataset.py --list` has it"
         )
-    folder = place.parents[len(Path(dataset.files[0]).parts) - 1]
+    folder = path.absolute().parents[len(Path(dataset.files[0]).parts) - 1]
     if folder.name == "local":
-        return DATASETS.get(f"local/{dataset.name}", dataset), folder.parent
-    return dataset, folder
+        return DATASETS.get(f"local/{dataset.name}", dataset), path, folder.parent
+    return dataset, path, folder
 
 
 def check_manifest(data: Data, dataset_dir: Path) -> None:
@@ -220,10 +213,9 @@ def describe(data: Data) -> dict[str, str]:
     return facts
 
 
-def check(path: str | Path) -> Report:
-    """Check a dataset file or folder. Raises UserError for a name that is no dataset's; faults do not raise."""
-    path = Path(path)
-    dataset, dataset_dir = identify(path)
+def check(given: str | Path, dataset_dir: str | Path | None = None) -> Report:
+    """Check a dataset by its id, file or folder. Raises UserError for what is none; faults do not raise."""
+    dataset, path, dataset_dir = find(given, dataset_dir)
     try:
         data = read(path, dataset)
     except UserError as error:
@@ -238,6 +230,6 @@ def check(path: str | Path) -> Report:
 
 def run_check(given: str | Path, dataset_dir: str | Path | None = None) -> int:
     """Check a path or a dataset id and print the report. Returns the exit code: 1 where faults are."""
-    report = check(find_path(given, dataset_dir))
+    report = check(given, dataset_dir)
     print(report.text())
     return 1 if report.faults else 0

@@ -55,21 +55,10 @@ ENVIRONMENTS: dict[str, Callable[[], gymnasium.Env]] = {
     **{f"walker_{task}": functools.partial(dmc_utils.WalkerEnv, task) for task in dmc_utils.TASKS},
 }
 
-_GELU_SCALE = math.sqrt(2 / math.pi)
-
 
 def _gelu_tanh(x: np.ndarray) -> np.ndarray:
     """x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), the form that JAX takes by default."""
-    inner = x * x
-    inner *= 0.044715
-    inner += 1
-    inner *= x
-    inner *= _GELU_SCALE
-    np.tanh(inner, out=inner)
-    inner += 1
-    inner *= x
-    inner *= 0.5
-    return inner
+    return (np.tanh((x * x * 0.044715 + 1) * x * math.sqrt(2 / math.pi)) + 1) * x * 0.5  # this order decides bits
 
 
 ACTIVATIONS = {"gelu_tanh": _gelu_tanh, "relu": lambda x: np.maximum(x, 0)}

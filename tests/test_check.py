@@ -15,7 +15,7 @@ import dmc_utils
 import ogbench_utils
 from benchmark_data import check as check_module
 from benchmark_data import local
-from benchmark_data.check import check, find_path, run_check
+from benchmark_data.check import check, find, run_check
 from benchmark_data.walker import play_episode
 from offline_data import find_dataset
 from utils import UserError
@@ -258,7 +258,7 @@ def test_a_local_dataset_needs_its_manifest(tmp_path):
     with np.load(path) as file:
         np.savez(path, **file)  # not compressed
     assert any("no manifest" in line for line in faults(path))
-    assert find_path("local/pointmaze-medium-stitch-v0", tmp_path) == path
+    assert find("local/pointmaze-medium-stitch-v0", tmp_path)[1:] == (path, tmp_path)
 
 
 @pytest.mark.parametrize(
