@@ -1,6 +1,5 @@
 """Local D4RL datasets: the layout, who acts when, where episodes end, replaying what was recorded, and bad policies."""
 
-import hashlib
 import json
 import re
 
@@ -57,17 +56,10 @@ def replay_file(generate):
 
 def test_bytes_depend_on_the_seed_and_not_on_the_jobs(generate, replay_file, monkeypatch):
     assert generate(REPLAY, 1500, jobs=2).read_bytes() == replay_file.read_bytes()
-    other = load_arrays(generate(REPLAY, 100, seed=1))["observations"]
-    assert not np.array_equal(other, load_arrays(replay_file)["observations"][:100])
-
-
-def test_the_manifest_tells_how_it_was_made(replay_file, experts_dir):
     with h5py.File(replay_file) as file:
         assert "policy" not in file["metadata"]  # more than one acted
-    manifest = DATASETS[REPLAY].manifest(replay_file.parent.parent)
-    assert (manifest["transitions"], manifest["episodes"]) == (1500, len(episode_ends(load_arrays(replay_file))))
-    for name, digest in manifest["policies"].items():
-        assert hashlib.sha256((experts_dir / name).read_bytes()).hexdigest() == digest
+    other = load_arrays(generate(REPLAY, 100, seed=1))["observations"]
+    assert not np.array_equal(other, load_arrays(replay_file)["observations"][:100])
 
 
 @pytest.mark.parametrize("size, episodes, whole", [(1500, 2, 1), (50, 1, 1), (2000, 2, 2)])
@@ -118,13 +110,6 @@ def test_medium_is_the_first_half_of_medium_expert(generate):
     medium, both = (load_arrays(generate(f"local/hopper-{level}-v2", 400)) for level in ("medium", "medium-expert"))
     for key in ("observations", "actions", "rewards"):
         np.testing.assert_array_equal(medium[key][:200], both[key][:200])
-
-
-def test_every_generated_id_has_a_recipe():
-    for name in D4RLFamily.ids:
-        parts = recipe_parts(DATASETS[name])
-        ends = [part.end for part in parts]
-        assert ends[-1] == 1.0 and ends == sorted(set(ends)) and ends[0] > 0
 
 
 def test_replay_covers_training_in_its_order():

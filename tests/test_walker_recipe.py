@@ -5,6 +5,7 @@ import pytest
 
 from benchmark_data import experts, generation, walker
 from benchmark_data.walker import SHARES, WalkerFamily, play_episode, snapshot_steps
+from dataset_files import sha256
 from dmc_utils import DATASETS, GENERATED_IDS, WalkerEnv, load_episodes
 
 FAMILY = WalkerFamily()
@@ -74,7 +75,7 @@ def test_manifest(made, experts_dir):
     assert (manifest["id"], manifest["seed"], manifest["num_episodes"]) == (REPLAY, 0, 3)
     assert (manifest["episodes"], manifest["transitions"]) == (3, 3000)
     assert manifest["returns"] == pytest.approx(experts.describe_returns(returns))
-    assert set(manifest["policies"]) == {path.name for path in FAMILY.policies(REPLAY, experts_dir)}
+    assert manifest["policies"] == {path.name: sha256(path) for path in FAMILY.policies(REPLAY, experts_dir)}
     assert "trained with SAC" in manifest["recipe"] and "td3" in manifest["recipe"]
 
 
