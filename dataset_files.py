@@ -55,11 +55,6 @@ class Dataset(abc.ABC):
     def files(self) -> tuple[str, ...]:
         """Names of the files, below the folder."""
 
-    @property
-    def generated(self) -> bool:
-        """Whether make_dataset.py has a recipe for `local/<name>`."""
-        return f"local/{self.name}" in self.RECIPES
-
     @abc.abstractmethod
     def read(self, path: Path) -> Any:
         """Read and check one of the files; raises UserError."""
@@ -115,10 +110,6 @@ class Dataset(abc.ABC):
                 if not path.exists():
                     self._fetch(path)
         elif self.manifest(dataset_dir) is None:
-            if not self.generated:
-                raise UserError(
-                    f"{self.id}: not at {paths[0]}, and make_dataset.py has no recipe for it; use {self.name}"
-                )
             flag = f" --dataset_dir {dataset_dir}" if dataset_dir else ""
             command = f"python make_dataset.py --dataset {self.file_id}{flag}"
             raise UserError(f"{self.id}: no complete dataset at {paths[0]}; make it with `{command}`")
@@ -126,7 +117,7 @@ class Dataset(abc.ABC):
 
     def _fetch(self, path: Path) -> None:
         advice = f"put {path.name} into {path.parent} by hand"
-        if self.generated:
+        if f"local/{self.name}" in self.RECIPES:
             advice += f", or use local/{self.name}, which is made on this machine"
         download(f"{self.url}/{path.name}", path, self.read, advice)
 

@@ -62,7 +62,7 @@ def print_list(dataset_dir: str | None) -> None:
     command = "python make_dataset.py --dataset <id>" + (f" --dataset_dir {dataset_dir}" if dataset_dir else "")
     sections = []
     for title, datasets, source in BENCHMARKS:
-        made = [dataset for dataset in datasets.values() if dataset.local and dataset.generated]
+        made = [dataset for dataset in datasets.values() if dataset.local]
         official = [dataset for dataset in datasets.values() if not dataset.local]
         sections.append(section(f"{title}, made here", command, made, dataset_dir))
         for url in dict.fromkeys(dataset.url for dataset in official):

@@ -119,14 +119,13 @@ class MazeDataset(Dataset):
         return make_env(self.id, **kwargs)
 
 
-DATASETS = {
-    prefix + name: MazeDataset(prefix + name)
-    for prefix in ("", "local/")
+OFFICIAL_IDS = tuple(
+    f"{maze_env}-{size}-{task_type}-v0"
     for maze_env, sizes in _PUBLISHED.items()
     for size, task_types in sizes.items()
-    for name in (f"{maze_env}-{size}-{task_type}-v0" for task_type in task_types)
-}
-DATASETS |= {name: MazeDataset(name) for name in GENERATED_IDS if name not in DATASETS}
+    for task_type in task_types
+)
+DATASETS = {dataset_id: MazeDataset(dataset_id) for dataset_id in OFFICIAL_IDS + GENERATED_IDS}
 
 
 def parse_dataset_id(dataset_id: str) -> MazeDataset:

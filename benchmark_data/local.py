@@ -56,6 +56,6 @@ def generate(
 def generate_if_missing(dataset_id: str, dataset_dir: str | os.PathLike | None = None, jobs: int = 1) -> Dataset:
     """The dataset of an id, made first where it is a local one that is missing. Raises UserError as `generate`."""
     dataset = find_dataset(dataset_id)
-    if dataset.local and dataset.generated and dataset.manifest(dataset_dir) is None:
+    if dataset.local and dataset.manifest(dataset_dir) is None:
         generate(dataset.file_id, dataset_dir=dataset_dir, jobs=jobs)
     return dataset

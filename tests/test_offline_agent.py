@@ -217,7 +217,7 @@ def test_state_loss_equals_a_loop_and_weighs_what_gets_nearer():
 
 def test_the_weights_of_a_giant_maze_do_not_vanish_where_the_goal_is_far():
     """A perfect V, 1,000 steps from the goal: who comes a step nearer in one step has weight 1."""
-    config = resolve(OfflineTrainerConfig(dataset="local/pointmaze-giant-navigate-v0"))
+    config = resolve(OfflineTrainerConfig(dataset="pointmaze-giant-navigate-v0"))
     agent = make_agent(discount=config.discount)
     agent.target = SimpleNamespace(v=lambda z, goal: config.discount ** (z[..., 0] - 1))
     left = torch.tensor([1000.0, 999.0, 998.0]).view(1, 3, 1)
