@@ -59,10 +59,6 @@ class UserError(Exception):
         return self.where + (f": {self.fault}" if self.fault else "") + (f"; {self.remedy}" if self.remedy else "")
 
 
-class RunExists(UserError):
-    """The directory holds a run that this one may not continue."""
-
-
 class RunLocked(UserError):
     """Another process trains in the run's directory."""
 

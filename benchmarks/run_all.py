@@ -74,9 +74,7 @@ class Part:
 # In the order of what a GPU's minutes should go to first.
 PARTS = {
     "gpu_tests": Part("-m pytest", "", cpu=None),
-    "pogo": Part(
-        "bench_pogo.py", "--transitions 300 --batch_size 8 --max_actors 1 --seconds 0 --repeats 1 --num_seeds 2"
-    ),
+    "pogo": Part("bench_pogo.py", "--transitions 300 --batch_size 8 --max_actors 1 --seconds 0 --repeats 1"),
     "algorithms": Part(
         "bench_algorithms.py",
         "--transitions 300 --seconds 0 --turns 1 --checked 1 --algorithms td3_bc",

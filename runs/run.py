@@ -52,7 +52,6 @@ class Run(contextlib.AbstractContextManager):
     step: int  # updates, or what else rows of metrics.csv count
     q_bound = math.inf  # mean Q beyond this, either way, has diverged: see `largest_q`
     best_value = math.inf  # mean Q of the data's actions above this overrates them: see `data_values`
-    prefix = ""  # of what the run prints
 
     def __init__(self, config: RunConfig):
         self.preflight(config)  # before the data is made or loaded
@@ -89,7 +88,7 @@ class Run(contextlib.AbstractContextManager):
         if checkpoint is not None:
             self.load(checkpoint)
             self.saved_step = self.step
-            print(f"{self.prefix}continues from step {self.step:,}")
+            print(f"continues from step {self.step:,}")
         trackers = (config.tensorboard, config.wandb_project, config, self.wandb_labels())
         (self.run_dir / FAILURE).unlink(missing_ok=True)
         self.logger = MetricLogger(self.log_dir(), self.step if checkpoint else None, *trackers)
@@ -106,17 +105,20 @@ class Run(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def telling_what_is_kept(self) -> Iterator[None]:
-        """Give a Ctrl-C inside the words on what it leaves of the run. Of several runs, those of one that was saved."""
+        """Give a Ctrl-C inside the words on what it leaves of the run."""
         try:
             yield
         except KeyboardInterrupt as interrupt:
-            saved, step, whose = self.checkpoint.exists(), self.saved_step, self.prefix
+            saved = self.checkpoint.exists()
             if (self.run_dir / "finished.json").exists():
-                interrupt.args = interrupt.args or (f"the run was finished, see {self.run_dir}",)
-            elif saved or not interrupt.args:
-                at = "" if step is None else f", of step {step:,},"
-                words = f"{whose}the last checkpoint{at} is kept; the same command with --resume continues from it"
-                interrupt.args = (words if saved else "nothing was saved yet; the same command starts again",)
+                words = f"the run was finished, see {self.run_dir}"
+            elif saved:
+                at = "" if self.saved_step is None else f", of step {self.saved_step:,},"
+                words = f"the last checkpoint{at} is kept; the same command with --resume continues from it"
+            else:
+                words = "nothing was saved yet; the same command starts again"
+            if saved or not interrupt.args:
+                interrupt.args = (words,)
             raise
 
     def is_save_due(self) -> bool:
@@ -213,7 +215,7 @@ class Run(contextlib.AbstractContextManager):
         """
         if metrics.get("q_data", -math.inf) > self.best_value:
             warn(
-                f"{self.prefix}Q of the data's actions is {metrics['q_data']:.4g} at update {self.step}, and no return "
+                f"Q of the data's actions is {metrics['q_data']:.4g} at update {self.step}, and no return "
                 f"of the data is above {self.best_value:.4g}: actor 0 is not to be trusted, its weight is too small"
             )
             self.best_value = math.inf
