@@ -126,11 +126,6 @@ def test_the_schedule_is_geomloss_at_powers_of_two(diameter):
     assert torch.allclose(sinkhorn(x, y, 0.05, "fused", diameter), geomloss(x, y, 0.05, diameter), rtol=1e-9)
 
 
-def test_geomloss_takes_clouds_of_different_sizes():
-    x, y = cloud(3, 4, 2, seed=1), cloud(3, 5, 2, seed=2)
-    assert torch.equal(sinkhorn(x, y), geomloss(x, y))
-
-
 # --- the optimal assignment ------------------------------------------------------------------------------------------
 
 
@@ -408,7 +403,6 @@ def test_l2_is_the_mean_over_elements():
         ((5, 4, 6), (1, 4, 6), "tensorized"),
         ((5, 4, 6), (5, 4, 1), "exact"),
         ((3, 4, 2), (3, 5, 2), "fused"),
-        ((3, 4, 2), (3, 5, 2), "exact"),
         ((2, 11, 3), (2, 11, 3), "exact"),
     ],
 )
