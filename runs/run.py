@@ -16,10 +16,9 @@ from model_kernels import KernelConfig, use_kernels
 from runs import directory
 from runs.cli import check_ranges, marked
 from runs.metrics import MetricLogger
-from utils import MAY_CHANGE, Basic, MayChange, RandomStreams, UserError, Whole, resolve_device, warn, write_text_atomic
+from utils import MAY_CHANGE, Basic, MayChange, RandomStreams, UserError, Whole, resolve_device, warn
 
 SAVE_SECONDS = 60.0  # after which the next row of metrics is saved too, where evaluations lie farther apart
-FAILURE = "failure.txt"  # why a run stopped before its end, in its directory
 
 
 @dataclass
@@ -90,7 +89,6 @@ class Run(contextlib.AbstractContextManager):
             self.saved_step = self.step
             print(f"continues from step {self.step:,}")
         trackers = (config.tensorboard, config.wandb_project, config, self.wandb_labels())
-        (self.run_dir / FAILURE).unlink(missing_ok=True)
         self.logger = MetricLogger(self.log_dir(), self.step if checkpoint else None, *trackers)
         self.resources.callback(self.logger.close)
         self.started(self.step if checkpoint else None)
@@ -209,7 +207,7 @@ class Run(contextlib.AbstractContextManager):
             self.load_state(path, state)
 
     def check_metrics(self, metrics: dict[str, float], remedy: str = "lower the learning rates") -> None:
-        """UserError where the run has diverged, whose text stays in the directory as failure.txt.
+        """UserError where the run has diverged.
 
         A word, once, where the mean Q of the data's actions has passed every return that the data hold.
         """
@@ -226,9 +224,7 @@ class Run(contextlib.AbstractContextManager):
             fault = f"{name} is {value:.4g} at update {self.step}"
             if finite:
                 fault += f", beyond the limit of {self.q_bound:.4g} (--q_limit)"
-            error = UserError(self.run_dir, fault, remedy)
-            write_text_atomic(self.run_dir / FAILURE, f"{error}\n")
-            raise error
+            raise UserError(self.run_dir, fault, remedy)
 
 
 def part_of(total: int, done: int) -> str:
