@@ -97,7 +97,7 @@ WEIGHTS = {
     "w2_weights_base": tuple[float, float],
     "w2_weights_third": tuple[float, ...],
 }
-DECIDED_HERE = RESERVED | {"w2_weights", "env", "algorithm", "num_actors", "name", "evaluate_episodes", "evaluate_seed"}
+DECIDED_HERE = RESERVED | {"w2_weights", "env", "algorithm", "num_actors", "name", "evaluate_episodes"}
 POGO = "pogo"
 COMMANDS = {POGO: ("pogo_main", POGORun)} | dict.fromkeys(
     pogo_multi_main.ALGORITHMS, ("algorithms.offline.pogo_multi_main", pogo_multi_main.MultiRun)

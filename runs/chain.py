@@ -33,7 +33,7 @@ from runs.metrics import EpisodeLog, RunningMeans, read_metrics
 from runs.plots import plot_chain_curves
 from runs.run import DeviceRunConfig, Run, largest_q, part_of
 from transport import MAX_EXACT
-from utils import Basic, Count, MayChange, Positive, RandomStreams, UserError, Whole, Workers, counted, progress
+from utils import Basic, Count, MayChange, Positive, RandomStreams, UserError, Workers, counted, progress
 
 MODES = ("deterministic", "stochastic")
 Act = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of observations [..., D] and noise z [..., A]; z = 0: mode
@@ -58,7 +58,6 @@ class ChainRunConfig(DeviceRunConfig):
     checkpoint_dir: str | None = None  # keep checkpoints under this folder, in folders named as under logs/
     evaluate: MayChange[str | None] = None  # train nothing: score the actors of this last.pth, or run's directory
     evaluate_episodes: MayChange[Count | None] = None  # episodes of --evaluate; default: as many as at the run's end
-    evaluate_seed: MayChange[Whole | None] = None  # seed of --evaluate's episodes; default: those of the run's end
 
 
 class ChainRun(Run):

@@ -64,7 +64,6 @@ def evaluate_again(config: ChainRunConfig, make_actors: MakeActors, command: str
     at_once = episodes  # as the run had, so that the noise is the same
     if config.evaluate_episodes is not None:
         runs, episodes, at_once = 1, config.evaluate_episodes, min(config.evaluate_episodes, episodes)
-    seed = seed if config.evaluate_seed is None else config.evaluate_seed
     first, seeds = final_seeds(RandomStreams(seed, policy.mean.device), runs * episodes)
     environment = functools.partial(make_env, policy.env, config.dataset_dir)
     acting = (policy.actors, policy.action_dim, policy.mean, policy.std)

@@ -353,8 +353,7 @@ def test_a_file_is_evaluated_as_its_run_evaluated_it(finished, arguments, tmp_pa
     assert "--evaluate_episodes 0" in exits(capsys, *flags, "--evaluate_episodes", 0)
     few = pogo_main.main([*flags, "--eval_workers", "0", "--evaluate_episodes", "3"])
     assert "3 episodes:" in capsys.readouterr().out
-    other = pogo_main.main([*flags, "--eval_workers", "0", "--evaluate_episodes", "3", "--evaluate_seed", "5"])
-    assert few.keys() == figures.keys() and few != other
+    assert few.keys() == figures.keys() and few != figures
     (tmp_path / "policy.pth").write_bytes(b"nothing")
     assert "policy.pth" in exits(capsys, *flags)
     save_checkpoint(tmp_path / "policy.pth", {"a": 1})
