@@ -196,14 +196,9 @@ class Run(contextlib.AbstractContextManager):
         return {name: value for name, value in directory.plain_config(self.config).items() if name not in others}
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint; UserError where it is damaged, another run's or another model's."""
-        state, own = directory.load_checkpoint(path, self.device), self.model_config()
+        """Continue from a checkpoint; UserError where it is damaged or another model's."""
+        state = directory.load_checkpoint(path, self.device)
         with directory.expecting(path, "a checkpoint of this model", "choose another --run_dir"):
-            theirs = state["config"]
-            other = next((name for name in own if theirs.get(name) != own[name]), None)
-            if other is not None:
-                fault = f"checkpoint of another run ({other} {theirs.get(other)}, here {own[other]})"
-                raise UserError(path, fault, "choose another --run_dir or --checkpoint_dir")
             self.load_state(path, state)
 
     def check_metrics(self, metrics: dict[str, float], remedy: str = "lower the learning rates") -> None:

@@ -297,12 +297,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(arguments, tmp_path):
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_bad_settings_name_the_flag(arguments, tmp_path, capsys, monkeypatch):
-    choices = {"q_normalization": "batch", "td_actor": "target", "sinkhorn_backend": "exact", "blur_relative": "spread"}
-    choices["w2_noise"] = "debiased"
-    for name, choice in choices.items():
-        line = exits(capsys, *arguments(tmp_path / "run"), f"--{name}", "nothing")
-        assert f"--{name} nothing" in line and choice in line
+def test_bad_settings_name_the_flag(arguments, tmp_path, capsys):
     for weights in (["-1"], ["inf"], ["nan", "1"], ["0.4,-1"], ["0.4,x"]):
         assert "--w2_weights" in exits(capsys, *arguments(tmp_path / "run"), "--w2_weights", *weights)
     line = exits(capsys, *arguments(tmp_path / "run", w2_noise="debiased"), "--sinkhorn_K", 1)
@@ -311,9 +306,6 @@ def test_bad_settings_name_the_flag(arguments, tmp_path, capsys, monkeypatch):
     assert "--sinkhorn_K 11: --sinkhorn_backend exact takes at most 10" in line
     if importlib.util.find_spec("pykeops") is None:
         assert "needs pykeops" in exits(capsys, *arguments(tmp_path / "run"), "--sinkhorn_backend", "online")
-    monkeypatch.setattr(chain.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "needs a C++ compiler" in exits(capsys, *arguments(tmp_path / "run"), "--sinkhorn_backend", "online")
     assert "did you mean 'hopper-medium-v2'" in exits(capsys, *arguments(tmp_path / "run"), "--env", "hoper-medium-v2")
     assert not (tmp_path / "run").exists()
 
@@ -324,12 +316,6 @@ def test_a_checkpoint_of_another_run_is_not_taken(arguments, tmp_path, capsys):
     pogo_main.main([*arguments(tmp_path / "first", discount=0.5), *shared])
     line = exits(capsys, *arguments(tmp_path / "second", "--resume", discount=0.9), *shared)
     assert "another run" in line and not (tmp_path / "second").exists()
-    shutil.copytree(tmp_path / "first", tmp_path / "second")
-    (tmp_path / "second/finished.json").unlink()
-    text = (tmp_path / "second/config.yaml").read_text().replace("discount: 0.5", "discount: 0.9")
-    (tmp_path / "second/config.yaml").write_text(text)
-    line = exits(capsys, *arguments(tmp_path / "second", "--resume", discount=0.9), *shared)
-    assert "another run (discount 0.5, here 0.9)" in line
     assert "--no_save_model" in exits(capsys, *arguments(tmp_path / "third", "--resume", "--no_save_model"))
 
 
