@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shlex
 import shutil
 import sys
 from dataclasses import replace
@@ -549,7 +548,6 @@ exits = functools.partial(error_line, online_trainer.main)
 
 def test_bad_settings_name_the_flag(arguments, tmp_path, capsys):
     run = tmp_path / "run"
-    assert "--acting walk" in exits(capsys, *arguments(run, acting="walk"))
     line = exits(capsys, *arguments(run, max_episodes=0, inverse_dynamics_data="online"))
     assert "--max_episodes 0" in line and "--inverse_dynamics_data" in line
     assert "sum to 1" in exits(capsys, *arguments(run, p_self=0.1, p_future=0.1, p_random=0.1))
@@ -561,10 +559,7 @@ def test_a_missing_pretrained_model_names_the_command_that_makes_it(arguments, t
     absent, run = tmp_path / "absent", tmp_path / "run"
     line = exits(capsys, *arguments(run, offline_run_dir=absent, seed=3))
     assert str(absent / "checkpoints/last.pth") in line
-    program, script, *flags = shlex.split(line.split("`")[1])
-    assert (program, script) == ("python", "offline_trainer.py")
-    command = parse_config(offline_trainer.OfflineTrainerConfig, flags)
-    assert (command.dataset, command.run_dir, command.seed) == (DATASET, str(absent), 3)
+    assert f"`python offline_trainer.py --dataset {DATASET} --seed 3`" in line
     assert not run.exists()
 
 
