@@ -32,7 +32,7 @@ DATA_FLAGS = ("dataset", "env", "USE_DATASET_STR")  # of OPSO, POGO and the walk
 def run_cli(main: Callable[[list[str] | None], None]) -> None:
     """Call `main(None)` and turn the failures that a user can mend into one line.
 
-    A KeyboardInterrupt may bring words on what is left: see `Run.telling_what_is_kept`.
+    A KeyboardInterrupt may bring words on what is left.
 
     Exit codes: 2 for bad input, a file that cannot be used or a full disk, 3 for a run that another process has, 1
     for a process that died, 130 for Ctrl-C, 0 for a run that was finished already. Any other exception is a defect of

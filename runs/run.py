@@ -4,7 +4,6 @@ import abc
 import contextlib
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,27 +52,26 @@ class Run(contextlib.AbstractContextManager):
     best_value = math.inf  # mean Q of the data's actions above this overrates them: see `data_values`
 
     def __init__(self, config: RunConfig):
-        self.preflight(config)  # before the data is made or loaded
-        self.config, self.device = config, self.choose_device(config)
+        self.check(config)
         self.run_dir, self.checkpoint = self.default_run_dir(config), self.checkpoint_path(config)
+        # Whether the run may begin or go on, before the data is made or loaded, and without writing anything.
+        directory.check_run(self.run_dir, config, self.may_change(config), self.checkpoint)
+        for folder in filter(Path.is_dir, {self.run_dir.resolve(), self.checkpoint.parent}):
+            with directory.lock_run(folder):
+                pass
+        self.config, self.device = config, self.choose_device(config)
         self.data_facts: dict[str, Any] = {}  # of the data that is loaded, for versions.json (`offline_data.made_here`)
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
-        self.saved_step: int | None = None  # of the last checkpoint, once this process has read or written one
-        self.resources.enter_context(self.telling_what_is_kept())
         with contextlib.ExitStack() as opening:
             opening.push(self)  # closes it, unless all went well
-            try:
-                self.load_data()
-            except KeyboardInterrupt as interrupt:
-                interrupt.args = (
-                    "nothing was saved, and data that was being made is lost; the same command starts again",
-                )
-                raise
+            self.load_data()
             self.open()
             opening.pop_all()
 
-    def __exit__(self, *error: Any) -> None:
-        self.resources.__exit__(*error)
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            error.args = ("the same command with --resume continues from the last checkpoint, if one was saved",)
+        self.close()
 
     def open(self) -> None:
         """Lock the directory, build what is trained, continue from the checkpoint if there is one, open the log."""
@@ -86,7 +84,6 @@ class Run(contextlib.AbstractContextManager):
         self.build()
         if checkpoint is not None:
             self.load(checkpoint)
-            self.saved_step = self.step
             print(f"continues from step {self.step:,}")
         trackers = (config.tensorboard, config.wandb_project, config, self.wandb_labels())
         self.logger = MetricLogger(self.log_dir(), self.step if checkpoint else None, *trackers)
@@ -98,26 +95,8 @@ class Run(contextlib.AbstractContextManager):
         """Save it. A save between evaluations is due a minute later, or when a large one takes 5% of the time."""
         began = time.monotonic()
         directory.save_checkpoint(self.checkpoint, state)
-        self.saved_step, ended = self.step, time.monotonic()
+        ended = time.monotonic()
         self.save_at = ended + max(SAVE_SECONDS, 20 * (ended - began))
-
-    @contextlib.contextmanager
-    def telling_what_is_kept(self) -> Iterator[None]:
-        """Give a Ctrl-C inside the words on what it leaves of the run."""
-        try:
-            yield
-        except KeyboardInterrupt as interrupt:
-            saved = self.checkpoint.exists()
-            if (self.run_dir / "finished.json").exists():
-                words = f"the run was finished, see {self.run_dir}"
-            elif saved:
-                at = "" if self.saved_step is None else f", of step {self.saved_step:,},"
-                words = f"the last checkpoint{at} is kept; the same command with --resume continues from it"
-            else:
-                words = "nothing was saved yet; the same command starts again"
-            if saved or not interrupt.args:
-                interrupt.args = (words,)
-            raise
 
     def is_save_due(self) -> bool:
         """Asked where a row of metrics ends, from where a run can go on."""
@@ -126,16 +105,6 @@ class Run(contextlib.AbstractContextManager):
     def close(self) -> None:
         """Release the directory, the environments and the log; closing twice is harmless."""
         self.resources.close()
-
-    @classmethod
-    def preflight(cls, config: RunConfig) -> None:
-        """Whether this run may begin or go on, without writing anything; UserError or RunFinished says why not."""
-        cls.check(config)
-        run_dir, checkpoint = cls.default_run_dir(config), cls.checkpoint_path(config)
-        directory.check_run(run_dir, config, cls.may_change(config), checkpoint)
-        for folder in filter(Path.is_dir, {run_dir.resolve(), checkpoint.parent}):
-            with directory.lock_run(folder):
-                pass
 
     @classmethod
     def choose_device(cls, config: DeviceRunConfig) -> torch.device:
