@@ -141,7 +141,6 @@ def test_bad_settings_name_the_flag(dataset_dir, tmp_path, capsys):
 def test_bad_datasets_are_named(tmp_path, capsys):
     run = ("--run_dir", str(tmp_path / "run"), *TINY)
     assert "antmaze-medium-navigate-v0" in exits(capsys, "--dataset", "antmaze-medium-navigat-v0", *run)
-    exits(capsys, "--dataset", "../../etc/passwd", *run)
     assert "no recipe" in exits(capsys, "--dataset", "local/antmaze-giant-navigate-v0", *run)
     official = DATASET.removeprefix("local/")
     for name in (official, f"{official}-val"):

@@ -419,13 +419,6 @@ def test_the_offline_regime_reads_them_for_the_inverse_dynamics_alone(arguments,
     assert "loss is nan" in line and "--lr" in line and not (tmp_path / "nan/best_model.pth").exists()
 
 
-@pytest.mark.parametrize("acting", ["value", "proposer"])
-def test_it_acts_without_search(arguments, tmp_path, acting):
-    train(arguments(tmp_path / "run", acting=acting, max_episodes=3, random_steps=0))
-    state = last(tmp_path / "run")
-    assert state["episodes"] == 3 and state["replay"]["lengths"].tolist() == [STEPS] * 3
-
-
 # -- episodes ---------------------------------------------------------------------------------------------------------
 
 
@@ -611,7 +604,6 @@ def test_what_cannot_be_resumed_is_refused(finished, arguments, tmp_path, capsys
     shutil.copytree(finished, run)
     (run / "finished.json").unlink()
     assert "--resume" in exits(capsys, *arguments(run))
-    assert "horizon" in exits(capsys, *arguments(run, "--resume", horizon=6))
     settings = (run / "config.yaml").read_bytes()
     with lock_run(run):
         assert "another process" in exits(capsys, *arguments(run, "--resume", device="auto"), code=3)

@@ -432,11 +432,8 @@ def test_what_cannot_be_resumed_is_refused(finished, arguments, tmp_path, capsys
     line = exits(capsys, *arguments(run, "--resume", max_timesteps=20))
     assert "max_timesteps was 12 and is now 20; a run cannot be made longer or shorter" in line
     assert "or replace the run with --overwrite" in line
-    assert "batch_size" in exits(capsys, *arguments(run, "--resume", batch_size=9))
     path = run / "checkpoints/last.pth"
     state = load_checkpoint(path)
-    save_checkpoint(path, state | {"observation_mean": state["observation_mean"] + 1})
-    assert "other data" in exits(capsys, *arguments(run, "--resume"))
     save_checkpoint(path, {key: value for key, value in state.items() if key != "agent"})
     assert "not a checkpoint" in exits(capsys, *arguments(run, "--resume"))
     line = exits(capsys, "--resume", "--run_dir", tmp_path / "rum")  # and no other word of what is to be trained
