@@ -215,8 +215,6 @@ def make_runs(where: str, config: RunComparisonConfig, settings: Settings, algor
     """A run for each seed, its settings checked as its command checks them; UserError in one line."""
     if config.max_timesteps is not None:
         settings = settings | {"max_timesteps": config.max_timesteps}
-    if settings.get("save_model") is False:
-        raise UserError(f"{where}: save_model: a run without checkpoints cannot be continued; leave it out")
     for name in ("checkpoint_dir", "load_model"):
         if settings.get(name):
             settings[name] = str(Path(settings[name]).expanduser().resolve())  # a Ray task runs in another folder

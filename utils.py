@@ -283,7 +283,7 @@ class ReplayBuffer:
 
     observations, next_observations [N, observation_dim]; actions [N, action_dim]; rewards, terminated, truncated [N].
     The two ends are kept apart: bootstrap through `truncated` only. An array that is float32 on the device already is
-    shared, so that writing into one changes both. Raises ValueError where the row counts differ.
+    shared, so that writing into one changes both.
     """
 
     FIELDS = ("observations", "actions", "rewards", "next_observations", "terminated", "truncated")
@@ -292,8 +292,6 @@ class ReplayBuffer:
         self.device = torch.device(device)
         values = (observations, actions, rewards, next_observations, terminated, truncated)
         for name, value in zip(self.FIELDS, values, strict=True):
-            if len(value) != len(observations):
-                raise ValueError(f"{name} has {len(value)} rows, expected {len(observations)}")
             setattr(self, name, torch.as_tensor(value, dtype=torch.float32, device=self.device))
 
     def __len__(self) -> int:
@@ -344,8 +342,6 @@ class EpisodeReplay:
     def add(self, states: torch.Tensor, actions: torch.Tensor) -> None:
         """One episode, over the oldest: states [T + 1, state_dim], actions [T, action_dim], 1 <= T <= max_steps."""
         steps = len(actions)
-        if len(states) != steps + 1 or not 1 <= steps < self.width:
-            raise ValueError(f"{len(states)} states and {steps} actions are no episode of 1 to {self.width - 1} steps")
         slot = self.added % self.num_episodes
         first = slot * self.width
         self.states[first : first + steps + 1] = states
@@ -362,9 +358,7 @@ class EpisodeReplay:
         return {"added": self.added, "lengths": torch.tensor(self.lengths), **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the episodes; raises ValueError for another capacity or other row shapes."""
-        if len(state["lengths"]) != self.num_episodes or state["states"].shape[1] != self.states.shape[1]:
-            raise ValueError("the stored episodes have another number of slots or other row shapes")
+        """Restore the episodes of a replay of the same sizes."""
         self.added, self.lengths = int(state["added"]), [int(length) for length in state["lengths"]]
         for slot, length in enumerate(self.lengths):
             self.episode_end[slot * self.width : slot * self.width + length + 1] = slot * self.width + length

@@ -280,7 +280,6 @@ BAD = [
     ("environments: {hopper: {medium: {w2_weights_base: [1, 2]}}}", "medium", "both w2_weights_base and"),
     ("common: {lr: 1e-3, learning_rate: 2e-3}", "common: learning_rate stands twice", "under another name"),
     ("common: {seeds: []}", "environments.hopper.medium: an empty list of seeds", "leave"),
-    ("common: {save_model: false}", "hopper.medium: save_model", "cannot be continued"),
 ]
 
 

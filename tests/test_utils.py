@@ -55,7 +55,6 @@ class RunConfig(SmallConfig):
         ([], {}),
         (["--lr", "-1e-3", "--seed=7"], {"lr": -1e-3, "seed": 7}),
         (["--resume", "--no_normalize"], {"resume": True, "normalize": False}),
-        (["--no_resume=false", "--no_normalize=True"], {"resume": True, "normalize": False}),
         (["--resume", "True", "--normalize", "false"], {"resume": True, "normalize": False}),
         (["--limit", "3"], {"limit": 3}),
         (["--limit", "3", "--limit", "None"], {"limit": None}),
@@ -91,6 +90,7 @@ def test_yaml_lies_between_defaults_and_flags(tmp_path):
         (["--mode", "exact"], ["--mode", "sinkhorn, gaussian"]),
         (["--w2_weights", "[0.1, x]"], ["--w2_weights", "a number"]),
         (["--resume", "yes"], ["--resume takes true, false or no value"]),
+        (["--no_resume=false"], ["--resume takes true, false or no value"]),
         (["stray"], ["stray"]),
     ],
 )
@@ -258,8 +258,6 @@ def test_batches_are_rows_that_follow_the_generator():
     for name, values in zip(ReplayBuffer.FIELDS, rows, strict=True):
         assert torch.equal(batch[name], torch.tensor(values, dtype=torch.float32)[batch["rewards"].long()]), name
         assert torch.equal(batch[name], same[name])
-    with pytest.raises(ValueError, match="actions has 9 rows"):
-        ReplayBuffer(rows[0], rows[1][:9], *rows[2:])
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
