@@ -130,7 +130,6 @@ def read_sinkhorn(where: str, values: Any, hints: Settings) -> Settings:
 
 def read_entries(path: Path, environments: Any, usual: str) -> Iterator[tuple[str, str, Settings, str]]:
     """Of each entry: its place in the file, dataset id, itself without `algorithm`, and that. Raises UserError."""
-    check_keys(f"{path}: environments", environments, environments)
     for environment, datasets in environments.items():
         where = f"{path}: environments.{environment}"
         check_keys(where, datasets, datasets)
@@ -182,10 +181,8 @@ def shipped_settings(algorithm: str, dataset_id: Any) -> Settings:
 def expand(config: RunComparisonConfig) -> Table:
     """The runs that a comparison's file and flags ask for, in the file's order. Raises UserError in one line."""
     path = Path(config.config)
-    sections = load_yaml(path)
-    check_keys(f"{path}", sections, SECTIONS)
+    sections = check_values(path, load_yaml(path), dict.fromkeys(SECTIONS, dict | None))
     common, sinkhorn, environments = (sections.get(name) or {} for name in SECTIONS)
-    check_keys(f"{path}: common", common, common)
     entries = list(read_entries(path, environments, common.pop("algorithm", POGO)))
     if not entries:
         raise UserError(f"{path}: environments names no datasets; see docs/comparison.md")

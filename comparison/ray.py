@@ -37,7 +37,6 @@ class RayPool(Pool):
 
     def __init__(self, address: str, jobs: int | None, cpus: int, gpus: float | None):
         super().__init__(jobs)
-        check_gpus(gpus)
         try:
             import ray
         except ImportError:

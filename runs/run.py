@@ -13,7 +13,7 @@ import torch
 
 from model_kernels import KernelConfig, use_kernels
 from runs import directory
-from runs.cli import check_ranges, marked
+from runs.cli import marked
 from runs.metrics import MetricLogger
 from utils import MAY_CHANGE, Basic, MayChange, RandomStreams, UserError, Whole, resolve_device, warn
 
@@ -28,10 +28,6 @@ class RunConfig:
     overwrite: Basic[bool] = False  # replace the run that is in the directory by a new one
     tensorboard: MayChange[bool] = True  # write TensorBoard events
     wandb_project: MayChange[str | None] = None  # also log to Weights & Biases (requirements/tracking.txt)
-
-    def __post_init__(self):
-        """Raises UserError for a number outside its range."""
-        check_ranges(self)
 
 
 @dataclass
