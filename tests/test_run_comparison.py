@@ -336,7 +336,7 @@ def test_a_run_that_cannot_have_its_data_fails_alone(place, capsys):
     with pytest.raises(SystemExit):
         place.run()
     said = capsys.readouterr().out
-    assert "hopper-medium-v2, pogo 0.4 1 seed 0: exit code 2: cannot download it; put it there by hand" in said
+    assert "hopper-medium-v2  pogo 0.4 1 seed 0  exit code 2: cannot download it; put it there by hand" in said
     assert len(place.ledger("end")) == 3 and len(place.ledger()) == 7
 
 
@@ -371,7 +371,7 @@ def test_report_only_of_a_folder_without_any_run_is_one_line(place, capsys):
     """A slip in --log_dir must not replace good results by an empty table; a run that was begun is enough."""
     place.run("--only", "seed 1")
     place.run("--report_only")
-    assert len(place.rows()) == 4 and "seed 0: not started" in capsys.readouterr().out
+    assert len(place.rows()) == 4 and "seed 0  not started" in capsys.readouterr().out
     before = (place.folder / "results" / "results.csv").read_text()
     line = exits(capsys, *place.flags("--report_only", "--log_dir", str(place.folder / "lgos")))
     assert f"--log_dir {place.folder / 'lgos'}: none of the runs asked for is there" in line
