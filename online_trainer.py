@@ -166,10 +166,6 @@ class OnlineRun(Run):
         self.metrics: dict[str, float] = {}  # of the last evaluation
         self.evaluation = Evaluation(self.evaluator, config.dataset, self.streams.evaluation_seed)
 
-    def started(self, resume_step: int | None) -> None:
-        if resume_step is None:
-            (self.run_dir / "best_model.pth").unlink(missing_ok=True)
-
     # -- learning ----------------------------------------------------------------------------------------------------
 
     def learn(self, updates: int, desc: str, anneal: bool = False) -> dict[str, float]:
