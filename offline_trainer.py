@@ -131,10 +131,6 @@ class OfflineRun(Run):
         sizes = (config.context_length, config.eval_states, config.eval_goals)
         self.held_out = HeldOut(self.val_data, self.maze, *sizes, self.streams.evaluation_seed)
 
-    def started(self, resume_step: int | None) -> None:
-        if resume_step is None:  # a run that died before its first checkpoint may have left its best model
-            (self.run_dir / "best_model.pth").unlink(missing_ok=True)
-
     def train(self) -> dict[str, float]:
         """Train to num_epochs, validating and saving every eval_freq epochs. Returns the last figures."""
         config, agent, metrics = self.config, self.agent, {}

@@ -152,7 +152,8 @@ class OnlineRun(Run):
         # In the strict regime the dataset's actions go no further than this line.
         known = config.inverse_dynamics_data == "offline"
         actions = self.data.actions if known else torch.zeros_like(self.data.actions)
-        self.codes = CodeSet.from_dataset(self.data, self.agent, actions)
+        rows, end = torch.arange(len(actions), device=self.device), self.data.episode_end
+        self.codes = CodeSet(self.agent.encode(self.data.observations), actions, end, rows[rows < end])
         if not known:
             self.agent.scale_idm(*self.neighbours(self.codes, self.codes.transitions))
         self.agent.metric.aim_steps.fill_(steps_to_travel(self.data.observations[:, :2], self.data.episode_end))
@@ -164,10 +165,6 @@ class OnlineRun(Run):
         self.best_success, self.measured, self.fitted = -1.0, False, False  # measured: the metric is fitted
         self.metrics: dict[str, float] = {}  # of the last evaluation
         self.evaluation = Evaluation(self.evaluator, config.dataset, self.streams.evaluation_seed)
-
-    def started(self, resume_step: int | None) -> None:
-        if resume_step is None:
-            (self.run_dir / "best_model.pth").unlink(missing_ok=True)
 
     # -- learning ----------------------------------------------------------------------------------------------------
 

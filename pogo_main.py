@@ -18,11 +18,10 @@ from benchmark_data.local import generate_if_missing
 from model import TransportActor
 from offline_data import OfflineData, load_transitions
 from pogo_agent import POGOAgent, POGOConfig
-from runs.chain import Act, ChainRun, ChainRunConfig
+from runs.chain import Act, ChainRun, ChainRunConfig, run_chain
 from runs.cli import parse_config, run_cli
 from runs.policy import evaluate_again
 from runs.run import data_values
-from runs.seeds import run_seeds
 from utils import Number, warn
 
 
@@ -37,9 +36,7 @@ class POGORun(ChainRun):
     config: POGOTrainerConfig
     agent: POGOAgent
 
-    def __init__(self, config: POGOTrainerConfig, beside: "POGORun | None" = None, prefix: str = ""):
-        super().__init__(config, beside, prefix)
-        self.warned: set[str] = set() if beside is None else beside.warned  # of what; one of several runs says it
+    blur_told = False  # whether it has warned of a wide blur
 
     def load_transitions(self) -> OfflineData:
         """The transitions; a local dataset that is missing is made first."""
@@ -50,7 +47,7 @@ class POGORun(ChainRun):
     def make_agent(self, observation_dim: int, action_dim: int, max_action: float) -> POGOAgent:
         sizes, data = (observation_dim, action_dim, max_action), self.data
         rows = (data.rewards, data.terminated, data.truncated, self.config.discount)
-        self.values = self.beside.values if self.beside else data_values(*rows)
+        self.values = data_values(*rows)
         mean, self.best_value = self.values
         return POGOAgent(self.config, *sizes, self.streams.policy, self.device, mean, step_reward(data.rewards))
 
@@ -66,8 +63,8 @@ class POGORun(ChainRun):
         """As every chain, with a word about a blur that is too wide."""
         metrics = super().diagnose()
         largest = max((value for name, value in metrics.items() if name.endswith("blur_to_spread")), default=0.0)
-        if largest > 1 and "blur" not in self.warned:
-            self.warned.add("blur")
+        if largest > 1 and not self.blur_told:
+            self.blur_told = True
             warn(
                 f"the blur is {largest:.1f} times the spread of an actor's samples, so that distances see little but "
                 "their means (usual with the published blur, see docs/pogo.md); --sinkhorn_backend exact has none, and "
@@ -92,11 +89,11 @@ def trained_actors(state: dict[str, Any], device: torch.device) -> list[Transpor
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train to the end, and return what `run_seeds` does; or evaluate a file, and return its scores."""
-    config = parse_config(POGOTrainerConfig, argv, __doc__, default_run_dir=POGORun.settings_dir)
+    """Train to the end, and return what `run_chain` does; or evaluate a file, and return its scores."""
+    config = parse_config(POGOTrainerConfig, argv, __doc__, default_run_dir=POGORun.default_run_dir)
     if config.evaluate is not None:
         return evaluate_again(config, trained_actors, "pogo_main.py")
-    return run_seeds(POGORun, config)
+    return run_chain(POGORun, config)
 
 
 if __name__ == "__main__":

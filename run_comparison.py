@@ -97,7 +97,7 @@ WEIGHTS = {
     "w2_weights_base": tuple[float, float],
     "w2_weights_third": tuple[float, ...],
 }
-DECIDED_HERE = RESERVED | {"w2_weights", "env", "algorithm", "num_actors", "name", "evaluate_episodes", "evaluate_seed"}
+DECIDED_HERE = RESERVED | {"w2_weights", "env", "algorithm", "num_actors", "name", "evaluate_episodes"}
 POGO = "pogo"
 COMMANDS = {POGO: ("pogo_main", POGORun)} | dict.fromkeys(
     pogo_multi_main.ALGORITHMS, ("algorithms.offline.pogo_multi_main", pogo_multi_main.MultiRun)
@@ -130,7 +130,6 @@ def read_sinkhorn(where: str, values: Any, hints: Settings) -> Settings:
 
 def read_entries(path: Path, environments: Any, usual: str) -> Iterator[tuple[str, str, Settings, str]]:
     """Of each entry: its place in the file, dataset id, itself without `algorithm`, and that. Raises UserError."""
-    check_keys(f"{path}: environments", environments, environments)
     for environment, datasets in environments.items():
         where = f"{path}: environments.{environment}"
         check_keys(where, datasets, datasets)
@@ -182,10 +181,8 @@ def shipped_settings(algorithm: str, dataset_id: Any) -> Settings:
 def expand(config: RunComparisonConfig) -> Table:
     """The runs that a comparison's file and flags ask for, in the file's order. Raises UserError in one line."""
     path = Path(config.config)
-    sections = load_yaml(path)
-    check_keys(f"{path}", sections, SECTIONS)
+    sections = check_values(path, load_yaml(path), dict.fromkeys(SECTIONS, dict | None))
     common, sinkhorn, environments = (sections.get(name) or {} for name in SECTIONS)
-    check_keys(f"{path}: common", common, common)
     entries = list(read_entries(path, environments, common.pop("algorithm", POGO)))
     if not entries:
         raise UserError(f"{path}: environments names no datasets; see docs/comparison.md")
@@ -215,8 +212,6 @@ def make_runs(where: str, config: RunComparisonConfig, settings: Settings, algor
     """A run for each seed, its settings checked as its command checks them; UserError in one line."""
     if config.max_timesteps is not None:
         settings = settings | {"max_timesteps": config.max_timesteps}
-    if settings.get("save_model") is False:
-        raise UserError(f"{where}: save_model: a run without checkpoints cannot be continued; leave it out")
     for name in ("checkpoint_dir", "load_model"):
         if settings.get(name):
             settings[name] = str(Path(settings[name]).expanduser().resolve())  # a Ray task runs in another folder

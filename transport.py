@@ -54,8 +54,7 @@ def sinkhorn(
     never wait for the device. Second derivatives are not meaningful.
 
     Args:
-        x, y: [B, K, A] float32 or float64 samples, K of each state's policy. Gradients flow to both. GeomLoss's
-            backends take clouds of different K too.
+        x, y: [B, K, A] float32 or float64 samples, K of each state's policy. Gradients flow to both.
         blur: in units of actions; the final temperature is blur^2. `exact` ignores it, diameter and scaling.
         diameter: where the schedule of temperatures begins; for actions in a box, `box_diameter`. One that is too small
             costs accuracy. `fused` needs it; where it is None, GeomLoss measures the box around both batches.
@@ -68,8 +67,8 @@ def sinkhorn(
     Raises:
         ValueError: shapes that do not fit, or too many samples for `exact`.
     """
-    if x.dim() != 3 or x.shape[::2] != y.shape[::2] or backend in ("exact", "fused") and x.shape != y.shape:
-        raise ValueError(f"x {list(x.shape)} and y {list(y.shape)} are not [B, K, A], with one K for exact and fused")
+    if x.dim() != 3 or x.shape != y.shape:
+        raise ValueError(f"x {list(x.shape)} and y {list(y.shape)} are not [B, K, A], both the same")
     if backend == "exact" and x.shape[1] > MAX_EXACT:
         raise ValueError(f"backend exact takes at most {MAX_EXACT} samples a state, not {x.shape[1]}")
     if not torch.is_grad_enabled():  # neither GeomLoss nor an autograd.Function looks at this

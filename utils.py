@@ -59,10 +59,6 @@ class UserError(Exception):
         return self.where + (f": {self.fault}" if self.fault else "") + (f"; {self.remedy}" if self.remedy else "")
 
 
-class RunExists(UserError):
-    """The directory holds a run that this one may not continue."""
-
-
 class RunLocked(UserError):
     """Another process trains in the run's directory."""
 
@@ -348,8 +344,6 @@ class EpisodeReplay:
     def add(self, states: torch.Tensor, actions: torch.Tensor) -> None:
         """One episode, over the oldest: states [T + 1, state_dim], actions [T, action_dim], 1 <= T <= max_steps."""
         steps = len(actions)
-        if len(states) != steps + 1 or not 1 <= steps < self.width:
-            raise ValueError(f"{len(states)} states and {steps} actions are no episode of 1 to {self.width - 1} steps")
         slot = self.added % self.num_episodes
         first = slot * self.width
         self.states[first : first + steps + 1] = states
@@ -366,9 +360,7 @@ class EpisodeReplay:
         return {"added": self.added, "lengths": torch.tensor(self.lengths), **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the episodes; raises ValueError for another capacity or other row shapes."""
-        if len(state["lengths"]) != self.num_episodes or state["states"].shape[1] != self.states.shape[1]:
-            raise ValueError("the stored episodes have another number of slots or other row shapes")
+        """Restore the episodes of a replay of the same sizes."""
         self.added, self.lengths = int(state["added"]), [int(length) for length in state["lengths"]]
         for slot, length in enumerate(self.lengths):
             self.episode_end[slot * self.width : slot * self.width + length + 1] = slot * self.width + length

@@ -10,8 +10,7 @@ and averages parameter by parameter. `--jax` adds our own plain JAX version, jax
 (`pip install -r requirements/benchmarks.txt`; on a CPU alone).
 
 All take turns in one process on the same data; medians are printed, of processor time with one thread on a CPU, else of
-wall time. On a GPU, ours is measured captured as a CUDA graph too, and so are `--num_seeds` agents at once, branches of
-one graph, against one after the other.
+wall time. On a GPU, ours is measured captured as a CUDA graph too.
 """
 
 import copy
@@ -32,9 +31,9 @@ from benchmarks.turns import Contestant, choose_clock, claim, median_rates, on_d
 from model_kernels import KernelConfig, use_kernels
 from pogo_agent import POGOAgent, POGOConfig
 from runs.cli import parse_config, run_cli
-from runs.cuda_graphs import GraphedStep, SideBySide
+from runs.cuda_graphs import GraphedStep
 from transport import Backend, Noise
-from utils import Count, NonNegative, ReplayBuffer, UserError, resolve_device, warn
+from utils import Count, NonNegative, ReplayBuffer, UserError, resolve_device
 
 PEERS = ("plain scheme", "plain JAX")
 
@@ -51,7 +50,6 @@ class BenchPOGOConfig(KernelConfig):
     seconds: NonNegative = 0.5  # length of a turn
     repeats: Count = 7  # turns of each; the median is printed
     max_actors: Count = 3  # chains of 1 to so many actors
-    num_seeds: Count = 8  # on a GPU: agents trained at once, as `pogo_main.py --num_seeds` does
     jax: bool = False  # also measure our plain JAX version
     threads: Count = 1  # CPU threads
     device: str = "auto"  # auto, cpu or cuda
@@ -155,16 +153,6 @@ def contestants(config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer) -> d
     return found
 
 
-def seeds_at_once(config: BenchPOGOConfig, actors: int, buffer: ReplayBuffer) -> dict[str, Contestant]:
-    """Name -> one update of each of `num_seeds` agents: in one graph, and in a graph each."""
-    made = [make_step(config, actors, buffer) for _ in range(config.num_seeds)]
-    generators = [generator for _, own in made for generator in own]
-    single = [GraphedStep(*make_step(config, actors, buffer)) for _ in range(config.num_seeds)]
-    together = GraphedStep(SideBySide([step for step, _ in made], buffer.device), generators)
-    steps = {"at once": together, "one after the other": lambda: [step() for step in single]}
-    return {name: on_device(step, buffer.device) for name, step in steps.items()}
-
-
 def main(argv: list[str] | None = None) -> None:
     """Print the table and a closing line a claim."""
     config = parse_config(BenchPOGOConfig, argv, __doc__)
@@ -191,14 +179,6 @@ def main(argv: list[str] | None = None) -> None:
         if "graph" in rates:
             name = f"pogo_updates_per_second_{actors}_actors_eager"
             closing.append(claim(name, rates["graph"], rates["eager"], " (graph)"))
-    if device.type == "cuda":
-        try:
-            made = seeds_at_once(config, config.max_actors, buffer)
-            rates = median_rates(made, config.repeats, config.seconds, clock)
-            ours, peer = (rate * config.num_seeds for rate in rates.values())
-            closing.append(claim(f"pogo_{config.num_seeds}_seeds_at_once", ours, peer))
-        except RuntimeError as error:  # the figures above are worth having without these
-            warn(f"{config.num_seeds} seeds at once are left out: {error}")
     print("\n".join(closing))
 
 

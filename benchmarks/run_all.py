@@ -64,9 +64,7 @@ class Part:
 
 
 PARTS = {
-    "pogo": Part(
-        "bench_pogo.py", "--transitions 300 --batch_size 8 --max_actors 1 --seconds 0 --repeats 1 --num_seeds 2"
-    ),
+    "pogo": Part("bench_pogo.py", "--transitions 300 --batch_size 8 --max_actors 1 --seconds 0 --repeats 1"),
     "algorithms": Part(
         "bench_algorithms.py",
         "--transitions 300 --seconds 0 --turns 1 --checked 1 --algorithms td3_bc",

@@ -24,7 +24,7 @@ from typing import Any
 from runs.directory import lock_run
 from utils import RunLocked, UserError, one_line, write_text_atomic
 
-BAD_INPUT, LOCKED, INTERRUPTED = UserError.exit_code, RunLocked.exit_code, 130  # exit codes
+BAD_INPUT, INTERRUPTED = UserError.exit_code, 130  # exit codes
 STOP_SECONDS = 20  # from an interrupt to a kill
 POLL_SECONDS = 0.1
 

@@ -197,10 +197,7 @@ class Queue:
 
     def take(self, run: Run, outcome: jobs.Outcome) -> None:
         """A process has ended: its run is finished, starts again, or has failed."""
-        if outcome.code == jobs.LOCKED:  # it gave way to another process, which is no try
-            self.starts[run] -= 1
-            self.left.append(run)
-        elif outcome.code == 0 and self.is_finished(run):
+        if outcome.code == 0 and self.is_finished(run):
             self.done(run)
         else:
             words = f"exit code {outcome.code}: {outcome.line}" if outcome.code is not None else outcome.line

@@ -46,7 +46,7 @@ COMMANDS = {
     "online_trainer": Command("opso", "OnlineTrainerConfig", "dataset", "dataset_dir"),
 }
 # Flags that the queue sets itself.
-RESERVED = {"seed", "num_seeds", "run_dir", "resume", "overwrite", "evaluate"}
+RESERVED = {"seed", "run_dir", "resume", "overwrite", "evaluate"}
 RESERVED |= {"offline_run_dir", "dataset_dir", "data_dir"}
 # Settings that say on which machine and how watched a run is trained, and not what it is.
 MACHINE = {"device", "eval_workers", "tensorboard", "cuda_graph", "kernels", "wandb_project"}

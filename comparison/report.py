@@ -12,7 +12,6 @@ import functools
 import html
 import math
 import re
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,6 @@ from runs.plots import Metrics, chart_png
 from utils import write_text_atomic
 
 MIN_DISTANCE = 1e-6  # below this an actor counts as not moved, where the floor is 0
-WIDTH, SHOWN = 100, 10  # of a terminal; kinds of runs without a result that are listed there
 UNKNOWN = "–"
 NOT_SHOWN = {"table", "system", "method", "dataset", "task", "environment_steps"}
 CSV_COLUMNS = ("dataset", "algorithm", "w2_weights", "official_data", *(n for n in COLUMNS if n not in NOT_SHOWN))
@@ -283,16 +281,6 @@ def csv_rows(rows: list[Row]) -> list[Row]:
     return found
 
 
-def terminal_text(grid: Grid, words: str, unfinished: Grid) -> str:
-    """What the command prints: the scores, and the runs without a result with their whole reasons."""
-    lines = [
-        textwrap.fill(f"{d}, {runs}: {state}", WIDTH, subsequent_indent="  ") for d, runs, state in unfinished.rows
-    ]
-    more = [f"and {len(lines) - SHOWN} more kinds"] if len(lines) > SHOWN else []
-    lines = ["", "Without a result:", "", *lines[:SHOWN], *more] if lines else []
-    return "\n".join([grid.text(), "", textwrap.fill(words, WIDTH), *lines])
-
-
 def page(title: str, parts: list[tuple[str, str, str]]) -> str:
     """report.html: self-contained, without scripts; parts are heading, HTML and a note."""
     body = "\n".join(f"<h2>{head}</h2>{text}<p>{html.escape(note)}</p>" for head, text, note in parts)
@@ -335,4 +323,5 @@ def write_report(table: Table, rows: list[Row], states: dict[Run, str], output: 
     texts = [f"## {head}\n\n{grid.markdown()}\n\n{note}" for head, note, grid in parts]
     write_text_atomic(output / "results.md", "\n\n".join([f"# {title}", *texts]) + "\n")
     write_text_atomic(output / "report.html", page(title, shown))
-    return terminal_text(short, words, unfinished)
+    lines = [short.text(), words] + ([f"Without a result:\n\n{unfinished.text()}"] if unfinished.rows else [])
+    return "\n\n".join(lines)

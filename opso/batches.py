@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ogbench_utils import TrajectoryDataset, hindsight_goals
+from ogbench_utils import hindsight_goals
 from online_agent import OnlineAgent
 from utils import EpisodeReplay
 
@@ -21,13 +21,6 @@ class CodeSet:
     actions: torch.Tensor  # [N, A]
     episode_end: torch.Tensor  # [N] int64, inclusive
     transitions: torch.Tensor  # [M] int64, rows that start a transition
-
-    @classmethod
-    def from_dataset(cls, data: TrajectoryDataset, agent: OnlineAgent, actions: torch.Tensor) -> "CodeSet":
-        """The dataset's states with these actions [N, A]: its own, or those inferred."""
-        rows = torch.arange(len(data.observations), device=data.device)
-        starts = rows[rows < data.episode_end]
-        return cls(agent.encode(data.observations), actions, data.episode_end, starts)
 
 
 def sample_batch(

@@ -1,6 +1,5 @@
 """The model that a run of offline_trainer.py leaves, for the online stage."""
 
-import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +18,7 @@ def load_pretrained(config: Any) -> tuple[OfflineModel, dict[str, Any]]:
     dataset's or not a model of ours.
     """
     dataset, usual = config.dataset, Path("logs") / "offline" / config.dataset / f"seed_{config.seed}"
-    flags = {"dataset": dataset, "dataset_dir": config.dataset_dir, "seed": config.seed or None}
-    flags |= {"run_dir": config.offline_run_dir}
-    given = [f" --{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
-    remedy = f"make it with `python offline_trainer.py{''.join(given)}`"
+    remedy = f"make it with `python offline_trainer.py --dataset {dataset} --seed {config.seed}`"
     path = Path(config.offline_run_dir or usual) / "checkpoints" / "last.pth"
     if not path.exists():
         raise UserError(path.resolve(), "no pretrained model", f"{remedy}, or give its folder by --offline_run_dir")

@@ -1,4 +1,4 @@
-"""A training run of a chain of actors on offline data: all but the algorithm. runs/seeds.py trains several at once.
+"""A training run of a chain of actors on offline data: all but the algorithm.
 
 A command derives from `ChainRun` what its algorithm needs, and from `ChainRunConfig` its settings. Shared are the loop,
 the data's normalisation, evaluation of all actors, and the run's directory:
@@ -13,13 +13,11 @@ import abc
 import functools
 import importlib.util
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +31,7 @@ from runs.metrics import EpisodeLog, RunningMeans, read_metrics
 from runs.plots import plot_chain_curves
 from runs.run import DeviceRunConfig, Run, largest_q, part_of
 from transport import MAX_EXACT
-from utils import Basic, Count, MayChange, Positive, RandomStreams, Range, UserError, Whole, Workers, counted, progress
+from utils import Basic, Count, MayChange, Positive, RandomStreams, UserError, Workers, counted, progress
 
 MODES = ("deterministic", "stochastic")
 Act = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of observations [..., D] and noise z [..., A]; z = 0: mode
@@ -44,7 +42,6 @@ class ChainRunConfig(DeviceRunConfig):
     env: Basic[str] = "local/hopper-medium-v2"  # id of the dataset: D4RL's, local/, minari/, or an OGBench single task
     dataset_dir: Basic[MayChange[str | None]] = None  # folder of the data; default: D4RL_DATASET_DIR, or the usual one
     max_timesteps: Basic[Count] = 10_000  # updates of the run; 1,000,000 for a result to quote
-    num_seeds: Basic[MayChange[Annotated[int, Range(1, 1000)]]] = 1  # train so many seeds at once, from --seed on
     batch_size: Count = 256  # transitions in an update
     normalize: bool = True  # train on (s - mean) / (std + 1e-3), with the data's mean and standard deviation
     eval_freq: Count = 5_000  # updates between evaluations, and at most between checkpoints
@@ -59,7 +56,6 @@ class ChainRunConfig(DeviceRunConfig):
     checkpoint_dir: str | None = None  # keep checkpoints under this folder, in folders named as under logs/
     evaluate: MayChange[str | None] = None  # train nothing: score the actors of this last.pth, or run's directory
     evaluate_episodes: MayChange[Count | None] = None  # episodes of --evaluate; default: as many as at the run's end
-    evaluate_seed: MayChange[Whole | None] = None  # seed of --evaluate's episodes; default: those of the run's end
 
 
 class ChainRun(Run):
@@ -67,12 +63,10 @@ class ChainRun(Run):
 
     The agent has `update(batch)`, `anneal(share)`, `diagnose(batch, seed)`, `state_dict()`, `load_state_dict()`,
     `generators` of its noise, the first that of the streams, and `step`; the settings have `w2_weights`, `discount`
-    and the solver's too. beside: a run of the same settings and another seed, in this process, whose data and
-    environments serve both. prefix: of what this run prints; `Seed 3: ` where there are several.
+    and the solver's too.
     """
 
     config: ChainRunConfig
-    failed = False  # of several seeds: this one cannot go on
 
     @classmethod
     def check(cls, config: ChainRunConfig) -> None:
@@ -83,12 +77,10 @@ class ChainRun(Run):
             raise UserError(f"--w2_weights {words}: give one weight for each actor, none negative, as in 0.4 0.5 0.5")
         if config.sinkhorn_backend == "exact" and config.sinkhorn_K > MAX_EXACT:
             raise UserError(f"--sinkhorn_K {config.sinkhorn_K}: --sinkhorn_backend exact takes at most {MAX_EXACT}")
-        if config.sinkhorn_backend == "online":  # whose first distance would fail
-            instead = "or take tensorized, or fused"
-            if importlib.util.find_spec("pykeops") is None:
-                raise UserError(f"--sinkhorn_backend online: needs pykeops (pip install pykeops); {instead}")
-            if shutil.which(os.environ.get("CXX") or "g++") is None:
-                raise UserError(f"--sinkhorn_backend online: needs a C++ compiler (g++, or CXX); {instead}")
+        if config.sinkhorn_backend == "online" and importlib.util.find_spec("pykeops") is None:
+            raise UserError(
+                "--sinkhorn_backend online: needs pykeops (pip install pykeops); or take tensorized, or fused"
+            )
         sampled = (config.w2_noise, config.sinkhorn_backend)
         if config.sinkhorn_K == 1 and len(weights) > 1 and sampled != ("same", "exact"):
             raise UserError(
@@ -98,32 +90,24 @@ class ChainRun(Run):
         if config.resume and not config.save_model:
             raise UserError("--resume --no_save_model: such a run leaves nothing to go on from; start it anew")
 
-    def __init__(self, config: ChainRunConfig, beside: "ChainRun | None" = None, prefix: str = ""):
+    def __init__(self, config: ChainRunConfig):
         if config.checkpoint_dir:  # a run may be continued from another folder
             config = replace(config, checkpoint_dir=str(Path(config.checkpoint_dir).resolve()))
-        self.beside, self.prefix = beside, prefix
         super().__init__(config)
 
     def load_data(self) -> None:
-        """The transitions, which runs beside each other share."""
-        self.data = self.load_transitions() if self.beside is None else self.beside.data
+        self.data = self.load_transitions()
         self.data_facts = made_here([self.config.env], self.config.dataset_dir)
 
     def build(self) -> None:
         """Normalise the data, make the agent and the environments to evaluate it in."""
-        config, data, beside = self.config, self.data, self.beside
-        if beside is None:
-            self.mean, self.std = self.normalize()
-            self.buffer = data.replay_buffer(self.device)
-        else:
-            self.mean, self.std, self.buffer = beside.mean, beside.std, beside.buffer
+        config, data = self.config, self.data
+        self.mean, self.std = self.normalize()
+        self.buffer = data.replay_buffer(self.device)
         self.q_bound = largest_q(data.rewards, config.discount, config.q_limit)
         with self.streams.initialising():
             self.agent = self.make_agent(data.observation_dim, data.action_dim, data.max_action)
         self.step, self.best, self.means = 0, {"score": -math.inf}, RunningMeans()
-        if beside is not None:
-            self.evaluator = beside.evaluator
-            return
         policies = 2 * len(self.acting())
         environment = functools.partial(make_env, config.env, config.dataset_dir)
         self.evaluator = Evaluator(environment, policies * config.eval_episodes, num_workers(config.eval_workers))
@@ -195,11 +179,6 @@ class ChainRun(Run):
         return Path(config.run_dir or Path("logs") / cls.run_name(config))
 
     @classmethod
-    def settings_dir(cls, config: ChainRunConfig) -> Path | None:
-        """Where `--resume` finds its settings; nowhere for several seeds, whose settings it is given once more."""
-        return cls.default_run_dir(config) if config.num_seeds == 1 else None
-
-    @classmethod
     def checkpoint_path(cls, config: ChainRunConfig) -> Path:
         if config.checkpoint_dir:
             return Path(config.checkpoint_dir).resolve() / cls.run_name(config) / "last.pth"
@@ -264,7 +243,7 @@ class ChainRun(Run):
 
     def print_evaluation(self, metrics: dict[str, float]) -> None:
         """The block of an evaluation, from its metrics."""
-        lines = [f"{self.prefix}Update {self.step:,}.", f"Evaluation over {counted(self.config.eval_episodes)}:"]
+        lines = [f"Update {self.step:,}.", f"Evaluation over {counted(self.config.eval_episodes)}:"]
         for number, mode in policy_names(len(self.acting())):
             name, words = f"eval/actor_{number}/{mode}", f"  Actor {number} - {mode.capitalize()}"
             lines.append(f"{words}: {metrics[f'{name}/return']:.3f}, D4RL score: {metrics[f'{name}/score']:.3f}")
@@ -272,13 +251,14 @@ class ChainRun(Run):
 
     def final_evaluation(self) -> dict[str, float]:
         """`final_runs` evaluations on seeds of their own: mean score of each actor, and the spread over the runs."""
-        title, runs = f"{self.prefix}Final evaluation, last checkpoint", self.config.final_runs
+        runs = self.config.final_runs
         first, seeds = final_seeds(self.streams, runs * self.config.eval_episodes)
         played = self.rollout(seeds, first, "final evaluation")
         scores = self.score(played.returns)
         names = policy_names(len(self.acting()))
         self.episodes.add(self.step, names, played.returns, played.lengths, scores, "final")
-        return report_final(title, played, scores, runs) | report_steps(self.diagnose(), scores)
+        report = report_final("Final evaluation, last checkpoint", played, scores, runs)
+        return report | report_steps(self.diagnose(), scores)
 
     # -- files -------------------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ DATA_FLAGS = ("dataset", "env", "USE_DATASET_STR")  # of OPSO, POGO and the walk
 def run_cli(main: Callable[[list[str] | None], None]) -> None:
     """Call `main(None)` and turn the failures that a user can mend into one line.
 
-    A KeyboardInterrupt may bring words on what is left: see `Run.telling_what_is_kept`.
+    A KeyboardInterrupt may bring words on what is left.
 
     Exit codes: 2 for bad input, a file that cannot be used or a full disk, 3 for a run that another process has, 1
     for a process that died, 130 for Ctrl-C, 0 for a run that was finished already. Any other exception is a defect of
@@ -150,7 +150,6 @@ def _read_flags(
     hints = {config_flag.removeprefix("--"): str} | hints
     groups: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
-    negated: dict[str, bool] = {}
     name, unknown = None, []
     for word in words:
         if not _is_flag(word):
@@ -162,7 +161,8 @@ def _read_flags(
         name = flag.removeprefix("--").replace("-", "_")
         off = name.startswith("no_") and hints.get(name[3:]) is bool
         name = name[3:] if off else aliases.get(name, name)
-        groups[name], negated[name] = [value] if equals else [], off
+        groups[name] = ["false"] if off else []
+        groups[name] += [value] if equals else []
         if name not in hints or not flag.startswith("--"):
             data = [f"--{each} names the data here" for each in DATA_FLAGS if name in DATA_FLAGS and each in hints]
             said = REPLACED.get(name) or "".join(data)
@@ -176,7 +176,7 @@ def _read_flags(
             text = " ".join(given or ["true"]).lower()
             if text not in ("true", "false"):
                 raise UserError(f"--{name} takes true, false or no value, not {text!r}")
-            values[name] = (text == "true") != negated[name]
+            values[name] = text == "true"
             continue
         if not given:
             raise UserError(f"--{name} needs a value")

@@ -1,4 +1,4 @@
-"""Training steps captured as CUDA graphs, and several of them side by side."""
+"""Training steps captured as CUDA graphs."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -46,20 +46,3 @@ class GraphedStep:
             self.graph.register_generator_state(generator)
         with torch.cuda.graph(self.graph):
             self.output = self.step()
-
-
-class SideBySide:
-    """Steps that share nothing but data they only read, each on a stream of its own: branches of a captured graph."""
-
-    def __init__(self, steps: Iterable[Callable[[], Any]], device: torch.device):
-        self.branches = [(step, torch.cuda.Stream(device)) for step in steps]
-
-    def __call__(self) -> list[Any]:
-        current, outputs = torch.cuda.current_stream(), []
-        for step, stream in self.branches:
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                outputs.append(step())
-        for _, stream in self.branches:
-            current.wait_stream(stream)
-        return outputs

@@ -22,7 +22,6 @@ import yaml
 
 from runs.cli import load_yaml
 from utils import (
-    RunExists,
     RunFinished,
     RunLocked,
     UserError,
@@ -157,7 +156,7 @@ def check_run(run_dir: str | Path, config: Any, may_change: Iterable[str] = (), 
         raise RunFinished(f"{run_dir}: this run is finished, its results are in finished.json; {remedy}")
     if started and not resume:
         remedy = f"continue it with --resume, or choose another --run_dir{replacing}"
-        raise RunExists(run_dir, "holds an unfinished run", remedy)
+        raise UserError(run_dir, "holds an unfinished run", remedy)
 
 
 def _clear(run_dir: Path, checkpoint: Path) -> None:
@@ -210,14 +209,14 @@ def _check_same_config(run_dir: Path, config: Any, may_change: set[str]) -> None
     path, current = run_dir / "config.yaml", _stored_config(config)
     stored = load_yaml(path)
     if stored.keys() - current.keys() and current.keys() - stored.keys():
-        raise RunExists(run_dir, "holds a run of another command or version", "choose another --run_dir")
+        raise UserError(run_dir, "holds a run of another command or version", "choose another --run_dir")
     for key in current | stored:
         if key not in may_change and not is_same(stored, key, current.get(key), config):
             fault = f"{key} was {stored.get(key)} and is now {current.get(key)}"
             remedy = "give the old value, or choose another --run_dir"
             if key in LENGTHS:
                 fault += "; a run cannot be made longer or shorter, as its schedules follow its length"
-            raise RunExists(path, fault, f"{remedy}, or replace the run with --overwrite")
+            raise UserError(path, fault, f"{remedy}, or replace the run with --overwrite")
 
 
 def _versions(config: Any) -> dict[str, str | None]:

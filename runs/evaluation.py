@@ -142,7 +142,15 @@ class Evaluator(contextlib.AbstractContextManager):
 
     def close(self) -> None:
         """End the workers and close the environments; closing twice is harmless."""
-        self._stop_workers()
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():  # in the middle of a step
+                process.kill()
+                process.join()
+        self._processes.clear()
+        self._connections.clear()
         self._own.close()
 
     def _subset_of(self, process: int) -> range:
@@ -162,17 +170,6 @@ class Evaluator(contextlib.AbstractContextManager):
         finally:
             signal.signal(signal.SIGINT, handler)
 
-    def _stop_workers(self) -> None:
-        for connection in self._connections:
-            connection.close()
-        for process in self._processes:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        self._processes.clear()
-        self._connections.clear()
-
     def evaluate(
         self, policies: Policies, num_policies: int, seeds: Sequence[int], desc: str | None = None, begin_round=None
     ) -> Episodes:
@@ -183,21 +180,15 @@ class Evaluator(contextlib.AbstractContextManager):
         called before the round whose first seed is the `start`-th.
 
         Raises UserError for actions that are not finite and for what make_env raises it for, ProcessDied where a worker
-        died, RuntimeError with the traceback for any other failure in one. The evaluator can be used again after each.
+        died, RuntimeError with the traceback for any other failure in one, after which it can only be closed.
         """
-        if len(self._processes) < self.num_workers:
-            self._start_workers()
         width = self.num_envs // num_policies
         rounds = []
         with progress(num_policies * len(seeds), desc or "", unit="episode", leave=False, disable=desc is None) as bar:
-            try:
-                for start in range(0, len(seeds), width):
-                    if begin_round:
-                        begin_round(start)
-                    rounds.append(self._rollout(policies, num_policies, seeds[start : start + width], bar))
-            except BaseException:
-                self._stop_workers()  # they may be in the middle of a step; the next evaluation starts new ones
-                raise
+            for start in range(0, len(seeds), width):
+                if begin_round:
+                    begin_round(start)
+                rounds.append(self._rollout(policies, num_policies, seeds[start : start + width], bar))
         returns, lengths, success, last = (np.concatenate(parts, axis=1) for parts in zip(*rounds, strict=True))
         return Episodes(returns, lengths, None if (success < 0).any() else success > 0, last)
 

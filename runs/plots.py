@@ -55,7 +55,7 @@ def _save(figure: Figure, path: str | Path) -> None:
 
 
 def _draw(axis: Axes, panel: Panel, x: str) -> None:
-    """Curves, with a dot at each value where there are few; the legend has room of its own above them.
+    """Curves, with a dot at each value where there are few.
 
     Dotted curves are not in the legend: the panel's note says what they are. A value that has no place on the axis is
     left out.
@@ -68,8 +68,6 @@ def _draw(axis: Axes, panel: Panel, x: str) -> None:
         known = np.isfinite(values) & ((values > 0) | (not panel.log))
         if np.any(known):
             dots = {"marker": "."} if known.sum() <= FEW else {}
-            if known.sum() == 1 and "label" in style:
-                style = style | {"label": f"{style['label']}: {values[known][0]:.4g}"}
             axis.plot(np.asarray(metrics[x])[known], values[known], **dots | style)
     for level, style in panel.levels:
         axis.axhline(level, linewidth=1, **style)
@@ -78,12 +76,7 @@ def _draw(axis: Axes, panel: Panel, x: str) -> None:
         axis.set_ylim(panel.ylim)
     axis.grid(alpha=0.3)
     if named := [line for line in axis.get_legend_handles_labels()[0] if line.get_linestyle() != ":"]:
-        columns = min(math.ceil(len(named) / 4), 3)
-        scale = axis.yaxis.get_transform()
-        low, high = scale.transform(axis.get_ylim())
-        room = min(0.02 + 0.08 * math.ceil(len(named) / columns), 0.45)  # of the height, a line of the legend 8%
-        axis.set_ylim(top=scale.inverted().transform(low + (high - low) / (1 - room)))
-        axis.legend(handles=named, fontsize=6.5, ncols=columns, loc="upper center", columnspacing=1, handlelength=1.5)
+        axis.legend(handles=named, fontsize=6.5, ncols=min(math.ceil(len(named) / 4), 3))
 
 
 def panels_figure(title: str, panels: Sequence[Panel], x: str, xlabel: str, columns: int) -> Figure:

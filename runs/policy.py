@@ -12,7 +12,7 @@ from offline_data import make_env, normalized_score
 from runs.chain import Act, ChainRunConfig, final_seeds, report_final, rollout
 from runs.directory import checkpoint_file, expecting, load_checkpoint
 from runs.evaluation import Evaluator, num_workers
-from utils import RandomStreams, UserError, resolve_device
+from utils import RandomStreams, resolve_device
 
 MakeActors = Callable[[dict[str, Any], torch.device], Sequence[Act]]
 
@@ -59,14 +59,11 @@ def evaluate_again(config: ChainRunConfig, make_actors: MakeActors, command: str
 
     config: this command's settings, which may ask for other episodes. make_actors, command: as of `ChainPolicy`.
     """
-    if config.num_seeds > 1:
-        raise UserError(f"--num_seeds {config.num_seeds}", "--evaluate takes the file of one run", "leave it out")
     policy = ChainPolicy(config.evaluate, make_actors, command, resolve_device(config.device))
     runs, episodes, seed = (policy.config[name] for name in ("final_runs", "eval_episodes", "seed"))
     at_once = episodes  # as the run had, so that the noise is the same
     if config.evaluate_episodes is not None:
         runs, episodes, at_once = 1, config.evaluate_episodes, min(config.evaluate_episodes, episodes)
-    seed = seed if config.evaluate_seed is None else config.evaluate_seed
     first, seeds = final_seeds(RandomStreams(seed, policy.mean.device), runs * episodes)
     environment = functools.partial(make_env, policy.env, config.dataset_dir)
     acting = (policy.actors, policy.action_dim, policy.mean, policy.std)

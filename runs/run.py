@@ -4,7 +4,6 @@ import abc
 import contextlib
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ import torch
 
 from model_kernels import KernelConfig, use_kernels
 from runs import directory
-from runs.cli import check_ranges, marked
+from runs.cli import marked
 from runs.metrics import MetricLogger
-from utils import MAY_CHANGE, Basic, MayChange, RandomStreams, UserError, Whole, resolve_device, warn, write_text_atomic
+from utils import MAY_CHANGE, Basic, MayChange, RandomStreams, UserError, Whole, resolve_device, warn
 
 SAVE_SECONDS = 60.0  # after which the next row of metrics is saved too, where evaluations lie farther apart
-FAILURE = "failure.txt"  # why a run stopped before its end, in its directory
 
 
 @dataclass
@@ -30,10 +28,6 @@ class RunConfig:
     overwrite: Basic[bool] = False  # replace the run that is in the directory by a new one
     tensorboard: MayChange[bool] = True  # write TensorBoard events
     wandb_project: MayChange[str | None] = None  # also log to Weights & Biases (requirements/tracking.txt)
-
-    def __post_init__(self):
-        """Raises UserError for a number outside its range."""
-        check_ranges(self)
 
 
 @dataclass
@@ -52,30 +46,28 @@ class Run(contextlib.AbstractContextManager):
     step: int  # updates, or what else rows of metrics.csv count
     q_bound = math.inf  # mean Q beyond this, either way, has diverged: see `largest_q`
     best_value = math.inf  # mean Q of the data's actions above this overrates them: see `data_values`
-    prefix = ""  # of what the run prints
 
     def __init__(self, config: RunConfig):
-        self.preflight(config)  # before the data is made or loaded
-        self.config, self.device = config, self.choose_device(config)
+        self.check(config)
         self.run_dir, self.checkpoint = self.default_run_dir(config), self.checkpoint_path(config)
+        # Whether the run may begin or go on, before the data is made or loaded, and without writing anything.
+        directory.check_run(self.run_dir, config, self.may_change(config), self.checkpoint)
+        for folder in filter(Path.is_dir, {self.run_dir.resolve(), self.checkpoint.parent}):
+            with directory.lock_run(folder):
+                pass
+        self.config, self.device = config, self.choose_device(config)
         self.data_facts: dict[str, Any] = {}  # of the data that is loaded, for versions.json (`offline_data.made_here`)
         self.streams, self.resources = RandomStreams(config.seed, self.device), contextlib.ExitStack()
-        self.saved_step: int | None = None  # of the last checkpoint, once this process has read or written one
-        self.resources.enter_context(self.telling_what_is_kept())
         with contextlib.ExitStack() as opening:
             opening.push(self)  # closes it, unless all went well
-            try:
-                self.load_data()
-            except KeyboardInterrupt as interrupt:
-                interrupt.args = (
-                    "nothing was saved, and data that was being made is lost; the same command starts again",
-                )
-                raise
+            self.load_data()
             self.open()
             opening.pop_all()
 
-    def __exit__(self, *error: Any) -> None:
-        self.resources.__exit__(*error)
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            error.args = ("the same command with --resume continues from the last checkpoint, if one was saved",)
+        self.close()
 
     def open(self) -> None:
         """Lock the directory, build what is trained, continue from the checkpoint if there is one, open the log."""
@@ -88,10 +80,8 @@ class Run(contextlib.AbstractContextManager):
         self.build()
         if checkpoint is not None:
             self.load(checkpoint)
-            self.saved_step = self.step
-            print(f"{self.prefix}continues from step {self.step:,}")
+            print(f"continues from step {self.step:,}")
         trackers = (config.tensorboard, config.wandb_project, config, self.wandb_labels())
-        (self.run_dir / FAILURE).unlink(missing_ok=True)
         self.logger = MetricLogger(self.log_dir(), self.step if checkpoint else None, *trackers)
         self.resources.callback(self.logger.close)
         self.started(self.step if checkpoint else None)
@@ -101,23 +91,8 @@ class Run(contextlib.AbstractContextManager):
         """Save it. A save between evaluations is due a minute later, or when a large one takes 5% of the time."""
         began = time.monotonic()
         directory.save_checkpoint(self.checkpoint, state)
-        self.saved_step, ended = self.step, time.monotonic()
+        ended = time.monotonic()
         self.save_at = ended + max(SAVE_SECONDS, 20 * (ended - began))
-
-    @contextlib.contextmanager
-    def telling_what_is_kept(self) -> Iterator[None]:
-        """Give a Ctrl-C inside the words on what it leaves of the run. Of several runs, those of one that was saved."""
-        try:
-            yield
-        except KeyboardInterrupt as interrupt:
-            saved, step, whose = self.checkpoint.exists(), self.saved_step, self.prefix
-            if (self.run_dir / "finished.json").exists():
-                interrupt.args = interrupt.args or (f"the run was finished, see {self.run_dir}",)
-            elif saved or not interrupt.args:
-                at = "" if step is None else f", of step {step:,},"
-                words = f"{whose}the last checkpoint{at} is kept; the same command with --resume continues from it"
-                interrupt.args = (words if saved else "nothing was saved yet; the same command starts again",)
-            raise
 
     def is_save_due(self) -> bool:
         """Asked where a row of metrics ends, from where a run can go on."""
@@ -126,16 +101,6 @@ class Run(contextlib.AbstractContextManager):
     def close(self) -> None:
         """Release the directory, the environments and the log; closing twice is harmless."""
         self.resources.close()
-
-    @classmethod
-    def preflight(cls, config: RunConfig) -> None:
-        """Whether this run may begin or go on, without writing anything; UserError or RunFinished says why not."""
-        cls.check(config)
-        run_dir, checkpoint = cls.default_run_dir(config), cls.checkpoint_path(config)
-        directory.check_run(run_dir, config, cls.may_change(config), checkpoint)
-        for folder in filter(Path.is_dir, {run_dir.resolve(), checkpoint.parent}):
-            with directory.lock_run(folder):
-                pass
 
     @classmethod
     def choose_device(cls, config: DeviceRunConfig) -> torch.device:
@@ -196,24 +161,19 @@ class Run(contextlib.AbstractContextManager):
         return {name: value for name, value in directory.plain_config(self.config).items() if name not in others}
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint; UserError where it is damaged, another run's or another model's."""
-        state, own = directory.load_checkpoint(path, self.device), self.model_config()
+        """Continue from a checkpoint; UserError where it is damaged or another model's."""
+        state = directory.load_checkpoint(path, self.device)
         with directory.expecting(path, "a checkpoint of this model", "choose another --run_dir"):
-            theirs = state["config"]
-            other = next((name for name in own if theirs.get(name) != own[name]), None)
-            if other is not None:
-                fault = f"checkpoint of another run ({other} {theirs.get(other)}, here {own[other]})"
-                raise UserError(path, fault, "choose another --run_dir or --checkpoint_dir")
             self.load_state(path, state)
 
     def check_metrics(self, metrics: dict[str, float], remedy: str = "lower the learning rates") -> None:
-        """UserError where the run has diverged, whose text stays in the directory as failure.txt.
+        """UserError where the run has diverged.
 
         A word, once, where the mean Q of the data's actions has passed every return that the data hold.
         """
         if metrics.get("q_data", -math.inf) > self.best_value:
             warn(
-                f"{self.prefix}Q of the data's actions is {metrics['q_data']:.4g} at update {self.step}, and no return "
+                f"Q of the data's actions is {metrics['q_data']:.4g} at update {self.step}, and no return "
                 f"of the data is above {self.best_value:.4g}: actor 0 is not to be trusted, its weight is too small"
             )
             self.best_value = math.inf
@@ -224,9 +184,7 @@ class Run(contextlib.AbstractContextManager):
             fault = f"{name} is {value:.4g} at update {self.step}"
             if finite:
                 fault += f", beyond the limit of {self.q_bound:.4g} (--q_limit)"
-            error = UserError(self.run_dir, fault, remedy)
-            write_text_atomic(self.run_dir / FAILURE, f"{error}\n")
-            raise error
+            raise UserError(self.run_dir, fault, remedy)
 
 
 def part_of(total: int, done: int) -> str:

@@ -255,7 +255,7 @@ def test_data_without_a_score_is_the_same_for_every_seed(made, tmp_path):
 
 def test_runs_without_a_result_are_told_with_their_reason(comparison, tmp_path):
     text = comparison.write(tmp_path)
-    assert "\nhopper-medium-v2, pogo 0.4 0.5 seed 3: exit 2: Q <is> 9" in text and "TD3+BC" not in text
+    assert "\nhopper-medium-v2  pogo 0.4 0.5 seed 3  exit 2: Q <is> 9" in text and "TD3+BC" not in text
     assert re.search(r"^walker2d-medium-v2 +pogo 0.4 2 +40\.0 +81\.0 ± 2\.5 +83\.0 ± 2\.5$", text, re.M), text
     row = "| hopper-medium-v2 | pogo 0.4 0.5 seed 3 | exit 2: Q <is> 9 |"
     assert row in (tmp_path / "results.md").read_text()

@@ -186,12 +186,16 @@ def test_results_do_not_depend_on_the_workers_nor_on_other_episodes():
     assert total == first.returns[1, 1]
 
 
-def test_failures_in_workers_are_told_and_do_not_last():
+@pytest.mark.parametrize(
+    ("seed", "error", "words"),
+    [
+        (102, UserError, "^no such maze; choose another$"),
+        (100, ProcessDied, "evaluation worker 1 died .killed by SIGKILL.*fewer"),
+        (101, RuntimeError, "(?s)in evaluation worker.*ZeroDivisionError: in the simulator"),
+    ],
+)
+def test_failures_in_workers_are_told(seed, error, words):
     with Evaluator(Counter, 2, num_workers=1) as evaluator:  # the second episode is the worker's
         os.kill(evaluator._processes[0].pid, signal.SIGINT)  # Ctrl-C is the parent's affair
-        with pytest.raises(UserError, match="^no such maze; choose another$"):
-            evaluator.evaluate(numbered, 1, [0, 102])
-        with pytest.raises(ProcessDied, match="evaluation worker 1 died .killed by SIGKILL.*fewer"):
-            evaluator.evaluate(numbered, 1, [0, 100])
-        with pytest.raises(RuntimeError, match=r"(?s)in evaluation worker.*ZeroDivisionError: in the simulator"):
-            evaluator.evaluate(numbered, 1, [0, 101])
+        with pytest.raises(error, match=words):
+            evaluator.evaluate(numbered, 1, [0, seed])

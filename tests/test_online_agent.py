@@ -543,14 +543,6 @@ def test_links_lead_both_ways_to_the_nearest(settings):
     assert all(a != b for a, b in found) and {a for a, _ in found} == set(range(8))
 
 
-def test_paths_to_a_goal_are_worked_out_once():
-    graph, *_ = random_graph(place_agent(num_links=1), 0)
-    asked = [((3,), (0.5,)), ((4,), (0.5,)), ((4,), (1.5,))]
-    for goal, kept in zip(asked, [graph.paths_to(*goal) for goal in asked], strict=True):
-        assert graph.paths_to(*goal) is kept
-        assert all(map(np.array_equal, kept, graph.shortest_paths(*goal)))
-
-
 def shortest(cost: np.ndarray) -> np.ndarray:
     """Fewest steps between all nodes [n, n], by Floyd and Warshall."""
     best = cost.copy()

@@ -2,10 +2,8 @@
 
 import functools
 import json
-import shlex
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
@@ -236,12 +234,6 @@ def test_the_best_model_acts_by_itself(arguments, tmp_path):
         with Evaluator(functools.partial(GoalEnv, DATASET, STEPS), 20) as evaluator:
             again = Evaluation(evaluator, DATASET, RandomStreams(policy.config["seed"]).evaluation_seed)
             assert again.run_all(policy.agent, policy.graph, 1, ("search", "value")) == run.metrics
-            by_value, own = (Evaluation(evaluator, DATASET, again.seed) for _ in range(2))
-            by_value.run(policy.agent, policy.graph, 1, "value")
-            policy.agent.config = replace(policy.agent.config, acting="value")
-            own.run(policy.agent, policy.graph, 1)
-        for (episode,), (other,) in zip(by_value.episodes.values(), own.episodes.values(), strict=True):
-            assert np.array_equal(episode.actions, other.actions)
         for (episode,), (other,) in zip(run.evaluation.episodes.values(), again.episodes.values(), strict=True):
             assert episode.actions.shape == (STEPS, 2) and np.abs(episode.actions).max() > 0
             assert (episode.subgoals < len(rows)).any()  # not the goal all the time
@@ -420,13 +412,6 @@ def test_the_offline_regime_reads_them_for_the_inverse_dynamics_alone(arguments,
     assert "loss is nan" in line and "--lr" in line and not (tmp_path / "nan/best_model.pth").exists()
 
 
-@pytest.mark.parametrize("acting", ["value", "proposer"])
-def test_it_acts_without_search(arguments, tmp_path, acting):
-    train(arguments(tmp_path / "run", acting=acting, max_episodes=3, random_steps=0))
-    state = last(tmp_path / "run")
-    assert state["episodes"] == 3 and state["replay"]["lengths"].tolist() == [STEPS] * 3
-
-
 # -- episodes ---------------------------------------------------------------------------------------------------------
 
 
@@ -549,7 +534,6 @@ exits = functools.partial(error_line, online_trainer.main)
 
 def test_bad_settings_name_the_flag(arguments, tmp_path, capsys):
     run = tmp_path / "run"
-    assert "--acting walk" in exits(capsys, *arguments(run, acting="walk"))
     line = exits(capsys, *arguments(run, max_episodes=0, inverse_dynamics_data="online"))
     assert "--max_episodes 0" in line and "--inverse_dynamics_data" in line
     assert "sum to 1" in exits(capsys, *arguments(run, p_self=0.1, p_future=0.1, p_random=0.1))
@@ -561,10 +545,7 @@ def test_a_missing_pretrained_model_names_the_command_that_makes_it(arguments, t
     absent, run = tmp_path / "absent", tmp_path / "run"
     line = exits(capsys, *arguments(run, offline_run_dir=absent, seed=3))
     assert str(absent / "checkpoints/last.pth") in line
-    program, script, *flags = shlex.split(line.split("`")[1])
-    assert (program, script) == ("python", "offline_trainer.py")
-    command = parse_config(offline_trainer.OfflineTrainerConfig, flags)
-    assert (command.dataset, command.run_dir, command.seed) == (DATASET, str(absent), 3)
+    assert f"`python offline_trainer.py --dataset {DATASET} --seed 3`" in line
     assert not run.exists()
 
 
@@ -616,7 +597,6 @@ def test_what_cannot_be_resumed_is_refused(finished, arguments, tmp_path, capsys
     shutil.copytree(finished, run)
     (run / "finished.json").unlink()
     assert "--resume" in exits(capsys, *arguments(run))
-    assert "horizon" in exits(capsys, *arguments(run, "--resume", horizon=6))
     settings = (run / "config.yaml").read_bytes()
     with lock_run(run):
         assert "another process" in exits(capsys, *arguments(run, "--resume", device="auto"), code=3)

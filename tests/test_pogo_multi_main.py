@@ -106,7 +106,6 @@ def test_a_diverging_run_stops_and_says_why(algorithm, arguments, tmp_path):
     with pytest.raises(UserError, match="(q_data|actor_0/q) is .* at update 2, beyond the limit .*; lower .*--q_limit"):
         pogo_multi_main.main(arguments(algorithm, tmp_path / "run", q_limit=1e-9))
     assert not (tmp_path / "run/finished.json").exists()
-    assert "beyond the limit" in (tmp_path / "run/failure.txt").read_text()
 
 
 @pytest.mark.parametrize("algorithm", ["awac", "cql"])

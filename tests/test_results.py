@@ -210,7 +210,7 @@ def test_a_damaged_run_has_no_rows(tmp_path):
 )
 def test_settings_that_the_command_resolves_count_as_given_ones_do(tmp_path, command, maze, name, value):
     """None stands for what the maze asks for."""
-    entry = {"method": "OPSO", "command": command, "flags": {"dataset": f"local/{maze}-navigate-v0"}}
+    entry = {"method": "OPSO", "command": command, "flags": {"dataset": f"{maze}-navigate-v0"}}
     usual, same, other = (
         settings_digest(only_run(tmp_path, entry | {"flags": entry["flags"] | change}))
         for change in ({}, {name: value}, {name: value / 2 if name == "discount" else value + 1})

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -281,7 +280,6 @@ BAD = [
     ("environments: {hopper: {medium: {w2_weights_base: [1, 2]}}}", "medium", "both w2_weights_base and"),
     ("common: {lr: 1e-3, learning_rate: 2e-3}", "common: learning_rate stands twice", "under another name"),
     ("common: {seeds: []}", "environments.hopper.medium: an empty list of seeds", "leave"),
-    ("common: {save_model: false}", "hopper.medium: save_model", "cannot be continued"),
 ]
 
 
@@ -338,7 +336,7 @@ def test_a_run_that_cannot_have_its_data_fails_alone(place, capsys):
     with pytest.raises(SystemExit):
         place.run()
     said = capsys.readouterr().out
-    assert "hopper-medium-v2, pogo 0.4 1 seed 0: exit code 2: cannot download it; put it there by hand" in said
+    assert "hopper-medium-v2  pogo 0.4 1 seed 0  exit code 2: cannot download it; put it there by hand" in said
     assert len(place.ledger("end")) == 3 and len(place.ledger()) == 7
 
 
@@ -373,7 +371,7 @@ def test_report_only_of_a_folder_without_any_run_is_one_line(place, capsys):
     """A slip in --log_dir must not replace good results by an empty table; a run that was begun is enough."""
     place.run("--only", "seed 1")
     place.run("--report_only")
-    assert len(place.rows()) == 4 and "seed 0: not started" in capsys.readouterr().out
+    assert len(place.rows()) == 4 and "seed 0  not started" in capsys.readouterr().out
     before = (place.folder / "results" / "results.csv").read_text()
     line = exits(capsys, *place.flags("--report_only", "--log_dir", str(place.folder / "lgos")))
     assert f"--log_dir {place.folder / 'lgos'}: none of the runs asked for is there" in line
@@ -564,16 +562,11 @@ def test_real_runs_end_to_end(tmp_path, monkeypatch, capsys):
 # --- Ray -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_address_where_nobody_answers_is_one_line(place):
+def test_an_address_where_nobody_answers_is_one_line(monkeypatch):
     pytest.importorskip("ray")
-    with socket.socket() as taken:  # bound, and not listening
-        taken.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        for given in (address, f"ray://{address}"):
-            began = time.monotonic()
-            with pytest.raises(UserError, match=f"--address {given}: no Ray cluster answers"):
-                ray.RayPool(given, None, 1, None)
-            assert time.monotonic() - began < 15
+    monkeypatch.setattr(ray, "ANSWER_SECONDS", 1)
+    with pytest.raises(UserError, match="--address 127.0.0.1:1: no Ray cluster answers"):
+        ray.RayPool("127.0.0.1:1", None, 1, None)
     for share, words in ((1.5, "whole number"), (0.00001, "four decimals")):
         with pytest.raises(UserError, match=f"--gpus_per_run {share}: .*{words}"):
             ray.check_gpus(share)

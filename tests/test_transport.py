@@ -1,8 +1,6 @@
 """Distances against GeomLoss, POT, SciPy and finite differences, on ordinary and on degenerate clouds."""
 
 import functools
-import subprocess
-import sys
 
 import numpy as np
 import ot
@@ -126,11 +124,6 @@ def test_the_schedule_is_geomloss_at_powers_of_two(diameter):
     assert torch.allclose(sinkhorn(x, y, 0.05, "fused", diameter), geomloss(x, y, 0.05, diameter), rtol=1e-9)
 
 
-def test_geomloss_takes_clouds_of_different_sizes():
-    x, y = cloud(3, 4, 2, seed=1), cloud(3, 5, 2, seed=2)
-    assert torch.equal(sinkhorn(x, y), geomloss(x, y))
-
-
 # --- the optimal assignment ------------------------------------------------------------------------------------------
 
 
@@ -203,33 +196,6 @@ def test_translation_of_one_sample_and_of_clouds(backend):
         assert value.detach().numpy() == pytest.approx(v.square().sum().item() / 2, rel=1e-6)
         value.sum().backward()
         assert (K * x.grad - v).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("backend", ["tensorized", "fused", "exact"])
-def test_symmetry_and_permutation(backend):
-    x, y = pair(B=3)
-
-    def distance(x, y):
-        return sinkhorn(x, y, 0.05, backend, 9.0)
-
-    value, grad_x, grad_y = with_gradients(distance, x, y)
-    swapped, swapped_y, swapped_x = with_gradients(distance, y, x)
-    assert torch.allclose(value, swapped) and torch.allclose(grad_x, swapped_x) and torch.allclose(grad_y, swapped_y)
-    order = torch.tensor([2, 0, 3, 1])
-    shuffled, shuffled_x, _ = with_gradients(distance, x[:, order], y.flip(1))
-    assert torch.allclose(value, shuffled) and torch.allclose(grad_x[:, order], shuffled_x)
-    assert not torch.allclose(grad_x, shuffled_x)
-
-
-@pytest.mark.parametrize("backend", ["tensorized", "fused", "exact"])
-def test_states_are_independent_for_a_given_diameter(backend):
-    x, y = pair(B=4)
-    before, grad_before, _ = with_gradients(lambda x, y: sinkhorn(x, y, 0.05, backend, 9.0), x, y)
-    x[2] += 1
-    after, grad_after, _ = with_gradients(lambda x, y: sinkhorn(x, y, 0.05, backend, 9.0), x, y)
-    others = torch.tensor([0, 1, 3])
-    assert torch.equal(before[others], after[others]) and torch.equal(grad_before[others], grad_after[others])
-    assert before[2] != after[2]
 
 
 # --- gradients, and what the fused path may not do -------------------------------------------------------------------
@@ -398,7 +364,7 @@ def test_l2_is_the_mean_over_elements():
     assert l2(a, b).item() == pytest.approx(2 / 6 * halves.mean().item())
 
 
-# --- refusals and imports --------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -408,7 +374,6 @@ def test_l2_is_the_mean_over_elements():
         ((5, 4, 6), (1, 4, 6), "tensorized"),
         ((5, 4, 6), (5, 4, 1), "exact"),
         ((3, 4, 2), (3, 5, 2), "fused"),
-        ((3, 4, 2), (3, 5, 2), "exact"),
         ((2, 11, 3), (2, 11, 3), "exact"),
     ],
 )
@@ -416,16 +381,3 @@ def test_clouds_that_do_not_fit_are_refused(x, y, backend):
     """Most of these would broadcast to a number that means nothing."""
     with pytest.raises(ValueError, match="at most 10 samples" if x[1] == 11 else "are not .B, K, A."):
         sinkhorn(torch.zeros(x), torch.ones(y), backend=backend, diameter=9.0)
-
-
-def test_fused_and_exact_do_not_load_geomloss():
-    code = (
-        "import sys, torch, transport\n"
-        "x, y = torch.randn(2, 4, 3), torch.randn(2, 4, 3)\n"
-        "for backend in sys.argv[1:]: transport.sinkhorn(x, y, backend=backend, diameter=9.0)\n"
-        "print('geomloss' in sys.modules)"
-    )
-    root = transport.__file__.rsplit("/", 1)[0]
-    for backends, loaded in ((["fused", "exact"], "False"), (["tensorized"], "True")):
-        command = [sys.executable, "-c", code, *backends]
-        assert subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip() == loaded

@@ -28,12 +28,11 @@ from algorithms.offline.sac_n import SACN, SACNConfig
 from algorithms.offline.td3_bc import TD3BC, TD3BCConfig
 from benchmark_data.local import generate_if_missing
 from offline_data import OfflineData, load_transitions
-from runs.chain import Act, ChainRun, ChainRunConfig
+from runs.chain import Act, ChainRun, ChainRunConfig, run_chain
 from runs.cli import load_yaml, parse_config, run_cli
 from runs.directory import expecting, load_checkpoint
 from runs.policy import evaluate_again
 from runs.run import data_values
-from runs.seeds import run_seeds
 from utils import Basic, Count, MayChange, Number, Positive, UserError, warn
 
 NEED_DENSITY = {"cql", "sac_n", "edac"}  # their losses have log pi; their own policy is the default
@@ -167,8 +166,7 @@ class MultiRun(ChainRun):
         return acting(self.agent)
 
     def wandb_labels(self) -> dict[str, str | None]:
-        name = self.config.name
-        return {"group": self.config.group, "name": name and self.prefix + name}
+        return {"group": self.config.group, "name": self.config.name}
 
     def evaluate(self) -> dict[str, float]:
         """As every chain; eval_actor_i is actor i's deterministic score."""
@@ -225,14 +223,14 @@ def find_config(argv: list[str]) -> type[MultiRunConfig]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train to the end, and return what `run_seeds` does; or evaluate a file, and return its scores."""
+    """Train to the end, and return what `run_chain` does; or evaluate a file, and return its scores."""
     argv = list(sys.argv[1:] if argv is None else argv)
     config_class = find_config(argv)
-    more = (MultiRun.settings_dir, ALIASES, {"actor_configs": read_actor_configs})
+    more = (MultiRun.default_run_dir, ALIASES, {"actor_configs": read_actor_configs})
     config = parse_config(config_class, argv, __doc__, "--config", *more)
     if config.evaluate is not None:
         return evaluate_again(config, trained_actors, "pogo_multi_main.py")
-    return run_seeds(MultiRun, config)
+    return run_chain(MultiRun, config)
 
 
 if __name__ == "__main__":
