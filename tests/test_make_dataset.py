@@ -215,10 +215,11 @@ def test_the_families_cover_the_ids_that_are_offered():
     offered = [*ogbench_utils.GENERATED_IDS, *d4rl_utils.GENERATED_IDS, *dmc_utils.GENERATED_IDS]
     covered = [dataset_id for family in local.FAMILIES for dataset_id in family.ids]
     assert sorted(covered) == sorted(offered) and len(covered) == 20 + 15 + 4
-    episodes = {"navigate": (100, 1000), "stitch": (300, 5000), "explore": (120, 10_000)}  # as OGBench's scripts make
+    episodes = {"navigate": (100, 1000), "stitch": (300, 5000), "explore": (500, 10_000)}  # as OGBench's scripts make
     for task, sizes in episodes.items():
         names = [f"local/antmaze-large-{task}{full}-v0" for full in ("", "-full")]
         assert tuple(find_family(name).default_size(name) for name in names) == sizes
+    assert find_family(name := "local/antmaze-medium-explore-v0").default_size(name) == 120
 
 
 @pytest.mark.parametrize("task_type, rows", [("stitch", 201), ("explore", 501)])
