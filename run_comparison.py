@@ -221,7 +221,7 @@ def make_runs(where: str, config: RunComparisonConfig, settings: Settings, algor
         flags = tuple(word for name in sorted(settings) for word in as_flags(name, settings[name]))
         for seed in seeds:
             trainer = settings_of(command, [*flags, "--seed", str(seed)])
-            run_class.check(trainer)
+            run_class.check(dataclasses.replace(trainer, resume=True))  # as it will be run
             if not is_minari(trainer.env):  # whose ids only Minari knows
                 normalized_score(trainer.env, 0.0)
             label = " ".join([algorithm, *(f"{weight:g}" for weight in trainer.w2_weights)])

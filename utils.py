@@ -78,16 +78,11 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def nearest_id(name: str, known: Iterable[str]) -> str | None:
-    """The id, or other name, that `name` is near to, None where it is near none."""
-    spelled = {other.lower(): other for other in known}
-    return next((spelled[near] for near in difflib.get_close_matches(str(name).lower(), spelled, 1, 0.7)), None)
-
-
 def did_you_mean(name: str, known: Iterable[str], shown: str = "{!r}") -> str:
     """The end of an error line: the known name that is near, where there is one, written as `shown` has it."""
-    near = nearest_id(name, known)
-    return f"; did you mean {shown.format(near)}?" if near else ""
+    spelled = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(str(name).lower(), spelled, 1, 0.7)
+    return f"; did you mean {shown.format(spelled[near[0]])}?" if near else ""
 
 
 def counted(number: int, what: str = "episode") -> str:

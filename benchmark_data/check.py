@@ -20,7 +20,7 @@ from dataset_files import Dataset, sha256
 from offline_data import DATASETS
 from utils import UserError, counted, did_you_mean
 
-SAMPLE, TRIED = 2000, 200  # rows that the simulator steps from; those of them that are tried with other actions
+SAMPLE, TRIED = 2000, 200  # rows that the simulator steps from; ends among them, and rows tried with other actions
 DIFFERS = 1e-2  # a row that misses by more is wrong
 FEW = 0.005  # share of rows that may be, where a contact begins or ends
 FAR = 5  # how many times more a wrong pairing misses, where no row agrees
@@ -43,8 +43,8 @@ def find(given: str | Path, dataset_dir: str | Path | None = None) -> tuple[Data
             raise UserError(f"{name}: not at {path}; `python make_dataset.py --list` says how to get it")
     if not path.exists():
         hint = did_you_mean(name, DATASETS)
-        raise UserError(f"{path}: no such file or folder, and no dataset id{hint}; give a path or an id after --check")
-    dataset = OFFICIAL.get(path.absolute().name)
+        raise UserError(f"{path}: no such file or folder, and no dataset id{hint}")
+    dataset = DATASETS.get(name) or OFFICIAL.get(path.absolute().name)
     if dataset is None:
         raise UserError(
             f"{path}: no dataset's file or folder is called so, and what it should hold is unknown; rename it as "
@@ -104,7 +104,7 @@ def check_following(data: Data) -> None:
 def check_replay(data: Data) -> str:
     """From sampled rows the simulator must reach the next ones, with the file's rewards. Returns how near it came."""
     rows = np.arange(len(data.ends)) if data.next_observations is not None else np.flatnonzero(~data.ends)
-    rows, states = _known_states(data, _sample(rows, SAMPLE))
+    rows, states = _known_states(data, np.union1d(_sample(rows, SAMPLE), _sample(rows[data.ends[rows]], TRIED)))
     if len(rows) == 0:
         return "not possible: the file has no states that its observations show"
     reached, rewards = data.simulator.step(states, data.actions[rows])

@@ -27,8 +27,8 @@ def find_family(dataset_id: str) -> Family:
         raise UserError(f"dataset {dataset_id} names the official file; what is made here is local/{dataset_id}")
     if dataset_id.split("/")[-1].startswith("humanoidmaze-"):
         raise UserError(f"dataset {dataset_id}: {HUMANOID_MESSAGE}")
-    hint = did_you_mean(dataset_id, ids)
-    raise UserError(f"dataset {dataset_id!r} cannot be made here{hint}; see `python make_dataset.py --list`")
+    hint = did_you_mean(dataset_id, ids) or "; see `python make_dataset.py --list`"
+    raise UserError(f"dataset {dataset_id!r} cannot be made here{hint}")
 
 
 def generate(

@@ -112,7 +112,8 @@ def parse_config(
     except UserError as error:
         if not resumes:
             raise
-        raise UserError("--resume", str(error), "is it a run of another command, or of another version?") from None
+        remedy = "a run of another command or version: choose another --run_dir, or --overwrite"
+        raise UserError("--resume", str(error), remedy) from None
     config = config_class(**stored | given)
     check_ranges(config)
     return config

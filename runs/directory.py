@@ -208,8 +208,9 @@ def is_same(stored: dict[str, Any], name: str, now: Any, config: Any) -> bool:
 def _check_same_config(run_dir: Path, config: Any, may_change: set[str]) -> None:
     path, current = run_dir / "config.yaml", _stored_config(config)
     stored = load_yaml(path)
-    if stored.keys() - current.keys() and current.keys() - stored.keys():
-        raise UserError(run_dir, "holds a run of another command or version", "choose another --run_dir")
+    if stored.keys() - {field.name for field in dataclasses.fields(config)}:
+        remedy = "choose another --run_dir, or --overwrite"
+        raise UserError(run_dir, "holds a run of another command or version", remedy)
     for key in current | stored:
         if key not in may_change and not is_same(stored, key, current.get(key), config):
             fault = f"{key} was {stored.get(key)} and is now {current.get(key)}"

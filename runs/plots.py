@@ -280,7 +280,7 @@ def chain_panels(runs: Sequence[Metrics], actors: int, data_score: float) -> lis
         step = Panel("Q gained by the step", "Q", curves("chain/actor_{}/q_gain", first), zero, note=note)
     critics = [(metrics, "critic_loss", {"color": "black"}) for metrics in runs]
     return [
-        Panel("Score", "D4RL score", scores, [(data_score, data)], note=dotted),
+        Panel("Score", "score", scores, [(data_score, data)], note=dotted),
         Panel("Q of each actor", "Q", curves("chain/actor_{}/q")),
         Panel("Distance to the one before", "distance", distances, log=True, note="\ndotted: floor" * first),
         step,

@@ -66,7 +66,8 @@ class Run(contextlib.AbstractContextManager):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, KeyboardInterrupt):
-            error.args = ("the same command with --resume continues from the last checkpoint, if one was saved",)
+            words = "where a checkpoint was saved, the same command with --resume continues from it"
+            error.args = (f"{words}; else start it again",)
         self.close()
 
     def open(self) -> None:
@@ -161,9 +162,14 @@ class Run(contextlib.AbstractContextManager):
         return {name: value for name, value in directory.plain_config(self.config).items() if name not in others}
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint; UserError where it is damaged or another model's."""
-        state = directory.load_checkpoint(path, self.device)
+        """Continue from a checkpoint; UserError where it is damaged, another run's or another model's."""
+        state, own = directory.load_checkpoint(path, self.device), self.model_config()
         with directory.expecting(path, "a checkpoint of this model", "choose another --run_dir"):
+            theirs = state["config"]
+            other = next((name for name in own if theirs.get(name) != own[name]), None)
+            if other is not None:
+                fault = f"checkpoint of another run ({other} {theirs.get(other)}, here {own[other]})"
+                raise UserError(path, fault, "choose another --run_dir or --checkpoint_dir")
             self.load_state(path, state)
 
     def check_metrics(self, metrics: dict[str, float], remedy: str = "lower the learning rates") -> None:

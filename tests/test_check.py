@@ -230,6 +230,16 @@ def test_ends_are_where_next_observations_say(tmp_path):
     assert "does not follow from it, and no flag ends the episode" in missing and "misplaced episode end" in misplaced
 
 
+def test_wrong_rows_after_ends_are_found(tmp_path, monkeypatch):
+    """They are few of a file's rows, so they are sampled beside the others."""
+    monkeypatch.setattr(check_module, "SAMPLE", 100)
+
+    def no_next(parts):
+        parts[0]["next_observations"][parts[0]["terminals"]] = 0
+
+    assert "does not reach the next row" in " ".join(faults(made(tmp_path, "hopper", no_next)))
+
+
 @pytest.mark.parametrize("dataset_id", ["antmaze-medium-stitch-v0", "hopper-medium-v2"])
 def test_rows_of_another_mujoco_are_good(dataset_id, tmp_path, monkeypatch):
     """Official D4RL files come from MuJoCo 2. Its own physics cannot be had here: other contacts stand for it."""
@@ -259,6 +269,9 @@ def test_a_local_dataset_needs_its_manifest(tmp_path):
         np.savez(path, **file)  # not compressed
     assert any("no manifest" in line for line in faults(path))
     assert find("local/pointmaze-medium-stitch-v0", tmp_path)[1:] == (path, tmp_path)
+    full = path.with_name("pointmaze-medium-stitch-full-v0.npz")
+    full.touch()
+    assert find("local/pointmaze-medium-stitch-full-v0", tmp_path)[1:] == (full, tmp_path)
 
 
 @pytest.mark.parametrize(

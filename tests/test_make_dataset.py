@@ -155,7 +155,7 @@ def test_files_that_nobody_here_made_are_kept_unless_asked(tmp_path):
     "dataset_id, message",
     [
         ("local/humanoidmaze-large-stitch-v0", "not shipped"),
-        ("local/pointmaze-giant-navigate-v0", "did you mean 'local/pointmaze-.*'.; see .*--list"),
+        ("local/pointmaze-giant-navigate-v0", "did you mean 'local/pointmaze-.*'"),
         ("pointmaze-medium-navigate-v0", "official file.*local/pointmaze-medium-navigate-v0"),
         ("../../etc/local/hopper-medium-v2", "cannot be made here"),
         ("cartpole", "^dataset 'cartpole' cannot be made here; see .*--list"),

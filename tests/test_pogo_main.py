@@ -224,7 +224,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_last_line_what_was_done_since(argument
     run_dir = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pogo_main, "generate_if_missing", lambda *_: signal.raise_signal(signal.SIGINT))
-        exits(capsys, *arguments(run_dir), code=130, starts="interrupted: the same command with --resume continues")
+        exits(capsys, *arguments(run_dir), code=130, starts="interrupted: where a checkpoint was saved")
     assert "the same command with --resume" in train_until(6, arguments(run_dir), method="save")
     assert "Update 6" not in capsys.readouterr().out  # what is told of is saved
     train_until(8, arguments(run_dir))
@@ -314,6 +314,14 @@ def test_a_checkpoint_of_another_run_is_not_taken(arguments, tmp_path, capsys):
     pogo_main.main([*arguments(tmp_path / "first", discount=0.5), *shared])
     line = exits(capsys, *arguments(tmp_path / "second", "--resume", discount=0.9), *shared)
     assert "another run" in line and not (tmp_path / "second").exists()
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    (tmp_path / "second/finished.json").unlink()
+    config = tmp_path / "second/config.yaml"
+    config.write_text(config.read_text().replace("discount: 0.5", "discount: 0.9"))
+    assert "another run (discount 0.5, here 0.9)" in exits(capsys, "--run_dir", str(tmp_path / "second"), "--resume")
+    config.write_text(config.read_text() + "retired: 1\n")
+    line = exits(capsys, "--run_dir", str(tmp_path / "second"), "--resume")
+    assert "retired" in line and "another command or version: choose another --run_dir, or --overwrite" in line
     assert "--no_save_model" in exits(capsys, *arguments(tmp_path / "third", "--resume", "--no_save_model"))
 
 

@@ -279,6 +279,7 @@ BAD = [
     ("environments: {hopper: {medium: {w2_weights: [-1]}}}", "environments.hopper.medium", "--w2_weights -1"),
     ("environments: {hopper: {medium: {w2_weights_base: [1, 2]}}}", "medium", "both w2_weights_base and"),
     ("common: {lr: 1e-3, learning_rate: 2e-3}", "common: learning_rate stands twice", "under another name"),
+    ("common: {save_model: false}", "hopper.medium", "--no_save_model"),
     ("common: {seeds: []}", "environments.hopper.medium: an empty list of seeds", "leave"),
 ]
 

@@ -258,6 +258,8 @@ def test_batches_are_rows_that_follow_the_generator():
     for name, values in zip(ReplayBuffer.FIELDS, rows, strict=True):
         assert torch.equal(batch[name], torch.tensor(values, dtype=torch.float32)[batch["rewards"].long()]), name
         assert torch.equal(batch[name], same[name])
+    with pytest.raises(ValueError, match="actions has 9 rows"):
+        ReplayBuffer(rows[0], rows[1][:9], *rows[2:])
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
