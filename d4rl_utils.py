@@ -121,11 +121,15 @@ class D4RLDataset(Dataset):
             ends[jumps(arrays["observations"][:, :2], 1.0)] = True
             return np.flatnonzero(ends)
         ends |= arrays["terminals"]
-        following, observations = arrays["next_observations"], arrays["observations"]
+        following, observations, misplaced = arrays["next_observations"], arrays["observations"], 0
         for start in range(0, len(ends) - 1, BLOCK_ROWS):
             rows = slice(start, min(start + BLOCK_ROWS, len(ends) - 1))
             later = observations[rows.start + 1 : rows.stop + 1]
-            ends[rows] |= np.abs(following[rows] - later).max(axis=1) > 1e-3  # a reset moves every robot further
+            moved = np.abs(following[rows] - later).max(axis=1) > 1e-3  # a reset moves every robot further
+            misplaced += int((ends[rows] & ~moved).sum())
+            ends[rows] |= moved
+        if misplaced:
+            warn(f"{self.id}: {misplaced} ends stand where the episode goes on; see `make_dataset.py --check`")
         return np.flatnonzero(ends)
 
     def transitions(self, dataset_dir: str | os.PathLike | None = None) -> dict[str, Any]:

@@ -98,6 +98,13 @@ class Dataset(abc.ABC):
             return None
         return manifest if whole else None
 
+    def changed(self, manifest: dict[str, Any], dataset_dir: str | os.PathLike | None = None) -> str | None:
+        """What to say of the first file that is not the one which `manifest` describes; None where all are."""
+        folder = self.manifest_path(dataset_dir).parent
+        names = (name for name, entry in manifest["files"].items() if sha256(folder / name) != entry["sha256"])
+        name = next(names, None)
+        return name and f"{name} has changed since it was made (SHA-256); make it again with --overwrite"
+
     def ensure(self, dataset_dir: str | os.PathLike | None = None) -> tuple[Path, ...]:
         """`paths`, after a download of what is missing of an official dataset.
 

@@ -306,11 +306,15 @@ def find_dataset(dataset_id: str) -> Dataset:
 def made_here(ids: list[str], dataset_dir: str | os.PathLike | None) -> dict[str, Any]:
     """What a run keeps of local datasets: their rows, and 12 hex digits of the SHA-256 of their file, or of all files.
 
-    Empty where a dataset has no manifest, as official ones.
+    Empty where a dataset has no manifest, as official ones. Raises UserError for a file that is not its manifest's.
     """
-    manifests = [find_dataset(dataset_id).manifest(dataset_dir) for dataset_id in ids]
+    datasets = [find_dataset(dataset_id) for dataset_id in ids]
+    manifests = [dataset.manifest(dataset_dir) for dataset in datasets]
     if None in manifests:
         return {}
+    for dataset, manifest in zip(datasets, manifests, strict=True):
+        if changed := dataset.changed(manifest, dataset_dir):
+            raise UserError(dataset.id, changed)
     hashes = {name: entry["sha256"] for manifest in manifests for name, entry in manifest["files"].items()}
     listed = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
     digest = next(iter(hashes.values())) if len(hashes) == 1 else hashlib.sha256(listed.encode()).hexdigest()

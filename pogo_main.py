@@ -54,7 +54,8 @@ class POGORun(ChainRun):
     def describe(self) -> str:
         """As every chain, and what Q and the weights have to compare with."""
         (mean, best), rule = self.values, 1.6 / self.data.action_dim  # docs/pogo.md derives it
-        return f"{super().describe()}; discounted returns {mean:.4g}, at most {best:.4g}; w_i by the rule {rule:.2g}"
+        returns = f"discounted returns {mean:.4g}, at most {best:.4g}"
+        return f"{super().describe()}; {returns}; w_i by the rule of docs/pogo.md {rule:.2g}"
 
     def acting(self) -> list[Act]:
         return list(self.agent.actors)

@@ -22,7 +22,7 @@ from dmc_utils import TASKS
 from opso.policy import MazePolicy
 from runs.directory import checkpoint_file, expecting, load_checkpoint
 from runs.policy import ChainPolicy
-from utils import UserError
+from utils import UserError, resolve_device
 from walker.agent import Agent
 
 
@@ -38,7 +38,7 @@ class Policy:
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu", actor: int = -1, task: str = "walk"):
-        self.path, self.actor = checkpoint_file(path), actor
+        self.path, self.actor, device = checkpoint_file(path), actor, resolve_device(str(device))
         self.trained: Agent | ChainPolicy | MazePolicy
         state = load_checkpoint(self.path, device)
         over_algorithm = "algorithm" in state.get("config", {})

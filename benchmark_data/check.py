@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmark_data.recorded import BENCHMARKS, FAULT, Data, read
-from dataset_files import Dataset, sha256
+from dataset_files import Dataset
 from offline_data import DATASETS
 from utils import UserError, counted, did_you_mean
 
@@ -62,11 +62,8 @@ def check_manifest(data: Data, dataset_dir: Path) -> None:
     manifest, path = data.dataset.manifest(dataset_dir), data.dataset.manifest_path(dataset_dir)
     if manifest is None:
         data.fault(f"no manifest {path.name} beside it that fits: loaders refuse it; make it again with --overwrite")
-        return
-    files = manifest["files"].items()
-    changed = [name for name, entry in files if sha256(path.parent / name) != entry["sha256"]]
-    if changed:
-        data.fault(f"{changed[0]} has changed since it was made (SHA-256); make it again with --overwrite")
+    elif changed := data.dataset.changed(manifest, dataset_dir):
+        data.fault(changed)
 
 
 def check_lengths(data: Data) -> None:

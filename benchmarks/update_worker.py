@@ -31,8 +31,8 @@ def offline_update(device: torch.device, small: bool) -> Callable[[], object]:
     walk = 0.1 * torch.randn(20, 501, OBSERVATION_DIM, generator=generator).cumsum(1)
     arrays = {"observations": walk.flatten(0, 1), "actions": torch.zeros(20 * 501, ACTION_DIM)}
     arrays = {name: value.numpy() for name, value in (arrays | {"terminals": terminals.flatten()}).items()}
-    make = getattr(TrajectoryDataset, "from_arrays", TrajectoryDataset)  # its name before
-    data = make(arrays, "random walks", device=device)
+    before = getattr(TrajectoryDataset, "from_arrays", None)  # of older checkouts
+    data = before(arrays, "random walks", device=device) if before else TrajectoryDataset(arrays, device=device)
     config = OfflineAgentConfig(context_length=10, d_model=32) if small else OfflineAgentConfig()
     agent = OfflineAgent(config, OBSERVATION_DIM, *data.normalizer(), device=device)
     sampling = torch.Generator(device).manual_seed(0)

@@ -80,6 +80,10 @@ def matching(table: Table, scores: Scores) -> list[tuple[Run, Row]]:
     where = table.layout.get("where", {})
     check_keys(f"{table.path}: layout.where", where, COLUMNS)
     wanted = {key: list(map(str, value if isinstance(value, list) else [value])) for key, value in where.items()}
+    for key, values in wanted.items():
+        known = {row[key] for _, row in found}
+        if found and known.isdisjoint(values):
+            raise UserError(f"{table.path}: layout.where: {key} is {' or '.join(sorted(known))}, never {values[0]}")
     return [(run, row) for run, row in found if all(row[key] in values for key, values in wanted.items())]
 
 

@@ -134,7 +134,7 @@ def plot_training_curves(metrics: Metrics, path: str | Path, title: str) -> None
     ]
     spearman = [curve("value_distance_spearman", "all pairs", "green", marker=".")]
     spearman += [curve("value_distance_spearman_far", "far half", "olive", marker=".")]
-    panels.append(Panel("V with -distance", "Spearman's correlation", spearman, ylim=(-0.1, 1.02)))
+    panels.append(Panel("V with -distance", "Spearman's correlation", spearman))
     codes = [curve("code_rank", "effective rank", "red", marker=".")]
     codes += [curve("code_std_100", "100 x std", "purple", marker=".")]
     panels.append(Panel("Codes", "effective rank, 100 x std", codes))

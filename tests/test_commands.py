@@ -68,8 +68,8 @@ SMALLER = {
     ),
     "benchmarks/run_all.py": ("--quick --only encoder --device cpu", "| mamba2_vs_sequential |"),
     "benchmarks/bench_updates.py": (
-        "--small --calls 1 --repeats 1 --updates opso_online_update --base none",
-        "| ours |",
+        "--small --calls 1 --repeats 1 --updates opso_offline_update opso_online_update --base none",
+        "| opso_offline_update | ours |",
     ),
     "benchmarks/bench_online.py": (
         "--num_envs 2 --graph_nodes 4 --context_length 4 --steps 2 --repeats 1",

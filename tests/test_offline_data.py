@@ -5,12 +5,23 @@ import sys
 from pathlib import Path
 
 import gymnasium
+import h5py
 import numpy as np
 import pytest
 from test_d4rl_utils import ANTMAZE, HOPPER, many_columns, maze_columns, put
 
 import offline_data
-from offline_data import OfflineData, data_scores, find_dataset, load_transitions, make_env, normalized_score
+from benchmark_data.local import generate
+from dataset_files import sha256
+from offline_data import (
+    OfflineData,
+    data_scores,
+    find_dataset,
+    load_transitions,
+    made_here,
+    make_env,
+    normalized_score,
+)
 from utils import UserError
 
 
@@ -78,6 +89,15 @@ def test_every_listed_id_is_found_and_stays_in_its_folder(tmp_path):
     for name in ("../hopper-medium-v2", "local/../hopper-medium-v2", "minari/../x", "minari//etc/x"):
         with pytest.raises(UserError):
             find_dataset(name).ensure(tmp_path)
+
+
+def test_data_that_were_changed_are_not_what_their_manifest_says(tmp_path):
+    path = generate("local/hopper-medium-v2", 300, 0, tmp_path, progress=False)
+    assert made_here(["local/hopper-medium-v2"], tmp_path)["data_sha256"] == sha256(path)[:12]
+    with h5py.File(path, "r+") as file:
+        file["rewards"][:] = 0.1 * file["rewards"][:]
+    with pytest.raises(UserError, match="hopper_medium-v2.hdf5 has changed since it was made"):
+        made_here(["local/hopper-medium-v2"], tmp_path)
 
 
 def singletask_file(folder: Path, name: str, dims: tuple[int, int]) -> None:

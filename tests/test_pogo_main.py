@@ -405,7 +405,7 @@ def test_a_wide_blur_and_a_q_above_every_return_are_told_once(arguments, tmp_pat
     monkeypatch.setattr(pogo_main, "data_values", lambda *_: (-9.0, -9.0))
     train(arguments(tmp_path / "small", "--q_start", "zero", sinkhorn_blur=5.0))
     told = capsys.readouterr()
-    assert "returns -9, at most -9; w_i by the rule 0.53" in told.out and "the blur" not in told.err
+    assert "returns -9, at most -9; w_i by the rule of docs/pogo.md 0.53" in told.out and "the blur" not in told.err
     assert told.err.count("no return of the data is above -9: actor 0 is not to be trusted") == 1
     assert "update 3" in told.err
 
