@@ -62,7 +62,7 @@ class OnlineTrainerConfig(DeviceRunConfig, OnlineAgentConfig):
     batch_size: Count = 8  # an update samples batch_size x transitions_per_window transitions from each source
     transitions_per_window: Count = 64  # an update samples batch_size x transitions_per_window transitions a source
     metric_updates: Count | None = None  # updates of the metric, before all else; default 1500, ant and humanoid 3000
-    fit_updates: Whole | None = None  # updates on the dataset, once its actions are known; default 1500, or 4000
+    fit_updates: Whole | None = None  # updates on the dataset, once its actions are known; default 1500, or 12000
     idm_updates: Count | None = None  # first updates of the inverse dynamics model; default 1500, or 6000
     idm_updates_per_round: Whole = 500  # updates of the inverse dynamics model after each later round
     idm_lr: Positive = 1e-3  # learning rate of the inverse dynamics model at first; halved in later rounds
@@ -85,7 +85,7 @@ class OnlineTrainerConfig(DeviceRunConfig, OnlineAgentConfig):
 # What None stands for: for the point, whose steps go farther, and for ants and humanoids.
 BY_ROBOT = {
     **{"subgoal_steps": (10, 25), "metric_steps": (10, 25), "metric_updates": (1500, 3000)},
-    **{"fit_updates": (1500, 4000), "idm_updates": (1500, 6000), "random_steps": (2000, 32_000)},
+    **{"fit_updates": (1500, 12_000), "idm_updates": (1500, 6000), "random_steps": (2000, 32_000)},
 }
 METRIC_PAIRS = 512  # in an update of the metric
 COUNTERS = ("episodes", "random_episodes", "env_steps", "best_success", "fitted")  # of a run, kept in last.pth

@@ -341,8 +341,8 @@ def test_what_depends_on_the_robot_is_filled_in():
     numbers = ("subgoal_steps", "metric_steps", "metric_updates", "fit_updates", "random_steps", "idm_updates")
     for dataset, expected in (
         ("pointmaze-large-navigate-v0", (10, 10, 1500, 1500, 2000, 1500)),
-        ("antmaze-medium-navigate-v0", (25, 25, 3000, 4000, 32_000, 6000)),
-        ("humanoidmaze-medium-navigate-v0", (25, 25, 3000, 4000, 32_000, 6000)),
+        ("antmaze-medium-navigate-v0", (25, 25, 3000, 12_000, 32_000, 6000)),
+        ("humanoidmaze-medium-navigate-v0", (25, 25, 3000, 12_000, 32_000, 6000)),
     ):
         config = online_trainer.resolve(OnlineTrainerConfig(dataset=dataset))
         assert tuple(getattr(config, name) for name in numbers) == expected

@@ -205,7 +205,7 @@ def test_a_damaged_run_has_no_rows(tmp_path):
     [
         ("offline_trainer", "pointmaze-medium", "discount", 0.99),
         ("offline_trainer", "pointmaze-giant", "discount", 0.995),
-        ("online_trainer", "antmaze-medium", "fit_updates", 4000),
+        ("online_trainer", "antmaze-medium", "fit_updates", 12_000),
     ],
 )
 def test_settings_that_the_command_resolves_count_as_given_ones_do(tmp_path, command, maze, name, value):
