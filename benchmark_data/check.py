@@ -188,9 +188,10 @@ class Report:
 
     def text(self) -> str:
         verdict = counted(len(self.faults), "fault") if self.faults else "good"
-        lines = [f"{self.name}: {verdict}", "", *(f"  {name:<14}{text}" for name, text in self.facts.items())]
+        facts = [f"  {name:<14}{text}" for name, text in self.facts.items()]
         findings = sorted(self.findings, key=lambda finding: finding[0] != FAULT)
-        return "\n".join([*lines, *[""] * bool(findings), *(f"  {kind:<6}{what}" for kind, what in findings)])
+        blocks = [[f"{self.name}: {verdict}"], facts, [f"  {kind:<6}{what}" for kind, what in findings]]
+        return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
 def describe(data: Data) -> dict[str, str]:
@@ -216,7 +217,8 @@ def check(given: str | Path, dataset_dir: str | Path | None = None) -> Report:
     try:
         data = read(path, dataset)
     except UserError as error:
-        return Report(str(path), {}, [(FAULT, error.fault or str(error))])
+        file = error.where.removeprefix(str(path)).lstrip("/\\")  # of a folder
+        return Report(str(path), {}, [(FAULT, ": ".join(filter(None, (file, error.fault))))])
     facts = describe(data)
     check_manifest(data, dataset_dir)
     check_lengths(data)
