@@ -155,7 +155,7 @@ def test_a_file_that_memory_has_no_room_for_is_not_called_damaged(tiny, monkeypa
         read(tiny)
 
 
-def test_episodes_end_at_falls_timeouts_jumps_and_the_end_of_the_file(tiny, monkeypatch):
+def test_episodes_end_at_falls_timeouts_jumps_and_the_end_of_the_file(tiny, monkeypatch, capsys):
     arrays, episode_ends = read(tiny), DATASETS[HOPPER].episode_ends
     assert episode_ends(arrays).tolist() == [4, 7, 11]
     assert whole_returns(arrays["rewards"], arrays["terminals"], episode_ends(arrays)).tolist() == [10.0, 18.0, 38.0]
@@ -163,6 +163,9 @@ def test_episodes_end_at_falls_timeouts_jumps_and_the_end_of_the_file(tiny, monk
     for rows in (1, 4, 5, ROWS - 1, ROWS):  # searched at a time
         monkeypatch.setattr(d4rl_utils, "BLOCK_ROWS", rows)
         assert episode_ends(arrays).tolist() == [4, 7, 11]
+    assert not capsys.readouterr().err
+    arrays["terminals"] = np.roll(arrays["terminals"], 1)
+    assert len(episode_ends(arrays)) > 3 and "ends stand where the episode goes on" in capsys.readouterr().err
 
 
 def load(dataset_id: str, folder: Path | None = None) -> tuple[dict[str, np.ndarray], np.ndarray]:
