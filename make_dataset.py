@@ -7,9 +7,9 @@
 
 Without --list or --check it makes --dataset.
 
-Sizes where none is given: 100 episodes (mazes' navigate, walker study), 300 (stitch), 120 (medium-explore), 500
-(large-explore), 100,000 transitions (D4RL). local/antmaze-medium-navigate-full-v0 and its kin are as large as OGBench's
-own files: 1,000 episodes (navigate), 5,000 (stitch), 10,000 (explore).
+Sizes where none is given: 100 episodes (mazes' navigate, walker study), 300 (stitch), 500 (explore), 100,000
+transitions (D4RL). local/antmaze-medium-navigate-full-v0 and its kin are as large as OGBench's own files: 1,000
+episodes (navigate), 5,000 (stitch), 10,000 (explore).
 
 Datasets are kept in --dataset_dir; else in the folder that OGBENCH_DATASET_DIR (mazes) or D4RL_DATASET_DIR (D4RL)
 names; else in datasets/ beside the code, official D4RL files in ~/.d4rl/datasets. There, what is made here lies in

@@ -34,9 +34,9 @@ ANT = ("ant-xy", 400_000)  # the locomotion policy's environment and training st
 ROWS = {"navigate": 1001, "stitch": 201, "explore": 501}  # an episode
 NOISE = {"pointmaze": 0.5, "antmaze": 0.2}  # standard deviation of the Gaussian added to each action
 EXPLORE_NOISE = 1.0
-# Training episodes where none are asked for: of the order of 100,000 rows in navigate, 60,000 in the others.
-DEFAULT_EPISODES = {"navigate": 100, "stitch": 300, "explore": 120}
-LARGE_EXPLORE_EPISODES = 500  # of 120, links of 0.3 m do not join the start and the goal of four of the five tasks
+# Training episodes where none are asked for: 100,000 rows in navigate, 60,000 in stitch. Of fewer in explore, links of
+# 0.3 m do not join the start and the goal of every task in the large maze.
+DEFAULT_EPISODES = {"navigate": 100, "stitch": 300, "explore": 500}
 OFFICIAL_EPISODES = {"navigate": 1000, "stitch": 5000, "explore": 10_000}  # of the medium and large mazes' files
 AIMS = {
     "navigate": "oracle waypoints, a new goal from the cells outside corridors whenever one is reached",
@@ -187,8 +187,6 @@ class MazeFamily(Family):
     unit = "episodes"
 
     def default_size(self, dataset_id: str) -> int:
-        if dataset_id.endswith("-large-explore-v0"):
-            return LARGE_EXPLORE_EPISODES
         sizes = OFFICIAL_EPISODES if dataset_id.endswith("-full-v0") else DEFAULT_EPISODES
         return sizes[DATASETS[dataset_id].task_type]
 
