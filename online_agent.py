@@ -67,6 +67,7 @@ class OnlineAgentConfig:
     horizon: Count = 50  # targets of Q and V span 1..horizon steps, sampled for each transition
     subgoal_steps: Count | None = None  # steps that z' lies ahead; default 10, ant and humanoid 25; the original has 1
     action_temperature: NonNegative = 0.0  # policy loss weights are exp(temperature x steps that the action saves)
+    value_every: Count = 3  # updates of the policy, by which search acts, for each one of Q, V and the proposer
     route_goals: Count = 400  # goals from all of the data whose ways along the graph V and the proposer learn
     acting: Acting = "search"  # z' by search, or near by and chosen by V or next_state
     graph_nodes: Annotated[int, Range(2, 10**6)] = 150_000  # most dataset states in the graph, evenly spaced in time
@@ -284,24 +285,24 @@ class OnlineAgent:
     # -- update ---------------------------------------------------------------------------------------------------
 
     def update(self, batch: dict[str, Tensor], route: dict[str, Tensor], lr_scale: float = 1.0) -> dict[str, Tensor]:
-        """One optimizer step on a batch of codes, then the EMA targets. Returns 0-d tensors, without a host sync.
+        """One step of the policy on a batch of codes, every `value_every` steps of Q, V, the proposer and the EMA
+        targets too. Returns 0-d tensors, without a host sync.
 
         batch: codes z, z_next, z_before, z_ahead (z_{t+n-1}, z_{t+n}), z_sub (what inverse dynamics aims at), z_goal;
         features x, x_sub, x_goal; actions [n, A], acted [n] 0/1 where the action is known; steps_to_goal, n, sub_steps
         [n] int64. route: `Routes.sample`'s, for V and the proposer.
         """
         self.lr.fill_(self.config.lr * lr_scale)
-        terms = {
-            "critic": self.critic_loss(batch),
-            "v": self.v_loss(batch),
-            "state": self.state_loss(route),
-            "train": self.action_loss(batch),
-            "route_v": self.route_value_loss(route),
-        }
+        terms, values = {}, self.step % self.config.value_every == 0
+        if values:
+            terms |= {"critic": self.critic_loss(batch), "v": self.v_loss(batch), "state": self.state_loss(route)}
+            terms |= {"route_v": self.route_value_loss(route)}
+        terms["train"] = self.action_loss(batch)
         # No weights: but for V's two, no losses share a parameter, as the encoder is frozen; Adam ignores their scales.
         self.optimizer.minimise(sum(loss for loss, _ in terms.values()))
-        with torch.no_grad():
-            torch._foreach_lerp_(self.target_parameters, self.online_parameters, self.config.tau)
+        if values:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.target_parameters, self.online_parameters, self.config.tau)
         self.step += 1
         info = {f"{name}_loss": loss.detach() for name, (loss, _) in terms.items()}
         return info | {key: value.detach() for _, extra in terms.values() for key, value in extra.items()}

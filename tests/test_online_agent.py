@@ -190,7 +190,7 @@ def test_features_are_the_code_and_the_normalised_state_whatever_the_block():
 
 
 def test_every_head_learns_nothing_else_does_and_the_targets_follow_by_tau():
-    agent = make_agent(tau=0.25)
+    agent = make_agent(tau=0.25, value_every=1)
     heads, target = copy.deepcopy(agent.heads.state_dict()), copy.deepcopy(agent.target.state_dict())
     frozen = copy.deepcopy((agent.encoder.state_dict(), agent.metric.state_dict()))
     info = update(agent, lr_scale=0.5)
@@ -209,9 +209,26 @@ def test_every_head_learns_nothing_else_does_and_the_targets_follow_by_tau():
     assert all(torch.equal(value, heads[name]) for name, value in agent.heads.state_dict().items())
 
 
+def test_how_often_values_learn_changes_no_bit_of_the_policy():
+    always, seldom = (
+        make_agent(value_every=1, action_temperature=0.0),
+        make_agent(value_every=3, action_temperature=0.0),
+    )
+    learned = []
+    for seed in range(5):
+        before = copy.deepcopy(seldom.heads.state_dict())
+        assert update(seldom, seed)["train_loss"] == update(always, seed)["train_loss"]
+        learned.append(
+            {name.split(".")[0] for name, value in seldom.heads.state_dict().items() if (value != before[name]).any()}
+        )
+    assert learned == [set(seldom.heads), {"inverse_dynamics"}, {"inverse_dynamics"}] + learned[:2]
+    for name, value in always.heads.state_dict().items():
+        assert torch.equal(value, seldom.heads.state_dict()[name]) == name.startswith("inverse_dynamics"), name
+
+
 def test_updates_learn_which_way_to_go():
     """A corridor walked to and fro by known steps: actions point at the subgoal, V falls with the distance."""
-    agent = make_agent(action_temperature=0.0, lr=3e-3, tau=0.05, horizon=5, subgoal_steps=4)
+    agent = make_agent(action_temperature=0.0, lr=3e-3, tau=0.05, horizon=5, subgoal_steps=4, value_every=1)
     place = torch.linspace(-1, 1, 21)
     walk = torch.cat([place, place.flip(0)])
     code = torch.stack([walk * scale for scale in torch.linspace(0.5, 2, FEATURES)], dim=1)
