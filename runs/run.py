@@ -65,9 +65,8 @@ class Run(contextlib.AbstractContextManager):
             opening.pop_all()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            words = "where a checkpoint was saved, the same command with --resume continues from it"
-            error.args = (f"{words}; else start it again",)
+        if isinstance(error, KeyboardInterrupt) and self.checkpoint.is_file():
+            error.args = ("the same command with --resume continues from the last checkpoint",)
         self.close()
 
     def open(self) -> None:

@@ -224,10 +224,10 @@ def test_ctrl_c_says_how_to_go_on_and_the_last_line_what_was_done_since(argument
     run_dir = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pogo_main, "generate_if_missing", lambda *_: signal.raise_signal(signal.SIGINT))
-        exits(capsys, *arguments(run_dir), code=130, starts="interrupted: where a checkpoint was saved")
-    assert "the same command with --resume" in train_until(6, arguments(run_dir), method="save")
+        exits(capsys, *arguments(run_dir), code=130, starts="interrupted: nothing was saved")
+    assert not train_until(6, arguments(run_dir), method="save")
     assert "Update 6" not in capsys.readouterr().out  # what is told of is saved
-    train_until(8, arguments(run_dir))
+    assert "the same command with --resume" in train_until(8, arguments(run_dir))
     train(arguments(run_dir, "--resume"))
     assert "the last 6 of 12 updates in " in capsys.readouterr().out
 
