@@ -263,19 +263,17 @@ class OnlineAgent:
         return (error * known).sum() / known.sum().clamp(min=1), {}
 
     def action_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        """Squared error of the inverse dynamics where the action is known, weighted by the step's advantage to z'."""
-        weight = self.action_weight(batch) * batch["acted"]
+        """Squared error of the inverse dynamics, weighted by the step's advantage to z'."""
+        weight = self.action_weight(batch)
         action = self.heads["inverse_dynamics"](batch["x"], batch["x_sub"], batch["x_goal"])
         error = (action - batch["actions"]).square().mean(-1)
-        known = batch["acted"].sum().clamp(min=1)
-        info = {"action_error": (error * batch["acted"]).sum() / known, "action_weight": weight.sum() / known}
-        return (weight * error).sum() / known, info
+        return (weight * error).mean(), {"action_error": error.mean(), "action_weight": weight.mean()}
 
     @torch.no_grad()
     def action_weight(self, batch: dict[str, Tensor]) -> Tensor:
         """Weight [n] of each action: by the steps towards z' that it saves, beyond the one it takes."""
         if self.config.action_temperature == 0:
-            return torch.ones_like(batch["acted"])
+            return torch.ones_like(batch["z"][:, 0])
         before, after = (
             steps_by_value(self.target["v"](batch[name], batch["z_sub"]), self.discount) for name in ("z", "z_next")
         )
@@ -284,20 +282,22 @@ class OnlineAgent:
 
     # -- update ---------------------------------------------------------------------------------------------------
 
-    def update(self, batch: dict[str, Tensor], route: dict[str, Tensor], lr_scale: float = 1.0) -> dict[str, Tensor]:
-        """One step of the policy on a batch of codes, every `value_every` steps of Q, V, the proposer and the EMA
-        targets too. Returns 0-d tensors, without a host sync.
+    def update(
+        self, batch: dict[str, Tensor], acted: dict[str, Tensor], route: dict[str, Tensor], lr_scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        """One step of the policy, every `value_every` steps of Q, V, the proposer and the EMA targets too.
 
         batch: codes z, z_next, z_before, z_ahead (z_{t+n-1}, z_{t+n}), z_sub (what inverse dynamics aims at), z_goal;
-        features x, x_sub, x_goal; actions [n, A], acted [n] 0/1 where the action is known; steps_to_goal, n, sub_steps
-        [n] int64. route: `Routes.sample`'s, for V and the proposer.
+        features x, x_sub, x_goal; actions [n, A]; steps_to_goal, n, sub_steps [n] int64. acted: as much of it as has
+        actions that the policy learns from. route: `Routes.sample`'s, for V and the proposer. Returns 0-d tensors,
+        without a host sync.
         """
         self.lr.fill_(self.config.lr * lr_scale)
         terms, values = {}, self.step % self.config.value_every == 0
         if values:
             terms |= {"critic": self.critic_loss(batch), "v": self.v_loss(batch), "state": self.state_loss(route)}
             terms |= {"route_v": self.route_value_loss(route)}
-        terms["train"] = self.action_loss(batch)
+        terms["train"] = self.action_loss(acted)
         # No weights: but for V's two, no losses share a parameter, as the encoder is frozen; Adam ignores their scales.
         self.optimizer.minimise(sum(loss for loss, _ in terms.values()))
         if values:

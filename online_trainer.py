@@ -178,12 +178,13 @@ class OnlineRun(Run):
         # Own actions are the inverse dynamics model's; where the dataset's are known, the policy learns from both.
         own = config.inverse_dynamics_data == "offline"
         for number in progress(range(updates), desc, unit="update", leave=False):
-            parts = [sample_batch(self.codes, self.agent, count, True, self.streams.sampling)]
+            batch = acted = sample_batch(self.codes, self.agent, count, self.streams.sampling)
             if len(self.replay):
-                parts.append(sample_batch(self.replay, self.agent, count, own, self.streams.sampling))
-            batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+                played = sample_batch(self.replay, self.agent, count, self.streams.sampling)
+                batch = {key: torch.cat([value, played[key]]) for key, value in batch.items()}
+            route = self.routes.sample(count, self.streams.sampling)
             scale = 0.55 + 0.45 * math.cos(math.pi * number / updates) if anneal else 1.0
-            means.add(self.agent.update(batch, self.routes.sample(count, self.streams.sampling), scale))
+            means.add(self.agent.update(batch, batch if own else acted, route, scale))
         losses = means.take()
         self.check_metrics(losses, "lower --lr")
         return losses

@@ -58,7 +58,8 @@ def online_update(device: torch.device, small: bool) -> Callable[[], object]:
     batch |= {"actions": 2 * torch.rand(n, ACTION_DIM, device=device) - 1, "acted": torch.ones(n, device=device)}
     route = {name: features[end] for name, end in (("x", ""), ("x_goal", "_goal"), ("x_aim", "_sub"))}
     route |= {"steps": 100 * torch.rand(n, device=device)}
-    more = {"route": route} if "route" in inspect.signature(agent.update).parameters else {}  # not in older ones
+    known = inspect.signature(agent.update).parameters  # those of older ones are fewer
+    more = {name: value for name, value in (("acted", batch), ("route", route)) if name in known}
     return lambda: agent.update(batch, **more)
 
 

@@ -24,16 +24,11 @@ class CodeSet:
 
 
 def sample_batch(
-    source: CodeSet | EpisodeReplay,
-    agent: OnlineAgent,
-    count: int,
-    acted: bool,
-    generator: torch.Generator,
+    source: CodeSet | EpisodeReplay, agent: OnlineAgent, count: int, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
     """`count` transitions with hindsight goals, horizons and subgoals, as `OnlineAgent.update` takes them.
 
-    The policy aims 1..subgoal_steps ahead, sampled. Nothing crosses an episode's end. `acted` says whether the actions
-    may be read.
+    The policy aims 1..subgoal_steps ahead, sampled. Nothing crosses an episode's end.
     """
     config, device = agent.config, source.states.device
 
@@ -52,10 +47,7 @@ def sample_batch(
     features = dict(zip(names, source.states[at], strict=True))
     batch = {f"z{name}": agent.code(x) for name, x in features.items()}
     batch |= {f"x{name}": features[name] for name in ("", "_sub", "_goal")}
-    batch |= {"steps_to_goal": steps_to_goal, "n": n, "sub_steps": sub}
-    actions = source.actions[rows] if acted else torch.zeros_like(source.actions[rows])
-    known = torch.full((count,), float(acted), device=device)
-    return batch | {"actions": actions, "acted": known}
+    return batch | {"steps_to_goal": steps_to_goal, "n": n, "sub_steps": sub, "actions": source.actions[rows]}
 
 
 def steps_to_travel(positions: torch.Tensor, episode_end: torch.Tensor) -> int:

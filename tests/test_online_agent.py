@@ -57,8 +57,8 @@ def random_codes(seed=0) -> CodeSet:
     return code_set(torch.randn(sum(LENGTHS), FEATURES, generator=torch.Generator().manual_seed(seed)))
 
 
-def make_batch(agent: OnlineAgent, count=64, seed=0, acted=True) -> dict[str, torch.Tensor]:
-    return sample_batch(random_codes(), agent, count, acted, torch.Generator().manual_seed(seed))
+def make_batch(agent: OnlineAgent, count=64, seed=0) -> dict[str, torch.Tensor]:
+    return sample_batch(random_codes(), agent, count, torch.Generator().manual_seed(seed))
 
 
 def random_states(agent: OnlineAgent, count=40) -> StateGraph:
@@ -72,13 +72,8 @@ def route_of(agent: OnlineAgent, seed=0) -> dict[str, torch.Tensor]:
 
 
 def update(agent: OnlineAgent, seed=0, lr_scale=1.0) -> dict[str, torch.Tensor]:
-    return agent.update(make_batch(agent, seed=seed), route_of(agent, seed), lr_scale)
-
-
-def half_acted(agent: OnlineAgent) -> dict[str, torch.Tensor]:
-    """Rows whose action is known beside rows whose action is hidden, as in a run of the online regime."""
-    parts = make_batch(agent, 24, seed=1), make_batch(agent, 40, seed=2, acted=False)
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    batch = make_batch(agent, seed=seed)
+    return agent.update(batch, batch, route_of(agent, seed), lr_scale)
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
@@ -137,34 +132,21 @@ def weight_by_hand(agent, z, z_later, z_to, steps, reached, temperature) -> floa
     return min(math.exp(temperature * (saved - steps)), MAX_WEIGHT)
 
 
-def test_action_loss_equals_a_loop_over_the_known_actions():
+def test_action_loss_equals_a_loop():
     agent = make_agent(action_temperature=3.0)
-    batch = half_acted(agent)
+    batch = make_batch(agent, seed=1)
     total, weights, errors = 0.0, [], []
     for i in range(64):
-        if not batch["acted"][i]:
-            continue
         z, z_next, sub = (batch[name][i] for name in ("z", "z_next", "z_sub"))
         weights.append(weight_by_hand(agent, z, z_next, sub, 1, batch["sub_steps"][i] == 1, 3.0))
         action = agent.act(*(batch[name][i] for name in ("x", "x_sub", "x_goal")))
         errors.append(float((action - batch["actions"][i]).square().mean()))
         total += weights[-1] * errors[-1]
     loss, info = agent.action_loss(batch)
-    assert len(weights) == 24 and max(weights) == MAX_WEIGHT and min(weights) < 1
-    assert loss.item() == pytest.approx(total / 24, rel=1e-4)
+    assert max(weights) == MAX_WEIGHT and min(weights) < 1
+    assert loss.item() == pytest.approx(total / 64, rel=1e-4)
     assert info["action_error"].item() == pytest.approx(np.mean(errors), rel=1e-4)
     assert info["action_weight"].item() == pytest.approx(np.mean(weights), rel=1e-4)
-
-
-def test_hidden_actions_have_no_gradient():
-    agent = make_agent()
-    batch = half_acted(agent)
-    hidden = {key: value[batch["acted"] == 0] for key, value in batch.items()}
-    for part, learns in ((batch, True), (hidden, False)):
-        agent.heads.zero_grad()
-        agent.action_loss(part)[0].backward()
-        gradient = torch.cat([p.grad.flatten() for p in agent.heads["inverse_dynamics"].parameters()])
-        assert gradient.isfinite().all() and bool(gradient.any()) == learns
 
 
 # -- update -----------------------------------------------------------------------------------------------------------
@@ -209,19 +191,16 @@ def test_every_head_learns_nothing_else_does_and_the_targets_follow_by_tau():
     assert all(torch.equal(value, heads[name]) for name, value in agent.heads.state_dict().items())
 
 
-def test_how_often_values_learn_changes_no_bit_of_the_policy():
-    always, seldom = (
-        make_agent(value_every=1, action_temperature=0.0),
-        make_agent(value_every=3, action_temperature=0.0),
-    )
-    learned = []
-    for seed in range(5):
+def test_values_learn_in_every_third_update_from_all_rows_and_the_policy_in_each_from_those_with_actions():
+    always, seldom = (make_agent(value_every=every, action_temperature=0.0) for every in (1, 3))
+    for number in range(4):
+        batch, acted, route = make_batch(seldom, seed=number), make_batch(seldom, 24, seed=9 + number), route_of(seldom)
         before = copy.deepcopy(seldom.heads.state_dict())
-        assert update(seldom, seed)["train_loss"] == update(always, seed)["train_loss"]
-        learned.append(
-            {name.split(".")[0] for name, value in seldom.heads.state_dict().items() if (value != before[name]).any()}
-        )
-    assert learned == [set(seldom.heads), {"inverse_dynamics"}, {"inverse_dynamics"}] + learned[:2]
+        assert seldom.update(batch, acted, route)["train_loss"] == always.update(batch, acted, route)["train_loss"]
+        learned = {
+            name.split(".")[0] for name, value in seldom.heads.state_dict().items() if (value != before[name]).any()
+        }
+        assert learned == (set(seldom.heads) if number in (0, 3) else {"inverse_dynamics"})
     for name, value in always.heads.state_dict().items():
         assert torch.equal(value, seldom.heads.state_dict()[name]) == name.startswith("inverse_dynamics"), name
 
@@ -239,7 +218,8 @@ def test_updates_learn_which_way_to_go():
     for _ in range(400):
         here, there = torch.randint(21, (2, 128), generator=generator)
         route = {"x": code[here], "x_goal": code[there], "x_aim": code[there], "steps": (here - there).abs().float()}
-        agent.update(sample_batch(source, agent, 128, True, generator), route)
+        batch = sample_batch(source, agent, 128, generator)
+        agent.update(batch, batch, route)
     start, end = code[10].expand(2, -1), code[[14, 6]]
     action = agent.act(start, end, end)
     assert (action[0] > 0.4).all() and (action[1] < -0.4).all()
@@ -411,7 +391,7 @@ ENDS = {
 @pytest.mark.parametrize("make", [counted_codes, counted_replay])
 def test_a_batch_never_crosses_an_episodes_end(make):
     agent, ends = make_agent(), ENDS[make]
-    batch = sample_batch(make(), agent, 3000, True, torch.Generator().manual_seed(0))
+    batch = sample_batch(make(), agent, 3000, torch.Generator().manual_seed(0))
     names = ("z", "z_next", "z_before", "z_ahead", "z_sub", "z_goal")
     for end in ("", "_sub", "_goal"):
         rows = batch[f"z{end}"][:, 0]
@@ -424,7 +404,7 @@ def test_a_batch_never_crosses_an_episodes_end(make):
         assert 1 <= n <= 5 and before == row + n - 1 and ahead == row + n <= end
         assert row < sub <= min(end, row + 4)
         assert goal in ends and steps == (goal - row if row < goal <= end else NEVER)
-        assert batch["actions"][i].tolist() == [row + 1, -row - 1] and batch["acted"][i] == 1
+        assert batch["actions"][i].tolist() == [row + 1, -row - 1]
         seen["n"].add(n), seen["sub"].add(sub - row)
         goals_of["never"] += steps == NEVER
         goals_of["next"] += steps == 1
@@ -448,17 +428,6 @@ def test_pairs_never_cross_an_episodes_end():
     assert torch.bincount(steps[free], minlength=5)[1:].float().div(free.sum()).tolist() == pytest.approx(
         [0.25] * 4, abs=0.05
     )
-
-
-@pytest.mark.parametrize("make", [counted_codes, counted_replay])
-def test_actions_that_may_not_be_read_are_hidden(make):
-    agent = make_agent()
-    shown = sample_batch(make(), agent, 50, True, torch.Generator().manual_seed(0))
-    hidden = sample_batch(make(), agent, 50, False, torch.Generator().manual_seed(0))
-    assert shown["actions"].abs().min() > 0 and hidden["actions"].abs().max() == 0
-    assert (shown["acted"] == 1).all() and (hidden["acted"] == 0).all()
-    for name in set(shown) - {"actions", "acted"}:
-        assert torch.equal(shown[name], hidden[name]), name
 
 
 def straight(count: int, step: float) -> torch.Tensor:

@@ -375,13 +375,18 @@ def test_the_strict_regime_never_reads_the_datasets_actions(finished, arguments,
 def test_inferred_actions_lie_between_the_datasets_states_and_are_what_is_learned(arguments, tmp_path, monkeypatch):
     """The dataset's rows teach the inverse dynamics as if their actions were known, own ones only its model."""
     run = open_run(arguments(tmp_path / "run", max_episodes=4))
-    drawn = []
-    sample = online_trainer.sample_batch
-    monkeypatch.setattr(online_trainer, "sample_batch", lambda *most: drawn.append((most[0], most[3])) or sample(*most))
+    drawn, update = [], run.agent.update
+
+    def checked(batch, acted, *more):
+        drawn.append((len(batch["z"]), {tuple(action) for action in acted["actions"].tolist()}))
+        return update(batch, acted, *more)
+
+    monkeypatch.setattr(run.agent, "update", checked)
     assert not run.codes.actions.any()
     run.train()
     run.close()
-    assert len(drawn) == 2 * (3 + 2) and all(acted == (source is run.codes) for source, acted in drawn)
+    own = {tuple(action) for action in run.replay.actions.tolist()}
+    assert [count for count, _ in drawn] == [2 * 16] * (3 + 2) and not any(own & actions for _, actions in drawn)
     rows, states = run.codes.transitions, run.agent.state(run.codes.states)
     expected = run.agent.idm(states[rows], states[rows + 1]).clamp(-1, 1)
     assert torch.allclose(run.codes.actions[rows], expected, atol=1e-5) and expected.std() > 0
