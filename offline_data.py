@@ -262,12 +262,12 @@ class MinariDataset(Dataset):
         except Exception as error:  # an environment fails in its package's ways
             raise UserError(
                 f"dataset {self.id}: its environment cannot be made here ({one_line(error)}); "
-                "pip install -r requirements/data.txt"
+                "pip install -r requirements/data.txt, and put an own module's folder on PYTHONPATH"
             ) from None
         own, other = dataset.action_space, env.action_space
         if own.shape != other.shape or not (np.allclose(own.low, other.low) and np.allclose(own.high, other.high)):
             raise self._bad(f"actions are {own}, those of its environment {other}")
-        return env if _is_unit(own) else gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
+        return env if _is_unit(own) else gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
     @staticmethod
     def _references(dataset: Any) -> tuple[float, float] | None:

@@ -62,12 +62,12 @@ class OnlineTrainerConfig(DeviceRunConfig, OnlineAgentConfig):
     batch_size: Count = 8  # an update samples batch_size x transitions_per_window transitions from each source
     transitions_per_window: Count = 64  # an update samples batch_size x transitions_per_window transitions a source
     metric_updates: Count | None = None  # updates of the metric, before all else; default 1500, ant and humanoid 3000
-    fit_updates: Whole | None = None  # updates on the dataset, once its actions are known; default 1500, or 12000
-    idm_updates: Count | None = None  # first updates of the inverse dynamics model; default 1500, or 6000
+    fit_updates: Whole | None = None  # updates on the dataset with its actions; default 1500, ant and humanoid 12000
+    idm_updates: Count | None = None  # first updates of the inverse dynamics model; default 1500, ant, humanoid 6000
     idm_updates_per_round: Whole = 500  # updates of the inverse dynamics model after each later round
     idm_lr: Positive = 1e-3  # learning rate of the inverse dynamics model at first; halved in later rounds
     updates_per_round: Whole = 250  # updates after each round of episodes
-    random_steps: Whole | None = None  # environment steps of random actions before training; default 2000, or 32000
+    random_steps: Whole | None = None  # random steps before training; default 2000, ant and humanoid 32000
     replay_episodes: Count = 200  # own episodes kept
     epsilon_start: Fraction = 0.30  # probability of exploring straight towards the goal, first round after random ones
     epsilon_end: Fraction = 0.05  # probability of exploring straight towards the goal, last round

@@ -63,6 +63,8 @@ class Policy:
     def act(self, observation: np.ndarray, goal: np.ndarray | None = None, deterministic: bool = True) -> np.ndarray:
         """Actions [A] or [n, A] float32 of raw observations [D] or [n, D], of one environment or of n.
 
+        Of Minari's data in [-1, 1], as the environment of `offline_data.make_env` takes them.
+
         goal: an observation to reach, [D] or [n, D]; OPSO needs it, no other has one.
         deterministic: without the noise of a chain's actors, or of OPSO's last round. The study's agents have none.
 

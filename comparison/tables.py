@@ -93,7 +93,7 @@ def cells_of(table: Table, found: list[tuple[Run, Row]]) -> dict[Key, dict[int, 
     for run, row in found:
         column = fill(table.path, f"column of {run.method}", run.column, row)
         if column not in table.layout["columns"]:
-            raise UserError(f"{table.path}: layout.columns lacks {column!r}, which {run.method} has")
+            raise UserError(f"{table.path}: layout.columns lacks {column!r}, the column of {run.method}")
         seeds = cells.setdefault((run.row, column), {})
         if run.seed in seeds:
             raise UserError(f"{table.path}: two scores of seed {run.seed} for {' '.join(run.row)}, {column}")
@@ -147,7 +147,7 @@ def caption(table: Table, found: list[tuple[Run, Row]]) -> str:
     words += [f"{' or '.join(map(str, episodes))} episode{'s' * (episodes != [1])} each"] if episodes else []
     words.append("mean ± 95% t-interval over seeds, (lowest to highest) of two, * one seed")
     words += ["[standard deviation over episodes]"] if table.layout.get("spread") else []
-    commits = sorted({row["commit"][:7] for row in rows} - {""})
+    commits = sorted({row["commit"][:7] + row["commit"][12:] for row in rows} - {""})
     words += [f"commit {', '.join(commits)}"] if commits else []
     words.append(", ".join(sorted({f"{row['processor']} ({row['precision'] or 'float32'})" for row in rows})))
     return "; ".join(words) + "."
@@ -186,7 +186,7 @@ def render_glance(root: Path) -> str:
         scores = [float(row["score"]) for row in found.values()]
         score = cell_text(scores, len(planned), digits) if scores else MISSING
         lines.append([*cell["labels"], score, data_text(found.values(), digits)])
-        commits |= {row["commit"][:7] for row in found.values()} - {""}
+        commits |= {row["commit"][:7] + row["commit"][12:] for row in found.values()} - {""}
     grid = Grid([*glance["header"], "score", "the data's own"], lines, len(glance["header"]))
     words = f"{glance['title']} Last checkpoints, mean over seeds, ± 95% t-interval, (lowest to highest) of two seeds, "
     listed = f"; commits {', '.join(sorted(commits))}" if commits else ""
