@@ -285,7 +285,7 @@ class OnlineAgent:
     def update(
         self, batch: dict[str, Tensor], acted: dict[str, Tensor], route: dict[str, Tensor], lr_scale: float = 1.0
     ) -> dict[str, Tensor]:
-        """One step of the policy, every `value_every` steps of Q, V, the proposer and the EMA targets too.
+        """One step of the policy and, in every `value_every`-th update, of Q, V, the proposer and the EMA targets.
 
         batch: codes z, z_next, z_before, z_ahead (z_{t+n-1}, z_{t+n}), z_sub (what inverse dynamics aims at), z_goal;
         features x, x_sub, x_goal; actions [n, A]; steps_to_goal, n, sub_steps [n] int64. acted: as much of it as has

@@ -2,8 +2,8 @@
 # Gymnasium's vector wrappers forget every environment's episode so far when one alone is reset by its reset_mask.
 #
 # Versions: gymnasium 1.4.0, numpy 2.4.1. Seen with AutoresetMode.DISABLED and two environments that pay 1 a step, for 3
-# and 5 steps: RecordEpisodeStatistics tells of 2 steps and a return of 2 for the longer one, as the shorter one was
-# reset after 3, and NormalizeReward's running returns begin anew in both. With autoreset both are right. No error.
+# and 5 steps: RecordEpisodeStatistics tells of 2 steps for the longer one, as the shorter one was reset after 3, and
+# NormalizeReward's running returns begin anew in both. With autoreset the lengths are right. No error.
 # We had guessed that a wrapper forgets what the mask names: its code says so, but the vector environment takes the mask
 # out of the options before the wrapper looks for it. Returns of staggered episodes come out too low. A mend is proposed
 # upstream (Gymnasium #1696, open).

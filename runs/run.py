@@ -66,7 +66,7 @@ class Run(contextlib.AbstractContextManager):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, KeyboardInterrupt) and self.checkpoint.is_file():
-            error.args = ("the same command with --resume continues from the last checkpoint",)
+            error.args = ("the same command with --resume, without --overwrite, continues from the last checkpoint",)
         self.close()
 
     def open(self) -> None:

@@ -76,7 +76,10 @@ def test_an_interrupted_run_goes_on_and_says_that_it_is_not_bit_exact(tmp_path, 
             raise KeyboardInterrupt
         record(self)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="--resume continues from"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt, match="--resume, without --overwrite, continues"),
+    ):
         patch.setattr(ExpertRun, "record", interrupted)
         train(tmp_path)
     stored = load_checkpoint(tmp_path / "checkpoints" / "last.pth")
