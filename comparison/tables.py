@@ -135,6 +135,11 @@ def make_grid(table: Table, cells: dict[Key, dict[int, Row]], missing: set[str])
     return Grid([*header, *more, *columns], rows, len(header))
 
 
+def commits_of(rows: Iterable[Row]) -> set[str]:
+    """Their commits, 7 digits each, with a + where the code had changes of its own."""
+    return {row["commit"][:7] + row["commit"][12:] for row in rows} - {""}
+
+
 def caption(table: Table, found: list[tuple[Run, Row]]) -> str:
     """What the cells are: seeds, updates, episodes, commits, processors."""
     rows, seeds = [row for _, row in found], sorted({run.seed for run, _ in found})
@@ -147,7 +152,7 @@ def caption(table: Table, found: list[tuple[Run, Row]]) -> str:
     words += [f"{' or '.join(map(str, episodes))} episode{'s' * (episodes != [1])} each"] if episodes else []
     words.append("mean ± 95% t-interval over seeds, (lowest to highest) of two, * one seed")
     words += ["[standard deviation over episodes]"] if table.layout.get("spread") else []
-    commits = sorted({row["commit"][:7] + row["commit"][12:] for row in rows} - {""})
+    commits = sorted(commits_of(rows))
     words += [f"commit {', '.join(commits)}"] if commits else []
     words.append(", ".join(sorted({f"{row['processor']} ({row['precision'] or 'float32'})" for row in rows})))
     return "; ".join(words) + "."
@@ -186,7 +191,7 @@ def render_glance(root: Path) -> str:
         scores = [float(row["score"]) for row in found.values()]
         score = cell_text(scores, len(planned), digits) if scores else MISSING
         lines.append([*cell["labels"], score, data_text(found.values(), digits)])
-        commits |= {row["commit"][:7] + row["commit"][12:] for row in found.values()} - {""}
+        commits |= commits_of(found.values())
     grid = Grid([*glance["header"], "score", "the data's own"], lines, len(glance["header"]))
     words = f"{glance['title']} Last checkpoints, mean over seeds, ± 95% t-interval, (lowest to highest) of two seeds, "
     listed = f"; commits {', '.join(sorted(commits))}" if commits else ""
