@@ -21,7 +21,7 @@ Deviations from the original OPSO code (docs/notebook_opso.md has the measuremen
 - The proposer learns the graph's ways to `route_goals` of its nodes, and V their lengths beside its own targets
   (opso/routes.py): acting then needs no search. Where the data went, weighted by the steps that V says it saved (HIQL;
   Park et al., 2023), led to four goals of five on the point maze.
-- Weights of the policy's loss, a capped exp(advantage) of the step towards z', are off (`action_temperature`).
+- The policy clones actions without weights; by a capped exp(advantage) of the step towards z' it reached fewer goals.
 - Targets of Q and V span many steps, as offline.
 - Without the dataset's actions, the inverse dynamics model learns from the agent's own transitions, random ones at
   first, and infers the action between two states of the dataset; the policy then learns from those as from known ones
@@ -50,10 +50,8 @@ from utils import (
     PositiveFraction,
     Range,
     Whole,
-    advantage_weight,
     expectile_loss,
     n_step_target,
-    steps_by_value,
 )
 
 Acting = Literal["search", "value", "proposer"]
@@ -66,8 +64,6 @@ class OnlineAgentConfig:
     expectile: Fraction = 0.9  # weight of V errors whose target lies above V
     horizon: Count = 50  # targets of Q and V span 1..horizon steps, sampled for each transition
     subgoal_steps: Count | None = None  # steps that z' lies ahead; default 10, ant and humanoid 25; the original has 1
-    action_temperature: NonNegative = 0.0  # policy loss weights are exp(temperature x steps that the action saves)
-    value_every: Count = 3  # updates of the policy, by which search acts, for each one of Q, V and the proposer
     route_goals: Count = 400  # goals from all of the data whose ways along the graph V and the proposer learn
     acting: Acting = "search"  # z' by search, or near by and chosen by V or next_state
     graph_nodes: Annotated[int, Range(2, 10**6)] = 150_000  # most dataset states in the graph, evenly spaced in time
@@ -134,7 +130,6 @@ class OnlineAgent:
         self.target_parameters = [p for name in ("q", "v") for p in self.target[name].parameters()]
         self.lr = torch.tensor(config.lr, device=self.device)
         self.optimizer = Adam(self.heads.parameters(), self.lr)
-        self.step = 0
 
     @torch.no_grad()
     def encode(self, observations: Tensor, block: int = 1024) -> Tensor:
@@ -263,47 +258,35 @@ class OnlineAgent:
         return (error * known).sum() / known.sum().clamp(min=1), {}
 
     def action_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        """Squared error of the inverse dynamics, weighted by the step's advantage to z'."""
-        weight = self.action_weight(batch)
+        """Squared error of the inverse dynamics."""
         action = self.heads["inverse_dynamics"](batch["x"], batch["x_sub"], batch["x_goal"])
-        error = (action - batch["actions"]).square().mean(-1)
-        return (weight * error).mean(), {"action_error": error.mean(), "action_weight": weight.mean()}
-
-    @torch.no_grad()
-    def action_weight(self, batch: dict[str, Tensor]) -> Tensor:
-        """Weight [n] of each action: by the steps towards z' that it saves, beyond the one it takes."""
-        if self.config.action_temperature == 0:
-            return torch.ones_like(batch["z"][:, 0])
-        before, after = (
-            steps_by_value(self.target["v"](batch[name], batch["z_sub"]), self.discount) for name in ("z", "z_next")
-        )
-        after = torch.where(batch["sub_steps"] == 1, 0.0, after)  # it is z'
-        return advantage_weight(before - after - 1, self.config.action_temperature)
+        return F.mse_loss(action, batch["actions"]), {}
 
     # -- update ---------------------------------------------------------------------------------------------------
 
     def update(
-        self, batch: dict[str, Tensor], acted: dict[str, Tensor], route: dict[str, Tensor], lr_scale: float = 1.0
+        self,
+        batch: dict[str, Tensor],
+        values: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None,
+        lr_scale: float = 1.0,
     ) -> dict[str, Tensor]:
-        """One step of the policy and, in every `value_every`-th update, of Q, V, the proposer and the EMA targets.
+        """One step of the policy on a batch, and of Q, V, the proposer and the EMA targets where `values` is given.
 
-        batch: codes z, z_next, z_before, z_ahead (z_{t+n-1}, z_{t+n}), z_sub (what inverse dynamics aims at), z_goal;
-        features x, x_sub, x_goal; actions [n, A]; steps_to_goal, n, sub_steps [n] int64. acted: as much of it as has
-        actions that the policy learns from. route: `Routes.sample`'s, for V and the proposer. Returns 0-d tensors,
-        without a host sync.
+        batch: codes z, z_next, z_before, z_ahead (z_{t+n-1}, z_{t+n}), z_goal; features x, x_sub (what the policy aims
+        at), x_goal; actions [n, A]; steps_to_goal, n [n] int64. values: a batch, which may have rows without actions,
+        and a `Routes.sample`. Returns 0-d tensors, without a host sync.
         """
         self.lr.fill_(self.config.lr * lr_scale)
-        terms, values = {}, self.step % self.config.value_every == 0
-        if values:
-            terms |= {"critic": self.critic_loss(batch), "v": self.v_loss(batch), "state": self.state_loss(route)}
+        terms = {"train": self.action_loss(batch)}
+        if values is not None:
+            rows, route = values
+            terms |= {"critic": self.critic_loss(rows), "v": self.v_loss(rows), "state": self.state_loss(route)}
             terms |= {"route_v": self.route_value_loss(route)}
-        terms["train"] = self.action_loss(acted)
         # No weights: but for V's two, no losses share a parameter, as the encoder is frozen; Adam ignores their scales.
         self.optimizer.minimise(sum(loss for loss, _ in terms.values()))
-        if values:
+        if values is not None:
             with torch.no_grad():
                 torch._foreach_lerp_(self.target_parameters, self.online_parameters, self.config.tau)
-        self.step += 1
         info = {f"{name}_loss": loss.detach() for name, (loss, _) in terms.items()}
         return info | {key: value.detach() for _, extra in terms.values() for key, value in extra.items()}
 
@@ -317,7 +300,7 @@ class OnlineAgent:
     def state_dict(self) -> dict:
         """Everything the next update depends on; the encoder too, so that the file acts by itself."""
         others = {name: getattr(self, name).state_dict() for name in self.LEARNING}
-        return self.policy_state_dict() | others | {"step": self.step}
+        return self.policy_state_dict() | others
 
     def policy_state_dict(self) -> dict:
         """What acting needs, and no more."""
@@ -325,6 +308,5 @@ class OnlineAgent:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from either dict. Raises KeyError or RuntimeError where the state is another model's."""
-        for name in self.POLICY + (self.LEARNING if "step" in state else ()):
+        for name in self.POLICY + (self.LEARNING if "optimizer" in state else ()):
             getattr(self, name).load_state_dict(state[name])
-        self.step = int(state.get("step", 0))

@@ -67,6 +67,7 @@ class OnlineTrainerConfig(DeviceRunConfig, OnlineAgentConfig):
     idm_updates_per_round: Whole = 500  # updates of the inverse dynamics model after each later round
     idm_lr: Positive = 1e-3  # learning rate of the inverse dynamics model at first; halved in later rounds
     updates_per_round: Whole = 250  # updates after each round of episodes
+    value_every: Count = 3  # updates of the policy, by which search acts, for each one of Q, V and the proposer
     random_steps: Whole | None = None  # random steps before training; default 2000, ant and humanoid 32000
     replay_episodes: Count = 200  # own episodes kept
     epsilon_start: Fraction = 0.30  # probability of exploring straight towards the goal, first round after random ones
@@ -175,16 +176,16 @@ class OnlineRun(Run):
         """
         config, means = self.config, RunningMeans()
         count = config.batch_size * config.transitions_per_window
-        # Own actions are the inverse dynamics model's; where the dataset's are known, the policy learns from both.
-        own = config.inverse_dynamics_data == "offline"
+        known = config.inverse_dynamics_data == "offline"  # else own actions are the inverse dynamics model's alone
         for number in progress(range(updates), desc, unit="update", leave=False):
             batch = acted = sample_batch(self.codes, self.agent, count, self.streams.sampling)
-            if len(self.replay):
+            learns_values = number % config.value_every == 0
+            if len(self.replay) and (known or learns_values):
                 played = sample_batch(self.replay, self.agent, count, self.streams.sampling)
                 batch = {key: torch.cat([value, played[key]]) for key, value in batch.items()}
-            route = self.routes.sample(count, self.streams.sampling)
+            values = (batch, self.routes.sample(count, self.streams.sampling)) if learns_values else None
             scale = 0.55 + 0.45 * math.cos(math.pi * number / updates) if anneal else 1.0
-            means.add(self.agent.update(batch, batch if own else acted, route, scale))
+            means.add(self.agent.update(batch if known else acted, values, scale))
         losses = means.take()
         self.check_metrics(losses, "lower --lr")
         return losses

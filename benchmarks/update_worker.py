@@ -46,7 +46,6 @@ def online_update(device: torch.device, small: bool) -> Callable[[], object]:
 
     model = OfflineModel(OBSERVATION_DIM)
     agent = OnlineAgent(OnlineAgentConfig(), model, ACTION_DIM, hidden_dim=256, discount=0.99, device=device)
-    agent.config.value_every = 1  # as older ones had it
     n = 16 if small else 1024
     features = {
         name: torch.randn(n, agent.code_dim + OBSERVATION_DIM, device=device)
@@ -59,8 +58,9 @@ def online_update(device: torch.device, small: bool) -> Callable[[], object]:
     batch |= {"actions": 2 * torch.rand(n, ACTION_DIM, device=device) - 1, "acted": torch.ones(n, device=device)}
     route = {name: features[end] for name, end in (("x", ""), ("x_goal", "_goal"), ("x_aim", "_sub"))}
     route |= {"steps": 100 * torch.rand(n, device=device)}
-    known = inspect.signature(agent.update).parameters  # those of older ones are fewer
-    more = {name: value for name, value in (("acted", batch), ("route", route)) if name in known}
+    known = inspect.signature(agent.update).parameters  # those of older ones differ
+    given = {"values": (batch, route), "acted": batch, "route": route}
+    more = {name: value for name, value in given.items() if name in known}
     return lambda: agent.update(batch, **more)
 
 

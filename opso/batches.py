@@ -45,9 +45,9 @@ def sample_batch(
     at = torch.stack([rows, rows + 1, rows + n - 1, rows + n, rows + sub, goals])
     names = ("", "_next", "_before", "_ahead", "_sub", "_goal")
     features = dict(zip(names, source.states[at], strict=True))
-    batch = {f"z{name}": agent.code(x) for name, x in features.items()}
+    batch = {f"z{name}": agent.code(features[name]) for name in ("", "_next", "_before", "_ahead", "_goal")}
     batch |= {f"x{name}": features[name] for name in ("", "_sub", "_goal")}
-    return batch | {"steps_to_goal": steps_to_goal, "n": n, "sub_steps": sub, "actions": source.actions[rows]}
+    return batch | {"steps_to_goal": steps_to_goal, "n": n, "actions": source.actions[rows]}
 
 
 def steps_to_travel(positions: torch.Tensor, episode_end: torch.Tensor) -> int:

@@ -377,16 +377,18 @@ def test_inferred_actions_lie_between_the_datasets_states_and_are_what_is_learne
     run = open_run(arguments(tmp_path / "run", max_episodes=4))
     drawn, update = [], run.agent.update
 
-    def checked(batch, acted, *more):
-        drawn.append((len(batch["z"]), {tuple(action) for action in acted["actions"].tolist()}))
-        return update(batch, acted, *more)
+    def checked(batch, values, scale):
+        assert len(batch["z"]) == 16
+        drawn.append((values and len(values[0]["z"]), {tuple(action) for action in batch["actions"].tolist()}))
+        return update(batch, values, scale)
 
     monkeypatch.setattr(run.agent, "update", checked)
     assert not run.codes.actions.any()
     run.train()
     run.close()
     own = {tuple(action) for action in run.replay.actions.tolist()}
-    assert [count for count, _ in drawn] == [2 * 16] * (3 + 2) and not any(own & actions for _, actions in drawn)
+    assert [count for count, _ in drawn] == [32, None, None] + [32, None]  # values: of the fit, of the last round
+    assert not any(own & actions for _, actions in drawn)
     rows, states = run.codes.transitions, run.agent.state(run.codes.states)
     expected = run.agent.idm(states[rows], states[rows + 1]).clamp(-1, 1)
     assert torch.allclose(run.codes.actions[rows], expected, atol=1e-5) and expected.std() > 0

@@ -117,7 +117,7 @@ def test_v_and_the_proposer_learn_the_way_round_a_wall():
     routes, generator = Routes(graph, 25), torch.Generator().manual_seed(0)
     batch = make_batch(agent)
     for _ in range(500):
-        agent.update(batch, batch, routes.sample(128, generator))
+        agent.update(batch, (batch, routes.sample(128, generator)))
     agent.config.acting = "proposer"  # V alone takes a node beyond the wall, which is thinner than its reach
     for node in (0, 3, 6):  # beside the goal, on the wall's other side
         planner = plan(agent, graph, back[-1])
