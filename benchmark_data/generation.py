@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -126,11 +127,13 @@ def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, over
     plan = dataclasses.replace(plan, policies=tuple((path.name, sha256(path)) for path in policies))
     target, folder = plan.dataset.paths(dataset_dir)[0], plan.dataset.manifest_path(dataset_dir).parent
     try:
+        if _already_made(family, plan, dataset_dir, overwrite):
+            if plan.progress:
+                print(f"{plan.dataset_id}: already at {target}", file=sys.stderr)
+            return target
         folder.mkdir(parents=True, exist_ok=True)
-        with alone_in(folder):
-            if _already_made(family, plan, dataset_dir, overwrite):
-                if plan.progress:
-                    print(f"{plan.dataset_id}: already at {target}", file=sys.stderr)
+        with alone_making(target):
+            if _already_made(family, plan, dataset_dir, overwrite):  # by another, while this one waited
                 return target
             for path in () if overwrite else plan.dataset.paths(dataset_dir):
                 if path.is_file() or any(path.rglob("*")):  # perhaps someone's own
@@ -143,14 +146,19 @@ def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, over
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep a folder to this process; wait for another that makes data in it, and say so."""
-    with contextlib.ExitStack() as stack:
+def alone_making(target: Path) -> Iterator[None]:
+    """Keep a dataset to this process; wait for another that makes it, and say so. Others of the folder go on."""
+    import fcntl
+
+    place = (1, zlib.crc32(target.name.encode()))  # a byte that nobody reads: locks are of places in one file
+    with open(target.with_name(".lock"), "a") as file:
         try:
-            stack.enter_context(utils.exclusive_folder(folder, wait=False))
-        except BlockingIOError:
-            print(f"{folder}: waiting for another process that makes data there", file=sys.stderr, flush=True)
-            stack.enter_context(utils.exclusive_folder(folder))
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *place)
+        except (BlockingIOError, PermissionError):  # systems differ
+            print(f"{target}: waiting for another process that makes it", file=sys.stderr, flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX, *place)
+        except OSError:  # some network file systems have no locks
+            pass
         yield
 
 

@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ FILES = ["pointmaze-medium-stitch-v0-val.npz", "pointmaze-medium-stitch-v0.json"
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    return sorted(path.name for path in folder.glob("*") if path.name != ".lock")
 
 
 @pytest.fixture(scope="module")
@@ -271,16 +272,30 @@ def test_a_killed_worker_is_told_in_one_line():
         list(generation.run_tasks(_die, [1, 2, 3], plan))
 
 
-def test_two_that_make_data_in_a_folder_take_turns_and_say_so(tmp_path, capsys):
+HOLD = """
+import sys, time; from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from benchmark_data.generation import alone_making
+with alone_making(Path(sys.argv[2])):
+    print("held", flush=True); time.sleep(60)
+"""
+
+
+def test_a_dataset_waits_for_another_process_that_makes_it_and_not_for_one_that_makes_another(tmp_path, capsys):
     (tmp_path / "local").mkdir()
-    second = threading.Thread(target=generate, args=(STITCH, 1, 0, tmp_path), kwargs={"progress": False})
-    with generation.alone_in(tmp_path / "local"):
-        second.start()
-        time.sleep(0.5)
-        assert names(tmp_path / "local") == []
-    second.join(timeout=60)
-    assert "waiting for another process that makes data there" in capsys.readouterr().err
-    assert names(tmp_path / "local") == FILES
+    held = [sys.executable, "-c", HOLD, str(Path(generation.__file__).parents[1]), str(tmp_path / "local" / FILES[2])]
+    with subprocess.Popen(held, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        generate(NAVIGATE, 1, 0, tmp_path, progress=False)
+        assert "waiting" not in capsys.readouterr().err
+        waiting = threading.Thread(target=generate, args=(STITCH, 1, 0, tmp_path), kwargs={"progress": False})
+        waiting.start()
+        waiting.join(timeout=0.5)
+        assert waiting.is_alive() and not (tmp_path / "local" / FILES[2]).exists()
+        other.kill()
+    waiting.join(timeout=60)
+    assert f"{FILES[2]}: waiting for another process that makes it" in capsys.readouterr().err
+    assert (tmp_path / "local" / FILES[2]).exists()
 
 
 def test_the_list_tells_what_is_there_and_how_to_get_the_rest(tmp_path, capsys):
