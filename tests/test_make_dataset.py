@@ -35,7 +35,7 @@ FILES = ["pointmaze-medium-stitch-v0-val.npz", "pointmaze-medium-stitch-v0.json"
 
 
 def names(folder):
-    return sorted(path.name for path in folder.glob("*") if path.name != ".lock")
+    return sorted({path.name for path in folder.glob("*")} - {".lock"})
 
 
 @pytest.fixture(scope="module")
