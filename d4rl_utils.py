@@ -67,7 +67,7 @@ class D4RLDataset(Dataset):
     """A dataset such as `local/hopper-medium-replay-v2`: one HDF5 file."""
 
     VARIABLE, RECIPES = "D4RL_DATASET_DIR", GENERATED_IDS
-    OFFICIAL_FOLDER = "~/.d4rl/datasets"
+    OFFICIAL_FOLDER, score_name = "~/.d4rl/datasets", "D4RL score"
 
     @property
     def robot(self) -> str:

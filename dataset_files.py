@@ -35,6 +35,7 @@ class Dataset(abc.ABC):
     VARIABLE: ClassVar[str] = ""  # environment variable that names the folder where no argument does
     RECIPES: ClassVar[tuple[str, ...]] = ()  # ids that make_dataset.py can make
     url: ClassVar[str] = ""  # address of the folder of the official files; empty where they are not published at one
+    score_name: ClassVar[str] = "score"  # what `score` is called where it is shown
     OFFICIAL_FOLDER: ClassVar[str] = ""  # of official files where nothing names one; else `datasets` beside the code
 
     @property

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from offline_data import OfflineData, data_scores, is_official, made_here, make_env, normalized_score
+from offline_data import OfflineData, data_scores, find_dataset, is_official, made_here, make_env, normalized_score
 from runs.cuda_graphs import GraphedStep
 from runs.directory import mark_finished, save_checkpoint
 from runs.evaluation import Episodes, Evaluator, episode_seeds, num_workers, report_steps
@@ -245,8 +245,10 @@ class ChainRun(Run):
         """The block of an evaluation, from its metrics."""
         lines = [f"Update {self.step:,}.", f"Evaluation over {counted(self.config.eval_episodes)}:"]
         for number, mode in policy_names(len(self.acting())):
-            name, words = f"eval/actor_{number}/{mode}", f"  Actor {number} - {mode.capitalize()}"
-            lines.append(f"{words}: {metrics[f'{name}/return']:.3f}, D4RL score: {metrics[f'{name}/score']:.3f}")
+            name = f"eval/actor_{number}/{mode}"
+            lines.append(
+                describe_score(self.config.env, number, mode, metrics[f"{name}/return"], metrics[f"{name}/score"])
+            )
         tqdm.write("\n".join(lines))
 
     def final_evaluation(self) -> dict[str, float]:
@@ -257,7 +259,7 @@ class ChainRun(Run):
         scores = self.score(played.returns)
         names = policy_names(len(self.acting()))
         self.episodes.add(self.step, names, played.returns, played.lengths, scores, "final")
-        report = report_final("Final evaluation, last checkpoint", played, scores, runs)
+        report = report_final(self.config.env, "Final evaluation, last checkpoint", played, scores, runs)
         return report | report_steps(self.diagnose(), scores)
 
     # -- files -------------------------------------------------------------------------------------------------------
@@ -391,7 +393,13 @@ def final_seeds(streams: RandomStreams, count: int) -> tuple[int, list[int]]:
     return first, episode_seeds(first, count)
 
 
-def report_final(title: str, played: Episodes, scores: np.ndarray, runs: int) -> dict[str, float]:
+def describe_score(dataset_id: str, number: int, mode: str, mean_return: float, score: float) -> str:
+    """A policy's line of an evaluation."""
+    name = find_dataset(dataset_id).score_name
+    return f"  Actor {number} - {mode.capitalize()}: {mean_return:.3f}, {name}: {score:.3f}"
+
+
+def report_final(dataset_id: str, title: str, played: Episodes, scores: np.ndarray, runs: int) -> dict[str, float]:
     """Print and return the mean score of each policy over runs of equally many episodes; scores [P, episodes]."""
     metrics = {}
     count = scores.shape[1] // runs
@@ -400,5 +408,5 @@ def report_final(title: str, played: Episodes, scores: np.ndarray, runs: int) ->
         means = score.reshape(runs, -1).mean(1)
         metrics[f"actor_{number}/{mode}/score"] = float(means.mean())
         spread = f" ± {means.std():.3f} over runs" if runs > 1 else ""
-        print(f"  Actor {number} - {mode.capitalize()}: {returns.mean():.3f}, D4RL score: {means.mean():.3f}{spread}")
+        print(f"{describe_score(dataset_id, number, mode, returns.mean(), means.mean())}{spread}")
     return metrics

@@ -71,4 +71,4 @@ def evaluate_again(config: ChainRunConfig, make_actors: MakeActors, command: str
         played = rollout(evaluator, *acting, seeds, first, "evaluate")
     chain = ", ".join(filter(None, (policy.env, policy.config.get("algorithm"))))
     scores = normalized_score(policy.env, played.returns, config.dataset_dir)
-    return report_final(f"{chain}, update {policy.step} of {policy.path}", played, scores, runs)
+    return report_final(policy.env, f"{chain}, update {policy.step} of {policy.path}", played, scores, runs)

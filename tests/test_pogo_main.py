@@ -247,6 +247,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, argume
     assert digest(finished / OUTPUTS[1]) != digest(tmp_path / "other" / OUTPUTS[1])
 
 
+def test_a_score_has_d4rls_name_where_it_is_d4rls():
+    assert chain.describe_score("local/hopper-medium-v2", 1, "stochastic", 5, 0.5).endswith(" 5.000, D4RL score: 0.500")
+    single = chain.describe_score("antmaze-medium-navigate-singletask-v0", 0, "deterministic", -9, 100)
+    assert single == "  Actor 0 - Deterministic: -9.000, score: 100.000"
+
+
 def test_how_often_a_run_evaluates_or_logs_changes_no_number(finished, arguments, tmp_path):
     train(arguments(tmp_path / "run", eval_freq=4, log_freq=12))
     states = [load_checkpoint(folder / "checkpoints/last.pth") for folder in (finished, tmp_path / "run")]
