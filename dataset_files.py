@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from utils import UserError, did_you_mean, exclusive_folder, one_line, progress
+from utils import UserError, did_you_mean, exclusive, one_line, progress
 
 BLOCK_ROWS = 1 << 14  # rows checked at a time, so that checks need no second copy of the data
 Bad = Callable[[str], UserError]  # of a fault: the error that names the file and what to do about it
@@ -287,7 +287,7 @@ def download(url: str, path: Path, check: Callable[[Path], object], advice: str)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive_folder(path.parent):
+        with exclusive(path.parent):
             if path.exists():
                 return  # another process fetched it while this one waited
             try:

@@ -21,7 +21,7 @@ Deviations from the original OPSO code (docs/notebook_opso.md has the measuremen
 - The proposer learns the graph's ways to `route_goals` of its nodes, and V their lengths beside its own targets
   (opso/routes.py): acting then needs no search. Where the data went, weighted by the steps that V says it saved (HIQL;
   Park et al., 2023), led to four goals of five on the point maze.
-- The policy clones actions without weights; by a capped exp(advantage) of the step towards z' it reached fewer goals.
+- The policy clones actions without weights; weighted by a capped exp(advantage) it reached fewer goals.
 - Targets of Q and V span many steps, as offline.
 - Without the dataset's actions, the inverse dynamics model learns from the agent's own transitions, random ones at
   first, and infers the action between two states of the dataset; the policy then learns from those as from known ones
@@ -272,9 +272,9 @@ class OnlineAgent:
     ) -> dict[str, Tensor]:
         """One step of the policy on a batch, and of Q, V, the proposer and the EMA targets where `values` is given.
 
-        batch: codes z, z_next, z_before, z_ahead (z_{t+n-1}, z_{t+n}), z_goal; features x, x_sub (what the policy aims
-        at), x_goal; actions [n, A]; steps_to_goal, n [n] int64. values: a batch, which may have rows without actions,
-        and a `Routes.sample`. Returns 0-d tensors, without a host sync.
+        batch: features x, x_sub (what the policy aims at), x_goal; actions [n, A]. values: rows, which need no actions,
+        and a `Routes.sample`; rows have codes z, z_next, z_before, z_ahead (z_{t+n-1}, z_{t+n}), z_goal; steps_to_goal,
+        n [n] int64. Returns 0-d tensors, without a host sync.
         """
         self.lr.fill_(self.config.lr * lr_scale)
         terms = {"train": self.action_loss(batch)}

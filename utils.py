@@ -253,11 +253,11 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def exclusive_folder(folder: str | Path, wait: bool = True) -> Iterator[None]:
-    """Hold a folder; while another process does, wait or raise BlockingIOError. The lock ends with the process."""
+def exclusive(path: str | Path, wait: bool = True) -> Iterator[None]:
+    """Hold a folder or file; while another does, wait or raise BlockingIOError. The lock ends with the process."""
     import fcntl
 
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

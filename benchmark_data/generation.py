@@ -21,7 +21,6 @@ import signal
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -148,17 +147,15 @@ def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, over
 @contextlib.contextmanager
 def alone_making(target: Path) -> Iterator[None]:
     """Keep a dataset to this process; wait for another that makes it, and say so. Others of the folder go on."""
-    import fcntl
-
-    place = (1, zlib.crc32(target.name.encode()))  # a byte that nobody reads: locks are of places in one file
-    with open(target.with_name(".lock"), "a") as file:
+    lock = target.with_name(f".{target.name}.lock")
+    if not lock.exists():
+        lock.touch()
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *place)
-        except (BlockingIOError, PermissionError):  # systems differ
+            stack.enter_context(utils.exclusive(lock, wait=False))
+        except BlockingIOError:
             print(f"{target}: waiting for another process that makes it", file=sys.stderr, flush=True)
-            fcntl.lockf(file, fcntl.LOCK_EX, *place)
-        except OSError:  # some network file systems have no locks
-            pass
+            stack.enter_context(utils.exclusive(lock))
         yield
 
 

@@ -46,6 +46,7 @@ def online_update(device: torch.device, small: bool) -> Callable[[], object]:
 
     model = OfflineModel(OBSERVATION_DIM)
     agent = OnlineAgent(OnlineAgentConfig(), model, ACTION_DIM, hidden_dim=256, discount=0.99, device=device)
+    agent.config.value_every = 1  # between eb9897e and 2d52338 it was the agent's
     n = 16 if small else 1024
     features = {
         name: torch.randn(n, agent.code_dim + OBSERVATION_DIM, device=device)

@@ -21,7 +21,7 @@ from ogbench_utils import NUM_TASKS
 from runs.cli import load_yaml, marked
 from runs.directory import LENGTHS, is_same, plain_config
 from runs.metrics import episodes_by_policy, read_metrics
-from utils import MAY_CHANGE, UserError, exclusive_folder, write_text_atomic
+from utils import MAY_CHANGE, UserError, exclusive, write_text_atomic
 
 COLUMNS = (
     *("table", "system", "method", "dataset", "rows", "data_sha256", "seed", "actor", "mode", "task"),
@@ -55,7 +55,7 @@ def read_csv(path: Path) -> list[Row]:
 def append_csv(path: Path, rows: list[Row]) -> None:
     """Add a run's rows to a CSV that has none of it yet, whole or not at all, whoever else does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive_folder(path.parent):
+    with exclusive(path.parent):
         present = read_csv(path)
         if _identity(rows[0]) not in map(_identity, present):
             write_csv(path, COLUMNS, present + rows)

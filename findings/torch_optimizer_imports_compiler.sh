@@ -17,6 +17,7 @@ python3 -m venv "$folder/venv"
 import subprocess
 import sys
 
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop")
 PARTS = {
     "import": "pass",
     "adam(), the function": (
@@ -30,7 +31,7 @@ PARTS = {
         "torch._fused_adam_(x, g, m, v, [], n, lr=0.1, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8,"
         " amsgrad=False, maximize=False); assert (x[0] < 0).all()"
     ),
-    **{name: f"torch.optim.{name}([torch.zeros(3)], lr=0.1)" for name in ("SGD", "Adam", "AdamW", "RMSprop")},
+    **{name: f"torch.optim.{name}([torch.zeros(3)], lr=0.1)" for name in OPTIMIZERS},
 }
 TELL = "; print(len(sys.modules), 'torch._dynamo' in sys.modules, 'sympy' in sys.modules, peak())"
 found = {}
@@ -42,7 +43,7 @@ for name, code in PARTS.items():
     print(f"{name:22} {modules} modules, torch._dynamo {compiler}, sympy {sympy}, peak {megabytes} MB")
 modules, _, _, megabytes = found["import"]
 for name, (own, compiler, sympy, peak) in found.items():
-    heavy = name in ("SGD", "Adam", "AdamW", "RMSprop")
+    heavy = name in OPTIMIZERS
     assert compiler == sympy == heavy, f"{name} imports other things now"
     if heavy:
         assert own > modules + 500 and peak > megabytes + 40, f"{name} imports less now"

@@ -25,7 +25,7 @@ from utils import (
     RunFinished,
     RunLocked,
     UserError,
-    exclusive_folder,
+    exclusive,
     one_line,
     processor_name,
     torch,
@@ -177,7 +177,7 @@ def lock_run(run_dir: str | Path) -> Iterator[None]:
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as lock:
         try:
-            lock.enter_context(exclusive_folder(run_dir, wait=False))
+            lock.enter_context(exclusive(run_dir, wait=False))
         except BlockingIOError:
             raise RunLocked(run_dir, "another process is training there", "choose another --run_dir") from None
         yield

@@ -396,6 +396,25 @@ def test_inferred_actions_lie_between_the_datasets_states_and_are_what_is_learne
     assert ends.sum() == 6 and not run.codes.actions[ends].any()
 
 
+def test_known_actions_and_own_ones_teach_the_policy_and_values_learn_as_often_as_asked(
+    arguments, tmp_path, monkeypatch
+):
+    more = {"inverse_dynamics_data": "offline", "max_episodes": 4, "fit_updates": 5, "value_every": 2}
+    run = open_run(arguments(tmp_path / "run", **more))
+    drawn, update = [], run.agent.update
+
+    def checked(batch, values, scale):
+        own = {tuple(action) for action in run.replay.actions.tolist()}
+        drawn.append((len(batch["z"]), values is not None, bool(own & {tuple(a) for a in batch["actions"].tolist()})))
+        assert values is None or torch.equal(values[0]["actions"], batch["actions"])
+        return update(batch, values, scale)
+
+    monkeypatch.setattr(run.agent, "update", checked)
+    run.train()
+    run.close()
+    assert drawn == [(16, number % 2 == 0, False) for number in range(5)] + 2 * [(32, True, True), (32, False, True)]
+
+
 def test_where_random_rounds_take_all_episodes_it_learns_at_the_end(arguments, tmp_path):
     train(arguments(tmp_path / "run", random_steps=10**6, eval_freq=1))
     metrics = read_metrics(tmp_path / "run")

@@ -70,7 +70,11 @@ def test_no_two_episodes_start_alike(made, experts_dir, tmp_path):
 
 def test_manifest(made, experts_dir):
     manifest, (folder,) = DATASETS[REPLAY].manifest(made), DATASETS[REPLAY].paths(made)
-    assert {path.name for path in folder.parent.iterdir()} == {folder.name, f"{folder.name}.json", ".lock"}
+    assert {path.name for path in folder.parent.iterdir()} == {
+        folder.name,
+        f"{folder.name}.json",
+        f".{folder.name}.lock",
+    }
     returns = [episode["reward"].sum(dtype=np.float64) for episode in load_episodes(folder)]
     assert (manifest["id"], manifest["seed"], manifest["num_episodes"]) == (REPLAY, 0, 3)
     assert (manifest["episodes"], manifest["transitions"]) == (3, 3000)
