@@ -148,7 +148,7 @@ def make(family: Family, plan: Plan, dataset_dir: str | os.PathLike | None, over
 def alone_making(target: Path) -> Iterator[None]:
     """Keep a dataset to this process; wait for another that makes it, and say so. Others of the folder go on."""
     lock = target.with_name(f".{target.name}.lock")
-    if not lock.exists():
+    if not lock.exists():  # another user's can be held, but not touched
         lock.touch()
     with contextlib.ExitStack() as stack:
         try:
